@@ -1,0 +1,179 @@
+"""Compiles the CUDA extension against a CUDA build of torch; needs nvcc, but no GPU.
+
+Makes a second virtual environment (5.5 GB, kept), builds the package there for sm_80, sm_90 and
+PTX, imports what was built, and reads what ptxas said about each kernel.  Fails when a kernel
+spills registers or has a stack frame, and when the library lacks code for one of the architectures.
+``docs/cuda_kernels.md`` and ``benchmarks/results/ptxas.json`` are written anew.
+"""
+
+import argparse
+import os
+import re
+import runpy
+import shutil
+import subprocess
+import sys
+import venv
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any, NoReturn
+
+ROOT = Path(__file__).resolve().parent.parent
+OUTPUT = ROOT / "build" / "cuda"
+LIBRARY = OUTPUT / "lib"
+ARCH_LIST = "8.0;9.0+PTX"
+EXPECTED_CODE = {"sm_80", "sm_90", "compute_90"}  # what ARCH_LIST means
+TOOLS = ("setuptools>=77", "wheel", "ninja", "numpy")
+NEEDED_GIGABYTES = 12  # torch with its CUDA libraries, and as much again while pip unpacks
+HEADER = """# What the compiler made of the CUDA kernels
+
+Written by `python .ci/cuda_build.py`: registers, static shared memory, stack and spills of each
+kernel as ptxas ({nvcc}) reports them. Nothing here was measured on a GPU.
+
+"""
+
+
+def fail(message: str) -> NoReturn:
+    """End the program with one line."""
+    sys.exit(f"cuda_build: {message}")
+
+
+def run(command: Sequence[str], environment: Mapping[str, str] | None = None) -> str:
+    """Run a command, show what it prints as it comes, and return it; exit if it fails."""
+    print("+", " ".join(command), flush=True)
+    text = []
+    with subprocess.Popen(
+        command,
+        cwd=ROOT,
+        env=environment,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+    ) as process:
+        assert process.stdout is not None
+        for line in process.stdout:
+            print(line, end="", flush=True)
+            text.append(line)
+    if process.returncode != 0:
+        fail(f"{command[0]} ended with status {process.returncode}")
+    return "".join(text)
+
+
+def installed_torch(python: Path) -> str | None:
+    """Return the version of torch beside ``python``, None if there is none."""
+    if not python.exists():
+        return None
+    code = "import importlib.metadata as m; print(m.version('torch'))"
+    done = subprocess.run([python, "-c", code], capture_output=True, text=True, check=False)
+    return done.stdout.strip() if done.returncode == 0 else None
+
+
+def make_environment(folder: Path, torch: str) -> Path:
+    """Make the virtual environment with ``torch`` unless it is there; return its Python."""
+    python = folder / "bin" / "python"
+    found = installed_torch(python)
+    if found is not None and found.split("+")[0] == torch:
+        return python
+    free = shutil.disk_usage(folder.parent).free / 1e9
+    if free < NEEDED_GIGABYTES:
+        fail(f"{folder.name} needs {NEEDED_GIGABYTES} GB of free disk, there are {free:.1f}")
+    if not python.exists():
+        venv.create(folder, with_pip=True)
+    run([str(python), "-m", "pip", "install", "--quiet", *TOOLS, f"torch=={torch}"])
+    return python
+
+
+def compile_extension(python: Path) -> str:
+    """Build the package into ``build/cuda/lib`` from nothing; return what the build printed."""
+    if not list((ROOT / "csrc" / "cuda").glob("*.cu")):
+        fail("there are no CUDA sources in csrc/cuda")
+    shutil.rmtree(OUTPUT, ignore_errors=True)
+    environment = {
+        **os.environ,
+        "IMMUNIZE_EXT_BUILD": "1",
+        "IMMUNIZE_EXT_CUDA": "1",
+        "TORCH_CUDA_ARCH_LIST": ARCH_LIST,
+        # nvcc appends this to its command line.
+        "NVCC_APPEND_FLAGS": f"{os.environ.get('NVCC_APPEND_FLAGS', '')} -Xptxas -v".strip(),
+        "MAX_JOBS": os.environ.get("MAX_JOBS", str(os.cpu_count())),
+    }
+    build = [str(python), "setup.py", "build", "--build-base", str(OUTPUT)]
+    return run([*build, "--build-lib", str(LIBRARY)], environment)
+
+
+def check_import(python: Path) -> None:
+    """Import the compiled part: every symbol must be found, GPU or not."""
+    code = "import torch, immunize_ext._C as c; print(c.build_info())"
+    run([str(python), "-c", f"import sys; sys.path.insert(0, {str(LIBRARY)!r}); {code}"])
+
+
+def embedded_code(listing: str) -> set[str]:
+    """Return the architectures in the output of ``cuobjdump --list-elf --list-ptx``.
+
+    Example:
+        >>> elf = "ELF file    1: _C.1.sm_90.cubin"
+        >>> ptx = "PTX file    1: _C.1.sm_90.ptx"
+        >>> sorted(embedded_code(elf + chr(10) + ptx))
+        ['compute_90', 'sm_90']
+    """
+    machine = re.findall(r"^ELF file.*\.sm_(\d+)a?\.cubin", listing, re.MULTILINE)
+    portable = re.findall(r"^PTX file.*\.sm_(\d+)a?\.ptx", listing, re.MULTILINE)
+    return {f"sm_{n}" for n in machine} | {f"compute_{n}" for n in portable}
+
+
+def check_embedded_code(python: Path) -> None:
+    """Fail if the library lacks code for an architecture; cuobjdump comes with Triton."""
+    tools = list(python.parent.parent.glob("lib/python*/site-packages/triton/**/bin/cuobjdump"))
+    tool = shutil.which("cuobjdump") or (str(tools[0]) if tools else None)
+    if tool is None:
+        fail("cuobjdump not found, neither in PATH nor in the triton package")
+    for library in LIBRARY.rglob("_C*.so"):
+        found = embedded_code(run([tool, "--list-elf", "--list-ptx", str(library)]))
+        if missing := EXPECTED_CODE - found:
+            fail(f"{library.name} has code for {sorted(found)}, not for {sorted(missing)}")
+
+
+def report(log: str, allow_stack: str | None) -> int:
+    """Write and print the table of kernels; return how many complaints there are."""
+    ptxas: dict[str, Any] = runpy.run_path(str(ROOT / "csrc" / "cuda" / "ptxas_report.py"))
+    usages = ptxas["demangle"](ptxas["parse"](log))
+    if not usages:
+        fail("the build printed nothing about kernels")
+    table = ROOT / "docs" / "cuda_kernels.md"
+    ptxas["write"](usages, ROOT / "benchmarks" / "results" / "ptxas.json", table)
+    version = re.search(r"release [^\n]*", run(["nvcc", "--version"]))
+    header = HEADER.format(nvcc="nvcc " + version[0] if version else "nvcc")
+    table.write_text(header + table.read_text(encoding="utf-8"), encoding="utf-8")
+    print(table.read_text(encoding="utf-8"))
+    found: list[str] = ptxas["complaints"](usages, allow_stack)
+    for line in found:
+        print(f"cuda_build: {line}", file=sys.stderr)
+    return len(found)
+
+
+def main() -> None:
+    """Run all steps."""
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--venv", type=Path, default=ROOT / ".venv-cuda")
+    parser.add_argument("--torch", default="2.14.1", help="a version with a CUDA build")
+    parser.add_argument(
+        "--allow-stack", metavar="REGEX", help="kernels that may have a stack frame"
+    )
+    parser.add_argument("--environment-only", action="store_true")
+    options = parser.parse_args()
+    if shutil.which("nvcc") is None:
+        fail("nvcc not found; install the CUDA toolkit that torch was built for")
+    python = make_environment(options.venv.absolute(), options.torch)
+    if options.environment_only:
+        return
+    log = compile_extension(python)
+    check_import(python)
+    check_embedded_code(python)
+    if report(log, options.allow_stack) > 0:
+        sys.exit(1)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,137 @@
+# Needs python3 (3.11 or newer, with venv and headers), make, a C++20 compiler and a package index
+# for pip. `make` lists the targets. Everything goes into $(VENV), nothing is installed elsewhere.
+#
+#   make test                             on a fresh machine: environment, build, tests
+#   make test PYTEST_ARGS="-k merge -x"   some of them
+#   make demo TORCH="torch==2.12.*"       with another torch, any requirement that pip understands
+#   make demo PYTHON=python3.12 VENV=.venv312
+#
+# The operators are compiled against the torch that is then installed; setup.py lists the variables
+# that steer this (IMMUNIZE_EXT_CUDA, TORCH_CUDA_ARCH_LIST).
+
+PYTHON ?= python3
+VENV ?= .venv
+TORCH ?= torch==2.13.0
+JOBS ?= 2
+PYTEST_ARGS ?=
+BENCH_ARGS ?=
+SHELL := /bin/bash
+.SHELLFLAGS := -eu -o pipefail -c
+.DEFAULT_GOAL := help
+.DELETE_ON_ERROR:
+
+BIN := $(VENV)/bin
+# Stamps live in the environment: removing it makes all of them be done again.
+STAMPS := $(VENV)/.stamps
+PIP := $(BIN)/python -m pip --disable-pip-version-check
+export PATH := $(CURDIR)/$(BIN):$(PATH)
+export PIP_NO_INPUT := 1
+# A Makefile user wants the compiled operators, so a failure to compile them is an error here.
+export IMMUNIZE_EXT_BUILD ?= 1
+
+# What the compiled part is made of, and all files of a language.
+NATIVE := setup.py pyproject.toml immunize_ext/_version.py \
+  $(sort $(wildcard csrc/*.* csrc/cpu/*.* csrc/cuda/*.*))
+PYTHON_SOURCES := immunize_ext python_tests benchmarks csrc setup.py .ci
+CPP_SOURCES := $(sort $(shell find csrc -name '*.h' -o -name '*.cpp' -o -name '*.cu' -o -name '*.cuh'))
+
+.PHONY: help build test test-fallback lint format docs demo bench doctor sdist clean distclean
+
+help:  ## this list
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-14s %s\n", $$1, $$2 }' Makefile
+
+build: $(STAMPS)/build  ## environment and compiled operators
+
+test: $(STAMPS)/build $(STAMPS)/test  ## all tests, on $(JOBS) processes
+	$(BIN)/python -m pytest -n $(JOBS) --dist loadfile $(PYTEST_ARGS)
+
+test-fallback: $(STAMPS)/build $(STAMPS)/test  ## operator tests without the compiled part
+	IMMUNIZE_EXT_DISABLE=1 $(BIN)/python -m pytest -n $(JOBS) --dist loadfile -m "not slow" \
+	  -W ignore::immunize_ext.errors.FallbackWarning $(PYTEST_ARGS)
+
+lint: $(STAMPS)/build $(STAMPS)/test $(STAMPS)/lint  ## style, types, import direction
+	$(BIN)/ruff check $(PYTHON_SOURCES)
+	$(BIN)/ruff format --check $(PYTHON_SOURCES)
+	$(BIN)/clang-format --dry-run -Werror $(CPP_SOURCES)
+	$(BIN)/mypy
+	$(BIN)/lint-imports
+
+format: $(STAMPS)/lint  ## rewrite the sources in the project's style
+	$(BIN)/ruff check --fix $(PYTHON_SOURCES)
+	$(BIN)/ruff format $(PYTHON_SOURCES)
+	$(BIN)/clang-format -i $(CPP_SOURCES)
+
+docs: $(STAMPS)/build $(STAMPS)/test  ## run the examples of docstrings, README and docs/
+	$(BIN)/python -m pytest -q --doctest-modules immunize_ext python_tests/test_documentation.py
+
+demo: $(STAMPS)/build $(STAMPS)/demo  ## immunize a small model on real digits and print the report
+	$(BIN)/immunize demo
+
+bench: $(STAMPS)/build $(STAMPS)/test  ## every benchmark; the results go to benchmarks/results
+	$(BIN)/python -m benchmarks.run --out benchmarks/results $(BENCH_ARGS)
+
+doctor: $(STAMPS)/build  ## what is installed, what is wrong and how to fix it
+	$(BIN)/immunize doctor
+
+sdist: $(STAMPS)/build $(STAMPS)/lint  ## source package in dist/
+	$(BIN)/python -m build --sdist --no-isolation
+
+clean:  ## remove what was built, keep the environment
+	rm -rf build dist *.egg-info .mypy_cache .ruff_cache .pytest_cache .import_linter_cache
+	rm -f immunize_ext/_C*.so immunize_ext/_build_info.json $(STAMPS)/build
+	find immunize_ext python_tests benchmarks -name __pycache__ -type d -prune -exec rm -rf {} +
+
+distclean: clean  ## remove the environment as well
+	rm -rf $(VENV)
+
+# --- the environment, in steps that each run once -------------------------------------------------
+
+$(STAMPS)/venv:
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || \
+	  { echo "make: $(PYTHON) must be Python 3.11 or newer, got $$($(PYTHON) --version 2>&1);" \
+	    "use make PYTHON=/path/to/python3" >&2; exit 1; }
+	@test -x $(BIN)/python || $(PYTHON) -c 'import ensurepip, venv' 2>/dev/null || \
+	  { echo "make: $(PYTHON) cannot make virtual environments;" \
+	    "on Debian and Ubuntu: apt-get install python3-venv" >&2; exit 1; }
+	@test -f "$$($(PYTHON) -c 'import sysconfig; print(sysconfig.get_path("include"))')/Python.h" || \
+	  { echo "make: the headers of $(PYTHON) (Python.h) are missing;" \
+	    "on Debian and Ubuntu: apt-get install python3-dev" >&2; exit 1; }
+	@command -v "$${CXX:-c++}" >/dev/null || \
+	  { echo "make: there is no C++ compiler $${CXX:-c++}; on Debian and Ubuntu: apt-get install g++;" \
+	    "to go without: pip install . gives the slower pure-Python package" >&2; exit 1; }
+	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	mkdir -p $(STAMPS)
+	touch $@
+
+# One stamp for each value of TORCH, so that another value installs that torch and compiles anew.
+TORCH_STAMP := $(STAMPS)/torch-$(shell printf %s '$(TORCH)' | cksum | cut -d ' ' -f 1)
+$(TORCH_STAMP): | $(STAMPS)/venv
+	$(PIP) install --quiet "setuptools>=77" wheel ninja numpy $(TORCH)
+	rm -f $(STAMPS)/torch-*
+	touch $@
+
+# The Python part is installed as a link to this folder; the operators are then compiled in place,
+# where ninja compiles again only what changed.
+$(STAMPS)/package: $(TORCH_STAMP) setup.py pyproject.toml immunize_ext/_version.py
+	IMMUNIZE_EXT_BUILD=0 $(PIP) install --quiet --no-build-isolation --editable . $(TORCH)
+	touch $@
+
+$(STAMPS)/build: $(STAMPS)/package $(NATIVE)
+	$(BIN)/python setup.py --quiet build_ext --inplace
+	@$(BIN)/python -c 'from immunize_ext import _load; _load.require_compiled("make"); \
+	  print("immunize_ext:", _load.status().reason)'
+	touch $@
+
+# The extras of the package that is installed above. torch is named again so that no dependency
+# brings another one.
+$(STAMPS)/demo: $(STAMPS)/package
+	$(PIP) install --quiet "immunize_ext[data,report]" $(TORCH)
+	touch $@
+
+$(STAMPS)/test: $(STAMPS)/package
+	$(PIP) install --quiet "immunize_ext[data,report,test]" $(TORCH)
+	touch $@
+
+$(STAMPS)/lint: $(STAMPS)/package
+	$(PIP) install --quiet "immunize_ext[dev]" $(TORCH)
+	touch $@

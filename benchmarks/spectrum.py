@@ -1,0 +1,600 @@
+"""Claim: extremes of a spectrum and their gradients cost little more than the products they need.
+
+``python -m benchmarks.spectrum [--quick] [--threads 2] [--out benchmarks/results]``
+
+Rows: R_well and R_ill of features at the sizes of the published experiments, and log kappa of a
+square Hessian. Sweeps: samples, number of matrices, side of the Hessian.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import sys
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from immunize_ext.ops import composite, spectrum
+from immunize_ext.ops._arguments import spectrum_policy
+from immunize_ext.regularizers import gram_r_ill, gram_r_well
+
+from . import _baselines as baselines
+from . import _expected as expected
+from ._results import Target
+from ._session import Case, Options, run
+from ._timing import Budget, Contender, Tensors
+
+SEED = 20250701
+ITERATIVE_TOLERANCE = 1e-4  # what a rival that iterates has to reach
+Regularizer = Callable[[Tensor], Tensor]
+Extremes = Callable[[Tensor], baselines.GramValues]
+
+
+class Way(NamedTuple):
+    """One way to compute both regularizers of features x (*, n, p)."""
+
+    name: str
+    label: str
+    role: Any
+    r_well: Regularizer
+    r_ill: Regularizer
+    published: bool = False
+
+
+def features(options: Options, *shape: int, kappa: float | None = None, variant: int = 0) -> Tensor:
+    """Standard normal features (*, n, p) in float64; with ``kappa``, of that condition number."""
+    generator = torch.Generator().manual_seed(SEED + variant)
+    x = torch.randn(*shape, generator=generator, dtype=torch.float64)
+    if kappa is not None:
+        u, s, vt = torch.linalg.svd(x, full_matrices=False)
+        decay = torch.logspace(0, -np.log10(kappa), s.shape[-1], dtype=s.dtype)
+        x = (u * decay) @ vt * s[..., :1, None]
+    return x.to(options.device)
+
+
+# --- ways -------------------------------------------------------------------------------------
+
+
+def _composite_values(x: Tensor) -> baselines.GramValues:
+    policy = spectrum_policy("gram_extremes", "x", x, "numerical", None, None)
+    extremes, squared_frobenius = composite.gram_extremes(x, policy)
+    return baselines.GramValues(
+        extremes.largest, extremes.smallest, squared_frobenius, extremes.rank
+    )
+
+
+def _from_values(name: str, label: str, role: str, values: Extremes) -> Way:
+    return Way(
+        name,
+        label,
+        role,
+        lambda x: baselines.r_well_of(values(x), x.shape[-1]),
+        lambda x: baselines.r_ill_of(values(x)),
+    )
+
+
+OURS = Way("ours", "immunize_ext.regularizers", "ours", gram_r_well, gram_r_ill)
+PUBLISHED = Way(
+    "published",
+    "A: p x p Gram matrix, eigvalsh in float64 with autograd, one matrix at a time",
+    "baseline",
+    baselines.published_r_well,
+    baselines.published_r_ill,
+    published=True,
+)
+PUBLISHED_SVD = Way(
+    "published_svd",
+    "A with singular values of the p x p Gram matrix in place of eigenvalues",
+    "baseline",
+    lambda x: baselines.published_r_well(x, method="svd"),
+    lambda x: baselines.published_r_ill(x, method="svd"),
+    published=True,
+)
+COMPOSITE = _from_values(
+    "composite", "B: immunize_ext.ops.composite, torch.linalg alone", "baseline", _composite_values
+)
+BARE = _from_values(
+    "bare",
+    "a few lines of torch: eigvalsh of the thin Gram matrix, no checks, no clusters",
+    "rival",
+    baselines.bare_gram_values,
+)
+SVDVALS = _from_values(
+    "svdvals",
+    "torch.linalg.svdvals of the features with autograd",
+    "rival",
+    baselines.svd_gram_values,
+)
+
+
+def _bare_compiled() -> Way:
+    compiled = torch.compile(baselines.bare_gram_values, fullgraph=True)
+    return _from_values("bare_compiled", "torch.compile of the bare composition", "rival", compiled)
+
+
+def _ways(options: Options, *ways: Way) -> tuple[Way, ...]:
+    return (*ways, _bare_compiled()) if options.compiled_baseline else ways
+
+
+# --- contenders -------------------------------------------------------------------------------
+
+
+def _contender(
+    way: Way,
+    inputs: Sequence[Tensor],
+    forward: Callable[[], Tensors],
+    right: expected.Expected,
+    tolerance: float,
+    items: int,
+) -> Contender:
+    def backward(values: Tensors) -> Tensors:
+        return torch.autograd.grad([value.sum() for value in values], list(inputs))
+
+    def check(values: Tensors, gradients: Tensors) -> float:
+        return max(
+            expected.relative_error(values, right.values),
+            expected.relative_error(gradients, right.gradients),
+        )
+
+    return Contender(
+        way.name, way.label, way.role, forward, backward, check, tolerance, items=items
+    )
+
+
+def _floor(inputs: Sequence[Tensor], items: int) -> Contender:
+    detached = [x.detach() for x in inputs]
+
+    def forward() -> Tensors:
+        return tuple(baselines.gram_floor(x) for x in detached)
+
+    def backward(values: Tensors) -> Tensors:
+        return tuple(
+            baselines.gram_floor_backward(x, thin) for x, thin in zip(detached, values, strict=True)
+        )
+
+    label = "one Gram product and one gradient product on the thin side"
+    return Contender("floor", label, "floor", forward, backward, items=items)
+
+
+def _expected_r_ill(x: Tensor, published: bool) -> expected.Expected:
+    array = expected.as_float64(x)
+    n, p = array.shape
+    if published:
+        return expected.gram_r_ill(array, width=p, floor_smallest=n < p)
+    return expected.gram_r_ill(array)
+
+
+def _tolerance(x: Tensor, published: bool) -> float:
+    if published:
+        return 1e-6  # its ridge moves every eigenvalue by 1e-6
+    return 1e-8 if x.dtype == torch.float64 else 1e-4
+
+
+def pair_contenders(
+    options: Options, primary: Tensor, harmful: Tensor, ways: Sequence[Way]
+) -> list[Contender]:
+    """R_well of the primary and R_ill of the harmful features, as one training step has them."""
+    primary, harmful = primary.requires_grad_(), harmful.requires_grad_()
+    well = expected.gram_r_well(expected.as_float64(primary))
+    contenders = []
+    for way in ways:
+        ill = _expected_r_ill(harmful, way.published)
+        right = expected.Expected(well.values + ill.values, well.gradients + ill.gradients)
+
+        def forward(way: Way = way) -> Tensors:
+            return way.r_well(primary), way.r_ill(harmful)
+
+        contenders.append(
+            _contender(
+                way, (primary, harmful), forward, right, _tolerance(primary, way.published), 2
+            )
+        )
+    return [*contenders, _floor((primary, harmful), 2)]
+
+
+def batch_contenders(options: Options, x: Tensor, ways: Sequence[Way]) -> list[Contender]:
+    """R_ill of each matrix of a batch x (b, n, p)."""
+    x = x.requires_grad_()
+    contenders = []
+    for way in ways:
+        right = expected.stacked([_expected_r_ill(matrix, way.published) for matrix in x])
+
+        def forward(way: Way = way) -> Tensors:
+            return (way.r_ill(x),)
+
+        contenders.append(_contender(way, (x,), forward, right, _tolerance(x, way.published), 1))
+    return [*contenders, _floor((x,), 1)]
+
+
+def single_contenders(options: Options, x: Tensor, ways: Sequence[Way]) -> list[Contender]:
+    """R_ill of one matrix x (n, p)."""
+    x = x.requires_grad_()
+    contenders = []
+    for way in ways:
+
+        def forward(way: Way = way) -> Tensors:
+            return (way.r_ill(x),)
+
+        right = _expected_r_ill(x, way.published)
+        contenders.append(_contender(way, (x,), forward, right, _tolerance(x, way.published), 1))
+    return [*contenders, _floor((x,), 1)]
+
+
+def svds_contender(x: Tensor) -> Contender:
+    """ARPACK on the features: extreme singular values, no gradient."""
+    array = expected.as_float64(x)
+    right = np.asarray(np.linalg.svd(array, compute_uv=False)[[0, -1]], dtype=np.float64)
+
+    def forward() -> Tensors:
+        return (torch.tensor(baselines.svds_extremes(array), dtype=torch.float64),)
+
+    return Contender(
+        "svds",
+        "scipy.sparse.linalg.svds, largest and smallest; no gradient",
+        "rival",
+        forward,
+        check=lambda values, _: expected.relative_error(values, [right]),
+        tolerance=ITERATIVE_TOLERANCE,
+    )
+
+
+# --- square Hessian ---------------------------------------------------------------------------
+
+HESSIAN_KAPPA = 1e4
+
+
+def _our_log_condition_number(h: Tensor) -> Tensor:
+    if hasattr(spectrum, "symmetric_extremes"):
+        extremes = spectrum.symmetric_extremes(h)
+        value: Tensor = extremes.lambda_max.log() - extremes.lambda_min.log()
+        return value
+    return spectrum.log_condition_number(h)
+
+
+def hessian_missing() -> tuple[str, ...]:
+    """What the Hessian rows lack in this version of the package."""
+    missing = []
+    if not hasattr(spectrum, "symmetric_extremes"):
+        missing.append("symmetric_extremes; ours is log_condition_number, by singular values")
+    if not hasattr(spectrum, "SpectrumTracker"):
+        missing.append("SpectrumTracker; the target tracked >= 20x published is not measured")
+    return tuple(missing)
+
+
+def hessian_contenders(options: Options, p: int) -> list[Contender]:
+    """Log kappa of a positive definite h (p, p) with eigenvalues graded from 1 to 1e-4."""
+    generator = torch.Generator().manual_seed(SEED + p)
+    vectors, _ = torch.linalg.qr(torch.randn(p, p, generator=generator, dtype=torch.float64))
+    eigenvalues = torch.logspace(-np.log10(HESSIAN_KAPPA), 0, p, dtype=torch.float64)
+    matrix = (vectors * eigenvalues) @ vectors.mT
+    h = ((matrix + matrix.mT) / 2).to(options.device).requires_grad_()
+    right = expected.log_condition_number(
+        expected.as_float64(eigenvalues), expected.as_float64(vectors)
+    )
+
+    def bare(matrix: Tensor) -> Tensor:
+        spectrum_of = torch.linalg.eigh(matrix)[0]
+        return spectrum_of[-1].log() - spectrum_of[0].log()
+
+    # The gradient of the smallest eigenvalue is as accurate as its gap allows: neighbours differ by
+    # a factor kappa^(1/p), so the vector carries eps * kappa / (kappa^(1/p) - 1). The published
+    # ridge moves lambda_min = 1e-4 by one percent.
+    ways = [
+        ("ours", "immunize_ext, cold", "ours", _our_log_condition_number, 1e-6),
+        (
+            "published",
+            "A: eigvalsh of h + 1e-6 I in float64 with autograd",
+            "baseline",
+            baselines.published_log_condition_number,
+            2e-2,
+        ),
+        ("composite", "B: torch.linalg.eigh with autograd", "baseline", bare, 1e-6),
+    ]
+
+    def contender(
+        name: str, label: str, role: Any, function: Regularizer, tolerance: float
+    ) -> Contender:
+        way = Way(name, label, role, function, function)
+        return _contender(way, (h,), lambda: (function(h),), right, tolerance, 1)
+
+    plain = h.detach()
+    array = expected.as_float64(plain)
+    extremes = [np.asarray(eigenvalues[-1]), np.asarray(eigenvalues[0])]
+
+    def floor_forward() -> Tensors:
+        return baselines.hessian_floor(plain)
+
+    def floor_backward(values: Tensors) -> Tensors:
+        return (baselines.hessian_floor_backward(*values),)
+
+    def eigsh_forward() -> Tensors:
+        return tuple(
+            torch.tensor(value, dtype=torch.float64) for value in baselines.eigsh_extremes(array)
+        )
+
+    def check_extremes(values: Tensors, _: Tensors) -> float:
+        return expected.relative_error(values, extremes)
+
+    return [
+        *(contender(*way) for way in ways),
+        Contender(
+            "lobpcg",
+            "torch.lobpcg, 100 iterations for each extreme; no gradient",
+            "rival",
+            lambda: baselines.lobpcg_extremes(plain),
+            check=check_extremes,
+            tolerance=ITERATIVE_TOLERANCE,
+        ),
+        Contender(
+            "eigsh",
+            "scipy.sparse.linalg.eigsh, the smallest by shift-invert; no gradient",
+            "rival",
+            eigsh_forward,
+            check=check_extremes,
+            tolerance=ITERATIVE_TOLERANCE,
+        ),
+        Contender(
+            "floor",
+            "one Cholesky factorisation, eight products, eight solves, one rank-two matrix",
+            "floor",
+            floor_forward,
+            floor_backward,
+        ),
+    ]
+
+
+# --- rows -------------------------------------------------------------------------------------
+
+
+def cases(options: Options) -> list[Case]:
+    """All rows; with ``--quick`` the same rows at tiny sizes."""
+    quick = options.quick
+    all_ways = _ways(options, OURS, PUBLISHED, PUBLISHED_SVD, COMPOSITE, BARE, SVDVALS)
+    usual = _ways(options, OURS, PUBLISHED, COMPOSITE, BARE, SVDVALS)
+    n, p = (6, 20) if quick else (64, 784)
+    on_gpu = options.device.type == "cuda"
+    pair_targets = (
+        (Target("faster", "composite", 5.0),)
+        if on_gpu
+        else (
+            Target("faster", "published", 200.0),
+            Target("faster", "composite", 2.2),
+            Target("within", "floor", 1.6),
+        )
+    )
+    rows = [
+        Case(
+            "pair-64x784",
+            "R_well of primary and R_ill of harmful features, 64 x 784 each",
+            {"matrices": 2, "n": n, "p": p},
+            "float64",
+            "matrix",
+            lambda: pair_contenders(
+                options, features(options, n, p), features(options, n, p, variant=1), all_ways
+            ),
+            pair_targets,
+        ),
+        Case(
+            "pair-64x784-float32",
+            "the same in float32",
+            {"matrices": 2, "n": n, "p": p},
+            "float32",
+            "matrix",
+            lambda: pair_contenders(
+                options,
+                features(options, n, p).float(),
+                features(options, n, p, variant=1).float(),
+                usual,
+            ),
+        ),
+        Case(
+            "single-64x784-kappa-1e9",
+            "R_ill of features 64 x 784 with condition number 1e9: no Gram matrix will do",
+            {"matrices": 1, "n": n, "p": p},
+            "float64",
+            "matrix",
+            lambda: [
+                *single_contenders(
+                    options, features(options, n, p, kappa=1e9), (OURS, COMPOSITE, BARE, SVDVALS)
+                ),
+                svds_contender(features(options, n, p, kappa=1e9)),
+            ],
+            note="the extremes of a Gram matrix cannot be right here; what is not timed was wrong",
+        ),
+        _cliff_case(options),
+        _batch_case(
+            options,
+            "groups-20x100x768",
+            "R_ill of 20 groups of 100 x 768",
+            (3, 8, 20) if quick else (20, 100, 768),
+            _cpu_targets(options, 130.0, 2.7, 1.6),
+            usual,
+            Budget(30.0, 5, 100),
+        ),
+        _batch_case(
+            options,
+            "batch-90x64x784",
+            "R_ill of 90 matrices of 64 x 784",
+            (5, 6, 20) if quick else (90, 64, 784),
+            _cpu_targets(options, 180.0, 1.7, 1.6),
+            usual,
+            Budget(60.0, 5, 100),
+        ),
+        _tall_case(options),
+        *(_hessian_case(options, side) for side in ((24, 32) if quick else (768, 2048))),
+    ]
+    return [*rows, *sweep_cases(options)]
+
+
+def _cliff_case(options: Options) -> Case:
+    """Side 33 against side 32, where batched GPU solvers change their route."""
+    count, p = (4, 40) if options.quick else (128, 784)
+
+    def build() -> list[Contender]:
+        contenders = batch_contenders(options, features(options, count, 33, p), (OURS, COMPOSITE))
+        at_32 = batch_contenders(options, features(options, count, 32, p), (OURS, COMPOSITE))
+        return [
+            *contenders,
+            *(
+                dataclasses.replace(
+                    contender,
+                    name=f"{contender.name}_32",
+                    label=f"{contender.label}; side 32 in place of 33",
+                )
+                for contender in at_32
+            ),
+        ]
+
+    return Case(
+        "side-32-33",
+        "R_ill of 128 matrices of 33 x 784, and of 32 x 784",
+        {"matrices": count, "n": 33, "p": p},
+        "float64",
+        "call",
+        build,
+        (Target("within", "ours_32", 1.5),),
+    )
+
+
+def _cpu_targets(
+    options: Options, published: float, composite_ratio: float, floor: float
+) -> tuple[Target, ...]:
+    if options.device.type != "cpu":
+        return ()
+    return (
+        Target("faster", "published", published),
+        Target("faster", "composite", composite_ratio),
+        Target("within", "floor", floor),
+    )
+
+
+def _batch_case(
+    options: Options,
+    identifier: str,
+    title: str,
+    shape: tuple[int, int, int],
+    targets: tuple[Target, ...],
+    ways: Sequence[Way],
+    budget: Budget,
+) -> Case:
+    return Case(
+        identifier,
+        title,
+        {"matrices": shape[0], "n": shape[1], "p": shape[2]},
+        "float64",
+        "call",
+        lambda: batch_contenders(options, features(options, *shape), ways),
+        targets,
+        budget=budget,
+    )
+
+
+def _tall_case(options: Options) -> Case:
+    n, p = (60, 12) if options.quick else (12000, 784)
+
+    def build() -> list[Contender]:
+        x = features(options, n, p)
+        return [
+            *single_contenders(options, x, (OURS, PUBLISHED, COMPOSITE, BARE, SVDVALS)),
+            svds_contender(x.detach()),
+        ]
+
+    targets = (Target("faster", "published", 2.2),) if options.device.type == "cpu" else ()
+    return Case(
+        "tall-12000x784",
+        "R_ill of features 12000 x 784",
+        {"matrices": 1, "n": n, "p": p},
+        "float64",
+        "matrix",
+        build,
+        targets,
+        budget=Budget(40.0, 5, 50),
+    )
+
+
+def _hessian_case(options: Options, side: int) -> Case:
+    targets = (Target("faster", "published", 4.0),) if options.device.type == "cpu" else ()
+    return Case(
+        f"hessian-{side}",
+        f"log kappa of a {side} x {side} Hessian, kappa 1e4",
+        {"matrices": 1, "p": side},
+        "float64",
+        "matrix",
+        lambda: hessian_contenders(options, side),
+        targets,
+        missing=hessian_missing(),
+        budget=Budget(30.0, 3, 50),
+    )
+
+
+def sweep_cases(options: Options) -> list[Case]:
+    """Rows for the plots of cost against size."""
+    quick = options.quick
+    samples = (4, 8) if quick else (16, 31, 32, 33, 64, 128, 256, 512)
+    counts = (1, 3) if quick else (1, 4, 16, 64, 256)
+    sides = (8, 12) if quick else (128, 256, 512, 1024)
+    return [
+        *(_samples_case(options, n, 20 if quick else 784) for n in samples),
+        *(_matrices_case(options, count, (6, 20) if quick else (64, 784)) for count in counts),
+        *(_side_case(options, side) for side in sides),
+    ]
+
+
+def _samples_case(options: Options, n: int, p: int) -> Case:
+    ways = (OURS, PUBLISHED, COMPOSITE, SVDVALS)
+    return Case(
+        f"samples-{n}",
+        f"R_ill of features {n} x {p}",
+        {"matrices": 1, "n": n, "p": p},
+        "float64",
+        "matrix",
+        lambda: single_contenders(options, features(options, n, p), ways),
+        sweep={"name": f"R_ill of features n x {p}", "x": "n", "value": n},
+        budget=Budget(2.0, 3, 50),
+    )
+
+
+# The published loop over more matrices than this takes seconds a call and shows nothing new.
+MOST_PUBLISHED_MATRICES = 16
+
+
+def _matrices_case(options: Options, count: int, shape: tuple[int, int]) -> Case:
+    n, p = shape
+    ways: tuple[Way, ...] = (OURS, COMPOSITE, SVDVALS)
+    if count <= MOST_PUBLISHED_MATRICES:
+        ways = (OURS, PUBLISHED, COMPOSITE, SVDVALS)
+    return Case(
+        f"matrices-{count}",
+        f"R_ill of {count} matrices of {n} x {p}",
+        {"matrices": count, "n": n, "p": p},
+        "float64",
+        "call",
+        lambda: batch_contenders(options, features(options, count, n, p), ways),
+        sweep={"name": f"R_ill of b matrices of {n} x {p}", "x": "matrices", "value": count},
+        budget=Budget(3.0, 3, 50),
+    )
+
+
+def _side_case(options: Options, side: int) -> Case:
+    return Case(
+        f"side-{side}",
+        f"log kappa of a {side} x {side} Hessian",
+        {"matrices": 1, "p": side},
+        "float64",
+        "matrix",
+        lambda: hessian_contenders(options, side),
+        missing=hessian_missing(),
+        sweep={"name": "log kappa of a p x p Hessian", "x": "p", "value": side},
+        budget=Budget(3.0, 3, 50),
+    )
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    return run("spectrum", "benchmarks.spectrum", cases, argv, __doc__.partition("\n")[0])
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,624 @@
+// Regularised key/value merge on the CPU: the part shared by all layers, and the part per layer.
+//
+// Minimise |(W - W0) C_reg^T|^2 + ridge |W - W0|^2 + sum_j mu_j |W c_j - v_j|^2, mu_j = infinity
+// being the hard constraint W c_j = v_j. Setting the derivative to zero (or the KKT system for hard
+// rows) gives, with Q = C_reg^T C_reg + ridge I,
+//
+//   A = Q^-1 C^T,   T = C A + diag(1 / mu),   E = T^-1,   B = E A^T,   W_l = W0_l + R_l B,
+//   R_l = V_l - W0_l C^T, for concept weights R_l = [ (W_1 - W0) C_1^T | ... | (W_N - W0) C_N^T ].
+//
+// A, T, E, B do not depend on the layer. Backward of the part per layer, G_l = dL/dW_l:
+//
+//   dR_l = G_l B^T          dW0_l = G_l - dR_l C      dW_n,l = dR_n,l C_n      dV_l = dR_l
+//   dB = sum_l R_l^T G_l    dC_n = sum_l dR_n,l^T (W_n,l - W0_l)   or   dC = -sum_l dR_l^T W0_l
+//
+// The derivatives of A, T, E, B are small and are left to immunize_ext/ops/merge.py.
+
+#include <ATen/ATen.h>
+#include <ATen/Parallel.h>
+#include <torch/library.h>
+
+#include <algorithm>
+#include <cmath>
+#include <limits>
+#include <string>
+#include <tuple>
+#include <type_traits>
+#include <vector>
+
+#include "../checks.h"
+#include "row_kernels.h"
+
+namespace immunize_ext {
+namespace {
+
+using at::Tensor;
+using at::TensorList;
+
+// ---- solve: the part shared by all layers
+// ---------------------------------------------------------
+
+// Pivoted Cholesky of T scaled to unit diagonal. A pivot is then the squared sine of the angle
+// between a row and the span of those already kept, so the tolerance has no units.
+struct PivotedCholesky {
+  std::vector<int64_t> kept;
+  std::vector<double> scale;   // [s], sqrt of the diagonal of T
+  std::vector<double> factor;  // [s, s] row-major: row j holds the coefficients of constraint j
+};
+
+PivotedCholesky pivoted_cholesky(const double* t, int64_t s, double rank_rtol) {
+  PivotedCholesky p;
+  p.scale.resize(s);
+  p.factor.assign(s * s, 0.0);
+  std::vector<double> pivot(s, 1.0);
+  for (int64_t j = 0; j < s; ++j) {
+    const double diagonal = t[j * s + j];
+    p.scale[j] = diagonal > 0.0 ? std::sqrt(diagonal) : 1.0;
+    if (!(diagonal > 0.0))
+      pivot[j] = 0.0;  // a zero row of C: it constrains nothing
+  }
+  for (int64_t step = 0; step < s; ++step) {
+    // The first of equal pivots wins, so an earlier row is kept and its repeat dropped.
+    const int64_t best = std::max_element(pivot.begin(), pivot.end()) - pivot.begin();
+    if (!(pivot[best] > rank_rtol))
+      break;
+    const double root = std::sqrt(pivot[best]);
+    for (int64_t j = 0; j < s; ++j) {
+      if (pivot[j] < 0.0)
+        continue;  // kept already
+      double value = t[j * s + best] / (p.scale[j] * p.scale[best]);
+      for (int64_t k = 0; k < step; ++k)
+        value -= p.factor[j * s + k] * p.factor[best * s + k];
+      p.factor[j * s + step] = value / root;
+    }
+    p.factor[best * s + step] = root;
+    for (int64_t j = 0; j < s; ++j)
+      if (pivot[j] >= 0.0)
+        pivot[j] = std::max(0.0, pivot[j] - p.factor[j * s + step] * p.factor[j * s + step]);
+    pivot[best] = -1.0;
+    p.kept.push_back(best);
+  }
+  return p;
+}
+
+// E (generalised inverse of T) and I - E T, from T = D F F^T D with F [s, r] the pivoted factor.
+// Kept rows alone: E = S^T (S T S^T)^-1 S, S selecting them. Averaging: E = T^+, which meets
+// repeated constraints in the least-squares sense.
+std::tuple<Tensor, Tensor, int64_t> generalised_inverse(
+    const Tensor& t, double rank_rtol, bool average) {
+  const int64_t s = t.size(0);
+  const PivotedCholesky p = pivoted_cholesky(t.const_data_ptr<double>(), s, rank_rtol);
+  const int64_t rank = static_cast<int64_t>(p.kept.size());
+  const Tensor index = at::tensor(p.kept, t.options().dtype(at::kLong));
+  const Tensor scale = at::tensor(p.scale, t.options());
+  const Tensor factor = at::tensor(p.factor, t.options()).view({s, s}).slice(1, 0, rank);
+  Tensor e = at::zeros({s, s}, t.options());
+  Tensor defect = at::zeros({s, s}, t.options());
+  if (rank == 0) {
+    defect.fill_diagonal_(1.0);
+    return {e, defect, rank};
+  }
+  const Tensor kept_scale = scale.index_select(0, index);
+  const Tensor triangle = factor.index_select(0, index).contiguous();  // lower, [r, r]
+  if (rank < s && average) {
+    // T = (D F)(D F)^T, so T^+ = H^+T H^+ with H = D F of full column rank.
+    const Tensor pinv = at::linalg_pinv(factor * scale.unsqueeze(1));  // [r, s]
+    e = pinv.mT().mm(pinv);
+  } else {
+    const Tensor inverse = at::cholesky_inverse(triangle) / at::outer(kept_scale, kept_scale);
+    e.index_put_({index.unsqueeze(1), index.unsqueeze(0)}, inverse);
+  }
+  if (rank < s) {
+    defect = -e.mm(t);
+    defect.diagonal().add_(1.0);
+    // Exact zeros for the kept columns, which hold nothing but rounding.
+    if (!average)
+      defect.index_fill_(1, index, 0.0);
+  }
+  return {e, defect, rank};
+}
+
+std::tuple<Tensor, Tensor, Tensor, Tensor> merge_solve(
+    const Tensor& chol,              // [*, d, d] float64, lower
+    const Tensor& c,                 // [*, s, d] float64
+    const Tensor& inverse_hardness,  // [*, s] float64
+    double rank_rtol,
+    bool average) {
+  constexpr const char* op = "merge_solve";
+  check_dtype(op, "chol", chol, at::kDouble);
+  check_dtype(op, "c", c, at::kDouble);
+  check_dtype(op, "inverse_hardness", inverse_hardness, at::kDouble);
+  check_matrix(op, "c", c);
+  const int64_t s = c.size(-2), d = c.size(-1);
+  check_matrix(op, "chol", chol, d, d);
+  const auto batch_shape = c.sizes().slice(0, c.dim() - 2);
+  check_batch(op, "chol", chol, batch_shape);
+  TORCH_CHECK_VALUE(
+      c.isfinite().all().item<bool>(), op, ": embeddings must be finite, got NaN or infinity");
+  const int64_t batch = c.numel() / std::max<int64_t>(1, s * d);
+  const Tensor chol_flat = chol.reshape({batch, d, d});
+  const Tensor c_flat = c.reshape({batch, s, d});
+  const Tensor inverse_flat = inverse_hardness.reshape({batch, s});
+  Tensor a = at::empty({batch, d, s}, c.options());
+  Tensor e = at::empty({batch, s, s}, c.options());
+  Tensor defect = at::empty({batch, s, s}, c.options());
+  Tensor rank = at::empty({batch}, c.options().dtype(at::kLong));
+  for (int64_t b = 0; b < batch; ++b) {
+    // T as the Gram matrix of Z = L^-1 C^T: positive semidefinite whatever the rounding, and twice
+    // as many digits of a small angle between constraints as C Q^-1 C^T would keep.
+    const Tensor z = at::linalg_solve_triangular(chol_flat[b], c_flat[b].mT(), /*upper=*/false);
+    Tensor t = z.mT().mm(z);
+    t.diagonal().add_(inverse_flat[b]);
+    t = t.contiguous();
+    a[b] = at::linalg_solve_triangular(chol_flat[b].mT(), z, /*upper=*/true);
+    const auto [e_b, defect_b, rank_b] = generalised_inverse(t, rank_rtol, average);
+    e[b] = e_b;
+    defect[b] = defect_b;
+    rank[b] = rank_b;
+  }
+  const auto shaped = [&](const Tensor& flat) {
+    std::vector<int64_t> shape(batch_shape.begin(), batch_shape.end());
+    for (int64_t k = 1; k < flat.dim(); ++k)
+      shape.push_back(flat.size(k));
+    return flat.reshape(shape);
+  };
+  return {shaped(a), shaped(e), shaped(defect), shaped(rank)};
+}
+
+// ---- apply: the part per layer
+// --------------------------------------------------------------------
+
+// Rows of a block. 32 rows of 768 float32 columns and the concept differences of the same block
+// stay in a 1 MiB second-level cache next to C and B.
+constexpr int64_t kBlockRows = 32;
+// Partial sums of dB and dC: a fixed number, so that the order of addition does not depend on
+// threads.
+constexpr int64_t kPartialSums = 32;
+
+template <typename scalar_t>
+using accumulate_t = std::conditional_t<std::is_same_v<scalar_t, double>, double, float>;
+
+struct Block {
+  int64_t batch, layer, begin, rows;
+};
+
+std::vector<Block> split_into_blocks(int64_t batch, const std::vector<Tensor>& base) {
+  std::vector<Block> blocks;
+  for (int64_t b = 0; b < batch; ++b)
+    for (size_t l = 0; l < base.size(); ++l)
+      for (int64_t begin = 0; begin < base[l].size(-2); begin += kBlockRows)
+        blocks.push_back(
+            {b, static_cast<int64_t>(l), begin, std::min(kBlockRows, base[l].size(-2) - begin)});
+  return blocks;
+}
+
+std::vector<Tensor> contiguous(TensorList tensors) {
+  std::vector<Tensor> result;
+  result.reserve(tensors.size());
+  for (const Tensor& t : tensors)
+    result.push_back(t.contiguous());
+  return result;
+}
+
+// The merge problem as the kernels see it: contiguous tensors, C and B in the accumulation type.
+struct Problem {
+  std::vector<Tensor> base, targets;
+  std::vector<int64_t> rows, offsets;  // tokens of concept n, and where they start in C
+  bool targets_are_values;
+  Tensor c, b;        // [batch, s, d]
+  Tensor token_norm;  // [batch, s] float64, |c_j|
+  int64_t batch, s, d;
+  at::ScalarType dtype, accumulate;
+  int64_t layers() const {
+    return static_cast<int64_t>(base.size());
+  }
+  int64_t concepts() const {
+    return static_cast<int64_t>(rows.size());
+  }
+  const Tensor& target(int64_t concept_index, int64_t layer) const {
+    return targets[concept_index * layers() + layer];
+  }
+};
+
+Problem make_problem(
+    const char* op,
+    TensorList base,
+    TensorList targets,
+    at::IntArrayRef rows,
+    bool targets_are_values,
+    const Tensor& c,
+    const Tensor& b) {
+  Problem p;
+  TORCH_CHECK_VALUE(!base.empty(), op, ": base must hold at least one layer, got an empty list");
+  check_dtype(op, "c", c, at::kDouble);
+  check_dtype(op, "b", b, at::kDouble);
+  check_matrix(op, "c", c);
+  p.s = c.size(-2);
+  p.d = c.size(-1);
+  check_shape(op, "b", b, c.sizes());
+  p.batch = c.dim() == 2 ? 1 : c.numel() / std::max<int64_t>(1, p.s * p.d);
+  const auto batch_shape = c.sizes().slice(0, c.dim() - 2);
+  p.dtype = base[0].scalar_type();
+  check_real_floating(op, "base[0]", base[0]);
+  p.accumulate = p.dtype == at::kDouble ? at::kDouble : at::kFloat;
+  p.rows.assign(rows.begin(), rows.end());
+  p.targets_are_values = targets_are_values;
+  int64_t total = 0;
+  for (int64_t n : p.rows) {
+    p.offsets.push_back(total);
+    total += n;
+  }
+  TORCH_CHECK_VALUE(total == p.s, op, ": rows must add up to the rows of c, ", p.s, ", got ", rows);
+  const size_t expected = targets_are_values ? base.size() : base.size() * p.rows.size();
+  TORCH_CHECK_VALUE(
+      targets.size() == expected, op, ": targets must hold ", expected, " tensors, got ",
+      targets.size());
+  for (size_t l = 0; l < base.size(); ++l) {
+    check_matrix(op, "base", base[l], -1, p.d);
+    check_batch(op, "base", base[l], batch_shape);
+    check_dtype(op, "base", base[l], p.dtype);
+    for (size_t k = l; k < targets.size(); k += base.size()) {
+      check_matrix(op, "targets", targets[k], base[l].size(-2), targets_are_values ? p.s : p.d);
+      check_batch(op, "targets", targets[k], batch_shape);
+      check_dtype(op, "targets", targets[k], targets_are_values ? p.accumulate : p.dtype);
+    }
+  }
+  p.base = contiguous(base);
+  p.targets = contiguous(targets);
+  p.c = c.reshape({p.batch, p.s, p.d}).to(p.accumulate).contiguous();
+  p.b = b.reshape({p.batch, p.s, p.d}).to(p.accumulate).contiguous();
+  if (targets_are_values)
+    p.token_norm = c.reshape({p.batch, p.s, p.d}).square().sum(-1).sqrt().contiguous();
+  return p;
+}
+
+std::vector<Tensor> allocate(
+    const std::vector<Tensor>& like, int64_t columns, at::ScalarType dtype) {
+  std::vector<Tensor> result;
+  for (const Tensor& t : like) {
+    std::vector<int64_t> shape = t.sizes().vec();
+    shape.back() = columns;
+    result.push_back(at::empty(shape, t.options().dtype(dtype)));
+  }
+  return result;
+}
+
+template <typename scalar_t>
+const scalar_t* rows_of(const Tensor& t, const Block& block) {
+  return t.const_data_ptr<scalar_t>() + (block.batch * t.size(-2) + block.begin) * t.size(-1);
+}
+
+template <typename scalar_t>
+scalar_t* mutable_rows_of(const Tensor& t, const Block& block) {
+  return t.mutable_data_ptr<scalar_t>() + (block.batch * t.size(-2) + block.begin) * t.size(-1);
+}
+
+// The block in the accumulation type: the tensor itself where the types agree, a copy otherwise.
+template <typename scalar_t, typename acc_t>
+const acc_t* widen(const scalar_t* from, int64_t count, std::vector<acc_t>& scratch) {
+  if constexpr (std::is_same_v<scalar_t, acc_t>) {
+    return from;
+  } else {
+    scratch.resize(count);
+    for (int64_t i = 0; i < count; ++i)
+      scratch[i] = static_cast<acc_t>(from[i]);
+    return scratch.data();
+  }
+}
+
+template <typename scalar_t, typename acc_t>
+void narrow(const acc_t* from, int64_t count, scalar_t* to) {
+  if constexpr (!std::is_same_v<scalar_t, acc_t>)
+    for (int64_t i = 0; i < count; ++i)
+      to[i] = static_cast<scalar_t>(from[i]);
+}
+
+template <typename scalar_t, typename acc_t>
+void difference(const scalar_t* from, const acc_t* base, int64_t count, acc_t* out) {
+  for (int64_t i = 0; i < count; ++i)
+    out[i] = static_cast<acc_t>(from[i]) - base[i];
+}
+
+// Scratch of one thread.
+template <typename acc_t>
+struct Scratch {
+  std::vector<acc_t> base, grad, out, difference, dr;
+};
+
+// r = values - r, where r = W0 c. A value that W0 gives already, up to the rounding of a dot
+// product, is no edit: without the exact zero an identity edit would stir the last digits of every
+// weight.
+template <typename acc_t>
+void subtract_from_values(
+    const Problem& p, const acc_t* values, const acc_t* base, const Block& block, acc_t* r) {
+  const double* token_norm = p.token_norm.const_data_ptr<double>() + block.batch * p.s;
+  const double unit = 2.0 * std::numeric_limits<acc_t>::epsilon();
+  for (int64_t i = 0; i < block.rows; ++i) {
+    double squared = 0.0;
+    for (int64_t k = 0; k < p.d; ++k)
+      squared += static_cast<double>(base[i * p.d + k]) * static_cast<double>(base[i * p.d + k]);
+    const double rounding = unit * std::sqrt(squared);
+    for (int64_t j = 0; j < p.s; ++j) {
+      const acc_t edit = values[i * p.s + j] - r[i * p.s + j];
+      const bool none = std::abs(static_cast<double>(edit)) <= rounding * token_norm[j];
+      r[i * p.s + j] = none ? acc_t(0) : edit;
+    }
+  }
+}
+
+template <typename scalar_t>
+void apply_block(
+    const Problem& p,
+    const Block& block,
+    Scratch<accumulate_t<scalar_t>>& scratch,
+    std::vector<Tensor>& merged,
+    std::vector<Tensor>& residual) {
+  using acc_t = accumulate_t<scalar_t>;
+  const int64_t count = block.rows * p.d;
+  const acc_t* c = p.c.const_data_ptr<acc_t>() + block.batch * p.s * p.d;
+  const acc_t* b = p.b.const_data_ptr<acc_t>() + block.batch * p.s * p.d;
+  const acc_t* base =
+      widen<scalar_t, acc_t>(rows_of<scalar_t>(p.base[block.layer], block), count, scratch.base);
+  acc_t* r = mutable_rows_of<acc_t>(residual[block.layer], block);
+  if (p.targets_are_values) {
+    const acc_t* values = rows_of<acc_t>(p.targets[block.layer], block);
+    rows::multiply_transposed<acc_t>(base, block.rows, c, p.s, p.d, r, p.s);
+    subtract_from_values(p, values, base, block, r);
+  } else {
+    scratch.difference.resize(count);
+    for (int64_t n = 0; n < p.concepts(); ++n) {
+      difference(
+          rows_of<scalar_t>(p.target(n, block.layer), block), base, count,
+          scratch.difference.data());
+      rows::multiply_transposed<acc_t>(
+          scratch.difference.data(), block.rows, c + p.offsets[n] * p.d, p.rows[n], p.d,
+          r + p.offsets[n], p.s);
+    }
+  }
+  scalar_t* out = mutable_rows_of<scalar_t>(merged[block.layer], block);
+  if constexpr (std::is_same_v<scalar_t, acc_t>) {
+    rows::add_product<acc_t>(base, acc_t(1), r, p.s, block.rows, p.s, b, p.d, out);
+  } else {
+    scratch.out.resize(count);
+    rows::add_product<acc_t>(base, acc_t(1), r, p.s, block.rows, p.s, b, p.d, scratch.out.data());
+    narrow(scratch.out.data(), count, out);
+  }
+}
+
+template <typename Function>
+void for_each_block(const std::vector<Block>& blocks, const Function& function) {
+  at::parallel_for(0, static_cast<int64_t>(blocks.size()), 1, [&](int64_t begin, int64_t end) {
+    function(begin, end);
+  });
+}
+
+// Every entry of W0 and of every target meets a product in R, so R is finite only if they are: the
+// check costs s numbers a row instead of another pass over the weights.
+void check_residual_is_finite(
+    const char* op, const Problem& p, const std::vector<Tensor>& residual) {
+  for (int64_t l = 0; l < p.layers(); ++l) {
+    if (residual[l].isfinite().all().item<bool>())
+      continue;
+    TORCH_CHECK_VALUE(
+        p.base[l].isfinite().all().item<bool>(), op, ": base[", l,
+        "] must be finite, got NaN or infinity");
+    for (size_t k = l; k < p.targets.size(); k += p.base.size())
+      TORCH_CHECK_VALUE(
+          p.targets[k].isfinite().all().item<bool>(), op, ": ",
+          p.targets_are_values ? "values" : "concepts", "[",
+          p.targets_are_values ? "" : std::to_string(k / p.base.size()) + "][", l,
+          "] must be finite, got NaN or infinity");
+    TORCH_CHECK_VALUE(
+        false, op, ": the outputs asked of layer ", l, " overflow ", p.accumulate,
+        "; scale the embeddings down or use float64 weights");
+  }
+}
+
+// R (I - E T) is by how much the constraints that were not kept are missed. Whatever exceeds what
+// near-repeats and rounding explain is a contradiction between targets.
+void check_contradictions(
+    const char* op,
+    const Problem& p,
+    const Tensor& defect,
+    double rank_rtol,
+    const std::vector<Tensor>& residual) {
+  const Tensor flat = defect.reshape({p.batch, p.s, p.s});
+  if (!flat.any().item<bool>())
+    return;
+  Tensor violation = at::zeros({p.s}, flat.options());
+  double scale = 0.0;
+  for (int64_t l = 0; l < p.layers(); ++l) {
+    const Tensor r = residual[l].reshape({p.batch, -1, p.s}).to(at::kDouble);
+    if (r.numel() == 0)
+      continue;
+    scale = std::max(scale, r.abs().max().item<double>());
+    violation = at::maximum(violation, r.matmul(flat).abs().amax({0, 1}));
+    if (p.targets_are_values)
+      scale = std::max(scale, p.targets[l].to(at::kDouble).abs().max().item<double>() * 1e-3);
+  }
+  const double epsilon = p.accumulate == at::kDouble ? 2.2e-16 : 1.2e-7;
+  const double tolerance = (10.0 * std::sqrt(rank_rtol) + 1e4 * epsilon) * scale;
+  std::vector<int64_t> bad;
+  for (int64_t j = 0; j < p.s; ++j)
+    if (violation[j].item<double>() > tolerance)
+      bad.push_back(j);
+  TORCH_CHECK_VALUE(
+      bad.empty(), op, ": contradictory targets at rows ", at::IntArrayRef(bad),
+      " of the embeddings, which repeat earlier rows but ask for other outputs; drop "
+      "the repeated tokens, average them with contradictions='average', or soften "
+      "them with a finite hardness");
+}
+
+std::tuple<std::vector<Tensor>, std::vector<Tensor>> merge_apply(
+    TensorList base,     // L x [*, o_l, d]
+    TensorList targets,  // N L x [*, o_l, d] or L x [*, o_l, s]
+    at::IntArrayRef rows,
+    bool targets_are_values,
+    const Tensor& c,       // [*, s, d]
+    const Tensor& b,       // [*, s, d]
+    const Tensor& defect,  // [*, s, s]
+    double rank_rtol,
+    bool check) {
+  const Problem p = make_problem("merge_apply", base, targets, rows, targets_are_values, c, b);
+  std::vector<Tensor> merged = allocate(p.base, p.d, p.dtype);
+  std::vector<Tensor> residual = allocate(p.base, p.s, p.accumulate);
+  const std::vector<Block> blocks = split_into_blocks(p.batch, p.base);
+  AT_DISPATCH_FLOATING_TYPES_AND2(at::kHalf, at::kBFloat16, p.dtype, "merge_apply", [&] {
+    for_each_block(blocks, [&](int64_t begin, int64_t end) {
+      Scratch<accumulate_t<scalar_t>> scratch;
+      for (int64_t i = begin; i < end; ++i)
+        apply_block<scalar_t>(p, blocks[i], scratch, merged, residual);
+    });
+  });
+  check_residual_is_finite("merge_kv", p, residual);
+  if (check)
+    check_contradictions("merge_kv", p, defect, rank_rtol, residual);
+  return {merged, residual};
+}
+
+// What a block of the backward pass adds to: dB and dC in float64, one pair a partial sum.
+template <typename scalar_t>
+void apply_backward_block(
+    const Problem& p,
+    const Block& block,
+    const std::vector<Tensor>& grad,
+    const std::vector<Tensor>& residual,
+    Scratch<accumulate_t<scalar_t>>& scratch,
+    const std::vector<Tensor>& grad_base,
+    const std::vector<Tensor>& grad_targets,
+    double* grad_c,
+    double* grad_b) {
+  using acc_t = accumulate_t<scalar_t>;
+  const int64_t count = block.rows * p.d;
+  const acc_t* c = p.c.const_data_ptr<acc_t>() + block.batch * p.s * p.d;
+  const acc_t* b = p.b.const_data_ptr<acc_t>() + block.batch * p.s * p.d;
+  const acc_t* g =
+      widen<scalar_t, acc_t>(rows_of<scalar_t>(grad[block.layer], block), count, scratch.grad);
+  scratch.dr.resize(block.rows * p.s);
+  acc_t* dr = scratch.dr.data();
+  rows::multiply_transposed<acc_t>(g, block.rows, b, p.s, p.d, dr, p.s);
+
+  const auto write = [&](const acc_t* base, acc_t sign, const acc_t* coefficients, int64_t q,
+                         const acc_t* y, const Tensor& to) {
+    scalar_t* out = mutable_rows_of<scalar_t>(to, block);
+    if constexpr (std::is_same_v<scalar_t, acc_t>) {
+      rows::add_product<acc_t>(base, sign, coefficients, p.s, block.rows, q, y, p.d, out);
+    } else {
+      scratch.out.resize(count);
+      rows::add_product<acc_t>(
+          base, sign, coefficients, p.s, block.rows, q, y, p.d, scratch.out.data());
+      narrow(scratch.out.data(), count, out);
+    }
+  };
+  if (!grad_base.empty())
+    write(g, acc_t(-1), dr, p.s, c, grad_base[block.layer]);
+  if (!grad_targets.empty()) {
+    if (p.targets_are_values) {
+      std::copy_n(dr, block.rows * p.s, mutable_rows_of<acc_t>(grad_targets[block.layer], block));
+    } else {
+      for (int64_t n = 0; n < p.concepts(); ++n)
+        write(
+            nullptr, acc_t(1), dr + p.offsets[n], p.rows[n], c + p.offsets[n] * p.d,
+            grad_targets[n * p.layers() + block.layer]);
+    }
+  }
+  if (grad_b != nullptr) {
+    const acc_t* r = rows_of<acc_t>(residual[block.layer], block);
+    rows::accumulate_product<acc_t>(r, p.s, block.rows, p.s, g, p.d, grad_b);
+  }
+  if (grad_c == nullptr)
+    return;
+  const acc_t* base =
+      widen<scalar_t, acc_t>(rows_of<scalar_t>(p.base[block.layer], block), count, scratch.base);
+  if (p.targets_are_values) {
+    for (int64_t i = 0; i < block.rows * p.s; ++i)
+      dr[i] = -dr[i];
+    rows::accumulate_product<acc_t>(dr, p.s, block.rows, p.s, base, p.d, grad_c);
+    return;
+  }
+  scratch.difference.resize(count);
+  for (int64_t n = 0; n < p.concepts(); ++n) {
+    difference(
+        rows_of<scalar_t>(p.target(n, block.layer), block), base, count, scratch.difference.data());
+    rows::accumulate_product<acc_t>(
+        dr + p.offsets[n], p.s, block.rows, p.rows[n], scratch.difference.data(), p.d,
+        grad_c + p.offsets[n] * p.d);
+  }
+}
+
+std::tuple<std::vector<Tensor>, std::vector<Tensor>, Tensor, Tensor> merge_apply_backward(
+    TensorList grad,     // L x [*, o_l, d]
+    TensorList base,     // L x [*, o_l, d]
+    TensorList targets,  // N L x [*, o_l, d] or L x [*, o_l, s]
+    at::IntArrayRef rows,
+    bool targets_are_values,
+    const Tensor& c,      // [*, s, d]
+    const Tensor& b,      // [*, s, d]
+    TensorList residual,  // L x [*, o_l, s]
+    bool need_base,
+    bool need_targets,
+    bool need_c,
+    bool need_b) {
+  const Problem p =
+      make_problem("merge_apply_backward", base, targets, rows, targets_are_values, c, b);
+  const std::vector<Tensor> g = contiguous(grad);
+  const std::vector<Tensor> r = contiguous(residual);
+  for (int64_t l = 0; l < p.layers(); ++l) {
+    check_shape("merge_apply_backward", "grad", g[l], p.base[l].sizes());
+    check_dtype("merge_apply_backward", "grad", g[l], p.dtype);
+  }
+  std::vector<Tensor> grad_base, grad_targets;
+  if (need_base)
+    grad_base = allocate(p.base, p.d, p.dtype);
+  if (need_targets)
+    for (const Tensor& t : p.targets)
+      grad_targets.push_back(at::empty_like(t));
+  const auto options = c.options();
+  const int64_t size = p.s * p.d;
+  Tensor grad_c = at::empty({0}, options), grad_b = at::empty({0}, options);
+  if (need_c)
+    grad_c = at::zeros({p.batch, p.s, p.d}, options);
+  if (need_b)
+    grad_b = at::zeros({p.batch, p.s, p.d}, options);
+  for (int64_t batch = 0; batch < p.batch; ++batch) {
+    std::vector<Block> blocks = split_into_blocks(1, p.base);
+    for (Block& block : blocks)
+      block.batch = batch;
+    const int64_t count = static_cast<int64_t>(blocks.size());
+    const int64_t sums = std::min(kPartialSums, count);
+    // Where no sum over rows is asked for, blocks need no grouping; the order is free.
+    const Tensor partial_c = at::zeros({need_c ? sums : 0, size}, options);
+    const Tensor partial_b = at::zeros({need_b ? sums : 0, size}, options);
+    AT_DISPATCH_FLOATING_TYPES_AND2(at::kHalf, at::kBFloat16, p.dtype, "merge_apply_backward", [&] {
+      at::parallel_for(0, sums, 1, [&](int64_t begin, int64_t end) {
+        Scratch<accumulate_t<scalar_t>> scratch;
+        for (int64_t k = begin; k < end; ++k) {
+          double* sum_c = need_c ? partial_c.mutable_data_ptr<double>() + k * size : nullptr;
+          double* sum_b = need_b ? partial_b.mutable_data_ptr<double>() + k * size : nullptr;
+          for (int64_t i = k * count / sums; i < (k + 1) * count / sums; ++i)
+            apply_backward_block<scalar_t>(
+                p, blocks[i], g, r, scratch, grad_base, grad_targets, sum_c, sum_b);
+        }
+      });
+    });
+    if (need_c)
+      grad_c[batch] = partial_c.sum(0).view({p.s, p.d});
+    if (need_b)
+      grad_b[batch] = partial_b.sum(0).view({p.s, p.d});
+  }
+  if (need_c)
+    grad_c = grad_c.reshape(c.sizes());
+  if (need_b)
+    grad_b = grad_b.reshape(c.sizes());
+  return {grad_base, grad_targets, grad_c, grad_b};
+}
+
+}  // namespace
+
+TORCH_LIBRARY_IMPL(immunize_ext, CPU, m) {
+  m.impl("merge_solve", &merge_solve);
+  m.impl("merge_apply", &merge_apply);
+  m.impl("merge_apply_backward", &merge_apply_backward);
+}
+
+}  // namespace immunize_ext

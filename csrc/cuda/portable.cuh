@@ -1,0 +1,116 @@
+// The names in which device code is written so that nvcc and g++ both compile it.
+//
+// Under nvcc each is the plain CUDA thing. Under g++ they come from csrc/simt/, which runs the
+// kernels on the CPU and checks what they do; csrc/simt/README.md says how to write such a kernel.
+#pragma once
+
+#if !defined(__CUDACC__)
+
+#include "../simt/simt.h"
+
+#else
+
+#include <cuda_runtime.h>
+
+#include <cstddef>
+#include <cstdint>
+#include <string>
+#include <type_traits>
+
+#include "../simt/common.h"
+
+namespace simt {
+
+// Memory that kernels get as an argument: aliases nothing else that the kernel writes.
+template <typename T>
+using GlobalPtr = T* __restrict__;
+// Shared memory, or either.
+template <typename T>
+using SharedPtr = T*;
+
+// The same address as a pointer to U.
+template <typename U, typename T>
+__host__ __device__ __forceinline__ U* pointer_cast(T* p) {
+  return reinterpret_cast<U*>(p);
+}
+
+// Whether packs of `bytes` bytes can be read and written at `p`.
+template <typename T>
+__host__ __device__ __forceinline__ bool is_aligned(const T* p, std::size_t bytes) {
+  return reinterpret_cast<std::uintptr_t>(p) % bytes == 0;
+}
+
+template <int count, typename T>
+__device__ __forceinline__ Pack<std::remove_const_t<T>, count> load_pack(T* p) {
+  return *reinterpret_cast<const Pack<std::remove_const_t<T>, count>*>(p);
+}
+template <typename T, int count>
+__device__ __forceinline__ void store_pack(T* p, const Pack<T, count>& pack) {
+  *reinterpret_cast<Pack<T, count>*>(p) = pack;
+}
+
+using Stream = cudaStream_t;
+
+// Throws LaunchError for a failed call, and leaves no error state behind.
+inline void check(const char* what, cudaError_t status) {
+  if (status != cudaSuccess) {
+    cudaGetLastError();
+    throw LaunchError(std::string(what) + ": " + cudaGetErrorString(status));
+  }
+}
+
+// Lets launches of `kernel` have up to `bytes` of dynamic shared memory.
+template <typename... P>
+void allow_dynamic_shared(const Kernel<P...>& kernel, std::size_t bytes) {
+  check(
+      kernel.name, cudaFuncSetAttribute(
+                       reinterpret_cast<const void*>(kernel.function),
+                       cudaFuncAttributeMaxDynamicSharedMemorySize, static_cast<int>(bytes)));
+}
+
+inline int device_attribute(cudaDeviceAttr attribute) {
+  int device = 0;
+  int value = 0;
+  check("cudaGetDevice", cudaGetDevice(&device));
+  check("cudaDeviceGetAttribute", cudaDeviceGetAttribute(&value, attribute, device));
+  return value;
+}
+
+// The most shared memory that a block can have on the current device.
+inline std::size_t shared_limit(Stream) {
+  return static_cast<std::size_t>(device_attribute(cudaDevAttrMaxSharedMemoryPerBlockOptin));
+}
+
+// How many blocks can run at the same time at least: for kernels whose blocks loop over the work.
+inline int multiprocessor_count(Stream) {
+  return device_attribute(cudaDevAttrMultiProcessorCount);
+}
+
+// Launches on `stream` of the current device.
+template <typename... P, typename... A>
+void launch(
+    const Kernel<P...>& kernel,
+    const dim3& grid,
+    const dim3& block,
+    std::size_t shared_bytes,
+    Stream stream,
+    const A&... arguments) {
+  cudaLaunchConfig_t config{};
+  config.gridDim = grid;
+  config.blockDim = block;
+  config.dynamicSmemBytes = shared_bytes;
+  config.stream = stream;
+  check(kernel.name, cudaLaunchKernelEx(&config, kernel.function, arguments...));
+}
+
+}  // namespace simt
+
+// SIMT_SHARED_ARRAY(float, partial, 32): a shared array of 32 floats named partial.
+#define SIMT_SHARED_ARRAY(type, name, count) __shared__ __align__(16) type name[count]
+
+// SIMT_DYNAMIC_SHARED(double, workspace): all dynamic shared memory of the block, as doubles.
+#define SIMT_DYNAMIC_SHARED(type, name)                                \
+  extern __shared__ __align__(16) unsigned char simt_dynamic_shared[]; \
+  const ::simt::SharedPtr<type> name = reinterpret_cast<type*>(simt_dynamic_shared)
+
+#endif

@@ -1,0 +1,109 @@
+// Every operator schema of immunize_ext, in one place.
+//
+// Symbols: * leading batch dimensions; n x p a matrix (for features: n samples, p features);
+//          t = min(n, p) its thin side; d input width, o output width of a projection;
+//          s concept rows (tokens) over all concepts; L layers; N concepts.
+// Kernels live in cpu/<stem>.cpp and cuda/<stem>.cu, each with its own TORCH_LIBRARY_IMPL block;
+// fake kernels and transform rules live in immunize_ext/ops/_register.py.
+
+#include <torch/library.h>
+
+TORCH_LIBRARY(immunize_ext, m) {
+  // --- spectrum ---------------------------------------------------------------------------------
+  // Policy arguments, the same in every spectrum operator:
+  //   rank_rtol     sigma_i counts iff sigma_i > rank_rtol * sigma_max
+  //   cluster_rtol  sigma_i belongs to an extreme iff it is within cluster_rtol * sigma_max of it
+  //   full_rank     sigma_min is the t-th singular value (0 if it does not count), not the rank-th
+  m.def(
+      "extremal_singular_values(Tensor a,"  // [*, n, p]
+      " float rank_rtol, float cluster_rtol, bool full_rank) -> ("
+      "Tensor sigma_max,"          // [*] float64
+      " Tensor sigma_min,"         // [*] float64
+      " Tensor rank,"              // [*] int64
+      " Tensor multiplicity_max,"  // [*] int64
+      " Tensor multiplicity_min,"  // [*] int64
+      " Tensor u_max,"             // [*, n] float64, zero where the gradient is zero
+      " Tensor v_max,"             // [*, p] float64
+      " Tensor u_min,"             // [*, n] float64
+      " Tensor v_min)");           // [*, p] float64
+  m.def(
+      "extremal_singular_values_backward("
+      "Tensor grad_max,"   // [*] float64
+      " Tensor grad_min,"  // [*] float64
+      " Tensor a, Tensor multiplicity_max, Tensor multiplicity_min,"
+      " Tensor u_max, Tensor v_max, Tensor u_min, Tensor v_min,"
+      " float rank_rtol, float cluster_rtol, bool full_rank) -> Tensor");  // [*, n, p], dtype of a
+  m.def(
+      "extremal_singular_values_double_backward("
+      "Tensor cotangent,"  // [*, n, p], with respect to grad_a
+      " Tensor grad_max, Tensor grad_min, Tensor a,"
+      " float rank_rtol, float cluster_rtol, bool full_rank) -> ("
+      "Tensor grad_grad_max, Tensor grad_grad_min, Tensor grad_a)");
+  // Extremes of K = x^T x, in units of K; tolerances stay in units of the singular values of x.
+  m.def(
+      "gram_extremes(Tensor x,"  // [*, n, p]
+      " float rank_rtol, float cluster_rtol, bool full_rank) -> ("
+      "Tensor lambda_max,"                                               // [*] float64
+      " Tensor lambda_min,"                                              // [*] float64
+      " Tensor squared_frobenius,"                                       // [*] float64, |K|_F^2
+      " Tensor rank, Tensor multiplicity_max, Tensor multiplicity_min,"  // [*] int64
+      " Tensor u_max, Tensor v_max, Tensor u_min, Tensor v_min,"         // as above
+      " Tensor thin_gram)");  // [*, t, t] float64, x x^T or x^T x
+  m.def(
+      "gram_extremes_backward("
+      "Tensor grad_max, Tensor grad_min, Tensor grad_squared_frobenius,"  // [*] float64
+      " Tensor x, Tensor lambda_max, Tensor lambda_min,"
+      " Tensor multiplicity_max, Tensor multiplicity_min,"
+      " Tensor u_max, Tensor v_max, Tensor u_min, Tensor v_min, Tensor thin_gram,"
+      " float rank_rtol, float cluster_rtol, bool full_rank) -> Tensor");  // [*, n, p], dtype of x
+  m.def(
+      "gram_extremes_double_backward("
+      "Tensor cotangent,"  // [*, n, p], with respect to grad_x
+      " Tensor grad_max, Tensor grad_min, Tensor grad_squared_frobenius, Tensor x,"
+      " float rank_rtol, float cluster_rtol, bool full_rank) -> ("
+      "Tensor grad_grad_max, Tensor grad_grad_min, Tensor grad_grad_squared_frobenius,"
+      " Tensor grad_x)");
+
+  // --- merge ------------------------------------------------------------------------------------
+  // The part shared by all layers. T = c Q^-1 c^T + diag(inverse_hardness), E its (generalised)
+  // inverse, b = E c Q^-1.
+  m.def(
+      "merge_solve("
+      "Tensor chol,"               // [*, d, d] float64, lower Cholesky factor of Q
+      " Tensor c,"                 // [*, s, d] float64
+      " Tensor inverse_hardness,"  // [*, s] float64, 0 = hard constraint
+      " float rank_rtol, bool average) -> ("
+      "Tensor a,"        // [*, d, s] = Q^-1 c^T
+      " Tensor e,"       // [*, s, s]
+      " Tensor defect,"  // [*, s, s] = I - E T, zero where T has full rank
+      " Tensor rank)");  // [*] int64
+  // The part per layer: W_l = W0_l + R_l b with R_l = V_l - W0_l c^T.
+  // targets: concept weights, concept-major (N * L tensors [*, o_l, d]) with rows[n] tokens each;
+  //          or, with targets_are_values, one [*, o_l, s] tensor a layer.
+  m.def(
+      "merge_apply("
+      "Tensor[] base,"  // L x [*, o_l, d]
+      " Tensor[] targets, int[] rows, bool targets_are_values,"
+      " Tensor c, Tensor b,"  // [*, s, d] float64
+      " Tensor defect, float rank_rtol, bool check) -> ("
+      "Tensor[] merged,"       // L x [*, o_l, d], dtype of base
+      " Tensor[] residual)");  // L x [*, o_l, s], float32 or float64
+  m.def(
+      "merge_apply_backward("
+      "Tensor[] grad,"  // L x [*, o_l, d]
+      " Tensor[] base, Tensor[] targets, int[] rows, bool targets_are_values,"
+      " Tensor c, Tensor b, Tensor[] residual,"
+      " bool need_base, bool need_targets, bool need_c, bool need_b) -> ("
+      "Tensor[] grad_base, Tensor[] grad_targets,"  // empty lists where not needed
+      " Tensor grad_c, Tensor grad_b)");            // [0] where not needed
+
+  // --- precondition -----------------------------------------------------------------------------
+  // grad K^-1 for K = x^T x + ridge I, from the Cholesky factor of K (p x p), or with woodbury from
+  // that of x x^T + ridge I (n x n) and x.
+  m.def(
+      "precondition("
+      "Tensor grad,"                              // [*, o, p]
+      " Tensor factor,"                           // [p, p] or [n, n] float64, lower
+      " Tensor x,"                                // [n, p] float64; [0, p] unless woodbury
+      " float ridge, bool woodbury) -> Tensor");  // [*, o, p], dtype of grad
+}

@@ -1,0 +1,121 @@
+"""A supervised task: what every immunizer, attacker and metric is handed."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+
+@dataclass(frozen=True)
+class Task:
+    """One supervised task with a training and a test part that share no sample.
+
+    Attributes:
+        name: What the task is, in a few words; reports print it.
+        x_train: Inputs to train on, shape ``(n, p)``, floating point.
+        y_train: Their targets, shape ``(n,)``, same dtype: -1 and +1 for a classification task,
+            any real number for a regression task.
+        x_test: Inputs to judge by, shape ``(m, p)``.
+        y_test: Their targets, shape ``(m,)``.
+
+    Raises:
+        ValueError: On construction, if shapes, dtypes or devices do not fit together, a part is
+            empty or a value is not finite.
+
+    Example:
+        >>> import torch
+        >>> x = torch.eye(4, dtype=torch.float64)
+        >>> y = torch.tensor([1.0, -1.0, 1.0, -1.0], dtype=torch.float64)
+        >>> task = Task("toy", x[:2], y[:2], x[2:], y[2:])
+        >>> task.num_features, task.is_classification
+        (4, True)
+    """
+
+    name: str
+    x_train: Tensor
+    y_train: Tensor
+    x_test: Tensor
+    y_test: Tensor
+
+    def __post_init__(self) -> None:
+        for part in ("train", "test"):
+            x: Tensor = getattr(self, f"x_{part}")
+            y: Tensor = getattr(self, f"y_{part}")
+            if x.dim() != 2 or 0 in x.shape or not x.dtype.is_floating_point:
+                raise ValueError(
+                    f"Task: x_{part} must be a floating-point matrix (n, p) with n, p >= 1, got "
+                    f"{tuple(x.shape)} of {x.dtype}; give one row per sample"
+                )
+            if y.shape != x.shape[:1] or y.dtype != x.dtype or y.device != x.device:
+                raise ValueError(
+                    f"Task: y_{part} must be a vector of {x.shape[0]} values of {x.dtype} on "
+                    f"{x.device}, got {tuple(y.shape)} of {y.dtype} on {y.device}; "
+                    "convert it to the dtype and device of the inputs"
+                )
+            if not bool(torch.isfinite(x).all() and torch.isfinite(y).all()):
+                raise ValueError(
+                    f"Task: x_{part} and y_{part} must be finite, got NaN or infinity; "
+                    "fill missing values before building the task"
+                )
+        if self.x_train.shape[1] != self.x_test.shape[1]:
+            raise ValueError(
+                f"Task: x_test must have {self.x_train.shape[1]} features as x_train has, got "
+                f"{self.x_test.shape[1]}; preprocess both parts alike"
+            )
+
+    @property
+    def num_features(self) -> int:
+        """Number p of features."""
+        return int(self.x_train.shape[1])
+
+    @property
+    def is_classification(self) -> bool:
+        """Whether every target is -1 or +1, so that the sign of a prediction decides."""
+        return bool((self.y_train.abs() == 1).all() and (self.y_test.abs() == 1).all())
+
+    def to(
+        self, device: torch.device | str | None = None, dtype: torch.dtype | None = None
+    ) -> Task:
+        """Return the task with every tensor on another device or of another dtype.
+
+        Args:
+            device: The device; as it is when omitted.
+            dtype: The dtype; as it is when omitted.
+
+        Returns:
+            The converted task.
+        """
+        parts = (self.x_train, self.y_train, self.x_test, self.y_test)
+        return Task(self.name, *(part.to(device=device, dtype=dtype) for part in parts))
+
+    def folds(self, count: int) -> list[Task]:
+        """Cut the training part into tasks that test on one fold and train on the others.
+
+        The test part is left out, so choices made on the folds do not see it. Fold i takes samples
+        i, i + count, i + 2 count, ...: loaders shuffle already, and no random state is needed.
+
+        Args:
+            count: Number of folds, at least 2 and at most the number of training samples.
+
+        Returns:
+            ``count`` tasks.
+
+        Raises:
+            ValueError: If ``count`` is out of range.
+        """
+        n = self.x_train.shape[0]
+        if not 2 <= count <= n:
+            raise ValueError(f"Task.folds: count must be between 2 and {n}, got {count}")
+        fold_of = torch.arange(n, device=self.x_train.device) % count
+        return [
+            Task(
+                f"{self.name} (fold {fold + 1} of {count})",
+                self.x_train[fold_of != fold],
+                self.y_train[fold_of != fold],
+                self.x_train[fold_of == fold],
+                self.y_train[fold_of == fold],
+            )
+            for fold in range(count)
+        ]

@@ -1,0 +1,173 @@
+"""The exceptions and warnings that immunize_ext raises beyond ``ValueError``.
+
+Each one derives from the class that callers already catch for this kind of failure.
+"""
+
+from collections.abc import Sequence
+
+import torch
+
+
+class NotPositiveDefiniteError(torch.linalg.LinAlgError):  # type: ignore[name-defined]
+    """A matrix that must be positive definite is not.
+
+    Attributes:
+        batch_index: Position of the first such matrix in the batch; ``()`` for a single matrix.
+        rank: Its numerical rank, or ``None`` where it was not determined.
+        needed_ridge: The smallest ridge, absolute, that would make it numerically positive
+            definite, or ``None`` where it was not determined.
+
+    Example:
+        >>> error = NotPositiveDefiniteError.for_matrix(
+        ...     "from_embeddings", "Q", dim=8, rank=5, needed_ridge=1e-9
+        ... )
+        >>> print(error)
+        from_embeddings: Q must be positive definite, got rank 5 of 8; use a ridge of at least 1e-09
+        >>> error.rank
+        5
+    """
+
+    def __init__(
+        self,
+        message: str,
+        *,
+        batch_index: tuple[int, ...] = (),
+        rank: int | None = None,
+        needed_ridge: float | None = None,
+    ) -> None:
+        super().__init__(message)
+        self.batch_index = batch_index
+        self.rank = rank
+        self.needed_ridge = needed_ridge
+
+    @classmethod
+    def for_matrix(
+        cls,
+        function: str,
+        argument: str,
+        *,
+        dim: int,
+        batch_index: tuple[int, ...] = (),
+        rank: int | None = None,
+        needed_ridge: float | None = None,
+    ) -> "NotPositiveDefiniteError":
+        """Build the error with its message from the facts.
+
+        Args:
+            function: The function that refuses.
+            argument: Its argument, or the matrix made of it.
+            dim: Number of rows of the matrix.
+            batch_index: Position of the matrix in the batch; ``()`` for a single matrix.
+            rank: Its numerical rank.
+            needed_ridge: The smallest absolute ridge that would do.
+
+        Returns:
+            The error, to be raised.
+        """
+        where = f" at batch index {batch_index}" if batch_index else ""
+        got = "an indefinite or singular matrix" if rank is None else f"rank {rank} of {dim}"
+        ridge = "add a ridge"
+        if needed_ridge is not None:
+            ridge = f"use a ridge of at least {needed_ridge:.3g}"
+        return cls(
+            f"{function}: {argument} must be positive definite, got {got}{where}; {ridge}",
+            batch_index=batch_index,
+            rank=rank,
+            needed_ridge=needed_ridge,
+        )
+
+
+class ContradictoryTargetsError(ValueError):
+    """The same embedding is asked to map to two different values.
+
+    Attributes:
+        rows: Rows of the stacked concept embeddings that contradict each other.
+        names: Names of the concepts these rows belong to, without repetition.
+
+    Example:
+        >>> error = ContradictoryTargetsError.for_rows(
+        ...     "merge_kv", rows=(0, 7), names=("cat", "dog", "cat")
+        ... )
+        >>> print(str(error).split(", got ")[1])
+        rows 0, 7 of concepts cat, dog; use contradictions="average" or a finite hardness
+        >>> error.names
+        ('cat', 'dog')
+    """
+
+    def __init__(
+        self, message: str, *, rows: Sequence[int] = (), names: Sequence[str] = ()
+    ) -> None:
+        super().__init__(message)
+        self.rows = tuple(rows)
+        self.names = tuple(dict.fromkeys(names))
+
+    @classmethod
+    def for_rows(
+        cls, function: str, *, rows: Sequence[int], names: Sequence[str]
+    ) -> "ContradictoryTargetsError":
+        """Build the error with its message from the rows and the concepts they belong to.
+
+        Args:
+            function: The function that refuses.
+            rows: Rows of the stacked concept embeddings.
+            names: Names of their concepts; repetitions are dropped.
+
+        Returns:
+            The error, to be raised.
+        """
+        listed = ", ".join(str(row) for row in rows)
+        concepts = ", ".join(dict.fromkeys(names))
+        return cls(
+            f"{function}: embeddings must not ask one token for different values, got rows "
+            f'{listed} of concepts {concepts}; use contradictions="average" or a finite hardness',
+            rows=rows,
+            names=names,
+        )
+
+
+class EqualSingularValuesError(ValueError):
+    """All singular values are equal, where the function asked for is infinite.
+
+    R_ill(S) = 1/D with D = |S|_F^2/(2k) - sigma_min^2/2 has no value at D = 0.
+
+    Attributes:
+        batch_index: Position of the first such matrix in the batch; ``()`` for a single matrix.
+
+    Example:
+        >>> error = EqualSingularValuesError.for_matrix("r_ill", "s", batch_index=(2,))
+        >>> print(str(error).split(";")[0])
+        r_ill: s must have singular values that differ, got all of them equal at batch index (2,)
+    """
+
+    def __init__(self, message: str, *, batch_index: tuple[int, ...] = ()) -> None:
+        super().__init__(message)
+        self.batch_index = batch_index
+
+    @classmethod
+    def for_matrix(
+        cls, function: str, argument: str, *, batch_index: tuple[int, ...] = ()
+    ) -> "EqualSingularValuesError":
+        """Build the error with its message.
+
+        Args:
+            function: The function that refuses.
+            argument: Its argument.
+            batch_index: Position of the matrix in the batch; ``()`` for a single matrix.
+
+        Returns:
+            The error, to be raised.
+        """
+        where = f" at batch index {batch_index}" if batch_index else ""
+        return cls(
+            f"{function}: {argument} must have singular values that differ, got all of them "
+            f"equal{where}; start from another matrix or use log_condition_number",
+            batch_index=batch_index,
+        )
+
+
+class NumericalWarning(UserWarning):
+    """A result is right as defined, but the input makes it less accurate than usual."""
+
+
+class FallbackWarning(UserWarning):
+    """Operators run their torch-only route, because the compiled part is not loaded."""

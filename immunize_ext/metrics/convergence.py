@@ -1,0 +1,134 @@
+"""How fast an attacker converges: steps to a threshold, slow-down, norm ratio."""
+
+from __future__ import annotations
+
+import math
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+
+class Slowdown(NamedTuple):
+    """How many times more steps an attacker needs.
+
+    Attributes:
+        ratio: Steps with immunization divided by steps without; a lower bound if ``censored``.
+        censored: Whether the budget ran out before the attacker got there.
+
+    Example:
+        >>> print(Slowdown(3.456, False), Slowdown(128.0, True))
+        3.5x >128x
+    """
+
+    ratio: float
+    censored: bool
+
+    def __str__(self) -> str:
+        if self.censored:
+            return f">{self.ratio:.0f}x"
+        digits = 2 if self.ratio < 0.995 else 1 if self.ratio < 99.5 else 0
+        return f"{self.ratio:.{digits}f}x"
+
+
+def steps_to_threshold(losses: Tensor, threshold: float) -> int | None:
+    """First step at which a loss is at most a threshold.
+
+    Args:
+        losses: Loss before the first step and after each, shape ``(steps + 1,)``.
+        threshold: What has to be reached.
+
+    Returns:
+        The step, 0 if the start is good enough; ``None`` if no step reaches it.
+
+    Example:
+        >>> steps_to_threshold(torch.tensor([4.0, 2.0, 1.0]), 2.5)
+        1
+    """
+    reached = torch.nonzero(losses <= threshold)
+    return int(reached[0]) if len(reached) else None
+
+
+def slowdown(steps: int | None, base_steps: int, budget: int) -> Slowdown:
+    """Ratio of two numbers of steps, or a lower bound of it where the budget ran out.
+
+    Args:
+        steps: Steps with immunization; ``None`` if the attacker did not get there.
+        base_steps: Steps without.
+        budget: Steps that the attacker was given with immunization.
+
+    Returns:
+        The ratio. An attacker who needs no step at all counts as needing one.
+
+    Example:
+        >>> slowdown(None, 10, 1280)
+        Slowdown(ratio=128.0, censored=True)
+    """
+    base = max(base_steps, 1)
+    if steps is None:
+        return Slowdown(budget / base, True)
+    return Slowdown(max(steps, 1) / base, False)
+
+
+def norm_ratio(weights: Tensor, optimum: Tensor) -> Tensor:
+    """Squared distance to the optimum relative to the start (eq 16): |w_t - w*|^2 / |w_0 - w*|^2.
+
+    Args:
+        weights: Iterates of an attack, shape ``(steps + 1, p)``, the start first.
+        optimum: What they converge to, shape ``(p,)``.
+
+    Returns:
+        Ratios, shape ``(steps + 1,)``; the first is 1. Zeros if the start is the optimum.
+    """
+    distance = (weights - optimum).square().sum(-1)
+    return torch.zeros_like(distance) if float(distance[0]) == 0.0 else distance / distance[0]
+
+
+def gradient_descent_steps(x: Tensor, y: Tensor, *, tolerance: float = 0.1) -> float:
+    """Steps that gradient descent needs on a linear probe, from the spectrum, without a run.
+
+    Minimising f(w) = |x w - y|^2 / 2 from w = 0 with step 1/L, L = sigma_max(x)^2, in the basis of
+    x's right singular vectors each coordinate contracts on its own, so with U the left ones
+
+        f(w_t) - f* = 1/2 sum_i (1 - sigma_i^2 / L)^(2 t) (u_i^T y)^2.
+
+    Args:
+        x: Features of the probe, shape ``(n, p)``.
+        y: Targets, shape ``(n,)``.
+        tolerance: The threshold is ``(1 + tolerance)`` times the least training loss.
+
+    Returns:
+        The number of steps, a whole number, or infinity if the least training loss is 0 and is
+        never reached exactly.
+
+    Example:
+        >>> x = torch.diag(torch.tensor([1.0, 0.5], dtype=torch.float64))
+        >>> gradient_descent_steps(torch.cat([x, x]), torch.tensor([1.0, 1.0, -2.0, 1.0]))
+        2.0
+    """
+    x, y = x.detach().to(torch.float64), y.detach().to(torch.float64)
+    left, sigma, _ = torch.linalg.svd(x, full_matrices=False)
+    counted = sigma > max(x.shape) * torch.finfo(torch.float64).eps * sigma[0]
+    if not bool(counted.any()):
+        return 0.0
+    left, sigma = left[:, counted], sigma[counted]
+    shares = (left.mT @ y).square()
+    gap = tolerance * max(float(y.square().sum() - shares.sum()), 0.0)
+    log_rate = torch.log1p(-(sigma / sigma[0]).square())
+
+    def excess(steps: float) -> float:
+        # 0 * -inf would be NaN: the top direction is exact after one step, and untouched before.
+        decay = torch.ones_like(log_rate) if steps == 0.0 else torch.exp(2.0 * steps * log_rate)
+        return float((decay * shares).sum())
+
+    if excess(0.0) <= gap:
+        return 0.0
+    if gap == 0.0:
+        return math.inf
+    low, high = 0.0, 1.0
+    while excess(high) > gap:
+        low, high = high, 2.0 * high
+    while high - low > 1.0:
+        middle = math.floor((low + high) / 2.0)
+        low, high = (middle, high) if excess(middle) > gap else (low, middle)
+    return high

@@ -1,0 +1,311 @@
+"""The operators in ``torch.linalg`` alone.
+
+Two jobs: serve devices and installations without a kernel, and be the baseline that the kernels
+have to beat. So this is what a careful user would write: thin side, float64 inside, one
+factorisation for all layers, no ``1 / (sigma_i^2 - sigma_j^2)`` in a first derivative. Values are
+float64; the public functions in the sibling modules check arguments, cast and name the results.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from immunize_ext.ops._arguments import SpectrumPolicy, require_finite
+
+# A Gram matrix gives sigma_min with a relative error of eps * kappa^2 / 2, so sigma itself to
+# eps * sigma_max * kappa / 2. Beyond this kappa the singular values of x are taken directly.
+GRAM_SAFE_CONDITION = 1e4
+
+
+class MergeLayout(NamedTuple):
+    """What the per-layer part of a merge has to know besides tensors; all of it static."""
+
+    layers: int
+    targets: int
+    rows: tuple[int, ...]  # tokens of each concept
+    targets_are_values: bool
+    rank_rtol: float
+    check: bool
+
+
+class Extremes(NamedTuple):
+    """Extremes of a spectrum, each of the batch shape ``(*,)``; values float64, counts int64."""
+
+    largest: Tensor
+    smallest: Tensor
+    rank: Tensor
+    multiplicity_max: Tensor
+    multiplicity_min: Tensor
+
+
+class _RefuseSecondDerivativeAtClusters(torch.autograd.Function):
+    """Identity that refuses to be differentiated twice where the extreme is a cluster.
+
+    The second derivative that torch.linalg returns there is divided by a gap of zero.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, value: Tensor, multiplicity: Tensor) -> Tensor:
+        ctx.save_for_backward(multiplicity)
+        return value.clone()
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None]:
+        (multiplicity,) = ctx.saved_tensors
+        (grad,) = grads
+        if torch.is_grad_enabled() and bool(((multiplicity > 1) & (grad != 0)).any()):
+            grad = _RaiseWhenDifferentiated.apply(grad)
+        return grad, None
+
+
+class _RaiseWhenDifferentiated(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, value: Tensor) -> Tensor:
+        return value.clone()
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> Tensor:
+        raise NotImplementedError(
+            "the second derivative of an extreme singular value does not exist where it is "
+            "repeated (multiplicity > 1)"
+        )
+
+
+def _power_of_two_scale(a: Tensor) -> Tensor:
+    """Power of two (*, 1, 1) that brings the largest entry of each matrix near 1, exactly."""
+    largest = a.detach().abs().amax(dim=(-2, -1), keepdim=True)
+    _, exponent = torch.frexp(torch.where(largest > 0, largest, 1.0))
+    return torch.ldexp(torch.ones_like(largest), exponent)
+
+
+def _cluster_mean(spectrum: Tensor, mask: Tensor, value: Tensor) -> Tensor:
+    """``value`` with the derivative of the mean over ``mask``: the least-norm subgradient."""
+    count = mask.sum(-1).clamp(min=1)
+    mean = (spectrum * mask).sum(-1) / count
+    attached = value.detach() + (mean - mean.detach())
+    if attached.requires_grad:
+        attached = _RefuseSecondDerivativeAtClusters.apply(attached, mask.sum(-1))
+    return attached
+
+
+def _extremes_of(
+    attached: Tensor, sigma: Tensor, policy: SpectrumPolicy, full_side: int
+) -> Extremes:
+    """Extremes and clusters of a spectrum.
+
+    ``attached`` (*, t) is what is returned and differentiated, in descending order (singular values
+    or eigenvalues of a Gram matrix); ``sigma`` (*, t) the singular values that tolerances speak of.
+    ``full_side`` is the number of singular values that the policy ``full_rank`` counts; it exceeds
+    t for the p x p Gram matrix of n < p samples, whose other eigenvalues are exact zeros.
+    """
+    values = attached.detach()
+    top = sigma[..., :1]
+    # Strictly greater: the zero matrix has rank 0 although 0 >= rtol * 0.
+    counted = sigma > policy.rank_rtol * top
+    rank = counted.sum(-1)
+    last_index = (rank - 1).clamp(min=0).unsqueeze(-1)
+    near = policy.cluster_rtol * top
+    cluster_max = counted & (top - sigma <= near)
+    cluster_min = counted & (sigma - sigma.gather(-1, last_index) <= near)
+    multiplicity_max = torch.where(rank > 0, cluster_max.sum(-1), full_side)
+    multiplicity_min = torch.where(rank > 0, cluster_min.sum(-1), full_side)
+    smallest = torch.where(rank > 0, values.gather(-1, last_index).squeeze(-1), 0.0)
+    if policy.full_rank:
+        deficient = rank < full_side
+        cluster_min = cluster_min & ~deficient.unsqueeze(-1)
+        multiplicity_min = torch.where(deficient, full_side - rank, multiplicity_min)
+        smallest = torch.where(deficient, 0.0, smallest)
+    return Extremes(
+        largest=_cluster_mean(attached, cluster_max, values[..., 0]),
+        smallest=_cluster_mean(attached, cluster_min, smallest),
+        rank=rank,
+        multiplicity_max=multiplicity_max,
+        multiplicity_min=multiplicity_min,
+    )
+
+
+def extremal_singular_values(a: Tensor, policy: SpectrumPolicy) -> Extremes:
+    """Extremes of the singular values of ``a`` (*, n, p) by a thin SVD."""
+    require_finite("extremal_singular_values", "a", a)
+    a = a.to(torch.float64)
+    scale = _power_of_two_scale(a)
+    _, sigma, _ = torch.linalg.svd(a / scale, full_matrices=False)
+    sigma = sigma * scale.squeeze(-1)
+    return _extremes_of(sigma, sigma.detach(), policy, min(a.shape[-2:]))
+
+
+def gram_extremes(x: Tensor, policy: SpectrumPolicy) -> tuple[Extremes, Tensor]:
+    """Extremes of K = x^T x from the thin Gram matrix, and |K|_F^2."""
+    require_finite("gram_extremes", "x", x)
+    x = x.to(torch.float64)
+    n, p = x.shape[-2:]
+    scale = _power_of_two_scale(x)
+    scaled = x / scale
+    thin = scaled @ scaled.mT if n <= p else scaled.mT @ scaled
+    # .flip: eigh sorts ascending. Rounding may leave an eigenvalue of a singular Gram below 0.
+    eigenvalues = torch.linalg.eigh(thin)[0].flip(-1).clamp(min=0.0)
+    detached = eigenvalues.detach()
+    if bool((detached[..., -1] * GRAM_SAFE_CONDITION**2 <= detached[..., 0]).any()):
+        eigenvalues = torch.linalg.svd(scaled, full_matrices=False)[1].square()
+    squared_scale = scale.square()[..., 0]
+    eigenvalues = eigenvalues * squared_scale
+    extremes = _extremes_of(eigenvalues, eigenvalues.detach().sqrt(), policy, p)
+    squared_frobenius = thin.square().sum(dim=(-2, -1)) * squared_scale[..., 0].square()
+    return extremes, squared_frobenius
+
+
+def _pivoted_cholesky(t: Tensor, rank_rtol: float) -> tuple[list[int], Tensor]:
+    """Rows of t (s, s) that are kept, and H (s, r) with t = H H^T up to what was dropped.
+
+    Pivots are those of t scaled to unit diagonal: the squared sine of the angle between a row and
+    the span of the rows already kept.
+    """
+    s = t.shape[-1]
+    diagonal = t.diagonal()
+    scale = torch.where(diagonal > 0, diagonal, 1.0).sqrt()
+    scaled = t / torch.outer(scale, scale)
+    pivots = torch.where(diagonal > 0, 1.0, 0.0).to(t.dtype)
+    columns: list[Tensor] = []
+    kept: list[int] = []
+    for _ in range(s):
+        best = int(pivots.argmax())
+        pivot = float(pivots[best])
+        if not pivot > rank_rtol:
+            break
+        column = scaled[:, best].clone()
+        for previous in columns:
+            column -= previous * previous[best]
+        column = column / pivot**0.5
+        column[kept] = 0.0
+        pivots = (pivots - column.square()).clamp(min=0.0)
+        kept.append(best)
+        pivots[kept] = -1.0
+        columns.append(column)
+    factor = torch.stack(columns, -1) if columns else t.new_zeros(s, 0)
+    return kept, factor * scale.unsqueeze(-1)
+
+
+def _generalised_inverse(
+    t: Tensor, rank_rtol: float, average: bool
+) -> tuple[Tensor, Tensor, Tensor]:
+    """E, I - E T and the rank of one symmetric positive semidefinite t (s, s)."""
+    s = t.shape[-1]
+    kept, factor = _pivoted_cholesky(t, rank_rtol)
+    e, defect = torch.zeros_like(t), torch.zeros_like(t)
+    if len(kept) < s and average:
+        pinv = torch.linalg.pinv(factor)
+        e = pinv.mT @ pinv
+    elif kept:
+        index = torch.tensor(kept, device=t.device)
+        e[index.unsqueeze(1), index] = torch.cholesky_inverse(factor[index])
+    if len(kept) < s:
+        defect = torch.eye(s, dtype=t.dtype, device=t.device) - e @ t
+        if not average:
+            defect[:, kept] = 0.0
+    return e, defect, torch.tensor(len(kept), device=t.device)
+
+
+def merge_solve(
+    chol: Tensor, c: Tensor, inverse_hardness: Tensor, rank_rtol: float, average: bool
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """A = Q^-1 C^T, E the (generalised) inverse of T, I - E T, and the rank of T."""
+    require_finite("merge_kv", "embeddings", c)
+    # T as a Gram matrix is positive semidefinite whatever the rounding.
+    z = torch.linalg.solve_triangular(chol, c.mT, upper=False)
+    t = z.mT @ z + torch.diag_embed(inverse_hardness)
+    a = torch.linalg.solve_triangular(chol.mT, z, upper=True)
+    e, defect, rank = _generalised_inverse(t, rank_rtol, average)
+    return a, e, defect, rank
+
+
+def merge_apply(
+    layout: MergeLayout, c: Tensor, b: Tensor, defect: Tensor, *weights: Tensor
+) -> list[Tensor]:
+    """Merged weights W_l = W0_l + R_l B of every layer."""
+    base, targets = weights[: layout.layers], weights[layout.layers :]
+    accumulate = torch.float64 if base[0].dtype == torch.float64 else torch.float32
+    c_acc, b_acc = c.to(accumulate), b.to(accumulate)
+    norms = c_acc.detach().norm(dim=-1)
+    merged, residuals = [], []
+    for layer, weight in enumerate(base):
+        w0 = weight.to(accumulate)
+        if layout.targets_are_values:
+            r = targets[layer] - w0 @ c_acc.mT
+            # What W0 gives already, up to the rounding of a dot product, is no edit.
+            unit = 2.0 * torch.finfo(accumulate).eps * w0.detach().norm(dim=-1, keepdim=True)
+            r = torch.where(r.detach().abs() <= unit * norms, 0.0, r)
+        else:
+            parts = c_acc.split(layout.rows, -2)
+            r = torch.cat(
+                [
+                    (targets[n * layout.layers + layer].to(accumulate) - w0) @ part.mT
+                    for n, part in enumerate(parts)
+                ],
+                -1,
+            )
+        if not bool(torch.isfinite(r).all()):
+            raise ValueError(f"merge_kv: base, concepts or values of layer {layer} must be finite")
+        merged.append((w0 + r @ b_acc).to(weight.dtype))
+        residuals.append(r.detach())
+    if layout.check and bool(defect.any()):
+        _refuse_contradictions(layout, defect, residuals, targets)
+    return merged
+
+
+def _refuse_contradictions(
+    layout: MergeLayout, defect: Tensor, residuals: list[Tensor], targets: Sequence[Tensor]
+) -> None:
+    """Raise if constraints that were dropped are missed by more than near-repeats explain."""
+    violation = torch.stack([(r.to(defect.dtype) @ defect).abs().amax(0) for r in residuals]).amax(
+        0
+    )
+    scale = max(float(r.abs().max()) for r in residuals)
+    if layout.targets_are_values:
+        scale = max(scale, *(1e-3 * float(t.detach().abs().max()) for t in targets))
+    tolerance = (10.0 * layout.rank_rtol**0.5 + 1e4 * torch.finfo(residuals[0].dtype).eps) * scale
+    bad = (violation > tolerance).nonzero().flatten().tolist()
+    if bad:
+        raise ValueError(f"merge_kv: contradictory targets at rows {bad} of the embeddings")
+
+
+def merge_kv(
+    base: Sequence[Tensor],
+    concepts: Sequence[Sequence[Tensor]],
+    embeddings: Sequence[Tensor],
+    c_reg: Tensor,
+    ridge: float | Tensor = 0.0,
+) -> list[Tensor]:
+    """Hard-constraint merge by torch operations and their autograd alone: the baseline to beat.
+
+    One float64 Cholesky factor of Q = C_reg^T C_reg + ridge I (absolute) and one s x s system serve
+    all layers; autograd differentiates through both.
+    """
+    wide = c_reg.to(torch.float64)
+    q = wide.mT @ wide + ridge * torch.eye(wide.shape[-1], dtype=wide.dtype, device=wide.device)
+    c = torch.cat([e.to(torch.float64) for e in embeddings], 0)
+    a = torch.cholesky_solve(c.mT, torch.linalg.cholesky(q))
+    b = torch.cholesky_solve(a.mT, torch.linalg.cholesky(c @ a)).to(base[0].dtype)
+    b_parts = b.split([e.shape[0] for e in embeddings], 0)
+    merged = []
+    for layer, w0 in enumerate(base):
+        delta = torch.zeros_like(w0)
+        for n, embedding in enumerate(embeddings):
+            r = (concepts[n][layer] - w0) @ embedding.to(w0.dtype).mT
+            delta = delta + r @ b_parts[n]
+        merged.append(w0 + delta)
+    return merged
+
+
+def precondition(grad: Tensor, factor: Tensor, x: Tensor, ridge: float, woodbury: bool) -> Tensor:
+    """Grad K^-1 on the input side, K = x^T x + ridge I, from the Cholesky factor given."""
+    flat = grad.to(torch.float64).reshape(-1, grad.shape[-1])
+    if woodbury:
+        inner = torch.cholesky_solve(x @ flat.mT, factor)
+        result = (flat - inner.mT @ x) / ridge
+    else:
+        result = torch.cholesky_solve(flat.mT, factor).mT
+    return result.reshape(grad.shape).to(grad.dtype)

@@ -1,0 +1,393 @@
+"""The Cholesky factor of Q = C_reg^T C_reg + ridge I that all layers of a merge share."""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import tempfile
+import warnings
+from collections.abc import Iterable
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from immunize_ext.errors import NotPositiveDefiniteError, NumericalWarning
+from immunize_ext.ops._arguments import (
+    carries_derivative,
+    require_finite,
+    require_floating_matrix,
+)
+
+_FORMAT = "immunize_ext.RegularizationFactor/1"
+_EPS = torch.finfo(torch.float64).eps
+
+
+class RegularizationFactor:
+    r"""Cholesky factor of the regularisation Gram matrix, reusable across layers and steps.
+
+    .. math:: Q = C_{reg}^\top C_{reg} + \text{ridge}\, I = L L^\top
+
+    Build one with :meth:`from_embeddings`, :meth:`identity` or :meth:`load`.
+
+    Attributes:
+        chol: L (d, d), float64, lower triangular.
+        ridge: The absolute ridge that was added, in the units of Q.
+        samples: Number of rows of C_reg.
+        source: C_reg (m, d) where gradients reach it, else None.
+        ridge_tensor: The absolute ridge, 0-dimensional, where gradients reach it, else None.
+
+    Example:
+        >>> import torch
+        >>> from immunize_ext.ops import RegularizationFactor
+        >>> factor = RegularizationFactor.from_embeddings(torch.eye(3), ridge=0.5)
+        >>> factor.dim, factor.ridge, round(factor.condition, 6)
+        (3, 0.5, 1.0)
+    """
+
+    chol: Tensor
+    ridge: float
+    samples: int
+    source: Tensor | None
+    ridge_tensor: Tensor | None
+
+    def __init__(
+        self,
+        chol: Tensor,
+        *,
+        ridge: float,
+        samples: int,
+        source: Tensor | None = None,
+        ridge_tensor: Tensor | None = None,
+    ) -> None:
+        """Wrap a factor that exists already; :meth:`from_embeddings` computes one.
+
+        Args:
+            chol: L (d, d), float64, lower triangular.
+            ridge: The absolute ridge in L L^T.
+            samples: Number of rows of C_reg.
+            source: C_reg itself, where gradients shall reach it.
+            ridge_tensor: The absolute ridge as a 0-dimensional tensor, where gradients shall reach
+                it.
+        """
+        self.chol = chol
+        self.ridge = ridge
+        self.samples = samples
+        self.source = source
+        self.ridge_tensor = ridge_tensor
+
+    @property
+    def dim(self) -> int:
+        """Width d of the text features."""
+        return self.chol.shape[-1]
+
+    @property
+    def device(self) -> torch.device:
+        """Device of the factor."""
+        return self.chol.device
+
+    @classmethod
+    def from_embeddings(
+        cls,
+        c_reg: Tensor | Iterable[Tensor],
+        *,
+        ridge: float | Tensor = 0.0,
+        relative: bool = True,
+        chunk: int = 4096,
+    ) -> RegularizationFactor:
+        r"""Factor Q = C_reg^T C_reg + ridge I, streaming over the rows of C_reg.
+
+        Args:
+            c_reg: Text features (m, d) of unrelated captions, any floating dtype; or an iterable of
+                (m_i, d) blocks, when they do not fit into memory together. The Gram matrix is
+                accumulated in float64 either way.
+            ridge: What is added to the diagonal of Q; non-negative; a number or a 0-dimensional
+                tensor.
+            relative: If true, ridge is in units of the mean diagonal of C_reg^T C_reg, so that the
+                result does not depend on the scale of C_reg. Otherwise in units of Q.
+            chunk: Rows of C_reg taken at a time; bounds the memory of the float64 copy.
+
+        Returns:
+            The factor. Gradients reach c_reg and ridge where they are tensors that require them.
+
+        Raises:
+            NotPositiveDefiniteError: If Q is numerically singular; says its rank, and the smallest
+                ridge that would do. Fewer captions than d need a ridge always.
+            ValueError: If c_reg is not a finite (m, d) tensor, is empty, or ridge is negative.
+
+        Note:
+            Deterministic. Warns with :class:`~immunize_ext.errors.NumericalWarning` if a positive
+            ridge is below the resolution of float64 at the largest diagonal of Q.
+
+        Source:
+            MIMA and Custom Diffusion, Q without ridge; the ridge is ours.
+
+        Example:
+            >>> import torch
+            >>> from immunize_ext.ops import RegularizationFactor
+            >>> captions = torch.randn(200, 16, generator=torch.Generator().manual_seed(0))
+            >>> factor = RegularizationFactor.from_embeddings(captions, ridge=1e-6)
+            >>> factor.chol.dtype, factor.samples
+            (torch.float64, 200)
+        """
+        function = "RegularizationFactor.from_embeddings"
+        whole = c_reg if isinstance(c_reg, Tensor) else None
+        gram, samples = _stream_gram(function, c_reg, chunk)
+        dim = gram.shape[-1]
+        if samples == 0 and relative:
+            raise ValueError(
+                f"{function}: c_reg must hold at least one row for a relative ridge, got an empty "
+                "tensor; pass captions, or relative=False with a positive ridge"
+            )
+        ridge_value = float(ridge.detach()) if isinstance(ridge, Tensor) else float(ridge)
+        if not (math.isfinite(ridge_value) and ridge_value >= 0):
+            raise ValueError(
+                f"{function}: ridge must be finite and not negative, got {ridge_value}"
+            )
+        mean_diagonal = float(gram.diagonal().mean())
+        absolute = ridge_value * mean_diagonal if relative else ridge_value
+        largest = float(gram.diagonal().max())
+        if 0.0 < absolute < _EPS * largest:
+            warnings.warn(
+                f"{function}: the ridge, {absolute:.3g}, is below the resolution of float64 at the "
+                f"largest diagonal of Q, {largest:.3g}, and changes nothing; use at least "
+                f"{_EPS * largest:.3g}",
+                NumericalWarning,
+                stacklevel=2,
+            )
+        gram.diagonal().add_(absolute)
+        chol = _factor_or_explain(function, gram, samples, mean_diagonal if relative else None)
+
+        source = None
+        ridge_tensor = None
+        if whole is not None and carries_derivative(whole):
+            source = whole
+        if isinstance(ridge, Tensor) or (relative and source is not None):
+            scale: float | Tensor = 1.0
+            if relative:
+                squares = None if whole is None else whole.to(torch.float64).square().sum()
+                scale = mean_diagonal if squares is None else squares / dim
+            ridge_tensor = torch.as_tensor(ridge, dtype=torch.float64, device=chol.device) * scale
+            if not carries_derivative(ridge_tensor):
+                ridge_tensor = None
+        return cls(chol, ridge=absolute, samples=samples, source=source, ridge_tensor=ridge_tensor)
+
+    @classmethod
+    def identity(cls, dim: int, *, device: torch.device | str = "cpu") -> RegularizationFactor:
+        """Q = I: no captions, every direction of text space weighs the same.
+
+        Args:
+            dim: Width d of the text features.
+            device: Where the factor shall live.
+
+        Returns:
+            The factor of the identity.
+
+        Raises:
+            ValueError: If dim is not positive.
+
+        Example:
+            >>> from immunize_ext.ops import RegularizationFactor
+            >>> RegularizationFactor.identity(2).chol
+            tensor([[1., 0.],
+                    [0., 1.]], dtype=torch.float64)
+        """
+        if dim < 1:
+            raise ValueError(f"RegularizationFactor.identity: dim must be positive, got {dim}")
+        return cls(torch.eye(dim, dtype=torch.float64, device=device), ridge=0.0, samples=0)
+
+    @cached_property
+    def condition(self) -> float:
+        """Condition number of Q, from the singular values of L.
+
+        Computed on first use at the cost of a singular value decomposition of L.
+        """
+        sigma = torch.linalg.svdvals(self.chol)
+        return float((sigma[0] / sigma[-1]).square())
+
+    def to(self, device: torch.device | str) -> RegularizationFactor:
+        """Return the factor on another device.
+
+        Args:
+            device: Target device.
+
+        Returns:
+            A new factor, or this one if it is there already. Gradients still reach C_reg.
+        """
+        chol = self.chol.to(device)
+        if chol is self.chol:
+            return self
+        moved = {
+            name: None if tensor is None else tensor.to(device)
+            for name, tensor in (("source", self.source), ("ridge_tensor", self.ridge_tensor))
+        }
+        return RegularizationFactor(chol, ridge=self.ridge, samples=self.samples, **moved)
+
+    def save(self, path: str | os.PathLike[str]) -> None:
+        """Write the factor to a safetensors file, whole or not at all.
+
+        Args:
+            path: Target file; replaced if it exists.
+
+        Raises:
+            ImportError: If safetensors is not installed.
+            OSError: If the file cannot be written; an existing one is then untouched.
+        """
+        save = _safetensors().save
+        target = Path(path)
+        metadata = {
+            "format": _FORMAT,
+            "ridge": json.dumps(self.ridge),
+            "samples": json.dumps(self.samples),
+        }
+        payload = save({"chol": self.chol.detach().cpu().contiguous()}, metadata=metadata)
+        handle, temporary = tempfile.mkstemp(dir=target.parent, prefix=f".{target.name}.")
+        try:
+            with os.fdopen(handle, "wb") as file:
+                file.write(payload)
+            os.replace(temporary, target)
+        except BaseException:
+            Path(temporary).unlink(missing_ok=True)
+            raise
+
+    @classmethod
+    def load(
+        cls, path: str | os.PathLike[str], *, device: torch.device | str = "cpu"
+    ) -> RegularizationFactor:
+        """Read a factor that :meth:`save` wrote.
+
+        Args:
+            path: The file.
+            device: Where the factor shall live.
+
+        Returns:
+            The factor, without a path for gradients to C_reg.
+
+        Raises:
+            ImportError: If safetensors is not installed.
+            ValueError: If the file is no factor of this format, or what it holds is none.
+            FileNotFoundError: If there is no such file.
+        """
+        function = "RegularizationFactor.load"
+        _safetensors()
+        from safetensors import SafetensorError, safe_open
+
+        if not Path(path).is_file():
+            raise FileNotFoundError(f"{function}: there is no file {os.fspath(path)}")
+        try:
+            with safe_open(os.fspath(path), framework="pt", device=str(device)) as file:
+                metadata = file.metadata() or {}
+                if metadata.get("format") != _FORMAT:
+                    raise ValueError(
+                        f"{function}: path must be a file written by RegularizationFactor.save "
+                        f"({_FORMAT}), got format {metadata.get('format')!r} in {os.fspath(path)}"
+                    )
+                chol = file.get_tensor("chol")
+        except SafetensorError as error:
+            raise ValueError(
+                f"{function}: {os.fspath(path)} must be a safetensors file, got: {error}"
+            ) from error
+        square = chol.dim() == 2 and chol.shape[0] == chol.shape[1] and chol.shape[0] > 0
+        if not square or chol.dtype != torch.float64 or not bool((chol.diagonal() > 0).all()):
+            raise ValueError(
+                f"{function}: {os.fspath(path)} must hold a float64 Cholesky factor (d, d), got "
+                f"{chol.dtype} {tuple(chol.shape)}"
+            )
+        return cls(
+            chol,
+            ridge=float(json.loads(metadata["ridge"])),
+            samples=int(json.loads(metadata["samples"])),
+        )
+
+    def __repr__(self) -> str:
+        return (
+            f"RegularizationFactor(dim={self.dim}, samples={self.samples}, ridge={self.ridge:.3g}, "
+            f"device={str(self.device)!r})"
+        )
+
+
+def _stream_gram(function: str, c_reg: Tensor | Iterable[Tensor], chunk: int) -> tuple[Tensor, int]:
+    if chunk < 1:
+        raise ValueError(f"{function}: chunk must be positive, got {chunk}")
+    blocks = [c_reg] if isinstance(c_reg, Tensor) else c_reg
+    gram: Tensor | None = None
+    samples = 0
+    for block in blocks:
+        empty = isinstance(block, Tensor) and block.dim() == 2 and block.shape[0] == 0
+        if not empty or block.shape[1] == 0:
+            require_floating_matrix(function, "c_reg", block)
+        if block.dim() != 2:
+            raise ValueError(
+                f"{function}: c_reg must have shape (m, d), got {tuple(block.shape)}; flatten "
+                "captions and tokens into rows with .reshape(-1, d)"
+            )
+        block = block.detach()
+        require_finite(function, "c_reg", block)
+        if gram is None:
+            d = block.shape[1]
+            gram = torch.zeros(d, d, dtype=torch.float64, device=block.device)
+        elif block.shape[1] != gram.shape[1]:
+            raise ValueError(
+                f"{function}: every block of c_reg must have width {gram.shape[1]}, got "
+                f"{block.shape[1]}"
+            )
+        for rows in block.split(chunk):
+            rows = rows.to(torch.float64)
+            gram.addmm_(rows.mT, rows)
+            samples += rows.shape[0]
+    if gram is None:
+        raise ValueError(f"{function}: c_reg must hold at least one block, got none")
+    return gram, samples
+
+
+def _factor_or_explain(
+    function: str, q: Tensor, samples: int, mean_diagonal: float | None
+) -> Tensor:
+    """Cholesky factor of q, or the error that says what it lacks.
+
+    A pivot L_ii^2 below d eps times the largest diagonal is rounding, whether or not Cholesky got
+    past it: lambda_min <= min L_ii^2, so Q is then numerically singular.
+    """
+    dim = q.shape[-1]
+    chol, info = torch.linalg.cholesky_ex(q)
+    largest = float(q.diagonal().max())
+    tolerance = dim * _EPS * largest
+    if int(info) == 0 and float(chol.diagonal().square().min()) > tolerance:
+        return chol
+    if largest == 0.0:
+        raise NotPositiveDefiniteError(
+            f"{function}: Q must be positive definite, got zero: c_reg has no rows or only zeros "
+            "and the ridge is 0; pass captions or a positive ridge with relative=False",
+            rank=0,
+        )
+    eigenvalues = torch.linalg.eigvalsh(q)
+    rank = int((eigenvalues > dim * _EPS * float(eigenvalues[-1])).sum())
+    # Lifts the smallest eigenvalue to ten times the tolerance.
+    needed = max(0.0, 10 * dim * _EPS * float(eigenvalues[-1]) - float(eigenvalues[0]))
+    zero = (q.diagonal() <= tolerance).nonzero().flatten().tolist()
+    hints = [f"use a ridge of at least {needed:.3g} in units of Q"]
+    if mean_diagonal is not None and mean_diagonal > 0:
+        hints[0] += f" ({needed / mean_diagonal:.3g} relative)"
+    if samples < dim:
+        hints.append(f"c_reg has {samples} rows for {dim} columns: more captions would do as well")
+    if zero:
+        hints.append(f"columns {zero[:8]} of c_reg are zero")
+    raise NotPositiveDefiniteError(
+        f"{function}: Q = C_reg^T C_reg + ridge I must be positive definite, got numerical rank "
+        f"{rank} of {dim}; " + "; ".join(hints),
+        rank=rank,
+        needed_ridge=needed,
+    )
+
+
+def _safetensors() -> Any:
+    try:
+        import safetensors.torch
+    except ImportError as error:
+        raise ImportError(
+            "RegularizationFactor.save and .load need safetensors: pip install safetensors"
+        ) from error
+    return safetensors.torch

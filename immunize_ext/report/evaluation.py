@@ -1,0 +1,334 @@
+"""Everything that a report says about an immunized extractor, measured once.
+
+Both tasks are attacked by every attacker and judged on their own test parts; the condition numbers
+come from the training inputs, which is what an attacker's optimizer sees.
+"""
+
+from __future__ import annotations
+
+import math
+import platform
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from immunize_ext import _load
+from immunize_ext._version import __version__
+from immunize_ext.attacks import PROBES, AttackComparison, compare_attack
+from immunize_ext.data.task import Task
+from immunize_ext.immunizers.immunized import Immunized
+from immunize_ext.metrics.hessian import with_ridge
+from immunize_ext.metrics.pencil import log_rir_ceiling
+from immunize_ext.metrics.rir import RelativeImmunizationRatio, relative_immunization_ratio
+
+Progress = Callable[[str, float], None]
+
+ROLES = ("harmful", "primary")
+
+# Attackers who solve for the best head at once or after whitening: theta cannot slow them.
+UNAFFECTED = ("whitened", "closed_form_ridge")
+
+# An accuracy that falls by less than this is "hardly changed" in the report.
+ACCURACY_MARGIN = 0.02
+
+
+@dataclass(frozen=True)
+class Spectrum:
+    """Eigenvalues of one task's Hessian (with ridge) before and after, each descending ``(p,)``."""
+
+    before: Tensor
+    after: Tensor
+
+
+@dataclass(frozen=True)
+class Evaluation:
+    """What was measured.
+
+    Attributes:
+        immunized: What was evaluated.
+        tasks: The tasks by role, ``"harmful"`` and ``"primary"``.
+        comparisons: By role, then by attacker.
+        spectra: By role.
+        rir: By rank policy.
+        log_ceiling: Log of the largest RIR that any theta could reach at this ridge.
+        ceiling_growth: Factor by which that ceiling grows when the ridge falls tenfold.
+        ridge: The relative ridge of the condition numbers.
+    """
+
+    immunized: Immunized
+    tasks: dict[str, Task]
+    comparisons: dict[str, dict[str, AttackComparison]]
+    spectra: dict[str, Spectrum]
+    rir: dict[str, RelativeImmunizationRatio]
+    log_ceiling: float
+    ceiling_growth: float
+    ridge: float
+
+    @property
+    def share_of_ceiling(self) -> float:
+        """RIR divided by its ceiling, policy ``"ridge"``."""
+        return math.exp(min(self.rir["ridge"].log_rir - self.log_ceiling, 0.0))
+
+    def accuracy_at(self, role: str, attacker: str, step: int) -> tuple[float, float] | None:
+        """Test accuracy after a number of steps, without and with immunization."""
+        comparison = self.comparisons[role][attacker]
+        found = []
+        for curve in (comparison.base, comparison.immunized):
+            if curve.test_accuracy is None:
+                return None
+            found.append(float(curve.test_accuracy[min(step, curve.steps)]))
+        return found[0], found[1]
+
+    def warnings(self) -> list[str]:
+        """What a reader has to know before quoting the numbers, one sentence each."""
+        found = []
+        ratio = self.rir["ridge"]
+        if ratio.log_i < -1e-9 < 0.0 < ratio.log_rir:
+            found.append(
+                f"The harmful task's condition number went down ((i) = {ratio.i:.3g}) although RIR "
+                f"is {ratio.rir:.3g}: RIR is high because the primary task got easier, not because "
+                "the harmful one got harder."
+            )
+        for name in ("gradient_descent", "line_search"):
+            cost = self.comparisons["primary"][name].slowdown
+            if cost.censored or cost.ratio > 1.05:
+                found.append(
+                    f"The primary task is slowed as well ({cost} for "
+                    f"{ATTACKER_NAMES[name].lower()}): a lower strength would avoid that."
+                )
+        for name in ("gradient_descent", "line_search"):
+            gain = self.comparisons["harmful"][name].slowdown
+            if not gain.censored and gain.ratio <= 1.05:
+                found.append(
+                    f"The harmful task is not slowed for {ATTACKER_NAMES[name].lower()} ({gain}): "
+                    "on these tasks this protection does not work."
+                )
+        accuracy = self.accuracy_at("harmful", "gradient_descent", 100)
+        if accuracy is not None and accuracy[0] - accuracy[1] < ACCURACY_MARGIN:
+            found.append(
+                f"After 100 steps the harmful task's test accuracy is {accuracy[1]:.1%} instead of "
+                f"{accuracy[0]:.1%}: an attacker who only needs the right sign is hardly slowed."
+            )
+        for role in ROLES:
+            n, p = self.tasks[role].x_train.shape
+            if n < p:
+                found.append(
+                    f"The {role} task has fewer training samples ({n}) than features ({p}): its "
+                    "condition number depends on the ridge."
+                )
+            if self.tasks[role].x_train.dtype != torch.float64 and (
+                ratio.log_kappa_harmful > math.log(1e7)
+            ):
+                found.append(
+                    "kappa of the harmful task is above 1e7: a float32 solver stops short there, "
+                    "which is an artefact and not protection."
+                )
+                break
+        if self.ceiling_growth > 10.0:
+            found.append(
+                f"The ceiling of RIR grows {self.ceiling_growth:.3g} times when the ridge falls "
+                f"tenfold: quote it only together with the ridge {self.ridge:g}."
+            )
+        return found
+
+    def results(self) -> dict[str, Any]:
+        """Everything that has no curve, ready for ``results.json``."""
+        ratio = self.rir["ridge"]
+        return {
+            "method": self.immunized.method,
+            "tasks": {
+                role: {
+                    "name": task.name,
+                    "train_samples": task.x_train.shape[0],
+                    "test_samples": task.x_test.shape[0],
+                    "features": task.num_features,
+                }
+                for role, task in self.tasks.items()
+            },
+            "rir": {policy: value.rir for policy, value in self.rir.items()},
+            "ridge": self.ridge,
+            "ceiling": _finite_exp(self.log_ceiling),
+            "share_of_ceiling": self.share_of_ceiling,
+            "i": ratio.i,
+            "ii": ratio.ii,
+            "condition_numbers": {
+                policy: {
+                    "i": value.i,
+                    "ii": value.ii,
+                    "log_rir": value.log_rir,
+                    "log_kappa_harmful": [value.log_kappa_harmful_base, value.log_kappa_harmful],
+                    "log_kappa_primary": [value.log_kappa_primary_base, value.log_kappa_primary],
+                    "rank_harmful": value.rank_harmful,
+                    "rank_primary": value.rank_primary,
+                }
+                for policy, value in self.rir.items()
+            },
+            "slowdown": {
+                role: {name: c.slowdown.ratio for name, c in comparisons.items()}
+                for role, comparisons in self.comparisons.items()
+            },
+            "slowdown_is_lower_bound": {
+                role: {name: c.slowdown.censored for name, c in comparisons.items()}
+                for role, comparisons in self.comparisons.items()
+            },
+            "attacks": {
+                role: {name: _attack_facts(c) for name, c in comparisons.items()}
+                for role, comparisons in self.comparisons.items()
+            },
+            "warnings": self.warnings(),
+            "config": self.immunized.config,
+            "environment": environment(),
+        }
+
+    def metrics(self) -> list[dict[str, Any]]:
+        """The history and the curves as rows for ``metrics.jsonl``."""
+        rows: list[dict[str, Any]] = [
+            {"kind": "immunize", **record} for record in self.immunized.history
+        ]
+        for role, comparisons in self.comparisons.items():
+            for name, comparison in comparisons.items():
+                for immunized, curve in enumerate((comparison.base, comparison.immunized)):
+                    for step in log_spaced_steps(curve.steps, 60):
+                        row = {
+                            "kind": "attack",
+                            "role": role,
+                            "attacker": name,
+                            "immunized": bool(immunized),
+                            "step": step,
+                            "train_loss": float(curve.train_loss[step]),
+                            "test_loss": float(curve.test_loss[step]),
+                        }
+                        if curve.test_accuracy is not None:
+                            row["test_accuracy"] = float(curve.test_accuracy[step])
+                        rows.append(row)
+        return rows
+
+
+ATTACKER_NAMES = {
+    "gradient_descent": "Gradient descent",
+    "line_search": "Gradient descent with line search",
+    "conjugate_gradients": "Conjugate gradients",
+    "whitened": "Whitens the features first",
+    "closed_form_ridge": "Solves in closed form",
+}
+
+
+def _finite_exp(value: float) -> float:
+    return math.exp(value) if value < 709.0 else math.inf
+
+
+def _attack_facts(comparison: AttackComparison) -> dict[str, Any]:
+    facts: dict[str, Any] = {
+        "target_test_loss": comparison.target,
+        "steps_without": comparison.base_steps,
+        "steps_with": comparison.steps,
+        "budget_with": comparison.immunized.steps,
+        "lowest_test_loss_without": float(comparison.base.test_loss.min()),
+        "lowest_test_loss_with": float(comparison.immunized.test_loss.min()),
+    }
+    for key, curve in (("without", comparison.base), ("with", comparison.immunized)):
+        if curve.test_accuracy is not None:
+            facts[f"final_test_accuracy_{key}"] = float(curve.test_accuracy[-1])
+    return facts
+
+
+def log_spaced_steps(last: int, count: int) -> list[int]:
+    """About ``count`` steps from 0 to ``last``, evenly spaced on a logarithmic axis."""
+    spaced = np.geomspace(1, max(last, 1), count).round().astype(int)
+    return sorted({0, *spaced.tolist()} & set(range(last + 1)))
+
+
+def environment() -> dict[str, Any]:
+    """Versions, and whether the compiled operators ran."""
+    status = _load.status()
+    return {
+        "immunize_ext": __version__,
+        "compiled_operators": status.loaded,
+        "compiled_operators_reason": status.reason,
+        "python": platform.python_version(),
+        "torch": torch.__version__,
+        "numpy": np.__version__,
+        "platform": platform.platform(),
+        "threads": torch.get_num_threads(),
+        "device": "cpu",
+    }
+
+
+def evaluate(
+    immunized: Immunized,
+    primary: Task,
+    harmful: Task,
+    *,
+    ridge: float = 1e-2,
+    tolerance: float = 0.1,
+    base_budget: int = 2000,
+    limit: float = 128.0,
+    progress: Progress | None = None,
+) -> Evaluation:
+    """Attack both tasks with every attacker, without and with immunization, and take the metrics.
+
+    Args:
+        immunized: The immunized extractor.
+        primary: The task that was to be kept.
+        harmful: The task that was to be made hard. Its labels are used here and only here.
+        ridge: Relative ridge of the condition numbers.
+        tolerance: How close to the lowest test loss counts as reached.
+        base_budget: Steps of an attacker without immunization.
+        limit: Largest slow-down looked for.
+        progress: Called with what was done and the share done so far.
+
+    Returns:
+        All measurements.
+
+    Raises:
+        ValueError: If shapes do not fit or an argument is out of range.
+
+    Note:
+        Deterministic; computed in float64.
+    """
+    tasks = {"harmful": harmful, "primary": primary}
+    total = len(PROBES) * len(ROLES)
+    comparisons: dict[str, dict[str, AttackComparison]] = {role: {} for role in ROLES}
+    for index, (attacker, role) in enumerate((a, r) for a in PROBES for r in ROLES):
+        comparisons[role][attacker] = compare_attack(
+            tasks[role],
+            immunized.theta,
+            immunized.theta0,
+            attacker=attacker,
+            tolerance=tolerance,
+            base_budget=base_budget,
+            limit=limit,
+            stop_early=False,
+        )
+        if progress is not None:
+            name = ATTACKER_NAMES[attacker].lower()
+            progress(f"attacking the {role} task: {name}", (index + 1) / total)
+    inputs = primary.x_train, harmful.x_train
+    log_ceiling = log_rir_ceiling(*inputs, ridge=ridge)
+    spectra = {}
+    for role in ROLES:
+        rows = with_ridge(tasks[role].x_train.to(torch.float64), ridge)
+        before, after = (
+            torch.linalg.svdvals(rows @ theta.to(torch.float64)).square()
+            for theta in (immunized.theta0, immunized.theta)
+        )
+        spectra[role] = Spectrum(before, after)
+    return Evaluation(
+        immunized=immunized,
+        tasks=tasks,
+        comparisons=comparisons,
+        spectra=spectra,
+        rir={
+            policy: relative_immunization_ratio(
+                *inputs, immunized.theta, immunized.theta0, policy=policy, ridge=ridge
+            )
+            for policy in ("ridge", "rank_aware", "official")
+        },
+        log_ceiling=log_ceiling,
+        ceiling_growth=_finite_exp(log_rir_ceiling(*inputs, ridge=ridge / 10.0) - log_ceiling),
+        ridge=ridge,
+    )

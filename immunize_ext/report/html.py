@@ -1,0 +1,339 @@
+"""The page of a report: one file, no links out, light or dark, phone or desktop."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable
+from html import escape
+from typing import Any
+
+from immunize_ext.attacks import AttackComparison
+from immunize_ext.metrics.convergence import Slowdown
+from immunize_ext.report.evaluation import ATTACKER_NAMES, ROLES, UNAFFECTED, Evaluation
+from immunize_ext.report.plots import CURVES
+from immunize_ext.report.style import PAGE_STYLE
+
+# Between these two ratios of steps, an attacker is as fast as before.
+SAME = 0.95, 1.05
+
+
+def times(slowdown: Slowdown) -> str:
+    """``3.5×`` or ``>128×``."""
+    return str(slowdown).replace("x", "×")
+
+
+def unchanged(slowdown: Slowdown) -> bool:
+    """Whether an attacker is as fast as before, to within 5 %."""
+    return not slowdown.censored and SAME[0] <= slowdown.ratio <= SAME[1]
+
+
+def _steps(count: int) -> str:
+    return f"{count:,} step" + ("" if count == 1 else "s")
+
+
+def describe_attack(comparison: AttackComparison) -> str:
+    """Say in one sentence how many times slower an attacker is, also where it is not at all."""
+    before, after = comparison.base_steps, comparison.steps
+    result = comparison.slowdown
+    if after is None:
+        return (
+            f"Not there after {_steps(comparison.immunized.steps)}: more than "
+            f"{result.ratio:.0f} times the {_steps(before)} it took before."
+        )
+    if unchanged(result):
+        return f"Not slowed at all: {_steps(after)}, {_steps(before)} before."
+    if result.ratio > 1.0:
+        return f"{times(result)[:-1]} times slower: {_steps(after)} instead of {_steps(before)}."
+    return f"{1.0 / result.ratio:.1f} times faster: {_steps(after)} instead of {_steps(before)}."
+
+
+def headline(evaluation: Evaluation) -> str:
+    """The verdict in a few words, no better than the worst number allows."""
+    harm = evaluation.comparisons["harmful"]["gradient_descent"].slowdown
+    cost = evaluation.comparisons["primary"]["gradient_descent"].slowdown
+    slowed = harm.censored or harm.ratio > SAME[1]
+    if not slowed:
+        return "No protection on these tasks"
+    if cost.censored or cost.ratio > SAME[1]:
+        return "Slower to misuse, and slower to use"
+    if not harm.censored and harm.ratio < 2.0:
+        return "Slightly slower to misuse"
+    return "Slower to misuse, not locked"
+
+
+def _verdict(evaluation: Evaluation) -> str:
+    harm = evaluation.comparisons["harmful"]
+    kept = evaluation.comparisons["primary"]
+    names = {role: escape(task.name) for role, task in evaluation.tasks.items()}
+    harm_gd, kept_gd = harm["gradient_descent"], kept["gradient_descent"]
+    others = "; ".join(
+        f"{ATTACKER_NAMES[name].lower()}, {times(harm[name].slowdown)}"
+        for name in ("line_search", "conjugate_gradients")
+    )
+    cost = describe_attack(kept_gd)
+    accuracy = evaluation.accuracy_at("primary", "gradient_descent", kept_gd.base.steps)
+    if accuracy is not None:
+        cost += (
+            f" Its test accuracy at the end is {accuracy[1]:.1%}, {accuracy[0]:.1%} without "
+            "immunization."
+        )
+    certain = all(unchanged(harm[name].slowdown) for name in UNAFFECTED)
+    undone = (
+        "is not slowed at all"
+        if certain
+        else "is not held up by the condition number at all "
+        f"(measured: {', '.join(times(harm[name].slowdown) for name in UNAFFECTED)})"
+    )
+    items = (
+        (
+            "What was protected",
+            f"The features were changed so that <em>{names['harmful']}</em> takes longer to learn "
+            f"from them, while <em>{names['primary']}</em> stays easy.",
+        ),
+        (
+            "Against whom",
+            "Someone who trains a linear head on the features by gradient descent. "
+            f"{describe_attack(harm_gd)} Other optimizers: {others}.",
+        ),
+        ("At what cost", f"The task to keep, by gradient descent: {cost}"),
+        (
+            "Not against",
+            f"Someone who whitens the features first, or solves for the head in closed form, "
+            f"{undone}. One factorisation of the features undoes this protection, so it delays an "
+            "attacker who does not know about it and stops nobody who does.",
+        ),
+    )
+    return "".join(f"<div><dt>{term}</dt><dd>{text}</dd></div>" for term, text in items)
+
+
+def _card(role: str, value: Slowdown, label: str) -> str:
+    return (
+        f'<div class="card {role}"><b>{escape(times(value))}</b><span>{escape(label)}</span></div>'
+    )
+
+
+def _cards(evaluation: Evaluation) -> str:
+    harm, kept = (evaluation.comparisons[role] for role in ROLES)
+    return "".join(
+        (
+            _card(
+                "harmful",
+                harm["gradient_descent"].slowdown,
+                "the steps to learn the harmful task by gradient descent",
+            ),
+            _card(
+                "primary",
+                kept["gradient_descent"].slowdown,
+                "the steps to learn the task to keep by gradient descent",
+            ),
+            _card(
+                "neutral",
+                harm["whitened"].slowdown,
+                "the steps to learn the harmful task after whitening",
+            ),
+        )
+    )
+
+
+def _attack_table(evaluation: Evaluation) -> str:
+    rows = []
+    for name, label in ATTACKER_NAMES.items():
+        cells = []
+        for role in ROLES:
+            comparison = evaluation.comparisons[role][name]
+            before = f"{comparison.base_steps:,}"
+            after = (
+                f"&gt;{comparison.immunized.steps:,}"
+                if comparison.steps is None
+                else f"{comparison.steps:,}"
+            )
+            cells.append(
+                f'<td class="{role}"><b>{escape(times(comparison.slowdown))}</b> '
+                f"<small>{before} → {after}</small></td>"
+            )
+        rows.append(f"<tr><th scope=row>{label}</th>{''.join(cells)}</tr>")
+    return (
+        "<table><thead><tr><th>Attacker</th><th>Harmful task</th><th>Primary task</th></tr></thead>"
+        f"<tbody>{''.join(rows)}</tbody></table>"
+    )
+
+
+def _figure(svg: str, caption: str, label: str) -> str:
+    svg = svg.replace("<svg ", f'<svg role="img" aria-label="{escape(label, quote=True)}" ', 1)
+    return f"<figure>{svg}<figcaption>{caption}</figcaption></figure>"
+
+
+def _attack_figures(evaluation: Evaluation, svg: dict[str, str]) -> str:
+    figures = []
+    for name in CURVES:
+        for role in ROLES:
+            comparison = evaluation.comparisons[role][name]
+            label = f"Test loss over the steps of an attacker: {ATTACKER_NAMES[name]}, {role} task"
+            figures.append(_figure(svg[f"{name}-{role}"], describe_attack(comparison), label))
+    return "".join(figures)
+
+
+def _accuracy_figures(evaluation: Evaluation, svg: dict[str, str]) -> str:
+    figures = []
+    for role in ROLES:
+        comparison = evaluation.comparisons[role]["gradient_descent"]
+        sentences = []
+        for step in sorted({10, max(comparison.base_steps, 1)}):
+            pair = evaluation.accuracy_at(role, "gradient_descent", step)
+            assert pair is not None  # drawn for classification tasks alone
+            sentences.append(f"{pair[1]:.1%} instead of {pair[0]:.1%} after {_steps(step)}")
+        label = f"Test accuracy over the steps of gradient descent, {role} task"
+        figures.append(_figure(svg[f"accuracy-{role}"], f"{'; '.join(sentences)}.", label))
+    return "".join(figures)
+
+
+def _spectrum_figures(evaluation: Evaluation, svg: dict[str, str]) -> str:
+    ratio = evaluation.rir["ridge"]
+    figures = []
+    for role, value, better in (
+        ("harmful", ratio.i, "slower"),
+        ("primary", ratio.ii, "slower"),
+    ):
+        if math.isclose(value, 1.0, rel_tol=0.02):
+            change = "unchanged"
+        elif value > 1.0:
+            change = f"{value:.3g} times larger: gradient descent tends to be {better}"
+        else:
+            change = f"{1.0 / value:.3g} times smaller: gradient descent tends to be faster"
+        label = f"Eigenvalues of the Hessian before and after, {role} task"
+        caption = f"The condition number κ is {change}."
+        figures.append(_figure(svg[f"spectrum-{role}"], caption, label))
+    return "".join(figures)
+
+
+def _alternatives(rows: Iterable[dict[str, Any]]) -> str:
+    body = "".join(
+        f"<tr><th scope=row>{escape(row['name'])}</th><td>{row['rir']:.3g}</td>"
+        f"<td>{row['share_of_ceiling']:.0%}</td>"
+        f'<td class="harmful"><b>{escape(times(Slowdown(*row["harmful"])))}</b></td>'
+        f'<td class="primary"><b>{escape(times(Slowdown(*row["primary"])))}</b></td></tr>'
+        for row in rows
+    )
+    if not body:
+        return ""
+    return f"""<section><h2>Other methods on the same tasks</h2>
+<p>RIR, the ratio that the literature reports, does not predict who is slowed: several methods reach
+its ceiling, and the steps of gradient descent tell them apart.</p>
+<div class="scroll"><table><thead><tr><th>Method</th><th>RIR</th><th>of ceiling</th>
+<th>Harmful task</th><th>Primary task</th></tr></thead><tbody>{body}</tbody></table></div>
+</section>"""
+
+
+def _numbers(evaluation: Evaluation, results: dict[str, Any]) -> str:
+    explanations = {
+        "ridge": f"ridge {evaluation.ridge:g} · λ<sub>max</sub> on K before θ",
+        "rank_aware": "smallest eigenvalue above the numerical rank tolerance",
+        "official": "as the published code: H + 10<sup>-6</sup> I, smallest above 10<sup>-6</sup>",
+    }
+    rows = "".join(
+        f"<tr><th scope=row>{text}</th><td>{value.rir:.3g}</td><td>{value.i:.3g}</td>"
+        f"<td>{value.ii:.3g}</td><td>{value.rank_harmful}</td><td>{value.rank_primary}</td></tr>"
+        for policy, text in explanations.items()
+        for value in (evaluation.rir[policy],)
+    )
+    ceiling = results["ceiling"]
+    return f"""<div class="scroll"><table><thead><tr><th>Smallest eigenvalue meant</th><th>RIR</th>
+<th>(i) harmful</th><th>(ii) primary</th><th>rank H</th><th>rank P</th></tr></thead>
+<tbody>{rows}</tbody></table></div>
+<p>With the ridge, no linear extractor can exceed RIR = {ceiling:.4g} on these inputs; this one has
+{evaluation.share_of_ceiling:.1%} of that. A tenfold smaller ridge would raise the ceiling
+{evaluation.ceiling_growth:.3g} times.</p>"""
+
+
+def _plain(value: Any) -> str:
+    if isinstance(value, float):
+        return f"{value:.6g}"
+    if isinstance(value, dict):
+        return ", ".join(f"{key} {_plain(item)}" for key, item in value.items())
+    return str(value)
+
+
+def _facts(facts: dict[str, Any]) -> str:
+    rows = "".join(
+        f"<tr><th scope=row>{escape(str(key).replace('_', ' '))}</th>"
+        f"<td>{escape(_plain(value))}</td></tr>"
+        for key, value in facts.items()
+    )
+    return f'<div class="scroll"><table class="facts"><tbody>{rows}</tbody></table></div>'
+
+
+def render_html(evaluation: Evaluation, results: dict[str, Any], svg: dict[str, str]) -> str:
+    """Write the page.
+
+    Args:
+        evaluation: What was measured.
+        results: The content of ``results.json``.
+        svg: The panels of :func:`immunize_ext.report.plots.draw_svg`.
+
+    Returns:
+        A complete HTML document that refers to nothing outside itself.
+    """
+    title = headline(evaluation)
+    warnings = "".join(f"<li>{escape(text)}</li>" for text in results["warnings"])
+    before_quoting = (
+        f"<section><h2>Before you quote these numbers</h2><ul>{warnings}</ul></section>"
+        if warnings
+        else ""
+    )
+    accuracy = (
+        f"""<section><h2>Right answers while the attack runs</h2>
+<p>The share of test samples that a head trained by gradient descent gets right.</p>
+<div class="figures">{_accuracy_figures(evaluation, svg)}</div></section>"""
+        if "accuracy-harmful" in svg
+        else ""
+    )
+    tasks = "".join(
+        f"<li><b>{role}</b>: {escape(task.name)}; {task.x_train.shape[0]} samples to train on, "
+        f"{task.x_test.shape[0]} others to test on, {task.num_features} features</li>"
+        for role, task in evaluation.tasks.items()
+    )
+    run: dict[str, Any] = {key: results[key] for key in ("seconds", "seeds") if key in results}
+    return f"""<!doctype html>
+<html lang="en">
+<head>
+<meta charset="utf-8">
+<meta name="viewport" content="width=device-width, initial-scale=1">
+<meta name="color-scheme" content="light dark">
+<title>{escape(title)} - immunization report</title>
+<style>{PAGE_STYLE}</style>
+</head>
+<body>
+<main>
+<header>
+<p class="kicker">Immunization report</p>
+<h1>{escape(title)}</h1>
+<div class="cards">{_cards(evaluation)}</div>
+<dl class="verdict">{_verdict(evaluation)}</dl>
+</header>
+<section><h2>Attackers, one by one</h2>
+<p>How many times the steps each attacker needs, compared with the same attacker without
+immunization, to come within 10&nbsp;% of the lowest test loss it reached there. Below 1 is
+faster. Small: steps before → after.</p>
+<div class="scroll">{_attack_table(evaluation)}</div></section>
+<section><h2>Watching the attackers learn</h2>
+<p>Test loss over the steps, dashed before and solid after immunization; the dotted line is what has
+to be reached. Harmful task in orange, task to keep in green.</p>
+<div class="figures">{_attack_figures(evaluation, svg)}</div></section>
+{accuracy}
+<section><h2>Why: the spectra</h2>
+<p>Gradient descent learns one direction after another, in the order of these eigenvalues. The wider
+they spread, the longer the last ones take.</p>
+<div class="figures">{_spectrum_figures(evaluation, svg)}</div></section>
+{_alternatives(results.get("alternatives", ()))}
+{before_quoting}
+<section><h2>For specialists</h2>
+{_numbers(evaluation, results)}
+<details><summary>Tasks</summary><ul>{tasks}</ul></details>
+<details><summary>Settings</summary>{_facts({"method": results["method"], **results["config"]})}
+</details>
+<details><summary>Run and environment</summary>{_facts({**run, **results["environment"]})}</details>
+</section>
+</main>
+</body>
+</html>
+"""

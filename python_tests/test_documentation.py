@@ -1,0 +1,36 @@
+"""Every Python example of the README, CONTRIBUTING and docs/ runs as it is printed.
+
+A file's ``python`` blocks run one after the other in one namespace, as a reader would type them,
+in an empty folder. Examples of another kind carry another word after the backticks.
+"""
+
+import re
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parents[1]
+FILES = [
+    path
+    for path in [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted(ROOT.glob("docs/**/*.md"))]
+    if path.exists() and "```python\n" in path.read_text(encoding="utf-8")
+]
+BLOCK = re.compile(r"^```python\n(.*?)^```$", re.MULTILINE | re.DOTALL)
+
+
+@pytest.mark.parametrize("path", FILES, ids=lambda path: str(path.relative_to(ROOT)))
+def test_examples_run(path: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    text = path.read_text(encoding="utf-8")
+    namespace: dict[str, object] = {"__name__": "__main__"}
+    for block in BLOCK.finditer(text):
+        # Blank lines in front, so that a traceback names the line of the document.
+        lines_before = text.count("\n", 0, block.start(1))
+        code = compile("\n" * lines_before + block.group(1), str(path), "exec")
+        exec(code, namespace)
+
+
+@pytest.mark.parametrize("path", FILES, ids=lambda path: str(path.relative_to(ROOT)))
+def test_every_fence_is_closed(path: Path) -> None:
+    fences = re.findall(r"^```", path.read_text(encoding="utf-8"), re.MULTILINE)
+    assert len(fences) % 2 == 0
