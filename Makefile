@@ -15,6 +15,7 @@ TORCH ?= torch==2.13.0
 JOBS ?= 2
 PYTEST_ARGS ?=
 BENCH_ARGS ?=
+DEMO_ARGS ?=
 SHELL := /bin/bash
 .SHELLFLAGS := -eu -o pipefail -c
 .DEFAULT_GOAL := help
@@ -33,7 +34,7 @@ export IMMUNIZE_EXT_BUILD ?= 1
 NATIVE := setup.py pyproject.toml immunize_ext/_version.py \
   $(sort $(wildcard csrc/*.* csrc/cpu/*.* csrc/cuda/*.*))
 PYTHON_SOURCES := immunize_ext python_tests benchmarks csrc setup.py .ci
-CPP_SOURCES := $(sort $(shell find csrc -name '*.h' -o -name '*.cpp' -o -name '*.cu' -o -name '*.cuh'))
+CPP_SOURCES := $(sort $(shell find csrc -name '*.h' -o -name '*.cpp' -o -name '*.cu*'))
 
 .PHONY: help build test test-fallback lint format docs demo bench doctor sdist clean distclean
 
@@ -65,7 +66,7 @@ docs: $(STAMPS)/build $(STAMPS)/test  ## run the examples of docstrings, README 
 	$(BIN)/python -m pytest -q --doctest-modules immunize_ext python_tests/test_documentation.py
 
 demo: $(STAMPS)/build $(STAMPS)/demo  ## immunize a small model on real digits and print the report
-	$(BIN)/immunize demo
+	$(BIN)/immunize demo --force $(DEMO_ARGS)
 
 bench: $(STAMPS)/build $(STAMPS)/test  ## every benchmark; the results go to benchmarks/results
 	$(BIN)/python -m benchmarks.run --out benchmarks/results $(BENCH_ARGS)
@@ -97,7 +98,7 @@ $(STAMPS)/venv:
 	  { echo "make: the headers of $(PYTHON) (Python.h) are missing;" \
 	    "on Debian and Ubuntu: apt-get install python3-dev" >&2; exit 1; }
 	@command -v "$${CXX:-c++}" >/dev/null || \
-	  { echo "make: there is no C++ compiler $${CXX:-c++}; on Debian and Ubuntu: apt-get install g++;" \
+	  { echo "make: no C++ compiler $${CXX:-c++}; on Debian and Ubuntu: apt-get install g++;" \
 	    "to go without: pip install . gives the slower pure-Python package" >&2; exit 1; }
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
 	mkdir -p $(STAMPS)

@@ -68,7 +68,7 @@ def environment_record(
     load = os.getloadavg()[0] if hasattr(os, "getloadavg") else None
     cores = os.cpu_count() or 1
     return {
-        "command": " ".join(["python", "-m", module, *arguments]),
+        "command": " ".join(["python", "-m", module, *map(_without_machine, arguments)]),
         "date": datetime.datetime.now(datetime.UTC).strftime("%Y-%m-%dT%H:%M:%SZ"),
         "device": device.type,
         "device_name": device_name(device),
@@ -98,6 +98,12 @@ def environment_record(
         },
         **source_commit(),
     }
+
+
+def _without_machine(argument: str) -> str:
+    """A command-line argument with folders of this machine left out."""
+    option, equals, value = argument.rpartition("=")
+    return f"{option}{equals}{'PATH' if Path(value).is_absolute() else value}"
 
 
 def _torch_parallel() -> list[str]:

@@ -13,6 +13,8 @@ from typing import Any, Literal
 from ._timing import Measurement, Statistic
 
 SCHEMA = 1
+BENCHMARKS = ("merge", "spectrum")
+DEVICES = ("cpu", "cuda")
 PHASES = ("forward", "backward", "both")
 ROLES = ("ours", "baseline", "floor", "rival")
 
@@ -159,9 +161,15 @@ def read(path: Path) -> dict[str, Any]:
     return content
 
 
+def file_name(benchmark: str, device: str) -> str:
+    """Name of a result file."""
+    return f"{benchmark}-{device}.json"
+
+
 def read_folder(folder: Path) -> list[dict[str, Any]]:
-    """All result files of a folder, by name."""
-    return [read(path) for path in sorted(folder.glob("*.json"))]
+    """The result files of these benchmarks in a folder, by name; others are left alone."""
+    names = sorted(file_name(benchmark, device) for benchmark in BENCHMARKS for device in DEVICES)
+    return [read(folder / name) for name in names if (folder / name).is_file()]
 
 
 _DOCUMENT: dict[str, type | tuple[type, ...]] = {

@@ -27,7 +27,7 @@ from ._timing import (
 
 RESULTS = Path("benchmarks/results")
 DEFAULT_BUDGET = Budget()
-QUICK_BUDGET = Budget(seconds=0.2, min_rounds=2, max_rounds=2)
+QUICK_BUDGET = Budget(seconds=0.2, min_rounds=2, max_rounds=2, turn_seconds=0.002)
 
 
 @dataclass(frozen=True)
@@ -91,7 +91,7 @@ def parser(description: str) -> argparse.ArgumentParser:
     """The arguments that all benchmark scripts share."""
     result = argparse.ArgumentParser(description=description)
     result.add_argument("--quick", action="store_true", help="tiny sizes, nothing is judged")
-    result.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
+    result.add_argument("--device", choices=_results.DEVICES, default="cpu")
     result.add_argument(
         "--threads", type=_positive, default=os.cpu_count() or 1, help="default: all cores"
     )
@@ -175,9 +175,19 @@ def run_case(case: Case, chosen: Options) -> dict[str, Any]:
     )
 
 
+def machine_in_words(environment: Mapping[str, Any]) -> str:
+    """Device, threads and torch of a result."""
+    threads = environment["threads"]
+    return (
+        f"{environment['device_name']}, {threads} thread{'' if threads == 1 else 's'}, "
+        f"torch {environment['torch']}"
+    )
+
+
 def format_row(row: Mapping[str, Any]) -> str:
     """One row as text: contenders with their ratios to ours, then the targets."""
-    lines = [f"{row['id']}: {row['title']}", f"  {row['dtype']}, ms per {row['per']}"]
+    sizes = ", ".join(f"{name} {value}" for name, value in row["sizes"].items())
+    lines = [f"{row['id']}: {row['title']}", f"  {row['dtype']}, ms per {row['per']}; {sizes}"]
     if row["note"]:
         lines.append(f"  note: {row['note']}")
     lines.append(
@@ -282,8 +292,8 @@ def run(
             "copy_bandwidth_bytes_per_second": bandwidth,
         }
         print(
-            f"{benchmark} on {environment['device_name']}, {chosen.threads} threads, torch "
-            f"{environment['torch']}, copy bandwidth {bandwidth / 1e9:.1f} GB/s"
+            f"{benchmark} on {machine_in_words(environment)}, copy bandwidth "
+            f"{bandwidth / 1e9:.1f} GB/s"
         )
         if environment["busy_at_start"]:
             print(f"warning: the machine is busy (load {environment['load_at_start']:.1f})")
@@ -296,7 +306,7 @@ def run(
             print(f"\n{format_row(rows[-1])}", flush=True)
     print(f"\n{labels(rows)}\n\n{summary(rows)}")
     if chosen.out is not None:
-        path = chosen.out / f"{benchmark}-{chosen.device.type}.json"
+        path = chosen.out / _results.file_name(benchmark, chosen.device.type)
         _results.write(path, _results.document(benchmark, environment, settings, rows))
         print(f"written: {path}")
     return 0

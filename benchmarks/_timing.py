@@ -4,7 +4,8 @@ Rules it keeps, so that a script cannot forget them:
 
 - nothing is timed before its result was checked in the same run;
 - the torch-only fallback is never timed under the name of the kernels;
-- contenders take turns, in an order that rotates, so that drift of the machine hits all alike;
+- contenders take turns, in an order shuffled anew each round, so that drift of the machine hits
+  all alike and nobody always comes after the same one;
 - the first calls are dropped, and so is the first call of each turn, which finds the caches full
   of another contender's data (a contender slower than a turn has one call a turn, and keeps it);
 - forward and backward are timed apart within one call, and together as their sum;
@@ -17,6 +18,7 @@ from __future__ import annotations
 import contextlib
 import ctypes
 import gc
+import random
 import statistics
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -34,8 +36,6 @@ from immunize_ext.ops._dispatch import has_kernel
 Role = Literal["ours", "baseline", "floor", "rival"]
 Tensors = tuple[Tensor, ...]
 
-# A turn is this long at least, so that the dropped call and the switch cost little.
-TURN_SECONDS = 0.05
 MAX_CALLS_PER_TURN = 100
 
 
@@ -100,11 +100,16 @@ class Measurement:
 
 @dataclass(frozen=True)
 class Budget:
-    """How long a row may take: rounds go on until ``seconds`` are spent, within the bounds."""
+    """How long a row may take: rounds go on until ``seconds`` are spent, within the bounds.
+
+    A turn of one contender takes ``turn_seconds`` or one call, whichever is longer, so that the
+    dropped call and the switch cost little.
+    """
 
     seconds: float = 6.0
     min_rounds: int = 5
     max_rounds: int = 200
+    turn_seconds: float = 0.05
 
 
 def refuse_fallback(what: str, device: torch.device) -> None:
@@ -183,9 +188,7 @@ def _check(contender: Contender) -> Measurement:
     try:
         values = contender.forward()
         gradients = contender.backward(values) if contender.backward is not None else ()
-    except (
-        RuntimeError
-    ) as error:  # no convergence, no memory; torch and ARPACK derive theirs from it
+    except RuntimeError as failure:  # no convergence, no memory: torch and ARPACK derive from it
         if contender.role != "rival":
             raise
         measurement.refused = f"{type(failure).__name__}: {str(failure).partition(chr(10))[0]}"
@@ -231,14 +234,14 @@ def measure(
         calls = {}
         for entry in running:
             once = sum(time_call(entry.contender, device)) * 1e-3
-            fit = int(TURN_SECONDS / max(once, 1e-9))
+            fit = int(budget.turn_seconds / max(once, 1e-9))
             calls[entry.contender.name] = min(max(fit, 1), MAX_CALLS_PER_TURN)
         started = time.perf_counter()
-        for turn in range(budget.max_rounds):
-            if turn >= budget.min_rounds and time.perf_counter() - started > budget.seconds:
+        shuffler = random.Random(0)
+        for done in range(budget.max_rounds):
+            if done >= budget.min_rounds and time.perf_counter() - started > budget.seconds:
                 break
-            first = turn % max(len(running), 1)
-            for entry in running[first:] + running[:first]:
+            for entry in shuffler.sample(running, len(running)):
                 if calls[entry.contender.name] > 1:
                     time_call(entry.contender, device)
                 for _ in range(calls[entry.contender.name]):

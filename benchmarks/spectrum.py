@@ -160,6 +160,8 @@ def _floor(inputs: Sequence[Tensor], items: int) -> Contender:
 
 
 def _expected_r_ill(x: Tensor, published: bool) -> expected.Expected:
+    if x.dim() == 3:
+        return expected.stacked([_expected_r_ill(matrix, published) for matrix in x])
     array = expected.as_float64(x)
     n, p = array.shape
     if published:
@@ -173,15 +175,14 @@ def _tolerance(x: Tensor, published: bool) -> float:
     return 1e-8 if x.dtype == torch.float64 else 1e-4
 
 
-def pair_contenders(
-    options: Options, primary: Tensor, harmful: Tensor, ways: Sequence[Way]
-) -> list[Contender]:
+def pair_contenders(primary: Tensor, harmful: Tensor, ways: Sequence[Way]) -> list[Contender]:
     """R_well of the primary and R_ill of the harmful features, as one training step has them."""
     primary, harmful = primary.requires_grad_(), harmful.requires_grad_()
     well = expected.gram_r_well(expected.as_float64(primary))
+    right_ill = {flag: _expected_r_ill(harmful, flag) for flag in {way.published for way in ways}}
     contenders = []
     for way in ways:
-        ill = _expected_r_ill(harmful, way.published)
+        ill = right_ill[way.published]
         right = expected.Expected(well.values + ill.values, well.gradients + ill.gradients)
 
         def forward(way: Way = way) -> Tensors:
@@ -195,31 +196,19 @@ def pair_contenders(
     return [*contenders, _floor((primary, harmful), 2)]
 
 
-def batch_contenders(options: Options, x: Tensor, ways: Sequence[Way]) -> list[Contender]:
-    """R_ill of each matrix of a batch x (b, n, p)."""
+def r_ill_contenders(x: Tensor, ways: Sequence[Way]) -> list[Contender]:
+    """R_ill of features x (n, p), or of each matrix of a batch (b, n, p)."""
     x = x.requires_grad_()
-    contenders = []
-    for way in ways:
-        right = expected.stacked([_expected_r_ill(matrix, way.published) for matrix in x])
-
-        def forward(way: Way = way) -> Tensors:
-            return (way.r_ill(x),)
-
-        contenders.append(_contender(way, (x,), forward, right, _tolerance(x, way.published), 1))
-    return [*contenders, _floor((x,), 1)]
-
-
-def single_contenders(options: Options, x: Tensor, ways: Sequence[Way]) -> list[Contender]:
-    """R_ill of one matrix x (n, p)."""
-    x = x.requires_grad_()
+    right = {flag: _expected_r_ill(x, flag) for flag in {way.published for way in ways}}
     contenders = []
     for way in ways:
 
         def forward(way: Way = way) -> Tensors:
             return (way.r_ill(x),)
 
-        right = _expected_r_ill(x, way.published)
-        contenders.append(_contender(way, (x,), forward, right, _tolerance(x, way.published), 1))
+        contenders.append(
+            _contender(way, (x,), forward, right[way.published], _tolerance(x, way.published), 1)
+        )
     return [*contenders, _floor((x,), 1)]
 
 
@@ -373,7 +362,7 @@ def cases(options: Options) -> list[Case]:
             "float64",
             "matrix",
             lambda: pair_contenders(
-                options, features(options, n, p), features(options, n, p, variant=1), all_ways
+                features(options, n, p), features(options, n, p, variant=1), all_ways
             ),
             pair_targets,
         ),
@@ -384,7 +373,6 @@ def cases(options: Options) -> list[Case]:
             "float32",
             "matrix",
             lambda: pair_contenders(
-                options,
                 features(options, n, p).float(),
                 features(options, n, p, variant=1).float(),
                 usual,
@@ -397,8 +385,8 @@ def cases(options: Options) -> list[Case]:
             "float64",
             "matrix",
             lambda: [
-                *single_contenders(
-                    options, features(options, n, p, kappa=1e9), (OURS, COMPOSITE, BARE, SVDVALS)
+                *r_ill_contenders(
+                    features(options, n, p, kappa=1e9), (OURS, COMPOSITE, BARE, SVDVALS)
                 ),
                 svds_contender(features(options, n, p, kappa=1e9)),
             ],
@@ -434,8 +422,8 @@ def _cliff_case(options: Options) -> Case:
     count, p = (4, 40) if options.quick else (128, 784)
 
     def build() -> list[Contender]:
-        contenders = batch_contenders(options, features(options, count, 33, p), (OURS, COMPOSITE))
-        at_32 = batch_contenders(options, features(options, count, 32, p), (OURS, COMPOSITE))
+        contenders = r_ill_contenders(features(options, count, 33, p), (OURS, COMPOSITE))
+        at_32 = r_ill_contenders(features(options, count, 32, p), (OURS, COMPOSITE))
         return [
             *contenders,
             *(
@@ -486,7 +474,7 @@ def _batch_case(
         {"matrices": shape[0], "n": shape[1], "p": shape[2]},
         "float64",
         "call",
-        lambda: batch_contenders(options, features(options, *shape), ways),
+        lambda: r_ill_contenders(features(options, *shape), ways),
         targets,
         budget=budget,
     )
@@ -498,7 +486,7 @@ def _tall_case(options: Options) -> Case:
     def build() -> list[Contender]:
         x = features(options, n, p)
         return [
-            *single_contenders(options, x, (OURS, PUBLISHED, COMPOSITE, BARE, SVDVALS)),
+            *r_ill_contenders(x, (OURS, PUBLISHED, COMPOSITE, BARE, SVDVALS)),
             svds_contender(x.detach()),
         ]
 
@@ -551,7 +539,7 @@ def _samples_case(options: Options, n: int, p: int) -> Case:
         {"matrices": 1, "n": n, "p": p},
         "float64",
         "matrix",
-        lambda: single_contenders(options, features(options, n, p), ways),
+        lambda: r_ill_contenders(features(options, n, p), ways),
         sweep={"name": f"R_ill of features n x {p}", "x": "n", "value": n},
         budget=Budget(2.0, 3, 50),
     )
@@ -572,7 +560,7 @@ def _matrices_case(options: Options, count: int, shape: tuple[int, int]) -> Case
         {"matrices": count, "n": n, "p": p},
         "float64",
         "call",
-        lambda: batch_contenders(options, features(options, count, n, p), ways),
+        lambda: r_ill_contenders(features(options, count, n, p), ways),
         sweep={"name": f"R_ill of b matrices of {n} x {p}", "x": "matrices", "value": count},
         budget=Budget(3.0, 3, 50),
     )

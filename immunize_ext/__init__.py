@@ -1,8 +1,8 @@
 """Fast, exact, differentiable linear algebra for model immunization.
 
 ``immunize_ext.ops`` holds the operators, ``immunize_ext.regularizers`` their compositions.
-Importing the package compiles nothing, changes no setting of torch, and never fails for lack of the compiled
-part: without it the operators take a torch-only route and say so once.
+Importing the package compiles nothing, changes no setting of torch, and never fails for lack of
+the compiled part: without it the operators take a torch-only route and say so once.
 """
 
 from immunize_ext import errors, ops, regularizers

@@ -119,7 +119,10 @@ def _torch() -> Finding:
 
 
 def _package(name: str) -> Finding:
-    return Finding(name, importlib.metadata.version(name))
+    try:
+        return Finding(name, importlib.metadata.version(name))
+    except importlib.metadata.PackageNotFoundError:
+        return Finding(name, "not installed", f"pip install {name}")
 
 
 def _compiled() -> Iterator[Finding]:

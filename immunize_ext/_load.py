@@ -11,6 +11,7 @@ import importlib
 import importlib.machinery
 import json
 import os
+import shlex
 import struct
 import sys
 import threading
@@ -23,10 +24,9 @@ import torch
 
 from immunize_ext.errors import FallbackWarning
 
-BUILD_COMMAND = "pip install --no-build-isolation --force-reinstall --no-deps immunize_ext"
-"""What builds the compiled part anew against the installed torch."""
+BUILD_COMMAND = "pip install --no-build-isolation --no-deps {folder}"
+"""What compiles the operators against the installed torch; ``{folder}`` is a checkout."""
 
-_SOURCE_BUILD_COMMAND = "pip install --no-build-isolation --no-deps -e {folder}"
 _PACKAGE = Path(__file__).resolve().parent
 _RECORD = _PACKAGE / "_build_info.json"
 _DISABLE = "IMMUNIZE_EXT_DISABLE"
@@ -79,8 +79,8 @@ def build_command() -> str:
     """Return the command that builds the compiled part of this installation."""
     folder = _PACKAGE.parent
     if (folder / "setup.py").is_file() and (folder / "csrc").is_dir():
-        return _SOURCE_BUILD_COMMAND.format(folder=folder)
-    return BUILD_COMMAND
+        return BUILD_COMMAND.format(folder=f"-e {shlex.quote(str(folder))}")
+    return BUILD_COMMAND.format(folder=".") + " (in a checkout of immunize_ext)"
 
 
 def warn_fallback(reason: str | None = None) -> None:

@@ -12,7 +12,11 @@ from collections.abc import Sequence
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, NoReturn
 
+import torch
+
+from immunize_ext._extras import MissingExtraError, require_extra
 from immunize_ext._version import __version__
+from immunize_ext.errors import NotPositiveDefiniteError
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
@@ -161,10 +165,7 @@ def _table(result: DemoResult) -> str:
 
 
 def _demo(arguments: argparse.Namespace) -> int:
-    # Imported here: `immunize --version` and its errors should not wait for torch.
-    import torch
-
-    from immunize_ext._extras import require_extra
+    # Imported here: `immunize doctor` has to work where these do not.
     from immunize_ext.demo import DemoConfig, run_demo
     from immunize_ext.report import check_target
 
@@ -225,7 +226,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     except KeyboardInterrupt:
         print("immunize: interrupted; nothing was written", file=sys.stderr)
         return INTERRUPTED
-    except (ValueError, OSError, ImportError) as error:
+    except (ValueError, OSError, MissingExtraError, NotPositiveDefiniteError) as error:
         # Bad values, files that are missing or in the way, missing extras: their messages say what
         # to do. Anything else is a defect and deserves its traceback.
         print(f"immunize: {' '.join(str(error).split())}", file=sys.stderr)

@@ -59,6 +59,11 @@ def test_missing_compiler_is_a_problem_only_where_it_is_needed(
     assert finding.text == "/nowhere/c++ not found"
 
 
+def test_missing_dependency_is_a_problem() -> None:
+    finding = _doctor._package("no-such-distribution")
+    assert (finding.ok, finding.fix) == (False, "pip install no-such-distribution")
+
+
 @pytest.mark.parametrize(
     ("capability", "arch_list", "runs"),
     [

@@ -63,13 +63,14 @@ def conjugate_gradients(z: Tensor, y: Tensor) -> Iterator[Tensor]:
     gradient = z.mT @ residual
     direction = gradient
     squared = gradient @ gradient
+    noise = 4.0 * torch.finfo(z.dtype).eps * torch.linalg.matrix_norm(z)
     while True:
         yield w
-        image = z @ direction
-        length = image @ image
-        if not bool(length > 0):  # converged: w is the optimum and stays
+        # A gradient within its own rounding error has no direction: w is the optimum and stays.
+        if not bool(squared.sqrt() > noise * residual.norm()):
             continue
-        step = squared / length
+        image = z @ direction
+        step = squared / (image @ image)
         w = w + step * direction
         residual = residual - step * image
         gradient = z.mT @ residual

@@ -74,7 +74,8 @@ def digits_task(
     sides = tuple(positive), tuple(negative)
     check_digits("digits_task", *sides)
     x, y = select_digits(*load_digits(), *sides, seed=seed)
-    cut = round(train_fraction * len(y))
+    # Asked first, so that NaN is refused here and not by round.
+    cut = round(train_fraction * len(y)) if 0.0 < train_fraction < 1.0 else 0
     if not 0 < cut < len(y):
         raise ValueError(
             f"digits_task: train_fraction must leave images to train and to test on, got "

@@ -5,13 +5,17 @@ with G = dR/dH, because grad_theta R = 2 K theta G. G shares its eigenvectors wi
 
     sigma_i' = sigma_i (1 - 2 eta g_i)^2        for each eigenvalue of H.
 
-R_well: g_1 = (1 - 1/p) sigma_1 and g_i = -sigma_i / p below. kappa falls as long as neither the
-former largest eigenvalue nor the next one ends above sigma_1:
+R_well: g_1 = (1 - 1/p) sigma_1 and g_i = -sigma_i / p below, so the largest eigenvalue shrinks and
+all others grow in order. kappa falls as long as sigma_1' does not go below sigma_k' and sigma_2' not
+above sigma_1:
 
-    eta < min{ 1 / ((1 - 1/p) sigma_1),  (sqrt(sigma_1 sigma_2) - sigma_2) / ((2/p) sigma_2^2) }
+    eta < min{ (sqrt(sigma_1) - sqrt(sigma_k)) / (2 (g_1 sqrt(sigma_1) + sigma_k^{3/2} / p)),
+               (sqrt(sigma_1 sigma_2) - sigma_2) / ((2/p) sigma_2^2) }.
 
-(theorem 4.3, part 1). Where sigma_1 is repeated m times the gradient is the mean over the cluster:
-1/m takes the place of 1 in the first term, sigma_{m+1} that of sigma_2 in the second.
+Theorem 4.3, part 1, prints the second term and 1 / g_1 for the first. That keeps sigma_1' below
+sigma_1, but at half of it sigma_1' is 0 and kappa infinite: with p = 2, gaps are rarely so small
+that the second term would prevent it. Where sigma_1 is repeated m times the gradient is the mean
+over the cluster: g_1 = (1/m - 1/p) sigma_1, and sigma_{m+1} takes the place of sigma_2.
 
 R_ill, D = |H|_F^2 / (2k) - sigma_k^2 / 2: g_k = (1 - 1/k) sigma_k / D^2, g_i = -sigma_i / (k D^2)
 above. kappa rises as long as sigma_k' < sigma_k:
@@ -51,7 +55,7 @@ def well_step_bound(features: Tensor) -> float:
         features: F = X theta, shape ``(n, p)``; H = F^T F.
 
     Returns:
-        The bound on eta (theorem 4.3, part 1); infinity if all eigenvalues are equal.
+        The bound on eta; infinity if all p eigenvalues are equal, where R_well has no gradient.
 
     Raises:
         ValueError: If ``features`` is not a matrix.
@@ -63,12 +67,15 @@ def well_step_bound(features: Tensor) -> float:
     largest = float(eigenvalues[0])
     equal = eigenvalues >= largest * (1.0 - 1e-12)
     multiplicity = int(equal.sum())
-    decrease = 1.0 / multiplicity - 1.0 / p
-    first = 1.0 / (decrease * largest) if decrease > 0.0 else math.inf
+    shrinking = (1.0 / multiplicity - 1.0 / p) * largest
     if multiplicity >= rank:
-        return first
-    second = float(eigenvalues[multiplicity])
-    return min(first, (math.sqrt(largest * second) - second) * p / (2.0 * second * second))
+        # kappa is 1 already; up to here theta keeps its rank.
+        return 0.5 / shrinking if shrinking > 0.0 else math.inf
+    second, smallest = float(eigenvalues[multiplicity]), float(eigenvalues[rank - 1])
+    meeting = (math.sqrt(largest) - math.sqrt(smallest)) / (
+        2.0 * (shrinking * math.sqrt(largest) + smallest**1.5 / p)
+    )
+    return min(meeting, (math.sqrt(largest * second) - second) * p / (2.0 * second * second))
 
 
 def ill_step_bound(features: Tensor) -> float:

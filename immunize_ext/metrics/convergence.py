@@ -27,7 +27,7 @@ class Slowdown(NamedTuple):
     def __str__(self) -> str:
         if self.censored:
             return f">{self.ratio:.0f}x"
-        digits = 2 if self.ratio < 0.995 else 1 if self.ratio < 99.5 else 0
+        digits = 2 if self.ratio < 0.995 else 1 if self.ratio < 9.95 else 0
         return f"{self.ratio:.{digits}f}x"
 
 
@@ -123,7 +123,7 @@ def gradient_descent_steps(x: Tensor, y: Tensor, *, tolerance: float = 0.1) -> f
 
     if excess(0.0) <= gap:
         return 0.0
-    if gap == 0.0:
+    if gap == 0.0 and excess(1.0) > 0.0:
         return math.inf
     low, high = 0.0, 1.0
     while excess(high) > gap:

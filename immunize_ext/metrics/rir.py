@@ -58,7 +58,9 @@ class RelativeImmunizationRatio:
         log_kappa_primary: log kappa(H_P(theta)).
         log_kappa_primary_base: log kappa(H_P(theta_0)).
         rank_harmful: Eigenvalues counted for the harmful task with theta.
+        rank_harmful_base: The same with theta_0; a ratio between two ranks says little.
         rank_primary: Eigenvalues counted for the primary task with theta.
+        rank_primary_base: The same with theta_0.
 
     Note:
         kappa of the zero matrix is infinite. Two equal condition numbers have ratio 1, also two
@@ -73,7 +75,9 @@ class RelativeImmunizationRatio:
     log_kappa_primary: float
     log_kappa_primary_base: float
     rank_harmful: int
+    rank_harmful_base: int
     rank_primary: int
+    rank_primary_base: int
 
     @property
     def log_i(self) -> float:
@@ -204,7 +208,9 @@ def relative_immunization_ratio(
         log_kappa_primary=values["primary"][0],
         log_kappa_primary_base=values["primary_base"][0],
         rank_harmful=values["harmful"][1],
+        rank_harmful_base=values["harmful_base"][1],
         rank_primary=values["primary"][1],
+        rank_primary_base=values["primary_base"][1],
     )
 
 

@@ -162,8 +162,8 @@ class Evaluation:
                     "log_rir": value.log_rir,
                     "log_kappa_harmful": [value.log_kappa_harmful_base, value.log_kappa_harmful],
                     "log_kappa_primary": [value.log_kappa_primary_base, value.log_kappa_primary],
-                    "rank_harmful": value.rank_harmful,
-                    "rank_primary": value.rank_primary,
+                    "rank_harmful": [value.rank_harmful_base, value.rank_harmful],
+                    "rank_primary": [value.rank_primary_base, value.rank_primary],
                 }
                 for policy, value in self.rir.items()
             },

@@ -41,10 +41,10 @@ def describe_attack(comparison: AttackComparison) -> str:
             f"{result.ratio:.0f} times the {_steps(before)} it took before."
         )
     if unchanged(result):
-        return f"Not slowed at all: {_steps(after)}, {_steps(before)} before."
+        return f"Not slowed at all: {_steps(after)}, {before:,} before."
     if result.ratio > 1.0:
-        return f"{times(result)[:-1]} times slower: {_steps(after)} instead of {_steps(before)}."
-    return f"{1.0 / result.ratio:.1f} times faster: {_steps(after)} instead of {_steps(before)}."
+        return f"{times(result)[:-1]} times slower: {_steps(after)} instead of {before:,}."
+    return f"{1.0 / result.ratio:.1f} times faster: {_steps(after)} instead of {before:,}."
 
 
 def headline(evaluation: Evaluation) -> str:
@@ -206,9 +206,20 @@ def _spectrum_figures(evaluation: Evaluation, svg: dict[str, str]) -> str:
     return "".join(figures)
 
 
+def _number(value: float) -> str:
+    """Three digits, without an exponent from 0.001 to a million."""
+    if not math.isfinite(value):
+        return "∞" if value > 0 else "not defined"
+    if 1e3 <= value < 1e6:
+        return f"{value:,.0f}"
+    text = f"{value:.3g}"
+    mantissa, exponent, power = text.partition("e")
+    return f'<span class="nowrap">{mantissa}·10<sup>{int(power)}</sup></span>' if exponent else text
+
+
 def _alternatives(rows: Iterable[dict[str, Any]]) -> str:
     body = "".join(
-        f"<tr><th scope=row>{escape(row['name'])}</th><td>{row['rir']:.3g}</td>"
+        f"<tr><th scope=row>{escape(row['name'])}</th><td>{_number(row['rir'])}</td>"
         f"<td>{row['share_of_ceiling']:.0%}</td>"
         f'<td class="harmful"><b>{escape(times(Slowdown(*row["harmful"])))}</b></td>'
         f'<td class="primary"><b>{escape(times(Slowdown(*row["primary"])))}</b></td></tr>'
@@ -228,21 +239,23 @@ def _numbers(evaluation: Evaluation, results: dict[str, Any]) -> str:
     explanations = {
         "ridge": f"ridge {evaluation.ridge:g} · λ<sub>max</sub> on K before θ",
         "rank_aware": "smallest eigenvalue above the numerical rank tolerance",
-        "official": "as the published code: H + 10<sup>-6</sup> I, smallest above 10<sup>-6</sup>",
+        "official": "as the published code: smallest of H + ε I above ε = 0.000001",
     }
     rows = "".join(
-        f"<tr><th scope=row>{text}</th><td>{value.rir:.3g}</td><td>{value.i:.3g}</td>"
-        f"<td>{value.ii:.3g}</td><td>{value.rank_harmful}</td><td>{value.rank_primary}</td></tr>"
+        f"<tr><th scope=row>{text}</th><td>{_number(value.rir)}</td><td>{_number(value.i)}</td>"
+        f"<td>{_number(value.ii)}</td><td>{value.rank_harmful_base} → {value.rank_harmful}</td>"
+        f"<td>{value.rank_primary_base} → {value.rank_primary}</td></tr>"
         for policy, text in explanations.items()
         for value in (evaluation.rir[policy],)
     )
     ceiling = results["ceiling"]
     return f"""<div class="scroll"><table><thead><tr><th>Smallest eigenvalue meant</th><th>RIR</th>
-<th>(i) harmful</th><th>(ii) primary</th><th>rank H</th><th>rank P</th></tr></thead>
+<th>(i) harmful</th><th>(ii) primary</th><th>rank, harmful</th><th>rank, primary</th></tr></thead>
 <tbody>{rows}</tbody></table></div>
-<p>With the ridge, no linear extractor can exceed RIR = {ceiling:.4g} on these inputs; this one has
-{evaluation.share_of_ceiling:.1%} of that. A tenfold smaller ridge would raise the ceiling
-{evaluation.ceiling_growth:.3g} times.</p>"""
+<p class="note">With the ridge, no linear extractor can exceed RIR = {_number(ceiling)} on these
+inputs; this one has {evaluation.share_of_ceiling:.1%} of that. A tenfold smaller ridge would raise
+the ceiling {evaluation.ceiling_growth:.3g} times. The other two rows compare eigenvalues in
+directions that the data hardly has; they are there to be compared with publications.</p>"""
 
 
 def _plain(value: Any) -> str:

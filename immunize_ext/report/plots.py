@@ -11,6 +11,7 @@ from collections.abc import Callable
 from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
+import torch
 
 from immunize_ext._extras import require_extra
 from immunize_ext.attacks import AttackComparison, AttackCurve
@@ -77,8 +78,8 @@ def _number(value: float, _position: object = None) -> str:
 
 
 def _visible(curve: AttackCurve, last: int) -> list[int]:
-    """Steps to draw, from 1 (a logarithmic axis has no 0) to ``last``."""
-    return [step for step in log_spaced_steps(min(curve.steps, last), 160) if step >= 1]
+    """Steps to draw, from 0 to ``last``."""
+    return log_spaced_steps(min(curve.steps, last), 160)
 
 
 def _horizon(comparison: AttackComparison) -> int:
@@ -87,17 +88,24 @@ def _horizon(comparison: AttackComparison) -> int:
     return max(10, min(2 * max(arrived, comparison.base_steps), comparison.immunized.steps))
 
 
-def _two_curves(axes: Axes, comparison: AttackComparison, role: str, field: str) -> None:
+def _two_curves(
+    axes: Axes, comparison: AttackComparison, role: str, field: str, *, first: int = 0
+) -> None:
     last = _horizon(comparison)
-    for curve, colour, dashes, label in (
-        (comparison.base, COLOURS["--before"], (4, 2), "before"),
-        (comparison.immunized, _ROLE_COLOUR[role], (), "immunized"),
+    # The dashes lie on top, so that equal curves show both colours.
+    for curve, colour, dashes, label, order in (
+        (comparison.base, COLOURS["--before"], (4, 2), "before", 2.2),
+        (comparison.immunized, _ROLE_COLOUR[role], (), "immunized", 2.1),
     ):
-        steps = _visible(curve, last)
+        steps = [step for step in _visible(curve, last) if step >= first]
         values = getattr(curve, field)[steps].numpy()
-        axes.plot(steps, values, color=colour, dashes=dashes, label=label)
-    axes.set_xscale("log")
-    axes.set_xlim(0.9, last * 1.05)
+        axes.plot(steps, values, color=colour, dashes=dashes, label=label, zorder=order)
+    # Linear from 0 to 1, logarithmic beyond: the start belongs into the picture.
+    axes.set_xscale("symlog", linthresh=1.0, linscale=0.4)
+    axes.set_xlim(first, last * 1.05)
+    axes.set_xticks(
+        [tick for tick in (0, 1, 10, 100, 1000, 10000, 100000) if first <= tick <= last]
+    )
     axes.xaxis.set_major_formatter(_number)
     axes.set_xlabel("steps of the attacker")
 
@@ -109,6 +117,7 @@ def _convergence(role: str, attacker: str) -> Panel:
         _title(axes, f"{ATTACKER_NAMES[attacker]}, {role} task")
         _two_curves(axes, comparison, role, "test_loss")
         axes.set_yscale("log")
+        axes.set_yticks([m * 10.0**e for e in range(-6, 3) for m in (1, 2, 5)])
         axes.yaxis.set_major_formatter(_number)
         axes.yaxis.set_minor_formatter(lambda *_: "")
         axes.set_ylabel("test loss")
@@ -130,15 +139,17 @@ def _convergence(role: str, attacker: str) -> Panel:
         axes.annotate(
             str(comparison.slowdown).replace("x", "×"),
             xy=((start * end) ** 0.5, target),
-            xytext=(0, -16),
+            xytext=(0, -29),
             textcoords="offset points",
-            ha="center" if start * end > 1 else "left",
+            ha="center",
             fontsize=13,
             fontweight="bold",
             color=colour,
         )
-        low, high = axes.get_ylim()
-        axes.set_ylim(min(low, target / (high / target) ** 0.28), high)
+        shown = [c.test_loss[_visible(c, last)] for c in (comparison.base, comparison.immunized)]
+        low, high = (float(extreme(torch.cat(shown))) for extreme in (torch.min, torch.max))
+        # Room below the target for its label.
+        axes.set_ylim(min(low / 1.1, target * (target / high) ** 0.55), high * 1.15)
         _legend(axes)
 
     return draw
@@ -148,7 +159,8 @@ def _accuracy(role: str) -> Panel:
     def draw(axes: Axes, evaluation: Evaluation) -> None:
         comparison = evaluation.comparisons[role]["gradient_descent"]
         _title(axes, f"Test accuracy, {role} task")
-        _two_curves(axes, comparison, role, "test_accuracy")
+        # Before the first step the head is 0 and has no opinion.
+        _two_curves(axes, comparison, role, "test_accuracy", first=1)
         axes.yaxis.set_major_formatter(lambda value, _: f"{value:.0%}")
         axes.set_ylabel("right answers")
         _legend(axes, "lower right")
@@ -177,12 +189,12 @@ def _spectrum(role: str) -> Panel:
         axes.set_yscale("log")
         axes.set_xlabel("eigenvalue, from the largest")
         axes.set_ylabel("relative to the largest")
-        _legend(axes, "lower left")
+        _legend(axes)
 
     return draw
 
 
-def _legend(axes: Axes, location: Literal["best", "lower left", "lower right"] = "best") -> None:
+def _legend(axes: Axes, location: Literal["best", "lower right"] = "best") -> None:
     axes.legend(
         loc=location,
         frameon=False,

@@ -50,6 +50,9 @@ th, td { padding: 0.6rem 0.9rem; text-align: left; border-top: 1px solid var(--l
 thead th { border-top: 0; color: var(--muted); font-size: 0.85rem; font-weight: 600; }
 tbody th { font-weight: 500; }
 td small { color: var(--muted); font-size: 0.85rem; white-space: nowrap; }
+.nowrap { white-space: nowrap; }
+sup { line-height: 0; font-size: 0.75em; }
+section > p.note { margin-top: 1rem; }
 .facts th { width: 14rem; color: var(--muted); }
 .facts td { overflow-wrap: anywhere; }
 .figures { display: grid; gap: 0.9rem;
@@ -68,7 +71,10 @@ summary { cursor: pointer; font-weight: 600; padding: 0.3rem 0; }
   .card b { font-size: 1.9rem; }
   th, td { padding: 0.5rem 0.6rem; font-size: 0.95rem; }
   td small { display: block; }
-  .facts th { width: 8rem; }
+  .nowrap { white-space: nowrap; }
+sup { line-height: 0; font-size: 0.75em; }
+section > p.note { margin-top: 1rem; }
+.facts th { width: 8rem; }
 }
 @media print { body { background: none; } figure, .card, table { break-inside: avoid; } }
 """

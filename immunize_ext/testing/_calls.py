@@ -84,11 +84,20 @@ def values_of(
     return [tensor.detach() for tensor in select(check, result, outputs)]
 
 
+def salted_generator(seed: int) -> torch.Generator:
+    """A generator that shares no stream with ``manual_seed(seed)``.
+
+    A direction drawn from the same stream as the input would be parallel to it, and along the input
+    itself the derivatives of homogeneous functions are trivial.
+    """
+    return torch.Generator().manual_seed((seed * 0x9E3779B97F4A7C15 + 0x2545F4914F6CDD1D) % 2**63)
+
+
 def random_cotangents(
     values: Sequence[Tensor], seed: int, scales: Sequence[Tensor] | None = None
 ) -> list[Tensor]:
     """Random signs times sizes in [0.5, 1.5], divided by ``scales`` where given."""
-    generator = torch.Generator().manual_seed(seed)
+    generator = salted_generator(seed)
     cotangents = []
     for i, value in enumerate(values):
         size = 0.5 + torch.rand(value.shape, generator=generator, dtype=torch.float64)

@@ -13,7 +13,6 @@ integer outputs are ignored.  Wrap lists of arguments in a lambda.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
 from typing import Literal
 
 import torch
@@ -31,38 +30,22 @@ from immunize_ext.testing._calls import (
     select,
     values_of,
 )
+from immunize_ext.testing._slopes import (
+    InconclusiveCheckError,
+    compare_slopes,
+    random_directions,
+    weighted_outputs,
+)
 
-_EPS = torch.finfo(torch.float64).eps
-# Relative steps from coarse to fine.  Where f is smooth the best one is near 1e-5; near a kink at
-# distance r only steps below r say anything.
-STEPS = (1e-2, 1e-3, 1e-4, 1e-5, 1e-6, 1e-7, 1e-8)
-# A probe of the noise of f: inputs moved by this much of their norm, as a backward stable
-# algorithm may do.
-_PROBE = 4 * _EPS
-# Below this share of the slopes that random directions have, a bound decides nothing.
-_RESOLUTION = 0.2
-_MAX_LOCATED = 64
-
-
-class InconclusiveCheckError(AssertionError):
-    """The error bound is as large as the derivative: the check cannot decide either way."""
-
-
-@dataclass(frozen=True)
-class _Slope:
-    value: float
-    step: float
-    truncation: float
-    rounding: float
-
-
-@dataclass(frozen=True)
-class _Weighted:
-    """sum_i w_i f_i with weights that give every output the same say, and the noise of the sum."""
-
-    weights: list[Tensor]
-    noise: float
-    size: float
+__all__ = [
+    "InconclusiveCheckError",
+    "assert_gradients_close",
+    "check_against_closed_form",
+    "check_against_finite_differences",
+    "check_double_backward",
+    "check_float32_against_float64",
+    "check_forward_mode",
+]
 
 
 def check_against_finite_differences(
@@ -120,13 +103,13 @@ def check_against_finite_differences(
     check = "check_against_finite_differences"
     where = positions(check, inputs, wrt)
     require_float64(check, inputs, where)
-    weighted = _weights(check, fn, inputs, where, outputs, seed)
+    weighted = weighted_outputs(check, fn, inputs, where, outputs, seed)
     _, grads = gradients(check, fn, inputs, where, outputs, weighted.weights)
 
     def values(args: Sequence[Tensor]) -> list[Tensor]:
         return values_of(check, fn, args, outputs)
 
-    _compare_slopes(
+    compare_slopes(
         check,
         "the outputs",
         values,
@@ -190,8 +173,8 @@ def check_double_backward(
     check = "check_double_backward"
     where = positions(check, inputs, wrt)
     require_float64(check, inputs, where)
-    first = _weights(check, fn, inputs, where, outputs, seed)
-    probe = _random_directions(inputs, where, seed + 1)
+    first = weighted_outputs(check, fn, inputs, where, outputs, seed)
+    probe = random_directions(inputs, where, seed + 1)
     count = len(inputs)
 
     def contracted(*args: Tensor) -> Tensor:
@@ -221,12 +204,10 @@ def check_double_backward(
         args = leaves(everything, active)
         total = contracted(*args)
         silent = not total.requires_grad
-        # Keep the error of a first gradient without a graph for the comparison below.
-        found = (
-            [None] * len(active)
-            if silent
-            else list(torch.autograd.grad(total, [args[i] for i in active], allow_unused=True))
-        )
+        if not silent:
+            # Not torch.autograd.grad: it visits only nodes on a path to its inputs, and a node that
+            # refuses double backward is a dead end that it would pass over in silence.
+            total.backward()
     except (RuntimeError, NotImplementedError) as error:
         if expect == "right":
             raise AssertionError(
@@ -238,17 +219,17 @@ def check_double_backward(
             f"{check}: double backward must raise, got a result "
             f"{'without a graph (silently zero)' if silent else ''}; refuse it by name"
         )
-    grads = [
-        torch.zeros_like(everything[i]) if grad is None else grad
-        for i, grad in zip(active, found, strict=True)
-    ]
-    weighted = _weights(check, contracted, everything, active, None, seed + 2, graph=False)
+    grads = []
+    for i in active:
+        grad = args[i].grad
+        grads.append(torch.zeros_like(everything[i]) if grad is None else grad)
+    weighted = weighted_outputs(check, contracted, everything, active, None, seed + 2, graph=False)
     scale = weighted.weights[0]
 
     def values(points: Sequence[Tensor]) -> list[Tensor]:
         return [contracted(*[x.detach() for x in points]).detach()]
 
-    _compare_slopes(
+    compare_slopes(
         check,
         "the gradient (silently without a graph)" if silent else "the gradient",
         values,
@@ -407,7 +388,7 @@ def check_forward_mode(
     wrt: Sequence[int] | None = None,
     outputs: Sequence[int] | None = None,
     directions: int = 2,
-    rtol: float = 1e-9,
+    rtol: float | None = None,
     seed: int = 0,
 ) -> Literal["supported", "refused"]:
     """Forward-mode derivatives are right, or refused; never silently zero.
@@ -423,7 +404,7 @@ def check_forward_mode(
         wrt: which inputs get a tangent.
         outputs: which returned tensors to look at.
         directions: how many tangents.
-        rtol: bound relative to sum |gradient_ij d_ij|.
+        rtol: bound relative to sum |gradient_ij d_ij|; default 1e6 eps of the dtype.
         seed: of directions and weights.
 
     Returns:
@@ -442,9 +423,11 @@ def check_forward_mode(
     values = values_of(check, fn, inputs, outputs)
     cotangents = random_cotangents(values, seed)
     _, grads = gradients(check, fn, inputs, where, outputs, cotangents)
+    if rtol is None:
+        rtol = 1e6 * torch.finfo(inputs[where[0]].dtype).eps
     refused = False
     for number in range(directions):
-        tangents = _random_directions(inputs, where, seed + 1 + number)
+        tangents = random_directions(inputs, where, seed + 1 + number)
         parts = [(grad * tangents[i]).double() for i, grad in zip(where, grads, strict=True)]
         expected = sum(float(part.sum()) for part in parts)
         bound = rtol * sum(float(part.abs().sum()) for part in parts)
@@ -530,10 +513,10 @@ def assert_gradients_close(
     index = tuple(int(i) for i in torch.nonzero(wrong.reshape(wrong.shape))[0])
     lead = index[: max(actual.dim() - 2, 0)]
     difference = (got - truth)[lead].abs()
-    difference = torch.where(torch.isnan(difference), torch.full_like(difference, torch.inf), difference)
-    entry = lead + tuple(
-        int(i) for i in torch.unravel_index(difference.argmax(), difference.shape)
+    difference = torch.where(
+        torch.isnan(difference), torch.full_like(difference, torch.inf), difference
     )
+    entry = lead + tuple(int(i) for i in torch.unravel_index(difference.argmax(), difference.shape))
     zeroed = bool((got[lead] == 0).all()) and bool((truth[lead] != 0).any())
     raise AssertionError(
         f"{context}: {'is all zero' if zeroed else 'is wrong'}"
@@ -541,203 +524,6 @@ def assert_gradients_close(
         f"{float(truth[entry]):.10g}, got {float(got[entry]):.10g}; error norm "
         f"{float(error[index]):.3g} > bound {float(bound[index]):.3g} = rtol {rtol:.3g} x norm "
         f"{float(scale[index]):.3g} ({why or 'rtol as given'})"
-    )
-
-
-def _weights(
-    check: str,
-    fn: Function,
-    inputs: Sequence[Tensor],
-    where: Sequence[int],
-    outputs: Sequence[int] | None,
-    seed: int,
-    *,
-    graph: bool = True,
-) -> _Weighted:
-    """Random weights over the size of each output, from its value and from its sensitivity."""
-
-    def call(args: Sequence[Tensor]) -> list[Tensor]:
-        if graph:
-            return values_of(check, fn, args, outputs)
-        result = fn(*[x.detach() for x in args])
-        return [tensor.detach() for tensor in select(check, result, outputs)]
-
-    values = call(inputs)
-    noise = [4 * _EPS * value.abs().double() for value in values]
-    for number in range(3):
-        moved = list(inputs)
-        for i, direction in _random_directions(inputs, where, seed + 100 + number).items():
-            moved[i] = inputs[i] + _PROBE * direction
-        for j, (value, other) in enumerate(zip(values, call(moved), strict=True)):
-            if other.shape != value.shape:
-                raise AssertionError(
-                    f"{check}: output {j} must keep its shape {tuple(value.shape)} for inputs "
-                    f"that differ by rounding, got {tuple(other.shape)}"
-                )
-            noise[j] = torch.maximum(noise[j], (other - value).abs().double())
-    scales = []
-    for value, part in zip(values, noise, strict=True):
-        # part / _PROBE is how much the output moves under a relative change of order one.
-        size = torch.maximum(value.abs().double(), part / _PROBE)
-        usable = torch.isfinite(size) & (size > 0)
-        scales.append(torch.where(usable, size, torch.ones_like(size)))
-    weights = random_cotangents(values, seed, scales)
-    total = sum(float((w.abs().double() * part).sum()) for w, part in zip(weights, noise, strict=True))
-    size = sum(float((w * value).abs().sum()) for w, value in zip(weights, values, strict=True))
-    return _Weighted(weights, total, size)
-
-
-def _random_directions(
-    inputs: Sequence[Tensor], where: Sequence[int], seed: int
-) -> dict[int, Tensor]:
-    """Gaussian directions with the norm of their input, per matrix; norm 1 where that is zero."""
-    generator = torch.Generator().manual_seed(seed)
-    found = {}
-    for i in where:
-        x = inputs[i].detach()
-        raw = torch.randn(x.shape, generator=generator, dtype=torch.float64).to(x.device)
-        length = matrix_norm(raw)
-        size = matrix_norm(x.double())
-        size = torch.where(size > 0, size, torch.ones_like(size))
-        length = torch.where(length > 0, length, torch.ones_like(length))
-        found[i] = (raw / length * size).to(x.dtype)
-    return found
-
-
-def _compare_slopes(
-    check: str,
-    subject: str,
-    values: Callable[[Sequence[Tensor]], list[Tensor]],
-    weighted: _Weighted,
-    inputs: Sequence[Tensor],
-    where: Sequence[int],
-    grads: Sequence[Tensor],
-    *,
-    directions: int,
-    smooth_radius: float | None,
-    safety: float,
-    gradient_rtol: float,
-    seed: int,
-) -> None:
-    steps = _steps(check, smooth_radius)
-    for i, grad in zip(where, grads, strict=True):
-        if inputs[i].numel() == 0:
-            continue
-        for number in range(directions):
-            direction = _random_directions(inputs, [i], seed + 7919 * (number + 1) + i)[i]
-            parts = (grad * direction).double()
-            got = float(parts.sum())
-            slope = _best_slope(values, weighted, inputs, i, direction, steps)
-            bound = safety * (slope.truncation + slope.rounding) + gradient_rtol * float(
-                parts.abs().sum()
-            )
-            # Not >, so that NaN in either counts as wrong.
-            if not abs(got - slope.value) <= bound:
-                entry = _worst_entry(values, weighted, inputs, i, grad, slope.step)
-                raise AssertionError(
-                    f"{check}: the derivative of {subject} along direction {number} of input {i} "
-                    f"(shape {tuple(inputs[i].shape)}, seed {seed}) must be {slope.value:.10g} by "
-                    f"central differences with relative step {slope.step:.0e}, got {got:.10g} from "
-                    f"the gradient; |difference| {abs(got - slope.value):.3g} > bound {bound:.3g} = "
-                    f"{safety:g} x (curvature {slope.truncation:.2g}, the change of the quotient "
-                    f"since the step was ten times larger, + rounding {slope.rounding:.2g}, the "
-                    f"change of the outputs when inputs move by 4 eps, over the step) + "
-                    f"{gradient_rtol:g} x sum |gradient x direction|{entry}"
-                )
-            typical = max(float(parts.square().sum().sqrt()), abs(slope.value))
-            if bound > max(_RESOLUTION * typical, 1e-4 * weighted.size):
-                raise InconclusiveCheckError(
-                    f"{check}: cannot decide along direction {number} of input {i}: bound "
-                    f"{bound:.3g} against a derivative of about {typical:.3g} (curvature "
-                    f"{slope.truncation:.2g}, rounding {slope.rounding:.2g}, step "
-                    f"{slope.step:.0e}); the function is not smooth there, or too ill-conditioned "
-                    "for finite differences: compare with a closed form instead"
-                )
-
-
-def _steps(check: str, smooth_radius: float | None) -> list[float]:
-    if smooth_radius is None:
-        return list(STEPS)
-    usable = [step for step in STEPS if step <= smooth_radius / 20]
-    if len(usable) < 2:
-        raise InconclusiveCheckError(
-            f"{check}: smooth_radius must leave two steps, got {smooth_radius:.3g} against steps "
-            f"down to {STEPS[-1]:g}; compare with a closed form instead"
-        )
-    return usable
-
-
-def _best_slope(
-    values: Callable[[Sequence[Tensor]], list[Tensor]],
-    weighted: _Weighted,
-    inputs: Sequence[Tensor],
-    position: int,
-    direction: Tensor,
-    steps: Sequence[float],
-) -> _Slope:
-    quotients = [
-        _quotient(values, weighted, inputs, position, direction, step) for step in steps
-    ]
-    best: _Slope | None = None
-    for k in range(1, len(steps)):
-        change = abs(quotients[k] - quotients[k - 1])
-        if k > 1:
-            # For a smooth function the earlier change is 100 times larger; two small changes by
-            # chance at once are unlikely.
-            change = max(change, abs(quotients[k - 1] - quotients[k - 2]) / 100)
-        slope = _Slope(quotients[k], steps[k], change, weighted.noise / steps[k])
-        if best is None or slope.truncation + slope.rounding < best.truncation + best.rounding:
-            best = slope
-    assert best is not None
-    return best
-
-
-def _quotient(
-    values: Callable[[Sequence[Tensor]], list[Tensor]],
-    weighted: _Weighted,
-    inputs: Sequence[Tensor],
-    position: int,
-    direction: Tensor,
-    step: float,
-) -> float:
-    forward, backward = list(inputs), list(inputs)
-    forward[position] = inputs[position] + step * direction
-    backward[position] = inputs[position] - step * direction
-    # Divide by the steps that were really taken, which rounding changed.
-    total = 0.0
-    for weight, up, down in zip(weighted.weights, values(forward), values(backward), strict=True):
-        total += float((weight * (up - down)).double().sum())
-    return total / (2.0 * step)
-
-
-def _worst_entry(
-    values: Callable[[Sequence[Tensor]], list[Tensor]],
-    weighted: _Weighted,
-    inputs: Sequence[Tensor],
-    position: int,
-    grad: Tensor,
-    step: float,
-) -> str:
-    """The entry whose difference quotient is furthest off, among the first few, in words."""
-    x = inputs[position]
-    flat_grad = grad.reshape(-1)
-    size = matrix_norm(x.double()).expand(x.shape).reshape(-1)
-    worst = (-1.0, 0, 0.0)
-    for k in range(min(x.numel(), _MAX_LOCATED)):
-        unit = torch.zeros(x.numel(), dtype=x.dtype, device=x.device)
-        length = float(size[k]) or 1.0
-        unit[k] = length
-        quotient = (
-            _quotient(values, weighted, inputs, position, unit.reshape(x.shape), step) / length
-        )
-        error = abs(float(flat_grad[k]) - quotient) * length
-        if error != error or error > worst[0]:
-            worst = (error, k, quotient)
-    index = tuple(int(i) for i in torch.unravel_index(torch.tensor(worst[1]), x.shape))
-    among = "" if x.numel() <= _MAX_LOCATED else f" among the first {_MAX_LOCATED}"
-    return (
-        f"; worst entry{among} {index}: expected about {worst[2]:.6g}, "
-        f"got {float(flat_grad[worst[1]]):.6g}"
     )
 
 
@@ -766,8 +552,8 @@ def _jvp_route(
         return tuple(select(check, fn(*args), outputs))
 
     primals = tuple(inputs[i].detach().clone() for i in where)
-    _, found = torch.func.jvp(call, primals, tuple(tangents[i] for i in where))
-    return list(found)
+    result = torch.func.jvp(call, primals, tuple(tangents[i] for i in where))
+    return list(result[1])
 
 
 def _dual_route(requires_grad: bool) -> Callable[..., list[Tensor | None]]:

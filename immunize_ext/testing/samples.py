@@ -29,9 +29,11 @@ FloatArray: TypeAlias = npt.NDArray[np.float64]
 # Rounding of U diag(sigma) V^T: each entry is a sum of min(n, p) products of unit-size numbers, and
 # the orthonormal factors carry a few eps of their own.
 _PRODUCT_ROUNDINGS = 8.0
+# A sample shows its matrix in a failure message up to this size.
+_SHOWN_ENTRIES = 16
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, repr=False)
 class SpectrumSample:
     """A batch of matrices and the truth about them.
 
@@ -53,6 +55,10 @@ class SpectrumSample:
     value_bound: Tensor
     guard: GuardedTensor | None
     note: str
+
+    def __repr__(self) -> str:
+        small = self.matrix.numel() <= _SHOWN_ENTRIES
+        return f"SpectrumSample({self.note}{f', {self.matrix.tolist()}' if small else ''})"
 
     @property
     def sigma_max(self) -> Tensor:
@@ -118,11 +124,13 @@ class SpectrumSample:
 
         Example:
             >>> sample = matrix_from_spectrum(np.random.default_rng(0), 2, 2, [[3.0, 3.0]])
-            >>> float(sample.gradient_of("max").norm() ** 2 * 2)  # doctest: +ELLIPSIS
-            1.0...
+            >>> round(float(sample.gradient_of("max").norm() ** 2), 9)
+            0.5
         """
         if which not in ("max", "min"):
-            raise ValueError(f"gradient_of: which must be 'max' or 'min', got {which!r}; choose one")
+            raise ValueError(
+                f"gradient_of: which must be 'max' or 'min', got {which!r}; choose one"
+            )
         target = self.sigma_max if which == "max" else self.sigma_min
         member = (self.singular_values == target.unsqueeze(-1)) & (self.singular_values > 0)
         weight = member.to(torch.float64)
@@ -164,7 +172,7 @@ class SpectrumSample:
         )
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, repr=False)
 class TextEmbeddings:
     """Rows as a text encoder gives them, with a known spectrum.
 
@@ -185,6 +193,13 @@ class TextEmbeddings:
     repeats: tuple[tuple[int, ...], ...]
     value_bound: float
 
+    def __repr__(self) -> str:
+        m, d = self.rows.shape
+        return (
+            f"TextEmbeddings({m} x {d} {self.rows.dtype}, kappa(C^T C) {self.gram_condition:.3g}, "
+            f"repeats {self.repeats})"
+        )
+
     @property
     def gram_condition(self) -> float:
         """kappa(Q) = (sigma_1 / sigma_m)^2; infinite where rows < dimensions."""
@@ -193,7 +208,7 @@ class TextEmbeddings:
         return float((self.singular_values[0] / self.singular_values[-1]) ** 2)
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, repr=False)
 class MergeProblem:
     """Arguments of a key/value merge, and what is known about its answer.
 
@@ -223,9 +238,18 @@ class MergeProblem:
     contradictory: bool
     answer: tuple[Tensor, ...] | None
 
+    def __repr__(self) -> str:
+        targets = "values" if self.concepts is None else "concepts"
+        return (
+            f"MergeProblem(out {[w.shape[0] for w in self.base]}, rows "
+            f"{[rows.shape[0] for rows in self.embeddings]}, c_reg {tuple(self.c_reg.shape)}, "
+            f"ridge {self.ridge:g}, 1/mu {self.inverse_hardness.tolist()}, from {targets}, repeats "
+            f"{self.repeats}, contradictory {self.contradictory}, {self.base[0].dtype})"
+        )
+
     @property
     def hardness(self) -> Tensor:
-        """mu = 1 / inverse_hardness, infinite for hard rows, ``(s,)`` float64."""
+        """Mu = 1 / inverse_hardness, infinite for hard rows, ``(s,)`` float64."""
         return 1.0 / self.inverse_hardness
 
 
@@ -466,9 +490,7 @@ def merge_problem(
             f"two rows, got {repeats!r} with {s}; choose one of them"
         )
     if text_like:
-        text = text_embeddings(
-            rng, m, d, gram_condition=gram_condition, dtype=torch.float64
-        )
+        text = text_embeddings(rng, m, d, gram_condition=gram_condition, dtype=torch.float64)
         c_reg = text.rows.numpy()
         scale = float(np.sqrt(np.mean((c_reg - c_reg.mean(axis=0)) ** 2)))
         c = text.mean.numpy() + max(scale, 0.1) * rng.standard_normal((s, d))
@@ -487,7 +509,7 @@ def merge_problem(
     base = [_rounded(w, weight_dtype) for w in base]
     concepts = [[_rounded(w, weight_dtype) for w in layers] for layers in concepts]
     owners = np.repeat(np.arange(len(rows_per_concept)), rows_per_concept)
-    contradictory = repeats == "contradictory" and owners[0] != owners[-1]
+    contradictory = repeats == "contradictory" and bool(owners[0] != owners[-1])
     if repeats == "consistent" and owners[0] != owners[-1]:
         # The same weights for both owners: exactly the same targets, whatever the dtype.
         concepts[int(owners[-1])] = [w.copy() for w in concepts[int(owners[0])]]
@@ -584,9 +606,7 @@ def _completed(rng: np.random.Generator, first: FloatArray) -> FloatArray:
     return _orthonormal_extension(rng, first[:, None], first.size)
 
 
-def _orthonormal_extension(
-    rng: np.random.Generator, columns: FloatArray, count: int
-) -> FloatArray:
+def _orthonormal_extension(rng: np.random.Generator, columns: FloatArray, count: int) -> FloatArray:
     """Orthonormal columns, continued to ``count`` by random ones."""
     size, given = columns.shape
     filled = np.concatenate([columns, rng.standard_normal((size, count - given))], axis=1)

@@ -120,7 +120,10 @@ def test_selftest_kernels_neither_spill_nor_need_a_stack(
 
 
 def test_architectures_in_a_library() -> None:
-    build = runpy.run_path(str(ROOT / ".ci" / "cuda_build.py"))
+    script = ROOT / ".ci" / "cuda_build.py"
+    if not script.exists():
+        pytest.skip("a source package has no .ci folder")
+    build = runpy.run_path(str(script))
     listing = (
         "ELF file    1: _C.cpython-311-x86_64-linux-gnu.1.sm_80.cubin\n"
         "ELF file    2: _C.cpython-311-x86_64-linux-gnu.2.sm_90.cubin\n"

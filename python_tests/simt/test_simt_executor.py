@@ -203,9 +203,12 @@ def test_unwritten_output(simt: ModuleType, kernels: Any) -> None:
 
 
 def test_race_between_blocks(simt: ModuleType, kernels: Any) -> None:
+    blocks = set()
     for seed in SEEDS:
-        with caught(simt, r"data race: out\[0\] is written .* by another block's thread"):
+        with caught(simt, r"data race: out\[0\] is written .* by another block's thread") as info:
             kernels.race_between_blocks(3, seed=seed)
+        blocks.add(str(info.value).split("thread")[0])
+    assert len(blocks) == 3  # each of them came second for some seed
     assert kernels.race_between_blocks(1) == 0
 
 
@@ -222,8 +225,9 @@ def test_atomic_beside_plain_access(simt: ModuleType, kernels: Any) -> None:
             kernels.atomic_and_plain(64, seed=seed)
 
 
-def test_order_of_float_atomics_shows_between_seeds(kernels: Any) -> None:
-    x = np.random.default_rng(0).standard_normal(256).astype(np.float32)
+@pytest.mark.parametrize("n", [32, 256])  # one block: the order of its threads; eight blocks
+def test_order_of_float_atomics_shows_between_seeds(kernels: Any, n: int) -> None:
+    x = np.random.default_rng(0).standard_normal(n).astype(np.float32)
     results = [kernels.atomic_float_sum(x, seed=seed) for seed in SEEDS]
     assert len(set(results)) > 1
     assert results == [kernels.atomic_float_sum(x, seed=seed) for seed in SEEDS]

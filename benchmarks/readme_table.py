@@ -1,0 +1,196 @@
+"""The table of measured speed-ups in the README, made from the result files.
+
+``python -m benchmarks.readme_table``                     print it
+``python -m benchmarks.readme_table --write README.md``   put it between the marks
+``python -m benchmarks.readme_table --check README.md``   exit status 1 where it differs
+"""
+
+from __future__ import annotations
+
+import argparse
+import difflib
+import sys
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from . import _results
+from ._session import RESULTS, machine_in_words
+
+BEGIN = "<!-- benchmarks:begin -->"
+END = "<!-- benchmarks:end -->"
+
+
+class Line(NamedTuple):
+    """One line of the table: a row of a result file and the contenders to show."""
+
+    benchmark: str
+    row: str
+    work: str
+    ours: str = "ours"
+    published: str | None = "published"
+    composite: str = "composite"
+    floor: str = "floor"
+
+
+LINES = (
+    Line("spectrum", "pair-64x784", "R_well or R_ill, features 64 x 784 (per matrix)"),
+    Line("spectrum", "groups-20x100x768", "R_ill, 20 groups of 100 x 768"),
+    Line("spectrum", "batch-90x64x784", "R_ill, 90 matrices of 64 x 784"),
+    Line("spectrum", "tall-12000x784", "R_ill, features 12000 x 784"),
+    Line("spectrum", "hessian-768", "log kappa, Hessian 768 x 768"),
+    Line("spectrum", "hessian-2048", "log kappa, Hessian 2048 x 2048"),
+    Line("merge", "sd14-weights", "K/V merge, Stable Diffusion 1.4"),
+    Line(
+        "merge",
+        "sd14-weights",
+        "the same, factor cached (B: cached too, float32)",
+        "ours_cached",
+        None,
+        "bare_cached",
+        "floor_cached",
+    ),
+    Line("merge", "sd14-embeddings", "the same, gradients of C and C_reg too"),
+    Line("merge", "sdxl-weights", "K/V merge, SDXL", published=None),
+    Line(
+        "merge",
+        "sdxl-weights",
+        "the same, factor cached (B: cached too, float32)",
+        "ours_cached",
+        None,
+        "bare_cached",
+        "floor_cached",
+    ),
+)
+
+
+def _milliseconds(value: float | None) -> str:
+    if value is None:
+        return ""
+    return f"{value:.0f}" if value >= 100 else f"{value:.3g}"
+
+
+def _ratio(value: float | None, base: float) -> str:
+    if value is None:
+        return ""
+    ratio = value / base
+    return f"{ratio:.0f}x" if ratio >= 10 else f"{ratio:.1f}x"
+
+
+def table_line(line: Line, row: Mapping[str, Any]) -> str:
+    """One line of the table in markdown."""
+    medians = {
+        entry["name"]: entry["both"]["median"] for entry in row["contenders"] if entry["both"]
+    }
+
+    def median(name: str | None) -> float | None:
+        if name is None:
+            return None
+        if name not in medians:
+            raise ValueError(f"row {row['id']} has no time of {name}; run its benchmark again")
+        return float(medians[name])
+
+    ours = median(line.ours)
+    assert ours is not None
+    published, composite = median(line.published), median(line.composite)
+    floor = median(line.floor)
+    cells = [
+        line.work,
+        _milliseconds(published),
+        _milliseconds(composite),
+        _milliseconds(ours),
+        _ratio(published, ours),
+        _ratio(composite, ours),
+        "" if floor is None else _ratio(ours, floor),
+    ]
+    return "| " + " | ".join(cells) + " |"
+
+
+def table(contents: Sequence[Mapping[str, Any]], device: str) -> str:
+    """The table of one kind of device, with what it was measured on below it."""
+    files = {
+        content["benchmark"]: content
+        for content in contents
+        if content["environment"]["device"] == device
+    }
+    lines = [
+        "| forward + backward | A, ms | B, ms | immunize_ext, ms | against A | against B | "
+        "times the floor |",
+        "|---|---|---|---|---|---|---|",
+    ]
+    for line in LINES:
+        content = files.get(line.benchmark)
+        if content is None:
+            raise ValueError(f"there is no result file {line.benchmark}-{device}.json")
+        if content["settings"].get("quick"):
+            raise ValueError(f"{line.benchmark}-{device}.json is from a quick run; run it in full")
+        row = next((row for row in content["rows"] if row["id"] == line.row), None)
+        if row is None:
+            raise ValueError(f"{line.benchmark}-{device}.json has no row {line.row}")
+        lines.append(table_line(line, row))
+    lines.append("")
+    for benchmark in dict.fromkeys(line.benchmark for line in LINES):
+        environment = files[benchmark]["environment"]
+        commit = environment["commit"]
+        lines.append(
+            f"`{environment['command']}`: {machine_in_words(environment)}, "
+            f"{environment['date'][:10]}, commit "
+            f"{'unknown' if commit is None else commit[:10]}"
+            f"{' with changes' if environment['modified'] else ''}.  "
+        )
+    return "\n".join(lines).rstrip()
+
+
+def block(contents: Sequence[Mapping[str, Any]]) -> str:
+    """What stands between the marks: one table for each kind of device that was measured."""
+    devices = sorted({content["environment"]["device"] for content in contents})
+    if not devices:
+        raise ValueError("there are no result files; make some with: python -m benchmarks.run")
+    return "\n\n".join(table(contents, device) for device in devices)
+
+
+def split(text: str, name: str) -> tuple[str, str, str]:
+    """What stands before, between and after the marks, without the marks."""
+    if text.count(BEGIN) != 1 or text.count(END) != 1 or text.index(BEGIN) > text.index(END):
+        raise ValueError(f"{name} must have one line {BEGIN} and, below it, one line {END}")
+    before, _, rest = text.partition(BEGIN)
+    between, _, after = rest.partition(END)
+    return before, between.strip("\n"), after
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
+    parser.add_argument("--results", type=Path, default=RESULTS)
+    action = parser.add_mutually_exclusive_group()
+    action.add_argument("--check", type=Path, metavar="README.md")
+    action.add_argument("--write", type=Path, metavar="README.md")
+    arguments = parser.parse_args(argv)
+    try:
+        made = block(_results.read_folder(arguments.results))
+        page = arguments.check or arguments.write
+        if page is None:
+            print(made)
+            return 0
+        before, between, after = split(page.read_text(encoding="utf-8"), page.name)
+    except (OSError, ValueError) as error:
+        print(f"benchmarks.readme_table: {error}", file=sys.stderr)
+        return 2
+    if arguments.write is not None:
+        page.write_text(f"{before}{BEGIN}\n{made}\n{END}{after}", encoding="utf-8")
+        return 0
+    if between == made:
+        return 0
+    print(
+        f"benchmarks.readme_table: the table in {page.name} differs from the result files; "
+        f"python -m benchmarks.readme_table --write {page.name} puts it right",
+        file=sys.stderr,
+    )
+    difference = difflib.unified_diff(
+        between.splitlines(), made.splitlines(), page.name, str(arguments.results), lineterm=""
+    )
+    print("\n".join(difference), file=sys.stderr)
+    return 1
+
+
+if __name__ == "__main__":
+    sys.exit(main())

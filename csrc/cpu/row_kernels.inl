@@ -1,0 +1,213 @@
+// The body of row_kernels.h, included once for each instruction set, inside a namespace of its own
+// and under that instruction set's target pragma. No include guard, on purpose. The pragma has to
+// stand around the definitions: a vector type that is lowered for the baseline before it is inlined
+// into a function with a target attribute stays lowered, which costs a factor of three [measured].
+
+// 32 bytes: one AVX register, two of SSE or NEON; the compiler splits it where it has to.
+template <typename T>
+struct Vec {
+  typedef T type __attribute__((vector_size(32)));
+  // The same for memory: rows start anywhere. A memcpy instead is split into halves that pass
+  // through the stack.
+  typedef T unaligned __attribute__((vector_size(32), aligned(alignof(T)), may_alias));
+  static constexpr int64_t width = 32 / sizeof(T);
+};
+
+template <typename T>
+IMMUNIZE_EXT_INLINE void load(typename Vec<T>::type& v, const T* from) {
+  v = *reinterpret_cast<const typename Vec<T>::unaligned*>(from);
+}
+
+template <typename T>
+IMMUNIZE_EXT_INLINE void store(T* to, const typename Vec<T>::type& v) {
+  *reinterpret_cast<typename Vec<T>::unaligned*>(to) = v;
+}
+
+template <typename T>
+IMMUNIZE_EXT_INLINE T horizontal_sum(const typename Vec<T>::type& v) {
+  T sum = v[0];
+  for (int64_t i = 1; i < Vec<T>::width; ++i)
+    sum += v[i];
+  return sum;
+}
+
+template <typename T, int M, int Q>
+IMMUNIZE_EXT_INLINE void multiply_transposed_tile(
+    const T* x, const T* y, int64_t d, T* out, int64_t out_stride) {
+  using V = typename Vec<T>::type;
+  constexpr int64_t w = Vec<T>::width;
+  V acc[M][Q] = {};
+  int64_t k = 0;
+  for (; k + w <= d; k += w) {
+    V b[Q];
+#pragma GCC unroll 4
+    for (int j = 0; j < Q; ++j)
+      load<T>(b[j], y + j * d + k);
+#pragma GCC unroll 4
+    for (int i = 0; i < M; ++i) {
+      V a;
+      load<T>(a, x + i * d + k);
+#pragma GCC unroll 4
+      for (int j = 0; j < Q; ++j)
+        acc[i][j] += a * b[j];
+    }
+  }
+#pragma GCC unroll 4
+  for (int i = 0; i < M; ++i) {
+#pragma GCC unroll 4
+    for (int j = 0; j < Q; ++j) {
+      T sum = horizontal_sum<T>(acc[i][j]);
+      for (int64_t r = k; r < d; ++r)
+        sum += x[i * d + r] * y[j * d + r];
+      out[i * out_stride + j] = sum;
+    }
+  }
+}
+
+template <typename T, int M>
+IMMUNIZE_EXT_INLINE void multiply_transposed_rows(
+    const T* x, const T* y, int64_t q, int64_t d, T* out, int64_t out_stride) {
+  int64_t j = 0;
+  for (; j + 3 <= q; j += 3)
+    multiply_transposed_tile<T, M, 3>(x, y + j * d, d, out + j, out_stride);
+  if (q - j == 2)
+    multiply_transposed_tile<T, M, 2>(x, y + j * d, d, out + j, out_stride);
+  if (q - j == 1)
+    multiply_transposed_tile<T, M, 1>(x, y + j * d, d, out + j, out_stride);
+}
+
+template <typename T>
+void multiply_transposed(
+    const T* x, int64_t m, const T* y, int64_t q, int64_t d, T* out, int64_t out_stride) {
+  int64_t i = 0;
+  for (; i + 4 <= m; i += 4)
+    multiply_transposed_rows<T, 4>(x + i * d, y, q, d, out + i * out_stride, out_stride);
+  for (; i < m; ++i)
+    multiply_transposed_rows<T, 1>(x + i * d, y, q, d, out + i * out_stride, out_stride);
+}
+
+template <typename T, int M, int K>
+IMMUNIZE_EXT_INLINE void add_product_tile(
+    const T* base, T sign, const T* c, int64_t c_stride, int64_t q, const T* y, int64_t d, T* out) {
+  using V = typename Vec<T>::type;
+  constexpr int64_t w = Vec<T>::width;
+  V acc[M][K] = {};
+  for (int64_t j = 0; j < q; ++j) {
+    V b[K];
+#pragma GCC unroll 4
+    for (int t = 0; t < K; ++t)
+      load<T>(b[t], y + j * d + t * w);
+#pragma GCC unroll 4
+    for (int i = 0; i < M; ++i) {
+      const T coefficient = sign * c[i * c_stride + j];
+#pragma GCC unroll 4
+      for (int t = 0; t < K; ++t)
+        acc[i][t] += b[t] * coefficient;
+    }
+  }
+#pragma GCC unroll 4
+  for (int i = 0; i < M; ++i) {
+#pragma GCC unroll 4
+    for (int t = 0; t < K; ++t) {
+      if (base != nullptr) {
+        V b;
+        load<T>(b, base + i * d + t * w);
+        acc[i][t] = b + acc[i][t];
+      }
+      store<T>(out + i * d + t * w, acc[i][t]);
+    }
+  }
+}
+
+template <typename T, int M>
+IMMUNIZE_EXT_INLINE void add_product_rows(
+    const T* base, T sign, const T* c, int64_t c_stride, int64_t q, const T* y, int64_t d, T* out) {
+  constexpr int64_t w = Vec<T>::width;
+  int64_t k = 0;
+  for (; k + 3 * w <= d; k += 3 * w)
+    add_product_tile<T, M, 3>(base ? base + k : nullptr, sign, c, c_stride, q, y + k, d, out + k);
+  for (; k + w <= d; k += w)
+    add_product_tile<T, M, 1>(base ? base + k : nullptr, sign, c, c_stride, q, y + k, d, out + k);
+  for (; k < d; ++k) {
+#pragma GCC unroll 4
+    for (int i = 0; i < M; ++i) {
+      T sum = 0;
+      for (int64_t j = 0; j < q; ++j)
+        sum += sign * c[i * c_stride + j] * y[j * d + k];
+      out[i * d + k] = base ? base[i * d + k] + sum : sum;
+    }
+  }
+}
+
+template <typename T>
+void add_product(
+    const T* base,
+    T sign,
+    const T* c,
+    int64_t c_stride,
+    int64_t m,
+    int64_t q,
+    const T* y,
+    int64_t d,
+    T* out) {
+  int64_t i = 0;
+  for (; i + 4 <= m; i += 4)
+    add_product_rows<T, 4>(
+        base ? base + i * d : nullptr, sign, c + i * c_stride, c_stride, q, y, d, out + i * d);
+  for (; i < m; ++i)
+    add_product_rows<T, 1>(
+        base ? base + i * d : nullptr, sign, c + i * c_stride, c_stride, q, y, d, out + i * d);
+}
+
+template <typename T, int Q, int K>
+IMMUNIZE_EXT_INLINE void accumulate_product_tile(
+    const T* c, int64_t c_stride, int64_t m, const T* x, int64_t d, double* sum) {
+  using V = typename Vec<T>::type;
+  constexpr int64_t w = Vec<T>::width;
+  V acc[Q][K] = {};
+  for (int64_t i = 0; i < m; ++i) {
+    V b[K];
+#pragma GCC unroll 4
+    for (int t = 0; t < K; ++t)
+      load<T>(b[t], x + i * d + t * w);
+#pragma GCC unroll 4
+    for (int j = 0; j < Q; ++j) {
+      const T coefficient = c[i * c_stride + j];
+#pragma GCC unroll 4
+      for (int t = 0; t < K; ++t)
+        acc[j][t] += b[t] * coefficient;
+    }
+  }
+#pragma GCC unroll 4
+  for (int j = 0; j < Q; ++j)
+#pragma GCC unroll 4
+    for (int t = 0; t < K; ++t)
+      for (int64_t r = 0; r < w; ++r)
+        sum[j * d + t * w + r] += acc[j][t][r];
+}
+
+template <typename T, int Q>
+IMMUNIZE_EXT_INLINE void accumulate_product_rows(
+    const T* c, int64_t c_stride, int64_t m, const T* x, int64_t d, double* sum) {
+  constexpr int64_t w = Vec<T>::width;
+  int64_t k = 0;
+  for (; k + 3 * w <= d; k += 3 * w)
+    accumulate_product_tile<T, Q, 3>(c, c_stride, m, x + k, d, sum + k);
+  for (; k + w <= d; k += w)
+    accumulate_product_tile<T, Q, 1>(c, c_stride, m, x + k, d, sum + k);
+  for (; k < d; ++k)
+#pragma GCC unroll 4
+    for (int j = 0; j < Q; ++j)
+      for (int64_t i = 0; i < m; ++i)
+        sum[j * d + k] += c[i * c_stride + j] * x[i * d + k];
+}
+
+template <typename T>
+void accumulate_product(
+    const T* c, int64_t c_stride, int64_t m, int64_t q, const T* x, int64_t d, double* sum) {
+  int64_t j = 0;
+  for (; j + 4 <= q; j += 4)
+    accumulate_product_rows<T, 4>(c + j, c_stride, m, x, d, sum + j * d);
+  for (; j < q; ++j)
+    accumulate_product_rows<T, 1>(c + j, c_stride, m, x, d, sum + j * d);
+}

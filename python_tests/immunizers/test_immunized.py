@@ -1,0 +1,46 @@
+"""What an immunizer hands back, and its file."""
+
+from pathlib import Path
+
+import pytest
+import torch
+
+from immunize_ext.immunizers import Immunized
+
+
+def make() -> Immunized:
+    return Immunized(
+        method="closed_form",
+        theta=torch.randn(3, 3, dtype=torch.float64),
+        theta0=torch.eye(3, dtype=torch.float64),
+        config={"strength": 3.0, "seed": 1, "rotate": True, "name": "x", "nothing": None},
+        history=[{"step": 0.0, "log_rir": 0.0}],
+    )
+
+
+def test_round_trip(tmp_path: Path) -> None:
+    immunized = make()
+    immunized.save(tmp_path / "immunized.pt")
+    again = Immunized.load(tmp_path / "immunized.pt")
+    assert torch.equal(again.theta, immunized.theta)
+    assert torch.equal(again.theta0, immunized.theta0)
+    assert (again.method, again.config, again.history) == (
+        immunized.method,
+        immunized.config,
+        immunized.history,
+    )
+
+
+def test_features_keep_the_dtype_and_the_batch() -> None:
+    x = torch.randn(2, 5, 3)
+    features = make().features(x)
+    assert features.shape == (2, 5, 3)
+    assert features.dtype == torch.float32
+
+
+def test_refusals(tmp_path: Path) -> None:
+    with pytest.raises(FileNotFoundError, match="does not exist"):
+        Immunized.load(tmp_path / "none.pt")
+    torch.save({"theta": torch.eye(2)}, tmp_path / "other.pt")
+    with pytest.raises(ValueError, match=r"must hold what Immunized\.save wrote"):
+        Immunized.load(tmp_path / "other.pt")

@@ -1,0 +1,319 @@
+"""One set of inputs per raw operator, shared by the tests of every layer and device.
+
+``sample_inputs(operator)`` gives named argument tuples of ``torch.ops.immunize_ext.<operator>``:
+simple and repeated extremes, wide, tall and square, batched and empty, column-major, half types.
+The backward operators get what the forward operators return, so the samples are valid by
+construction and the forward kernels need no second description here.
+"""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import ExitStack, contextmanager
+from typing import Any, NamedTuple
+from unittest import mock
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from immunize_ext.testing import matrix_from_spectrum
+
+EPS = torch.finfo(torch.float64).eps
+EPS32 = torch.finfo(torch.float32).eps
+
+# rank_rtol, cluster_rtol, full_rank as the public functions fill them in for small float64 input.
+POLICY = (10 * EPS, 10 * EPS, False)
+FULL = (10 * EPS, 10 * EPS, True)
+
+
+class Sample(NamedTuple):
+    """Arguments of one call, and what is special about them."""
+
+    name: str
+    arguments: tuple[Any, ...]
+
+
+def gaussian(*shape: int, seed: int = 0, dtype: torch.dtype = torch.float64) -> Tensor:
+    """Standard normal numbers that no other test changes."""
+    generator = torch.Generator().manual_seed(seed)
+    return torch.randn(shape, generator=generator, dtype=torch.float64).to(dtype)
+
+
+def with_spectrum(sigma: Sequence[float], n: int, p: int, *, seed: int = 0) -> Tensor:
+    """A float64 matrix (n, p) with these singular values."""
+    return matrix_from_spectrum(np.random.default_rng(seed), n, p, sigma).matrix
+
+
+def column_major(a: Tensor) -> Tensor:
+    """The same numbers, matrices stored by columns, as LAPACK returns them."""
+    return a.mT.contiguous().mT
+
+
+def symmetric_clusters() -> Tensor:
+    """diag(1, 1, 2, 3, 3): both extremes are double."""
+    return torch.diag(torch.tensor([1.0, 1.0, 2.0, 3.0, 3.0], dtype=torch.float64))
+
+
+def _matrices(device: str) -> list[tuple[str, Tensor]]:
+    samples = [
+        ("wide", gaussian(3, 5)),
+        ("tall", gaussian(5, 3, seed=1)),
+        ("square", gaussian(4, 4, seed=2)),
+        ("one", gaussian(1, 1, seed=3)),
+        ("row", gaussian(1, 4, seed=4)),
+        ("batch", gaussian(2, 3, 4, 3, seed=5)),
+        ("empty", gaussian(0, 3, 4)),
+        ("clusters", symmetric_clusters()),
+        ("deficient", with_spectrum([2.0, 1.0, 0.0], 4, 3)),
+        ("zero", torch.zeros(3, 2, dtype=torch.float64)),
+        ("column major", column_major(gaussian(2, 3, 4, seed=6))),
+        ("float32", gaussian(3, 4, seed=7, dtype=torch.float32)),
+        ("bfloat16", gaussian(3, 4, seed=8, dtype=torch.bfloat16)),
+    ]
+    return [(name, a.to(device)) for name, a in samples]
+
+
+def _spectrum(device: str) -> list[Sample]:
+    samples = [Sample(name, (a, *POLICY)) for name, a in _matrices(device)]
+    samples += [
+        Sample(f"{name}, full", (a, *FULL))
+        for name, a in _matrices(device)
+        if name in ("wide", "deficient")
+    ]
+    return samples
+
+
+def _batch_gradient(a: Tensor, seed: int) -> Tensor:
+    return gaussian(*a.shape[:-2], seed=seed).to(a.device)
+
+
+def _extremal_backward(device: str) -> list[Sample]:
+    samples = []
+    for name, (a, *policy) in _spectrum(device):
+        outputs = torch.ops.immunize_ext.extremal_singular_values(a, *policy)
+        grads = (_batch_gradient(a, 21), _batch_gradient(a, 22))
+        samples.append(Sample(name, (*grads, a, *outputs[3:], *policy)))
+    return samples
+
+
+def _double_backward(gradients: int, device: str) -> list[Sample]:
+    # Repeated extremes have no second derivative, the zero matrix neither.
+    samples = []
+    for name, (a, *policy) in _spectrum(device):
+        if name in ("clusters", "zero"):
+            continue
+        cotangent = gaussian(*a.shape, seed=31).to(a)
+        grads = [_batch_gradient(a, 32 + k) for k in range(gradients)]
+        samples.append(Sample(name, (cotangent, *grads, a, *policy)))
+    return samples
+
+
+def _extremal_double_backward(device: str) -> list[Sample]:
+    return _double_backward(2, device)
+
+
+def _gram_backward(device: str) -> list[Sample]:
+    samples = []
+    for name, (x, *policy) in _spectrum(device):
+        largest, smallest, _, _, *rest = torch.ops.immunize_ext.gram_extremes(x, *policy)
+        grads = tuple(_batch_gradient(x, 23 + k) for k in range(3))
+        samples.append(Sample(name, (*grads, x, largest, smallest, *rest, *policy)))
+    return samples
+
+
+def _gram_double_backward(device: str) -> list[Sample]:
+    return _double_backward(3, device)
+
+
+def cholesky_of_gram(d: int, *batch: int, seed: int = 40) -> Tensor:
+    """Lower Cholesky factor (*, d, d) of a well-conditioned Gram matrix."""
+    rows = gaussian(*batch, 4 * d, d, seed=seed)
+    return torch.linalg.cholesky(rows.mT @ rows).contiguous()
+
+
+REPEATED_ROW_RTOL = 1e-12
+
+
+def _merge_solve(device: str) -> list[Sample]:
+    d, rows = 5, gaussian(3, 5, seed=41)
+    repeated = torch.cat([rows, rows[:1]])
+    hard, soft = torch.zeros(3).double(), torch.tensor([0.0, 0.5, 2.0]).double()
+    chol, batched = cholesky_of_gram(d), cholesky_of_gram(d, 2)
+    cases = [
+        ("hard", (chol, rows, hard), False),
+        ("soft", (chol, rows, soft), False),
+        ("repeated", (chol, repeated, torch.zeros(4).double()), False),
+        ("averaged", (chol, repeated, torch.zeros(4).double()), True),
+        ("more rows than columns", (chol, gaussian(7, 5, seed=42), torch.zeros(7).double()), True),
+        ("batch", (batched, gaussian(2, 3, 5, seed=43), torch.zeros(2, 3).double()), False),
+        ("empty", (batched[:0], gaussian(0, 3, 5), torch.zeros(0, 3).double()), False),
+        ("column major", (column_major(chol), column_major(rows), hard), False),
+    ]
+    return [
+        Sample(name, (*(t.to(device) for t in tensors), REPEATED_ROW_RTOL, average))
+        for name, tensors, average in cases
+    ]
+
+
+class MergeShapes(NamedTuple):
+    """Sizes of one merge: layers of ``out`` rows, ``rows`` tokens a concept, width ``d``."""
+
+    out: tuple[int, ...]
+    rows: tuple[int, ...]
+    d: int
+    batch: tuple[int, ...] = ()
+
+
+def _merge_arguments(
+    shapes: MergeShapes, dtype: torch.dtype, values: bool, device: str
+) -> tuple[Any, ...]:
+    out, rows, d, batch = shapes
+    s = sum(rows)
+    base = [gaussian(*batch, o, d, seed=50 + k, dtype=dtype) for k, o in enumerate(out)]
+    if values:
+        wide = torch.float64 if dtype == torch.float64 else torch.float32
+        targets = [gaussian(*batch, o, s, seed=60 + k, dtype=wide) for k, o in enumerate(out)]
+    else:
+        targets = [
+            gaussian(*batch, o, d, seed=70 + 10 * n + k, dtype=dtype)
+            for n in range(len(rows))
+            for k, o in enumerate(out)
+        ]
+    c = gaussian(*batch, s, d, seed=80)
+    chol = cholesky_of_gram(d, *batch)
+    a, e, defect, _ = torch.ops.immunize_ext.merge_solve(
+        chol, c, torch.zeros(*batch, s).double(), REPEATED_ROW_RTOL, False
+    )
+    return (
+        [w.to(device) for w in base],
+        [t.to(device) for t in targets],
+        list(rows),
+        values,
+        c.to(device),
+        (e @ a.mT).contiguous().to(device),
+        defect.to(device),
+    )
+
+
+_MERGES: list[tuple[str, MergeShapes, torch.dtype, bool]] = [
+    ("concepts", MergeShapes((3, 2), (2, 1), 5), torch.float64, False),
+    ("values", MergeShapes((3, 2), (2, 1), 5), torch.float64, True),
+    ("one row", MergeShapes((1,), (1,), 1), torch.float64, False),
+    ("longer than a block", MergeShapes((70,), (2,), 4), torch.float64, False),
+    ("batch", MergeShapes((3, 2), (2, 1), 4, (2, 2)), torch.float64, False),
+    ("empty", MergeShapes((3,), (2,), 4, (0,)), torch.float64, False),
+    ("float32", MergeShapes((3, 2), (2, 1), 6), torch.float32, False),
+    ("float32 values", MergeShapes((3,), (3,), 6), torch.float32, True),
+    ("bfloat16", MergeShapes((3,), (1, 1), 6), torch.bfloat16, False),
+]
+
+
+def _merge_apply(device: str) -> list[Sample]:
+    samples = [
+        Sample(name, (*_merge_arguments(*case, device), REPEATED_ROW_RTOL, True))
+        for name, *case in _MERGES
+    ]
+    base, targets, *rest = samples[0].arguments
+    turned = [column_major(w) for w in base], [column_major(t) for t in targets]
+    samples.append(Sample("column major", (*turned, *rest)))
+    return samples
+
+
+def _merge_apply_backward(device: str) -> list[Sample]:
+    samples = []
+    for name, arguments in _merge_apply(device):
+        base, targets, rows, values, c, b, _, _, _ = arguments
+        merged, residual = torch.ops.immunize_ext.merge_apply(*arguments)
+        grads = [gaussian(*w.shape, seed=90 + k).to(w) for k, w in enumerate(merged)]
+        common = (grads, base, targets, rows, values, c, b, residual)
+        samples.append(Sample(name, (*common, True, True, True, True)))
+        if name == "concepts":
+            for number in range(16):
+                needs = tuple(bool(number >> bit & 1) for bit in range(4))
+                samples.append(Sample(f"needs {needs}", (*common, *needs)))
+    return samples
+
+
+def _precondition(device: str) -> list[Sample]:
+    x = gaussian(9, 4, seed=100)
+    few = gaussian(2, 4, seed=101)
+    ridge = 0.3
+    factor = torch.linalg.cholesky(x.mT @ x + ridge * torch.eye(4))
+    thin = torch.linalg.cholesky(few @ few.mT + ridge * torch.eye(2))
+    cases: list[tuple[str, tuple[Any, ...]]] = []
+    for name, grad in (
+        ("matrix", gaussian(3, 4, seed=102)),
+        ("batch", gaussian(2, 3, 4, seed=103)),
+        ("empty", gaussian(0, 3, 4)),
+        ("column major", column_major(gaussian(3, 4, seed=104))),
+        ("float32", gaussian(3, 4, seed=105, dtype=torch.float32)),
+        ("float16", gaussian(3, 4, seed=106, dtype=torch.float16)),
+    ):
+        cases.append((name, (grad, factor, x[:0], ridge, False)))
+        cases.append((f"{name}, few samples", (grad, thin, few, ridge, True)))
+    return [
+        Sample(name, tuple(a.to(device) if isinstance(a, Tensor) else a for a in arguments))
+        for name, arguments in cases
+    ]
+
+
+_BUILDERS: dict[str, Callable[[str], list[Sample]]] = {
+    "extremal_singular_values": _spectrum,
+    "extremal_singular_values_backward": _extremal_backward,
+    "extremal_singular_values_double_backward": _extremal_double_backward,
+    "gram_extremes": _spectrum,
+    "gram_extremes_backward": _gram_backward,
+    "gram_extremes_double_backward": _gram_double_backward,
+    "merge_solve": _merge_solve,
+    "merge_apply": _merge_apply,
+    "merge_apply_backward": _merge_apply_backward,
+    "precondition": _precondition,
+}
+
+RAW_OPERATORS = tuple(_BUILDERS)
+# The others refuse to be differentiated, by name.
+DIFFERENTIABLE = ("extremal_singular_values", "gram_extremes", "merge_apply")
+
+
+def sample_inputs(operator: str, device: str = "cpu") -> list[Sample]:
+    """Argument tuples of ``torch.ops.immunize_ext.<operator>`` on a device."""
+    return _BUILDERS[operator](device)
+
+
+def tensors_in(arguments: Any) -> list[Tensor]:
+    """Every tensor of an argument tuple or of a result, depth first."""
+    if isinstance(arguments, Tensor):
+        return [arguments]
+    if isinstance(arguments, (tuple, list)):
+        return [tensor for part in arguments for tensor in tensors_in(part)]
+    return []
+
+
+def map_tensors(function: Callable[[Tensor], Tensor], arguments: Any) -> Any:
+    """The same structure with every tensor replaced."""
+    if isinstance(arguments, Tensor):
+        return function(arguments)
+    if isinstance(arguments, (tuple, list)):
+        return type(arguments)(map_tensors(function, part) for part in arguments)
+    return arguments
+
+
+ROUTES = ("kernel", "composite")
+
+
+@contextmanager
+def taking_route(route: str) -> Iterator[None]:
+    """Serve the public operators by the compiled kernels or by their torch-only composites.
+
+    A context manager and no fixture, so that hypothesis tests can use it.
+    """
+    if route == "kernel":
+        yield
+        return
+    with ExitStack() as stack:
+        for name, module in list(sys.modules.items()):
+            if name.startswith("immunize_ext.") and hasattr(module, "has_kernel"):
+                stack.enter_context(mock.patch.object(module, "has_kernel", lambda tensor: False))
+        yield
