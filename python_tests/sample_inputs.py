@@ -46,6 +46,11 @@ def with_spectrum(sigma: Sequence[float], n: int, p: int, *, seed: int = 0) -> T
     return matrix_from_spectrum(np.random.default_rng(seed), n, p, sigma).matrix
 
 
+def diagonal(*values: float) -> Tensor:
+    """The diagonal matrix of these numbers, float64."""
+    return torch.diag(torch.tensor(values, dtype=torch.float64))
+
+
 def column_major(a: Tensor) -> Tensor:
     """The same numbers, matrices stored by columns, as LAPACK returns them."""
     return a.mT.contiguous().mT
@@ -53,7 +58,7 @@ def column_major(a: Tensor) -> Tensor:
 
 def symmetric_clusters() -> Tensor:
     """diag(1, 1, 2, 3, 3): both extremes are double."""
-    return torch.diag(torch.tensor([1.0, 1.0, 2.0, 3.0, 3.0], dtype=torch.float64))
+    return diagonal(1.0, 1.0, 2.0, 3.0, 3.0)
 
 
 def _matrices(device: str) -> list[tuple[str, Tensor]]:
@@ -315,5 +320,6 @@ def taking_route(route: str) -> Iterator[None]:
     with ExitStack() as stack:
         for name, module in list(sys.modules.items()):
             if name.startswith("immunize_ext.") and hasattr(module, "has_kernel"):
-                stack.enter_context(mock.patch.object(module, "has_kernel", lambda tensor: False))
+                patch = mock.patch.object(module, "has_kernel", return_value=False)
+                stack.enter_context(patch)
         yield

@@ -36,6 +36,12 @@ def parse_digits(text: str) -> tuple[tuple[int, ...], tuple[int, ...]]:
     return positive, negative
 
 
+def check_seed(function: str, seed: int) -> None:
+    """Refuse a negative seed, which numpy does not take."""
+    if seed < 0:
+        raise ValueError(f"{function}: seed must not be negative, got {seed}")
+
+
 def check_digits(function: str, positive: tuple[int, ...], negative: tuple[int, ...]) -> None:
     """Refuse sides that are empty, hold anything but digits or share one."""
     for name, digits in (("positive", positive), ("negative", negative)):

@@ -12,7 +12,7 @@ import torch
 from numpy.typing import NDArray
 
 from immunize_ext._extras import require_extra
-from immunize_ext.data._labels import check_digits, describe_digits, select_digits
+from immunize_ext.data._labels import check_digits, check_seed, describe_digits, select_digits
 from immunize_ext.data.task import Task
 
 # Mean and standard deviation of all pixels of the 1797 images, on their scale of 0 to 16. One
@@ -73,6 +73,7 @@ def digits_task(
     """
     sides = tuple(positive), tuple(negative)
     check_digits("digits_task", *sides)
+    check_seed("digits_task", seed)
     x, y = select_digits(*load_digits(), *sides, seed=seed)
     # Asked first, so that NaN is refused here and not by round.
     cut = round(train_fraction * len(y)) if 0.0 < train_fraction < 1.0 else 0

@@ -12,7 +12,7 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from immunize_ext.data._labels import check_digits, describe_digits, select_digits
+from immunize_ext.data._labels import check_digits, check_seed, describe_digits, select_digits
 from immunize_ext.data.task import Task
 
 # Mean and standard deviation of the training pixels on a scale of 0 to 1, as the field uses them.
@@ -147,6 +147,7 @@ def mnist_task(
     """
     sides = tuple(positive), tuple(negative)
     check_digits("mnist_task", *sides)
+    check_seed("mnist_task", seed)
     _check_size("mnist_task", size)
     if max_train is not None and max_train < 1:
         raise ValueError(f"mnist_task: max_train must be at least 1, got {max_train}")

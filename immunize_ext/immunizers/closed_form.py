@@ -23,11 +23,14 @@ from dataclasses import asdict, dataclass
 import torch
 from torch import Tensor
 
-from immunize_ext.attacks.linear_probe import compare_attack
+from immunize_ext.attacks.linear_probe import attack
 from immunize_ext.data.task import Task
 from immunize_ext.immunizers.immunized import Immunized
-from immunize_ext.metrics.pencil import pencil
+from immunize_ext.metrics.pencil import Pencil, pencil
 from immunize_ext.metrics.rir import relative_immunization_ratio
+
+# How close to its lowest test loss a probe has to come, as attackers are measured.
+_TOLERANCE = 0.1
 
 
 def closed_form_theta(
@@ -73,19 +76,29 @@ def closed_form_theta(
             f"closed_form_theta: strength must be finite and at least 1, got {strength}; "
             "1 whitens the primary task, 30 is a usual value"
         )
-    values, basis = pencil(x_primary, x_harmful, ridge=ridge)
-    p = basis.shape[0]
+    coordinates = pencil(x_primary, x_harmful, ridge=ridge)
+    return _graded(coordinates, strength, _rotation(coordinates, seed) if rotate else None)
+
+
+def _rotation(coordinates: Pencil, seed: int) -> Tensor:
+    """A random rotation of the features."""
+    p = coordinates.basis.shape[0]
+    square = torch.randn(p, p, dtype=torch.float64, generator=torch.Generator().manual_seed(seed))
+    return torch.linalg.qr(square).Q.to(coordinates.basis.device)
+
+
+def _graded(coordinates: Pencil, strength: float, rotation: Tensor | None) -> Tensor:
+    """theta = W diag(s) Q with s^2 graded from 1 to strength in log l."""
+    values, basis = coordinates
     # Directions that the harmful data does not have at all (l = 0, ridge 0) share the lowest grade.
     logs = values.clamp(min=float(values[0]) * torch.finfo(torch.float64).eps).log()
     spread = float(logs[0] - logs[-1])
     # All l equal: the tasks look alike, there is nothing to grade by.
     grades = (logs - logs[-1]) / spread if spread > 0.0 else torch.zeros_like(logs)
     theta = basis * (strength ** (grades / 2.0))
-    if rotate:
-        generator = torch.Generator().manual_seed(seed)
-        square = torch.randn(p, p, dtype=torch.float64, generator=generator)
-        theta = theta @ torch.linalg.qr(square).Q.to(theta.device)
-    return theta * (math.sqrt(p) / torch.linalg.matrix_norm(theta))
+    if rotation is not None:
+        theta = theta @ rotation
+    return theta * (math.sqrt(basis.shape[0]) / torch.linalg.matrix_norm(theta))
 
 
 def calibrate_strength(
@@ -135,15 +148,16 @@ def calibrate_strength(
     ]
     found = []
     for fold in primary.folds(folds):
+        coordinates = pencil(fold.x_train, x_harmful, ridge=ridge)
+        rotation = _rotation(coordinates, seed)
+        base = attack(fold, attacker=attacker, budget=1000)
+        target = (1.0 + _TOLERANCE) * float(base.test_loss.min())
+        budget = max(1, math.floor(max_primary_slowdown * max(base.steps_to(target) or 0, 1)))
         best = 1.0
         for strength in grid:
-            theta = closed_form_theta(
-                fold.x_train, x_harmful, strength=strength, ridge=ridge, seed=seed
-            )
-            cost = compare_attack(
-                fold, theta, attacker=attacker, base_budget=1000, limit=max_primary_slowdown + 1.0
-            ).slowdown
-            if cost.censored or cost.ratio > max_primary_slowdown:
+            theta = _graded(coordinates, strength, rotation)
+            curve = attack(fold, theta, attacker=attacker, budget=budget, stop_at=target)
+            if curve.steps_to(target) is None:
                 break
             best = strength
         found.append(best)

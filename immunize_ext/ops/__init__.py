@@ -2,7 +2,9 @@
 
 from immunize_ext.ops import _register as _register
 from immunize_ext.ops.factor import RegularizationFactor
+from immunize_ext.ops.lora import MergeAdapter, as_lora, lora_state_dict, save_lora
 from immunize_ext.ops.merge import merge_kv
+from immunize_ext.ops.merge_report import MergeReport, merge_report
 from immunize_ext.ops.precondition import (
     PreconditionedLinear,
     Preconditioner,
@@ -19,14 +21,20 @@ from immunize_ext.ops.spectrum import (
 
 __all__ = [
     "GramExtremes",
+    "MergeAdapter",
+    "MergeReport",
     "PreconditionedLinear",
     "Preconditioner",
     "RegularizationFactor",
     "SingularExtremes",
+    "as_lora",
     "condition_number",
     "extremal_singular_values",
     "gram_extremes",
     "log_condition_number",
+    "lora_state_dict",
     "merge_kv",
+    "merge_report",
     "precondition_gradient",
+    "save_lora",
 ]

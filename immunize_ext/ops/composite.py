@@ -225,7 +225,7 @@ def merge_solve(
 def merge_apply(
     layout: MergeLayout, c: Tensor, b: Tensor, defect: Tensor, *weights: Tensor
 ) -> list[Tensor]:
-    """Merged weights W_l = W0_l + R_l B of every layer."""
+    """Merged weights W_l = W0_l + R_l B of every layer, then the residuals R_l."""
     base, targets = weights[: layout.layers], weights[layout.layers :]
     accumulate = torch.float64 if base[0].dtype == torch.float64 else torch.float32
     c_acc, b_acc = c.to(accumulate), b.to(accumulate)
@@ -253,7 +253,7 @@ def merge_apply(
         residuals.append(r.detach())
     if layout.check and bool(defect.any()):
         _refuse_contradictions(layout, defect, residuals, targets)
-    return merged
+    return [*merged, *residuals]
 
 
 def _refuse_contradictions(

@@ -17,19 +17,13 @@ derivatives stand in ``_merge_functions``.
 
 from __future__ import annotations
 
-import re
 from collections.abc import Sequence
 from typing import Literal, NamedTuple
 
 import torch
 from torch import Tensor
 
-from immunize_ext.errors import ContradictoryTargetsError
 from immunize_ext.ops import composite
-from immunize_ext.ops._arguments import (
-    require_floating_matrix,
-    require_same_device,
-)
 from immunize_ext.ops._dispatch import has_kernel
 from immunize_ext.ops._merge_functions import (
     FactorSolve,
@@ -38,6 +32,11 @@ from immunize_ext.ops._merge_functions import (
     InverseDual,
     MergeApplyDual,
     MergeSolve,
+)
+from immunize_ext.ops._merge_problem import (
+    MergeProblem,
+    check_merge_problem,
+    name_contradictions,
 )
 from immunize_ext.ops.composite import MergeLayout
 from immunize_ext.ops.factor import RegularizationFactor
@@ -65,6 +64,76 @@ def _shared_part(
     a = solve.apply(c.mT, source, ridge, factor.chol, a)
     t = c @ a + torch.diag_embed(inverse_hardness)
     return inverse.apply(t, e) @ a.mT, defect
+
+
+class MergeSolution(NamedTuple):
+    """A merge and what it is made of: W_l = W0_l + R_l B."""
+
+    merged: list[Tensor]  # L x (o_l, d)
+    residual: list[Tensor]  # R, L x (o_l, s), float32 or float64, without derivatives
+    b: Tensor  # (s, d) float64
+    problem: MergeProblem
+
+
+def solve_merge(
+    base: Sequence[Tensor],
+    concepts: Sequence[Sequence[Tensor]] | None,
+    embeddings: Sequence[Tensor],
+    factor: RegularizationFactor,
+    values: Sequence[Tensor] | None,
+    hardness: float | Tensor,
+    contradictions: str,
+    names: Sequence[str] | None,
+) -> MergeSolution:
+    """:func:`merge_kv` with its intermediate results."""
+    problem = check_merge_problem(base, concepts, embeddings, factor, values, hardness, names)
+    if contradictions not in ("raise", "average"):
+        raise ValueError(
+            f"merge_kv: contradictions must be 'raise' or 'average', got {contradictions!r}"
+        )
+    compiled = has_kernel(base[0])
+    average = contradictions == "average"
+    with torch.autocast(base[0].device.type, enabled=False):
+        b, defect = _shared_part(problem.c, factor, problem.inverse_hardness, average, compiled)
+        layout = MergeLayout(
+            layers=len(base),
+            targets=len(problem.targets),
+            rows=problem.rows,
+            targets_are_values=values is not None,
+            rank_rtol=REPEATED_ROW_RTOL,
+            check=not average,
+        )
+        try:
+            merged, residual = _apply(layout, problem, b, defect, base, compiled)
+        except ValueError as error:
+            raise name_contradictions(error, problem) from None
+    return MergeSolution(merged, residual, b, problem)
+
+
+def _apply(
+    layout: MergeLayout,
+    problem: MergeProblem,
+    b: Tensor,
+    defect: Tensor,
+    base: Sequence[Tensor],
+    compiled: bool,
+) -> tuple[list[Tensor], list[Tensor]]:
+    if compiled and torch.compiler.is_compiling():
+        merged, residual = torch.ops.immunize_ext.merge_apply(
+            base,
+            problem.targets,
+            layout.rows,
+            layout.targets_are_values,
+            problem.c,
+            b,
+            defect,
+            layout.rank_rtol,
+            layout.check,
+        )
+        return list(merged), list(residual)
+    apply = MergeApplyDual.apply if compiled else composite.merge_apply
+    outputs = apply(layout, problem.c, b, defect, *base, *problem.targets)
+    return list(outputs[: layout.layers]), list(outputs[layout.layers :])
 
 
 def merge_kv(
@@ -136,174 +205,6 @@ def merge_kv(
         >>> merge_kv([base], None, [token], factor, values=[target])
         [tensor([[1.6000, 0.4000]], dtype=torch.float64)]
     """
-    problem = _check_problem(base, concepts, embeddings, factor, values, hardness, names)
-    if contradictions not in ("raise", "average"):
-        raise ValueError(
-            f"merge_kv: contradictions must be 'raise' or 'average', got {contradictions!r}"
-        )
-    compiled = has_kernel(base[0])
-    average = contradictions == "average"
-    with torch.autocast(base[0].device.type, enabled=False):
-        b, defect = _shared_part(problem.c, factor, problem.inverse_hardness, average, compiled)
-        layout = MergeLayout(
-            layers=len(base),
-            targets=len(problem.targets),
-            rows=problem.rows,
-            targets_are_values=values is not None,
-            rank_rtol=REPEATED_ROW_RTOL,
-            check=not average,
-        )
-        weights = (*base, *problem.targets)
-        try:
-            if not compiled:
-                outputs = composite.merge_apply(layout, problem.c, b, defect, *weights)
-            elif torch.compiler.is_compiling():
-                outputs = torch.ops.immunize_ext.merge_apply(
-                    base,
-                    problem.targets,
-                    layout.rows,
-                    layout.targets_are_values,
-                    problem.c,
-                    b,
-                    defect,
-                    layout.rank_rtol,
-                    layout.check,
-                )[0]
-            else:
-                outputs = MergeApplyDual.apply(layout, problem.c, b, defect, *weights)
-        except ValueError as error:
-            raise _name_contradictions(error, problem) from None
-    return list(outputs[: len(base)])
-
-
-class _Problem(NamedTuple):
-    targets: tuple[Tensor, ...]
-    rows: tuple[int, ...]
-    c: Tensor  # (s, d) float64
-    inverse_hardness: Tensor  # (s,) float64
-    names: tuple[str, ...]
-
-
-def _name_contradictions(error: ValueError, problem: _Problem) -> ValueError:
-    """The kernel's error about contradictory rows, told in terms of concepts."""
-    found = re.search(r"contradictory targets at rows \[([\d, ]+)\]", str(error))
-    if found is None:
-        return error
-    rows = [int(row) for row in found.group(1).split(",")]
-    owners = [
-        name for name, count in zip(problem.names, problem.rows, strict=True) for _ in range(count)
-    ]
-    return ContradictoryTargetsError.for_rows(
-        "merge_kv", rows=rows, names=[owners[row] for row in rows]
-    )
-
-
-def _check_problem(
-    base: Sequence[Tensor],
-    concepts: Sequence[Sequence[Tensor]] | None,
-    embeddings: Sequence[Tensor],
-    factor: RegularizationFactor,
-    values: Sequence[Tensor] | None,
-    hardness: float | Tensor,
-    names: Sequence[str] | None,
-) -> _Problem:
-    """Check the arguments of :func:`merge_kv` and bring them into the form of the kernels."""
-    if (concepts is None) == (values is None):
-        raise ValueError(
-            "merge_kv: exactly one of concepts and values must be given, got "
-            + ("both" if concepts is not None else "neither")
-        )
-    for name, sequence in (("base", base), ("embeddings", embeddings)):
-        if len(sequence) == 0:
-            raise ValueError(f"merge_kv: {name} must not be empty")
-    dim, dtype = factor.dim, base[0].dtype
-    named = [(f"base[{layer}]", w) for layer, w in enumerate(base)]
-    named += [(f"embeddings[{n}]", e) for n, e in enumerate(embeddings)]
-    for name, tensor in named:
-        require_floating_matrix("merge_kv", name, tensor)
-        if tensor.dim() != 2 or tensor.shape[1] != dim:
-            raise ValueError(
-                f"merge_kv: {name} must have shape (rows, {dim}), the width of the factor, got "
-                f"{tuple(tensor.shape)}"
-            )
-    if concepts is not None:
-        if len(concepts) != len(embeddings):
-            raise ValueError(
-                f"merge_kv: concepts and embeddings must have the same length, got {len(concepts)} "
-                f"and {len(embeddings)}"
-            )
-        for n, layers in enumerate(concepts):
-            if len(layers) != len(base):
-                raise ValueError(
-                    f"merge_kv: concepts[{n}] must hold one weight a layer, {len(base)}, got "
-                    f"{len(layers)}"
-                )
-            for layer, weight in enumerate(layers):
-                _check_like(f"concepts[{n}][{layer}]", weight, f"base[{layer}]", base[layer])
-                named.append((f"concepts[{n}][{layer}]", weight))
-    for layer, weight in enumerate(base):
-        if weight.dtype != dtype:
-            raise ValueError(
-                f"merge_kv: base[{layer}] must have the dtype of base[0], {dtype}, got "
-                f"{weight.dtype}; cast all layers alike"
-            )
-    c = torch.cat([e.to(torch.float64) for e in embeddings], 0)
-    s = c.shape[0]
-    if values is not None:
-        if len(values) != len(base):
-            raise ValueError(
-                f"merge_kv: values must hold one tensor a layer, {len(base)}, got {len(values)}"
-            )
-        for layer, value in enumerate(values):
-            expected = (base[layer].shape[0], s)
-            if tuple(value.shape) != expected:
-                raise ValueError(
-                    f"merge_kv: values[{layer}] must have shape {expected}, (outputs, tokens), got "
-                    f"{tuple(value.shape)}"
-                )
-            named.append((f"values[{layer}]", value))
-    require_same_device("merge_kv", [*named, ("factor", factor.chol)])
-    if concepts is not None:
-        targets = tuple(weight for layers in concepts for weight in layers)
-    else:
-        assert values is not None
-        accumulate = torch.float64 if dtype == torch.float64 else torch.float32
-        targets = tuple(value.to(accumulate) for value in values)
-    return _Problem(
-        targets=targets,
-        rows=tuple(e.shape[0] for e in embeddings),
-        c=c,
-        inverse_hardness=_inverse_hardness(hardness, s, c),
-        names=_concept_names(names, len(embeddings)),
-    )
-
-
-def _check_like(name: str, weight: Tensor, other_name: str, other: Tensor) -> None:
-    if weight.shape != other.shape or weight.dtype != other.dtype:
-        raise ValueError(
-            f"merge_kv: {name} must have the shape and dtype of {other_name}, "
-            f"{tuple(other.shape)} {other.dtype}, got {tuple(weight.shape)} {weight.dtype}"
-        )
-
-
-def _inverse_hardness(hardness: float | Tensor, s: int, c: Tensor) -> Tensor:
-    mu = torch.as_tensor(hardness, dtype=torch.float64, device=c.device)
-    if mu.dim() > 1 or (mu.dim() == 1 and mu.shape[0] != s):
-        raise ValueError(
-            f"merge_kv: hardness must be a number or have shape ({s},), one a row of the "
-            f"embeddings, got {tuple(mu.shape)}"
-        )
-    # NaN fails every comparison, so the test is for what is allowed.
-    if not torch.compiler.is_compiling() and not bool((mu.detach() > 0).all()):
-        raise ValueError(
-            f"merge_kv: hardness must be positive (infinite for a hard constraint), got {hardness}"
-        )
-    return mu.reciprocal().expand(s)
-
-
-def _concept_names(names: Sequence[str] | None, count: int) -> tuple[str, ...]:
-    if names is None:
-        return tuple(f"concept {n}" for n in range(count))
-    if len(names) != count:
-        raise ValueError(f"merge_kv: names must hold {count} names, got {len(names)}")
-    return tuple(names)
+    return solve_merge(
+        base, concepts, embeddings, factor, values, hardness, contradictions, names
+    ).merged

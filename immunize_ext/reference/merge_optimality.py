@@ -24,6 +24,8 @@ from immunize_ext.reference._merge_problem import (
     single_problems,
 )
 
+_EPS = float(np.finfo(np.float64).eps)
+
 
 class MergeResiduals(NamedTuple):
     """How far W is from optimal; each ``(*,)``, relative, 0 at the optimum."""
@@ -110,8 +112,9 @@ def merge_residuals(
     Feasibility is the part of the hard constraints that a better W could still remove: the
     projection of (W C_h^T - V_h) onto what C_h can reach, over |V_h| + |W| |C_h|; so it is also 0
     for the least squares answer to contradictory targets.  Stationarity is the gradient
-    D Q + sum_soft (W c_j - v_j) c_j^T / nu_j, projected onto the null space of C_h, over the sum of
-    the norms of the two terms' factors.  The problem is convex: both zero means optimal.
+    D Q + sum_soft (W c_j - v_j) c_j^T / nu_j, projected onto the null space of C_h, less what
+    rounding of W, W0 and V explains, over the norms of the factors of its two terms.  The problem
+    is convex: both zero means optimal.
 
     Args:
         w: ``(*, out, d)`` candidate.
@@ -215,12 +218,20 @@ def _residuals(problem: MergeProblem, w: FloatArray) -> tuple[float, float]:
     d = w - problem.base
     pull = d @ problem.c_reg.T
     gradient = pull @ problem.c_reg + problem.ridge * d
-    size = np.linalg.norm(pull) * np.linalg.norm(problem.c_reg) + problem.ridge * np.linalg.norm(d)
+    reach_norm = float(np.linalg.norm(problem.c_reg))
+    size = float(np.linalg.norm(pull)) * reach_norm + problem.ridge * float(np.linalg.norm(d))
+    # What one rounding of W, W0 and V can do to the gradient; W - W0 itself may be rounding only.
+    weights = float(np.linalg.norm(w) + np.linalg.norm(problem.base))
+    rounding = weights * (reach_norm**2 + problem.ridge)
     soft = problem.inverse_hardness > 0
-    misfit_soft = (w @ problem.c[soft].T - problem.values[:, soft]) / problem.inverse_hardness[soft]
-    gradient = gradient + misfit_soft @ problem.c[soft]
-    size = size + np.linalg.norm(misfit_soft) * np.linalg.norm(problem.c[soft])
-    stationarity = float(np.linalg.norm(gradient @ null) / size) if size > 0 else 0.0
+    c_s, v_s, nu = problem.c[soft], problem.values[:, soft], problem.inverse_hardness[soft]
+    misfit_soft = (w @ c_s.T - v_s) / nu
+    gradient = gradient + misfit_soft @ c_s
+    size += float(np.linalg.norm(misfit_soft) * np.linalg.norm(c_s))
+    pulls = (np.linalg.norm(w) * np.linalg.norm(c_s, axis=1) + np.linalg.norm(v_s, axis=0)) / nu
+    rounding += float(np.sum(pulls * np.linalg.norm(c_s, axis=1)))
+    excess = float(np.linalg.norm(gradient @ null)) - 16 * _EPS * rounding
+    stationarity = max(excess, 0.0) / size if size > 0 else 0.0
     return feasibility, stationarity
 
 

@@ -46,7 +46,8 @@ def write_run(
         evaluation: What was measured.
         target: The run directory; its parents are made.
         force: Whether an existing run directory is replaced.
-        extra: More entries for ``results.json``: ``seconds``, ``seeds``, ``alternatives``.
+        extra: More entries for ``results.json``: ``seconds``, ``seeds``, ``alternatives``,
+            ``notes``.
 
     Returns:
         The run directory.

@@ -287,10 +287,11 @@ def render_html(evaluation: Evaluation, results: dict[str, Any], svg: dict[str, 
         A complete HTML document that refers to nothing outside itself.
     """
     title = headline(evaluation)
-    warnings = "".join(f"<li>{escape(text)}</li>" for text in results["warnings"])
+    sentences = (*results["warnings"], *results.get("notes", ()))
+    remarks = "".join(f"<li>{escape(text)}</li>" for text in sentences)
     before_quoting = (
-        f"<section><h2>Before you quote these numbers</h2><ul>{warnings}</ul></section>"
-        if warnings
+        f"<section><h2>Before you quote these numbers</h2><ul>{remarks}</ul></section>"
+        if remarks
         else ""
     )
     accuracy = (

@@ -64,6 +64,8 @@ _STYLE = {
     "lines.solid_capstyle": "round",
 }
 _PANEL = (4.8, 3.1)  # inches
+# Shares of a panel. Fixed, so that panels line up and no layout has to be solved.
+_MARGINS = {"left": 0.14, "right": 0.03, "bottom": 0.17, "top": 0.12}
 
 Panel = Callable[["Axes", Evaluation], None]
 
@@ -117,8 +119,6 @@ def _convergence(role: str, attacker: str) -> Panel:
         _title(axes, f"{ATTACKER_NAMES[attacker]}, {role} task")
         _two_curves(axes, comparison, role, "test_loss")
         axes.set_yscale("log")
-        axes.set_yticks([m * 10.0**e for e in range(-6, 3) for m in (1, 2, 5)])
-        axes.yaxis.set_major_formatter(_number)
         axes.yaxis.set_minor_formatter(lambda *_: "")
         axes.set_ylabel("test loss")
         target = comparison.target
@@ -149,7 +149,11 @@ def _convergence(role: str, attacker: str) -> Panel:
         shown = [c.test_loss[_visible(c, last)] for c in (comparison.base, comparison.immunized)]
         low, high = (float(extreme(torch.cat(shown))) for extreme in (torch.min, torch.max))
         # Room below the target for its label.
-        axes.set_ylim(min(low / 1.1, target * (target / high) ** 0.55), high * 1.15)
+        low, high = min(low / 1.1, target * (target / high) ** 0.55), high * 1.15
+        axes.set_ylim(low, high)
+        ticks = (m * 10.0**e for e in range(-9, 9) for m in (1, 2, 5))
+        axes.set_yticks([tick for tick in ticks if low <= tick <= high])
+        axes.yaxis.set_major_formatter(_number)
         _legend(axes)
 
     return draw
@@ -223,6 +227,16 @@ def _matplotlib() -> tuple[Any, Any]:
     return matplotlib, figure.Figure
 
 
+def _place(left: float, bottom: float, columns: int, rows: int) -> tuple[float, ...]:
+    """Place of the axes in one cell of a figure: the same margins in every panel."""
+    return (
+        left + _MARGINS["left"] / columns,
+        bottom + _MARGINS["bottom"] / rows,
+        (1.0 - _MARGINS["left"] - _MARGINS["right"]) / columns,
+        (1.0 - _MARGINS["bottom"] - _MARGINS["top"]) / rows,
+    )
+
+
 def draw_png(evaluation: Evaluation) -> dict[str, bytes]:
     """Draw the figures of a run directory.
 
@@ -244,12 +258,10 @@ def draw_png(evaluation: Evaluation) -> dict[str, bytes]:
         rows = (len(panels) + 1) // 2
         with matplotlib.rc_context(_STYLE):
             size = 2 * _PANEL[0], rows * _PANEL[1]
-            figure = figure_class(figsize=size, layout="constrained", facecolor="white")
-            for axes, draw in zip(
-                figure.subplots(rows, 2, squeeze=False).flat, panels.values(), strict=True
-            ):
-                draw(axes, evaluation)
-            figure.get_layout_engine().set(w_pad=0.12, h_pad=0.12, wspace=0.04, hspace=0.04)
+            figure = figure_class(figsize=size, facecolor="white")
+            for index, draw in enumerate(panels.values()):
+                row, column = divmod(index, 2)
+                draw(figure.add_axes(_place(column / 2, 1 - (row + 1) / rows, 2, rows)), evaluation)
             buffer = io.BytesIO()
             figure.savefig(buffer, format="png", dpi=140)
         drawn[name] = buffer.getvalue()
@@ -273,9 +285,9 @@ def draw_svg(evaluation: Evaluation) -> dict[str, str]:
     for panels in _panels(evaluation).values():
         for name, draw in panels.items():
             with matplotlib.rc_context(_STYLE):
-                figure = figure_class(figsize=_PANEL, layout="constrained")
+                figure = figure_class(figsize=_PANEL)
                 figure.patch.set_visible(False)
-                axes = figure.subplots()
+                axes = figure.add_axes(_place(0.0, 0.0, 1, 1))
                 axes.patch.set_visible(False)
                 draw(axes, evaluation)
                 buffer = io.StringIO()

@@ -29,6 +29,11 @@ def check_target(target: str | Path, *, force: bool) -> None:
             write.
     """
     path = Path(target)
+    for parent in path.absolute().parents:
+        if parent.exists():
+            if not parent.is_dir():
+                raise FileExistsError(f"{parent} is a file, not a folder; choose another folder")
+            break
     if not (path.exists() or path.is_symlink()):
         return
     ours = path.is_dir() and not path.is_symlink()

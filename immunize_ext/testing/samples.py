@@ -15,7 +15,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from typing import TypeAlias
+from typing import Any, TypeAlias
 
 import numpy as np
 import numpy.typing as npt
@@ -55,6 +55,9 @@ class SpectrumSample:
     value_bound: Tensor
     guard: GuardedTensor | None
     note: str
+
+    def _repr_pretty_(self, printer: Any, cycle: bool) -> None:
+        printer.text(repr(self))  # hypothesis would print every field of a dataclass
 
     def __repr__(self) -> str:
         small = self.matrix.numel() <= _SHOWN_ENTRIES
@@ -193,6 +196,9 @@ class TextEmbeddings:
     repeats: tuple[tuple[int, ...], ...]
     value_bound: float
 
+    def _repr_pretty_(self, printer: Any, cycle: bool) -> None:
+        printer.text(repr(self))  # hypothesis would print every field of a dataclass
+
     def __repr__(self) -> str:
         m, d = self.rows.shape
         return (
@@ -237,6 +243,9 @@ class MergeProblem:
     repeats: tuple[tuple[int, ...], ...]
     contradictory: bool
     answer: tuple[Tensor, ...] | None
+
+    def _repr_pretty_(self, printer: Any, cycle: bool) -> None:
+        printer.text(repr(self))  # hypothesis would print every field of a dataclass
 
     def __repr__(self) -> str:
         targets = "values" if self.concepts is None else "concepts"

@@ -1,0 +1,200 @@
+"""A merge as the LoRA adapter that it is: W_l = W0_l + R_l B has rank s at most, exactly."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import tempfile
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, Literal, NamedTuple
+
+import torch
+from torch import Tensor
+
+from immunize_ext.ops.factor import RegularizationFactor
+from immunize_ext.ops.merge import solve_merge
+
+LoraFormat = Literal["peft", "diffusers"]
+
+
+class MergeAdapter(NamedTuple):
+    """The factors of a merge, per layer: ``delta_l = up[l] @ down``.
+
+    Attributes:
+        down: B (r, d), the same for all layers.
+        up: R_l (o_l, r), one a layer.
+    """
+
+    down: Tensor
+    up: list[Tensor]
+
+
+def as_lora(
+    base: Sequence[Tensor],
+    concepts: Sequence[Sequence[Tensor]] | None,
+    embeddings: Sequence[Tensor],
+    factor: RegularizationFactor,
+    *,
+    values: Sequence[Tensor] | None = None,
+    hardness: float | Tensor = torch.inf,
+    contradictions: Literal["raise", "average"] = "raise",
+    names: Sequence[str] | None = None,
+) -> MergeAdapter:
+    r"""Return a merge as an exact low-rank adapter instead of merged weights; no SVD.
+
+    .. math:: W_l - W_{0,l} = R_l B, \qquad \text{lora\_B} = R_l,\ \text{lora\_A} = B
+
+    Args:
+        base: As for :func:`~immunize_ext.ops.merge_kv`.
+        concepts: As for merge_kv.
+        embeddings: As for merge_kv.
+        factor: As for merge_kv.
+        values: As for merge_kv.
+        hardness: As for merge_kv.
+        contradictions: As for merge_kv.
+        names: As for merge_kv.
+
+    Returns:
+        The adapter. Its rank is the number of tokens, less those that were dropped as repeats. In
+        float64 for float64 weights, in float32 for all others.
+
+    Raises:
+        ContradictoryTargetsError: As merge_kv.
+        ValueError: As merge_kv.
+
+    Note:
+        Deterministic. Without derivatives; differentiate merge_kv.
+
+    Source:
+        DERIVED from the closed form of MIMA (AAAI 2025) and Custom Diffusion (CVPR 2023).
+
+    Example:
+        >>> import torch
+        >>> from immunize_ext.ops import RegularizationFactor, as_lora, merge_kv
+        >>> base, adapted = torch.eye(4, dtype=torch.float64), 2 * torch.eye(4, dtype=torch.float64)
+        >>> token, factor = torch.ones(1, 4, dtype=torch.float64), RegularizationFactor.identity(4)
+        >>> problem = ([base], [[adapted]], [token], factor)
+        >>> adapter = as_lora(*problem)
+        >>> torch.allclose(base + adapter.up[0] @ adapter.down, merge_kv(*problem)[0])
+        True
+    """
+    with torch.no_grad():
+        solution = solve_merge(
+            base, concepts, embeddings, factor, values, hardness, contradictions, names
+        )
+        used = (solution.b != 0).any(-1)  # rows of dropped tokens are exact zeros
+        down = solution.b[used].to(solution.residual[0].dtype)
+        return MergeAdapter(down, [residual[:, used] for residual in solution.residual])
+
+
+def lora_state_dict(
+    adapter: MergeAdapter, modules: Sequence[str], *, format: LoraFormat, prefix: str = "unet"
+) -> dict[str, Tensor]:
+    """Name the tensors of an adapter as a library expects them.
+
+    Args:
+        adapter: What :func:`as_lora` returned.
+        modules: For each layer the name of its ``nn.Linear`` in the model, as in
+            ``model.named_modules()``.
+        format: ``"peft"`` or ``"diffusers"``.
+        prefix: With ``"diffusers"``, which part of the pipeline the names belong to.
+
+    Returns:
+        The state dict. The scale of the adapter is 1: lora_alpha equals the rank.
+
+    Raises:
+        ValueError: If the number of modules is not that of the layers, or names repeat.
+
+    Example:
+        >>> import torch
+        >>> from immunize_ext.ops.lora import MergeAdapter, lora_state_dict
+        >>> adapter = MergeAdapter(torch.ones(1, 3), [torch.ones(2, 1)])
+        >>> sorted(lora_state_dict(adapter, ["attn2.to_k"], format="diffusers"))
+        ['unet.attn2.to_k.lora_A.weight', 'unet.attn2.to_k.lora_B.weight']
+    """
+    if len(modules) != len(adapter.up) or len(set(modules)) != len(modules):
+        raise ValueError(
+            f"lora_state_dict: modules must hold {len(adapter.up)} different names, one a layer, "
+            f"got {len(modules)}, {len(set(modules))} of them different"
+        )
+    if format not in ("peft", "diffusers"):
+        raise ValueError(f"lora_state_dict: format must be 'peft' or 'diffusers', got {format!r}")
+    root = "base_model.model" if format == "peft" else prefix
+    state: dict[str, Tensor] = {}
+    for module, up in zip(modules, adapter.up, strict=True):
+        # A copy each: safetensors refuses tensors that share memory.
+        state[f"{root}.{module}.lora_A.weight"] = adapter.down.clone().contiguous()
+        state[f"{root}.{module}.lora_B.weight"] = up.clone().contiguous()
+    return state
+
+
+def save_lora(
+    adapter: MergeAdapter,
+    modules: Sequence[str],
+    folder: str | os.PathLike[str],
+    *,
+    format: LoraFormat,
+    prefix: str = "unet",
+) -> Path:
+    """Write an adapter to a new folder that PEFT or diffusers loads; whole or not at all.
+
+    Args:
+        adapter: What :func:`as_lora` returned.
+        modules: As for :func:`lora_state_dict`.
+        folder: Folder to create.
+        format: ``"peft"``: adapter_model.safetensors with adapter_config.json, for
+            ``PeftModel.from_pretrained``. ``"diffusers"``: pytorch_lora_weights.safetensors, for
+            ``pipeline.load_lora_weights``.
+        prefix: As for :func:`lora_state_dict`.
+
+    Returns:
+        The folder.
+
+    Raises:
+        FileExistsError: If the folder exists.
+        ImportError: If safetensors is not installed.
+        ValueError: As :func:`lora_state_dict`.
+    """
+    try:
+        from safetensors.torch import save_file
+    except ImportError as error:
+        raise ImportError("save_lora needs safetensors: pip install safetensors") from error
+    target = Path(folder)
+    if target.exists():
+        raise FileExistsError(f"save_lora: {target} exists; choose another folder or remove it")
+    state = {
+        name: tensor.detach().cpu()
+        for name, tensor in lora_state_dict(adapter, modules, format=format, prefix=prefix).items()
+    }
+    target.parent.mkdir(parents=True, exist_ok=True)
+    temporary = Path(tempfile.mkdtemp(dir=target.parent, prefix=f".{target.name}."))
+    try:
+        metadata = {"format": "pt"}
+        if format == "peft":
+            save_file(state, temporary / "adapter_model.safetensors", metadata=metadata)
+            config = json.dumps(_peft_config(adapter, modules), indent=2) + "\n"
+            (temporary / "adapter_config.json").write_text(config, encoding="utf-8")
+        else:
+            save_file(state, temporary / "pytorch_lora_weights.safetensors", metadata=metadata)
+        temporary.chmod(0o755)  # mkdtemp makes it private
+        temporary.rename(target)
+    except BaseException:
+        shutil.rmtree(temporary, ignore_errors=True)
+        raise
+    return target
+
+
+def _peft_config(adapter: MergeAdapter, modules: Sequence[str]) -> dict[str, Any]:
+    rank = adapter.down.shape[0]
+    return {
+        "peft_type": "LORA",
+        "task_type": None,
+        "r": rank,
+        "lora_alpha": rank,
+        "lora_dropout": 0.0,
+        "bias": "none",
+        "target_modules": list(modules),
+        "inference_mode": True,
+    }

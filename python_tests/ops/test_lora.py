@@ -1,0 +1,167 @@
+"""as_lora: the merge as an exact adapter, loaded back by PEFT and by diffusers."""
+
+from __future__ import annotations
+
+import copy
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from immunize_ext.errors import ContradictoryTargetsError
+from immunize_ext.ops import (
+    MergeAdapter,
+    RegularizationFactor,
+    as_lora,
+    lora_state_dict,
+    merge_kv,
+    save_lora,
+)
+
+D = 16
+
+
+def random(*shape: int, seed: int, dtype: torch.dtype = torch.float64) -> Tensor:
+    generator = torch.Generator().manual_seed(seed)
+    return torch.randn(*shape, dtype=torch.float64, generator=generator).to(dtype)
+
+
+def problem(base: list[Tensor]) -> tuple[Any, ...]:
+    concepts = [
+        [
+            w + 0.1 * random(*w.shape, seed=10 * n + layer, dtype=w.dtype)
+            for layer, w in enumerate(base)
+        ]
+        for n in range(2)
+    ]
+    d = base[0].shape[1]
+    embeddings = [random(2, d, seed=4), random(3, d, seed=5)]
+    factor = RegularizationFactor.from_embeddings(random(50, d, seed=3), ridge=0.01)
+    return base, concepts, embeddings, factor
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16])
+def test_adapter_reproduces_the_merge(dtype: torch.dtype) -> None:
+    args = problem([random(o, D, seed=o, dtype=dtype) for o in (6, 9)])
+    adapter, merged = as_lora(*args), merge_kv(*args)
+    assert adapter.down.shape == (5, D)
+    for up, w0, w in zip(adapter.up, args[0], merged, strict=True):
+        delta = up.to(torch.float64) @ adapter.down.to(torch.float64)
+        # W is rounded once to its own dtype; the adapter to its accumulation dtype.
+        eps = torch.finfo(dtype).eps
+        bound = 4 * eps * (w0.abs().double() + up.abs().double() @ adapter.down.abs().double())
+        assert ((w0.double() + delta - w.double()).abs() <= bound).all()
+
+
+def test_repeated_tokens_leave_the_rank() -> None:
+    base, concepts, embeddings, factor = problem([random(6, D, seed=6)])
+    twice = (base, [concepts[0], concepts[0]], [embeddings[0], embeddings[0]], factor)
+    adapter = as_lora(*twice)
+    assert adapter.down.shape[0] == 2
+    torch.testing.assert_close(
+        base[0] + adapter.up[0] @ adapter.down, merge_kv(*twice)[0], rtol=1e-12, atol=1e-12
+    )
+
+
+def test_contradictions_are_refused_as_in_merge_kv() -> None:
+    base, concepts, embeddings, factor = problem([random(6, D, seed=6)])
+    with pytest.raises(ContradictoryTargetsError):
+        as_lora(base, concepts, [embeddings[0], embeddings[0]], factor)
+
+
+def test_modules_must_match_the_layers() -> None:
+    adapter = MergeAdapter(torch.ones(1, 3), [torch.ones(2, 1), torch.ones(2, 1)])
+    with pytest.raises(ValueError, match="2 different names"):
+        lora_state_dict(adapter, ["a"], format="peft")
+    with pytest.raises(ValueError, match="2 different names"):
+        lora_state_dict(adapter, ["a", "a"], format="peft")
+    with pytest.raises(ValueError, match="'peft' or 'diffusers'"):
+        lora_state_dict(adapter, ["a", "b"], format="kohya")  # type: ignore[arg-type]
+
+
+def test_existing_folder_is_left_alone(tmp_path: Path) -> None:
+    pytest.importorskip("safetensors")
+    adapter = MergeAdapter(torch.ones(1, 3), [torch.ones(2, 1)])
+    target = tmp_path / "adapter"
+    target.mkdir()
+    with pytest.raises(FileExistsError, match="exists"):
+        save_lora(adapter, ["a"], target, format="peft")
+    assert list(tmp_path.iterdir()) == [target]
+
+
+def test_a_failed_save_leaves_nothing(tmp_path: Path) -> None:
+    pytest.importorskip("safetensors")
+    adapter = MergeAdapter(torch.ones(1, 3), [torch.ones(2, 1)])
+    with pytest.raises(ValueError, match="different names"):
+        save_lora(adapter, ["a", "b"], tmp_path / "adapter", format="peft")
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.fixture(scope="module")
+def unet() -> nn.Module:
+    diffusers = pytest.importorskip("diffusers")
+    torch.manual_seed(0)
+    model: nn.Module = diffusers.UNet2DConditionModel(
+        sample_size=8,
+        in_channels=1,
+        out_channels=1,
+        block_out_channels=(8, 16),
+        layers_per_block=1,
+        down_block_types=("DownBlock2D", "CrossAttnDownBlock2D"),
+        up_block_types=("CrossAttnUpBlock2D", "UpBlock2D"),
+        cross_attention_dim=D,
+        attention_head_dim=4,
+        norm_num_groups=4,
+    )
+    return model.eval()
+
+
+def text_projections(unet: nn.Module) -> dict[str, nn.Linear]:
+    return {
+        name: module
+        for name, module in unet.named_modules()
+        if isinstance(module, nn.Linear) and name.endswith(("attn2.to_k", "attn2.to_v"))
+    }
+
+
+def output(unet: nn.Module) -> Tensor:
+    with torch.no_grad():
+        result: Tensor = unet(
+            random(1, 1, 8, 8, seed=7, dtype=torch.float32),
+            torch.tensor([3]),
+            random(1, 4, D, seed=8, dtype=torch.float32),
+        ).sample
+    return result
+
+
+def merged_and_adapter(unet: nn.Module) -> tuple[Tensor, MergeAdapter, list[str]]:
+    """Output of the UNet with merged weights, and the same merge as an adapter."""
+    layers = text_projections(unet)
+    args = problem([layer.weight.detach() for layer in layers.values()])
+    edited = copy.deepcopy(unet)
+    for name, w in zip(layers, merge_kv(*args), strict=True):
+        edited.get_submodule(name).weight.data.copy_(w)
+    return output(edited), as_lora(*args), list(layers)
+
+
+def test_peft_loads_the_adapter(unet: nn.Module, tmp_path: Path) -> None:
+    peft = pytest.importorskip("peft")
+    expected, adapter, names = merged_and_adapter(unet)
+    folder = save_lora(adapter, names, tmp_path / "adapter", format="peft")
+    loaded = peft.PeftModel.from_pretrained(copy.deepcopy(unet), str(folder)).eval()
+    before = output(unet)
+    torch.testing.assert_close(output(loaded), expected, rtol=1e-5, atol=1e-5)
+    assert (expected - before).abs().max() > 1e-3  # the edit does something
+
+
+def test_diffusers_loads_the_adapter(unet: nn.Module, tmp_path: Path) -> None:
+    pytest.importorskip("peft")
+    safetensors = pytest.importorskip("safetensors.torch")
+    expected, adapter, names = merged_and_adapter(unet)
+    folder = save_lora(adapter, names, tmp_path / "adapter", format="diffusers")
+    state = safetensors.load_file(folder / "pytorch_lora_weights.safetensors")
+    loaded = copy.deepcopy(unet)
+    loaded.load_lora_adapter(state, prefix="unet")
+    torch.testing.assert_close(output(loaded), expected, rtol=1e-5, atol=1e-5)

@@ -1,0 +1,132 @@
+"""merge_report: which concept was lost, how far each layer moved, and what to do about it."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch import Tensor
+
+from immunize_ext.ops import MergeReport, RegularizationFactor, merge_kv, merge_report
+
+D = 8
+
+
+def random(*shape: int, seed: int) -> Tensor:
+    return torch.randn(*shape, dtype=torch.float64, generator=torch.Generator().manual_seed(seed))
+
+
+def problem(
+    embeddings: list[Tensor], ridge: float = 0.1, samples: int = 40
+) -> tuple[list[Tensor], list[list[Tensor]], list[Tensor], RegularizationFactor]:
+    base = [random(5, D, seed=1), random(3, D, seed=2)]
+    concepts = [
+        [w + 0.1 * random(*w.shape, seed=10 * n + layer) for layer, w in enumerate(base)]
+        for n in range(len(embeddings))
+    ]
+    factor = RegularizationFactor.from_embeddings(random(samples, D, seed=3), ridge=ridge)
+    return base, concepts, embeddings, factor
+
+
+def report_of(embeddings: list[Tensor], **options: object) -> MergeReport:
+    args = problem(embeddings)
+    merged = merge_kv(*args, **options)  # type: ignore[arg-type]
+    options.pop("contradictions", None)
+    return merge_report(merged, *args, **options, names=["cat", "dog"])  # type: ignore[arg-type]
+
+
+def test_hard_constraints_are_met_for_every_concept() -> None:
+    report = report_of([random(2, D, seed=4), random(1, D, seed=5)])
+    # Rounding of an s x s solve: eps times kappa(T), and some room for norms.
+    bound = 100 * torch.finfo(torch.float64).eps * report.condition_t
+    assert set(report.residual) == {"cat", "dog"}
+    assert max(report.residual.values()) < bound
+    assert report.rank == report.tokens == 3
+    assert report.warnings == ()
+
+
+def test_residual_names_the_concept_that_was_overwritten() -> None:
+    args = problem([random(1, D, seed=4), random(1, D, seed=5)])
+    merged = merge_kv(*args)
+    forgotten = [w.clone() for w in merged]
+    # Move the weights along the second token, orthogonally to the first: only "dog" is lost.
+    first, second = args[2][0][0], args[2][1][0]
+    direction = second - first * (first @ second) / (first @ first)
+    forgotten[0] += 0.5 * torch.outer(torch.ones(5, dtype=torch.float64), direction)
+    report = merge_report(forgotten, *args, names=["cat", "dog"])
+    assert report.residual["cat"] < 1e-12
+    assert report.residual["dog"] > 0.1
+
+
+def test_soft_constraints_show_what_was_given_up() -> None:
+    embeddings = [random(1, D, seed=4), random(1, D, seed=5)]
+    soft = report_of(embeddings, hardness=0.1)
+    softer = report_of(embeddings, hardness=0.01)
+    assert 1e-3 < max(soft.residual.values()) < max(softer.residual.values())
+
+
+def test_condition_numbers_are_those_of_the_matrices() -> None:
+    args = problem([random(2, D, seed=4)])
+    base, _, embeddings, factor = args
+    report = merge_report(merge_kv(*args), *args)
+    q = factor.chol @ factor.chol.mT
+    t = embeddings[0] @ torch.linalg.solve(q, embeddings[0].mT)
+    assert report.condition_q == pytest.approx(float(torch.linalg.cond(q)), rel=1e-9)
+    assert report.condition_t == pytest.approx(float(torch.linalg.cond(t)), rel=1e-9)
+    assert report.ridge == factor.ridge
+    assert len(report.relative_change) == len(base)
+
+
+def test_relative_change_of_an_identity_edit_is_zero() -> None:
+    base, _, embeddings, factor = problem([random(2, D, seed=4)])
+    args = (base, [base], embeddings, factor)
+    report = merge_report(merge_kv(*args), *args)
+    assert report.relative_change == [0.0, 0.0]
+    assert report.residual == {"concept 0": 0.0}
+
+
+def test_repeated_tokens_are_reported() -> None:
+    token = random(1, D, seed=4)
+    report = report_of([token, torch.cat([token, random(1, D, seed=5)])], contradictions="average")
+    assert (report.rank, report.tokens) == (2, 3)
+    assert any("repeat" in warning for warning in report.warnings)
+
+
+def test_nearly_repeated_tokens_are_reported() -> None:
+    token = random(1, D, seed=4)
+    report = report_of([token, token + 1e-5 * random(1, D, seed=6)])
+    assert report.condition_t > 1e8
+    assert any("nearly coincide" in warning for warning in report.warnings)
+    assert "nearly coincide" in str(report)
+
+
+def test_too_few_captions_are_reported() -> None:
+    base, concepts, embeddings, _ = problem([random(1, D, seed=4)])
+    factor = RegularizationFactor.from_embeddings(random(3, D, seed=3), ridge=1e-3)
+    args = (base, concepts, embeddings, factor)
+    report = merge_report(merge_kv(*args), *args)
+    assert any("3 rows for 8 columns" in warning for warning in report.warnings)
+
+
+def test_a_change_larger_than_the_layer_is_reported() -> None:
+    base, _, embeddings, factor = problem([random(1, D, seed=4)])
+    args = (base, [[100.0 * w for w in base]], embeddings, factor)
+    report = merge_report(merge_kv(*args), *args)
+    assert max(report.relative_change) > 1
+    assert any("times its own norm" in warning for warning in report.warnings)
+
+
+def test_values_and_weights_give_the_same_report() -> None:
+    base, concepts, embeddings, factor = problem([random(2, D, seed=4)])
+    values = [w @ embeddings[0].mT for w in concepts[0]]
+    by_weights = (base, concepts, embeddings, factor)
+    one = merge_report(merge_kv(*by_weights), *by_weights)
+    merged = merge_kv(base, None, embeddings, factor, values=values)
+    other = merge_report(merged, base, None, embeddings, factor, values=values)
+    assert one.relative_change == pytest.approx(other.relative_change, rel=1e-12)
+    assert one.condition_t == other.condition_t
+
+
+def test_wrong_number_of_layers_is_refused() -> None:
+    args = problem([random(1, D, seed=4)])
+    with pytest.raises(ValueError, match="merged must hold one weight a layer, 2, got 1"):
+        merge_report(merge_kv(*args)[:1], *args)
