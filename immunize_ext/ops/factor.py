@@ -180,18 +180,21 @@ class RegularizationFactor:
         return cls(chol, ridge=absolute, samples=samples, source=source, ridge_tensor=ridge_tensor)
 
     @classmethod
-    def identity(cls, dim: int, *, device: torch.device | str = "cpu") -> RegularizationFactor:
-        """Q = I: no captions, every direction of text space weighs the same.
+    def identity(
+        cls, dim: int, *, scale: float = 1.0, device: torch.device | str = "cpu"
+    ) -> RegularizationFactor:
+        """Q = scale I: no captions, every direction of text space weighs the same.
 
         Args:
             dim: Width d of the text features.
+            scale: What Q is a multiple of; matters with soft constraints only.
             device: Where the factor shall live.
 
         Returns:
-            The factor of the identity.
+            The factor of scale I, which counts as a ridge.
 
         Raises:
-            ValueError: If dim is not positive.
+            ValueError: If dim or scale is not positive.
 
         Example:
             >>> from immunize_ext.ops import RegularizationFactor
@@ -201,7 +204,12 @@ class RegularizationFactor:
         """
         if dim < 1:
             raise ValueError(f"RegularizationFactor.identity: dim must be positive, got {dim}")
-        return cls(torch.eye(dim, dtype=torch.float64, device=device), ridge=0.0, samples=0)
+        if not 0 < scale < math.inf:
+            raise ValueError(
+                f"RegularizationFactor.identity: scale must be positive and finite, got {scale}"
+            )
+        chol = math.sqrt(scale) * torch.eye(dim, dtype=torch.float64, device=device)
+        return cls(chol, ridge=scale, samples=0)
 
     @cached_property
     def condition(self) -> float:
