@@ -88,7 +88,7 @@ def _rotation(coordinates: Pencil, seed: int) -> Tensor:
 
 
 def _graded(coordinates: Pencil, strength: float, rotation: Tensor | None) -> Tensor:
-    """theta = W diag(s) Q with s^2 graded from 1 to strength in log l."""
+    """The extractor W diag(s) Q with s^2 graded from 1 to strength in log l."""
     values, basis = coordinates
     # Directions that the harmful data does not have at all (l = 0, ridge 0) share the lowest grade.
     logs = values.clamp(min=float(values[0]) * torch.finfo(torch.float64).eps).log()

@@ -33,7 +33,7 @@ Callback = Callable[[int, int, dict[str, float]], None]
 
 # Shares of the proven bounds that "clip" keeps to. R_ill's is below one half, where theta would
 # become singular.
-WELL_CLIP = 0.5
+WELL_CLIP = 0.9
 ILL_CLIP = 0.25
 
 

@@ -6,8 +6,8 @@ with G = dR/dH, because grad_theta R = 2 K theta G. G shares its eigenvectors wi
     sigma_i' = sigma_i (1 - 2 eta g_i)^2        for each eigenvalue of H.
 
 R_well: g_1 = (1 - 1/p) sigma_1 and g_i = -sigma_i / p below, so the largest eigenvalue shrinks and
-all others grow in order. kappa falls as long as sigma_1' does not go below sigma_k' and sigma_2' not
-above sigma_1:
+all others grow in order. kappa falls as long as sigma_1' does not go below sigma_k' and sigma_2'
+not above sigma_1:
 
     eta < min{ (sqrt(sigma_1) - sqrt(sigma_k)) / (2 (g_1 sqrt(sigma_1) + sigma_k^{3/2} / p)),
                (sqrt(sigma_1 sigma_2) - sigma_2) / ((2/p) sigma_2^2) }.

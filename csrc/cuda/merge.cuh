@@ -1,0 +1,1074 @@
+// Regularised key/value merge on a GPU, the part per layer; merge_solve.cuh has the shared part.
+//
+// Forward, csrc/cpu/merge.cpp has the derivation:
+//
+//   R_l = [ (W_1 - W0) C_1^T | ... | (W_N - W0) C_N^T ]   or   V_l - W0 C^T,     W_l = W0_l + R_l B
+//
+// Backward, for G_l = dL/dW_l:
+//
+//   dR_l = G_l B^T          dW0_l = G_l - dR_l C      dW_n,l = dR_n,l C_n      dV_l = dR_l
+//   dB = sum_l R_l^T G_l    dC_n = sum_l dR_n,l^T (W_n,l - W0_l)   or   dC = -sum_l dR_l^T W0_l
+//
+// Both directions have the same two steps, done by one block for 16 rows of one layer:
+//
+//   project   coefficients = X Y^T    X = W_n - W0, W0 or G; Y = C or B; 16 x tokens, in shared
+//   combine   out = K + sign coefficients Z     K = W0 or G; Z = B or C
+//
+// The rows of K are kept in shared memory between the steps (where 16 of them fit), so every row of
+// W0, W_n and G is read once, every row of the results written once, and R, dR and the update make
+// no trip through memory. All layers go in one launch: a block finds its layer in a table.
+//
+// project splits the columns of a chunk among the warps and lets each lane hold 2 rows x 2 or 4
+// tokens; the warps' sums are then added in a fixed order. In combine every thread owns 2 columns
+// of all 16 rows, so Z is read once by a block, straight into registers: no other thread wants it.
+//
+// The sums over all rows, dB and dC, read G (or W_n and W0) once more, in a kernel of their own
+// that runs only if they are asked for. Keeping them in the row kernel would cost a read and write
+// of s x d partial sums for every 16 rows, more than reading 16 rows again. Row groups are summed
+// in registers, added to a block's partial sum in float64, and the partial sums in fixed order: no
+// atomics, the same bits every time, whatever the GPU.
+#pragma once
+
+#include <algorithm>
+#include <cstring>
+#include <vector>
+
+#include "storage.cuh"
+
+namespace immunize_ext::merge {
+
+using simt::GlobalPtr;
+using simt::SharedPtr;
+using simt::Stream;
+
+constexpr int kWarps = 8;
+constexpr int kThreads = 32 * kWarps;
+constexpr int kTileRows = 16;    // rows of a block
+constexpr int kTileTokens = 16;  // tokens that project does at a time
+constexpr int kChunk = 128;      // columns that project does at a time
+constexpr int kPerThread = kTileRows * kChunk / kThreads;
+constexpr int kPairColumns = 2 * kThreads;  // columns that combine does at a time
+constexpr int kGroupRows = 256;             // rows that are summed in registers, for dB and dC
+constexpr std::int64_t kSumBlocks = 512;    // blocks over which the sums are spread, about
+
+static_assert(kTileRows == kTileTokens, "rows and tokens share the layout of a chunk");
+static_assert(kTileRows * kTileTokens == kThreads, "a thread for each coefficient of a tile");
+static_assert(kWarps * kThreads <= kTileRows * kChunk, "the warps' sums fit into the chunk");
+
+// Elements in a 16-byte load.
+template <typename T>
+constexpr int kPack = static_cast<int>(16 / sizeof(T));
+
+// Row stride of a chunk in shared memory: the pad puts the 8 rows that a warp reads at the same
+// time into different banks.
+template <typename A>
+constexpr int kStride = kChunk + kPack<A>;
+
+// --- Tables --------------------------------------------------------------------------------------
+
+template <typename T>
+struct Weight {
+  GlobalPtr<const T> data;  // [*, o_l, d]
+};
+
+// One layer of the forward pass.
+template <typename T>
+struct ApplyLayer {
+  GlobalPtr<const T> base;                // [*, o_l, d]
+  GlobalPtr<const Accumulate<T>> values;  // [*, o_l, s], null for concept weights
+  GlobalPtr<T> merged;                    // [*, o_l, d]
+  GlobalPtr<Accumulate<T>> residual;      // [*, o_l, s]
+  std::int64_t rows;                      // o_l
+};
+
+// One layer of the backward pass; results that are not wanted are null.
+template <typename T>
+struct BackwardLayer {
+  GlobalPtr<const T> grad;                     // [*, o_l, d]
+  GlobalPtr<T> grad_base;                      // [*, o_l, d]
+  GlobalPtr<Accumulate<T>> grad_coefficients;  // [*, o_l, s], dR
+  std::int64_t rows;
+};
+template <typename T>
+struct Gradient {
+  GlobalPtr<T> data;  // [*, o_l, d]
+};
+
+// One layer of a sum over rows.
+template <typename T>
+struct SumLayer {
+  GlobalPtr<const Accumulate<T>> coefficients;  // [*, o_l, s], R or dR
+  GlobalPtr<const T> plain;                     // [*, o_l, d], G or W0
+  std::int64_t rows;
+};
+// Up to 16 neighbouring tokens of one concept.
+struct TokenTile {
+  std::int64_t first, count, concept_index;
+};
+
+// Tables on their way to the GPU, as 8-byte words.
+class HostTables {
+ public:
+  // Where the table starts, in words.
+  template <typename V>
+  std::int64_t add(const std::vector<V>& table) {
+    static_assert(sizeof(V) % sizeof(std::uint64_t) == 0 && std::is_trivially_copyable_v<V>);
+    const std::size_t start = words_.size();
+    words_.resize(start + table.size() * sizeof(V) / sizeof(std::uint64_t));
+    if (!table.empty()) {
+      std::memcpy(words_.data() + start, table.data(), table.size() * sizeof(V));
+    }
+    return static_cast<std::int64_t>(start);
+  }
+  const std::vector<std::uint64_t>& words() const {
+    return words_;
+  }
+
+ private:
+  std::vector<std::uint64_t> words_;
+};
+
+// Kernel arguments have 4 KiB at most on older drivers.
+constexpr int kUploadWords = 448;
+struct UploadChunk {
+  std::uint64_t words[kUploadWords];
+};
+
+static __global__ void __launch_bounds__(kUploadWords)
+    upload_words(GlobalPtr<std::uint64_t> to, int count, const UploadChunk chunk) {
+  const int i = static_cast<int>(threadIdx.x);
+  if (i < count) {
+    to[i] = chunk.words[i];
+  }
+}
+
+// Tables travel as kernel arguments: no pinned buffer that has to outlive the call, no wait, and a
+// CUDA graph that captures the launch holds its own copy.
+inline void upload(const HostTables& tables, GlobalPtr<std::uint64_t> to, Stream stream) {
+  const std::vector<std::uint64_t>& words = tables.words();
+  for (std::size_t start = 0; start < words.size(); start += kUploadWords) {
+    const std::size_t count = std::min<std::size_t>(kUploadWords, words.size() - start);
+    UploadChunk chunk{};
+    std::memcpy(chunk.words, words.data() + start, count * sizeof(std::uint64_t));
+    simt::launch(
+        SIMT_KERNEL(upload_words), dim3(1), dim3(kUploadWords), 0, stream,
+        to + static_cast<std::int64_t>(start), static_cast<int>(count), chunk);
+  }
+}
+
+// starts[l] <= i < starts[l + 1] for the l returned; starts has count + 1 entries.
+__device__ __forceinline__ int find_interval(
+    GlobalPtr<const std::int64_t> starts, int count, std::int64_t i) {
+  int low = 0, high = count;
+  while (high - low > 1) {
+    const int middle = (low + high) / 2;
+    const std::int64_t start = starts[middle];
+    if (start <= i) {
+      low = middle;
+    } else {
+      high = middle;
+    }
+  }
+  return low;
+}
+
+// starts of units of `unit` rows over all layers.
+template <typename Layer>
+std::vector<std::int64_t> starts_of(const std::vector<Layer>& layers, std::int64_t unit) {
+  std::vector<std::int64_t> starts{0};
+  for (const Layer& layer : layers) {
+    starts.push_back(starts.back() + (layer.rows + unit - 1) / unit);
+  }
+  return starts;
+}
+
+// --- Loads ---------------------------------------------------------------------------------------
+
+// Place of a thread's element i among the 16 x 128 of a chunk. By packs of T, neighbouring threads
+// read neighbouring packs, else neighbouring elements.
+template <typename T>
+__device__ __forceinline__ int chunk_place(int i, bool packs) {
+  const int t = static_cast<int>(threadIdx.x);
+  return packs ? (i / kPack<T> * kThreads + t) * kPack<T> + i % kPack<T> : i * kThreads + t;
+}
+
+// Elements [16 rows, 128 columns from `column`] of a row-major matrix, zero outside of it. With
+// packs, rows are aligned and d is a multiple of a pack.
+template <typename T>
+__device__ __forceinline__ void load_chunk(
+    GlobalPtr<const T> from,
+    int rows,
+    std::int64_t d,
+    std::int64_t column,
+    bool packs,
+    Accumulate<T> (&values)[kPerThread]) {
+  using A = Accumulate<T>;
+  if (packs) {
+    IMMUNIZE_EXT_UNROLL
+    for (int i = 0; i < kPerThread; i += kPack<T>) {
+      const int place = chunk_place<T>(i, true);
+      const int row = place / kChunk;
+      const std::int64_t k = column + place % kChunk;
+      if (row < rows && k < d) {
+        const simt::Pack<T, kPack<T>> pack = simt::load_pack<kPack<T>>(from + (row * d + k));
+        IMMUNIZE_EXT_UNROLL
+        for (int v = 0; v < kPack<T>; ++v) {
+          values[i + v] = Storage<T>::widen(pack.values[v]);
+        }
+      } else {
+        IMMUNIZE_EXT_UNROLL
+        for (int v = 0; v < kPack<T>; ++v) {
+          values[i + v] = A(0);
+        }
+      }
+    }
+  } else {
+    IMMUNIZE_EXT_UNROLL
+    for (int i = 0; i < kPerThread; ++i) {
+      const int place = chunk_place<T>(i, false);
+      const int row = place / kChunk;
+      const std::int64_t k = column + place % kChunk;
+      values[i] = A(0);
+      if (row < rows && k < d) {
+        const T value = from[row * d + k];
+        values[i] = Storage<T>::widen(value);
+      }
+    }
+  }
+}
+
+// A thread's elements to a matrix in shared memory with rows of `stride`.
+template <typename T>
+__device__ __forceinline__ void store_shared(
+    SharedPtr<Accumulate<T>> to, int stride, bool packs, const Accumulate<T> (&values)[kPerThread]) {
+  using A = Accumulate<T>;
+  if (packs) {
+    IMMUNIZE_EXT_UNROLL
+    for (int i = 0; i < kPerThread; i += kPack<A>) {
+      const int place = chunk_place<T>(i, true);
+      simt::Pack<A, kPack<A>> pack;
+      IMMUNIZE_EXT_UNROLL
+      for (int v = 0; v < kPack<A>; ++v) {
+        pack.values[v] = values[i + v];
+      }
+      simt::store_pack(to + (place / kChunk * stride + place % kChunk), pack);
+    }
+  } else {
+    IMMUNIZE_EXT_UNROLL
+    for (int i = 0; i < kPerThread; ++i) {
+      const int place = chunk_place<T>(i, false);
+      to[place / kChunk * stride + place % kChunk] = values[i];
+    }
+  }
+}
+
+// The way back.
+template <typename T>
+__device__ __forceinline__ void load_shared(
+    SharedPtr<Accumulate<T>> from, int stride, bool packs, Accumulate<T> (&values)[kPerThread]) {
+  using A = Accumulate<T>;
+  if (packs) {
+    IMMUNIZE_EXT_UNROLL
+    for (int i = 0; i < kPerThread; i += kPack<A>) {
+      const int place = chunk_place<T>(i, true);
+      const simt::Pack<A, kPack<A>> pack =
+          simt::load_pack<kPack<A>>(from + (place / kChunk * stride + place % kChunk));
+      IMMUNIZE_EXT_UNROLL
+      for (int v = 0; v < kPack<A>; ++v) {
+        values[i + v] = pack.values[v];
+      }
+    }
+  } else {
+    IMMUNIZE_EXT_UNROLL
+    for (int i = 0; i < kPerThread; ++i) {
+      const int place = chunk_place<T>(i, false);
+      values[i] = from[place / kChunk * stride + place % kChunk];
+    }
+  }
+}
+
+// Elements k and k + 1 of a row; the second may lie behind its end.
+template <typename T>
+__device__ __forceinline__ void load_pair(
+    GlobalPtr<const T> row, std::int64_t k, std::int64_t d, bool packs, Accumulate<T> (&pair)[2]) {
+  if (packs) {
+    const simt::Pack<T, 2> pack = simt::load_pack<2>(row + k);
+    pair[0] = Storage<T>::widen(pack.values[0]);
+    pair[1] = Storage<T>::widen(pack.values[1]);
+  } else {
+    const T first = row[k];
+    pair[0] = Storage<T>::widen(first);
+    pair[1] = Accumulate<T>(0);
+    if (k + 1 < d) {
+      const T second = row[k + 1];
+      pair[1] = Storage<T>::widen(second);
+    }
+  }
+}
+
+template <typename T>
+__device__ __forceinline__ void store_pair(
+    GlobalPtr<T> row,
+    std::int64_t k,
+    std::int64_t d,
+    bool packs,
+    Accumulate<T> first,
+    Accumulate<T> second) {
+  if (packs) {
+    simt::Pack<T, 2> pack;
+    pack.values[0] = Storage<T>::narrow(first);
+    pack.values[1] = Storage<T>::narrow(second);
+    simt::store_pack(row + k, pack);
+  } else {
+    row[k] = Storage<T>::narrow(first);
+    if (k + 1 < d) {
+      row[k + 1] = Storage<T>::narrow(second);
+    }
+  }
+}
+
+// --- Steps of a block ----------------------------------------------------------------------------
+
+// How a block uses its dynamic shared memory.
+struct Plan {
+  std::int64_t panel;  // tokens that are done at a time; all of them as a rule
+  int kept_stride;     // row stride of the kept rows, 0 where they do not fit
+};
+
+template <typename A>
+struct Workspace {
+  SharedPtr<A> x, y;          // [16, kStride], chunks of X and Y; then the warps' sums
+  SharedPtr<A> coefficients;  // [panel, 16 rows]
+  SharedPtr<A> kept;          // [16, kept_stride]
+  int kept_stride;
+};
+
+template <typename A>
+__device__ __forceinline__ Workspace<A> make_workspace(SharedPtr<A> memory, const Plan& plan) {
+  Workspace<A> w;
+  w.x = memory;
+  w.y = w.x + kTileRows * kStride<A>;
+  w.coefficients = w.y + kTileTokens * kStride<A>;
+  w.kept = w.coefficients + plan.panel * kTileRows;
+  w.kept_stride = plan.kept_stride;
+  return w;
+}
+
+template <typename A>
+std::size_t workspace_bytes(const Plan& plan) {
+  const std::int64_t elements =
+      2 * kTileRows * kStride<A> + (plan.panel + plan.kept_stride) * kTileRows;
+  return static_cast<std::size_t>(elements) * sizeof(A);
+}
+
+// Room for the coefficients of all tokens comes first, then room for the kept rows.
+template <typename A>
+Plan make_plan(std::int64_t s, std::int64_t d, std::size_t limit) {
+  Plan plan{s, 0};
+  while (workspace_bytes<A>(plan) > limit) {
+    plan.panel = (plan.panel - 1) / kTileTokens * kTileTokens;
+  }
+  const Plan with_rows{plan.panel, static_cast<int>((d + kChunk - 1) / kChunk * kChunk)};
+  return workspace_bytes<A>(with_rows) <= limit ? with_rows : plan;
+}
+
+// The 16 rows of a block.
+template <typename T>
+struct Rows {
+  GlobalPtr<const T> kept;  // K: W0 or G, from the block's first row on
+  int count;
+  std::int64_t d;
+  bool packs;
+  bool is_kept;  // whether K lies in shared memory already
+};
+
+// sums[row][token] += X Y^T over one chunk, of this warp's 16 columns and this lane's rows
+// (lane / 4, lane / 4 + 8) and tokens (lane % 4 + 4 i).
+template <typename A, int kTokensPerLane>
+__device__ __forceinline__ void multiply_chunk(
+    const Workspace<A>& w, A (&sums)[2][kTileTokens / 4]) {
+  constexpr int kColumns = kChunk / kWarps;
+  const int lane = static_cast<int>(threadIdx.x) % 32;
+  const int first = static_cast<int>(threadIdx.x) / 32 * kColumns;
+  const SharedPtr<A> x = w.x + (lane / 4 * kStride<A> + first);
+  const SharedPtr<A> y = w.y + (lane % 4 * kStride<A> + first);
+  IMMUNIZE_EXT_UNROLL
+  for (int k = 0; k < kColumns; k += kPack<A>) {
+    const simt::Pack<A, kPack<A>> upper = simt::load_pack<kPack<A>>(x + k);
+    const simt::Pack<A, kPack<A>> lower = simt::load_pack<kPack<A>>(x + (8 * kStride<A> + k));
+    IMMUNIZE_EXT_UNROLL
+    for (int i = 0; i < kTokensPerLane; ++i) {
+      const simt::Pack<A, kPack<A>> token = simt::load_pack<kPack<A>>(y + (4 * i * kStride<A> + k));
+      IMMUNIZE_EXT_UNROLL
+      for (int v = 0; v < kPack<A>; ++v) {
+        sums[0][i] += upper.values[v] * token.values[v];
+        sums[1][i] += lower.values[v] * token.values[v];
+      }
+    }
+  }
+}
+
+// The coefficient X_row . Y_token of thread (row = t / 16, token = t % 16), X = `adapted` - K, or K
+// where adapted is null, for up to 16 tokens whose rows start at y. Fills the kept rows if there is
+// room and it has not happened yet. squared_norm, if asked for, gets |K_row|^2.
+// All threads of the block call it; on return, the chunks are free again.
+template <typename T, bool kNorm>
+__device__ __forceinline__ Accumulate<T> project(
+    const Workspace<Accumulate<T>>& w,
+    Rows<T>& rows,
+    GlobalPtr<const T> adapted,
+    GlobalPtr<const Accumulate<T>> y,
+    int tokens,
+    double* squared_norm) {
+  using A = Accumulate<T>;
+  const int t = static_cast<int>(threadIdx.x);
+  const int lane = t % 32, warp = t / 32;
+  const bool from_shared = rows.is_kept;
+  const bool fill = w.kept_stride > 0 && !from_shared;
+  A kept[kPerThread], moved[kPerThread], token_rows[kPerThread];
+  A sums[2][kTileTokens / 4] = {};
+  double norm = 0;
+
+  const auto load = [&](std::int64_t column) {
+    if (from_shared) {
+      load_shared<T>(w.kept + column, w.kept_stride, rows.packs, kept);
+    } else {
+      load_chunk<T>(rows.kept, rows.count, rows.d, column, rows.packs, kept);
+    }
+    if (adapted) {
+      load_chunk<T>(adapted, rows.count, rows.d, column, rows.packs, moved);
+    }
+    load_chunk<A>(y, tokens, rows.d, column, rows.packs, token_rows);
+  };
+  load(0);
+  for (std::int64_t column = 0; column < rows.d; column += kChunk) {
+    if (fill) {
+      store_shared<T>(w.kept + column, w.kept_stride, rows.packs, kept);
+    }
+    if (adapted) {
+      IMMUNIZE_EXT_UNROLL
+      for (int i = 0; i < kPerThread; ++i) {
+        kept[i] = moved[i] - kept[i];
+      }
+    }
+    store_shared<T>(w.x, kStride<A>, rows.packs, kept);
+    store_shared<A>(w.y, kStride<A>, rows.packs, token_rows);
+    __syncthreads();
+    if (column + kChunk < rows.d) {
+      load(column + kChunk);  // on its way while this chunk is multiplied
+    }
+    if (tokens <= kTileTokens / 2) {
+      multiply_chunk<A, kTileTokens / 8>(w, sums);
+    } else {
+      multiply_chunk<A, kTileTokens / 4>(w, sums);
+    }
+    if (kNorm) {
+      IMMUNIZE_EXT_UNROLL
+      for (int i = 0; i < kChunk / kTileTokens; ++i) {
+        const A value = w.x[t / kTileTokens * kStride<A> + i * kTileTokens + t % kTileTokens];
+        norm += static_cast<double>(value) * static_cast<double>(value);
+      }
+    }
+    __syncthreads();
+  }
+  rows.is_kept = from_shared || fill;
+  if (kNorm) {
+    for (int offset = kTileTokens / 2; offset > 0; offset /= 2) {
+      norm += __shfl_xor_sync(0xFFFFFFFF, norm, offset);
+    }
+    *squared_norm = norm;
+  }
+  IMMUNIZE_EXT_UNROLL
+  for (int half = 0; half < 2; ++half) {
+    IMMUNIZE_EXT_UNROLL
+    for (int i = 0; i < kTileTokens / 4; ++i) {
+      const int row = lane / 4 + 8 * half;
+      w.x[(warp * kTileRows + row) * kTileTokens + lane % 4 + 4 * i] = sums[half][i];
+    }
+  }
+  __syncthreads();
+  A total = 0;
+  IMMUNIZE_EXT_UNROLL
+  for (int i = 0; i < kWarps; ++i) {
+    total += w.x[i * kThreads + t];
+  }
+  __syncthreads();
+  return total;
+}
+
+// out = previous + sign coefficients Z for all columns, over `tokens` coefficients; z points at the
+// first of their rows. previous: the kept rows (`from_kept`), the null pointer for zero, or any
+// matrix like out, out itself included.
+template <typename T>
+__device__ __forceinline__ void combine(
+    const Workspace<Accumulate<T>>& w,
+    const Rows<T>& rows,
+    SharedPtr<Accumulate<T>> coefficients,
+    std::int64_t tokens,
+    GlobalPtr<const Accumulate<T>> z,
+    Accumulate<T> sign,
+    bool from_kept,
+    SharedPtr<const T> previous,
+    SharedPtr<T> out) {
+  using A = Accumulate<T>;
+  for (std::int64_t k = 2 * threadIdx.x; k < rows.d; k += kPairColumns) {
+    A sums[kTileRows][2] = {};
+    IMMUNIZE_EXT_UNROLL_BY(4)
+    for (std::int64_t j = 0; j < tokens; ++j) {
+      A pair[2];
+      load_pair<A>(z + j * rows.d, k, rows.d, rows.packs, pair);
+      IMMUNIZE_EXT_UNROLL
+      for (int i = 0; i < kTileRows; i += kPack<A>) {
+        const simt::Pack<A, kPack<A>> factor =
+            simt::load_pack<kPack<A>>(coefficients + (j * kTileRows + i));
+        IMMUNIZE_EXT_UNROLL
+        for (int v = 0; v < kPack<A>; ++v) {
+          sums[i + v][0] += factor.values[v] * pair[0];
+          sums[i + v][1] += factor.values[v] * pair[1];
+        }
+      }
+    }
+    IMMUNIZE_EXT_UNROLL
+    for (int i = 0; i < kTileRows; ++i) {
+      if (i < rows.count) {
+        A pair[2] = {};
+        if (from_kept && rows.is_kept) {
+          pair[0] = w.kept[i * w.kept_stride + k];
+          pair[1] = w.kept[i * w.kept_stride + k + 1];
+        } else if (from_kept) {
+          load_pair<T>(rows.kept + i * rows.d, k, rows.d, rows.packs, pair);
+        } else if (previous) {
+          load_pair<T>(previous + i * rows.d, k, rows.d, rows.packs, pair);
+        }
+        store_pair<T>(
+            out + i * rows.d, k, rows.d, rows.packs, pair[0] + sign * sums[i][0],
+            pair[1] + sign * sums[i][1]);
+      }
+    }
+  }
+}
+
+// --- Forward -------------------------------------------------------------------------------------
+
+template <typename T>
+struct ApplyProblem {
+  GlobalPtr<const ApplyLayer<T>> layers;
+  GlobalPtr<const std::int64_t> first_block;    // [L + 1] row blocks of the layers before
+  GlobalPtr<const Weight<T>> targets;           // [N, L] concept weights
+  GlobalPtr<const std::int64_t> first_token;    // [N + 1] tokens of the concepts before
+  GlobalPtr<const Accumulate<T>> c, b;          // [batch, s, d]
+  GlobalPtr<const double> token_norm;           // [batch, s] |c_j|, for values only
+  GlobalPtr<int> not_finite;                    // [L] set to 1 where R is not finite
+  std::int64_t batch, s, d, blocks_of_a_batch;
+  int layer_count, concepts;
+  bool values, packs;
+};
+
+template <typename T>
+__global__ void __launch_bounds__(kThreads, sizeof(Accumulate<T>) == 4 ? 2 : 1)
+    merge_apply_rows(const ApplyProblem<T> p, const Plan plan) {
+  using A = Accumulate<T>;
+  SIMT_DYNAMIC_SHARED(A, memory);
+  const Workspace<A> w = make_workspace<A>(memory, plan);
+  const int t = static_cast<int>(threadIdx.x);
+  const int row = t / kTileTokens, column = t % kTileTokens;
+  // Twice the rounding of a dot product in units of |w| |c|: 2 eps.
+  constexpr double kRounding = sizeof(A) == 4 ? 2.0 * 1.1920928955078125e-07 : 2.0 * 2.220446049250313e-16;
+  for (std::int64_t block = blockIdx.x; block < p.batch * p.blocks_of_a_batch; block += gridDim.x) {
+    const std::int64_t batch = block / p.blocks_of_a_batch;
+    const std::int64_t within = block % p.blocks_of_a_batch;
+    const int index = find_interval(p.first_block, p.layer_count, within);
+    const ApplyLayer<T> layer = p.layers[index];
+    const std::int64_t before = p.first_block[index];
+    const std::int64_t begin = (within - before) * kTileRows;
+    const std::int64_t start = batch * layer.rows + begin;
+    Rows<T> rows{
+        layer.base + start * p.d, static_cast<int>(min(layer.rows - begin, std::int64_t{kTileRows})),
+        p.d, p.packs, false};
+    const GlobalPtr<const A> c = p.c + batch * p.s * p.d;
+    const GlobalPtr<const A> b = p.b + batch * p.s * p.d;
+    const GlobalPtr<T> merged = layer.merged + start * p.d;
+    double squared_norm = 0;
+
+    for (std::int64_t from = 0; from < p.s || from == 0; from += plan.panel) {
+      const std::int64_t to = min(from + plan.panel, p.s);
+      for (int n = 0; n < p.concepts; ++n) {
+        const std::int64_t concept_begin = p.first_token[n], concept_end = p.first_token[n + 1];
+        const std::int64_t end = min(concept_end, to);
+        GlobalPtr<const T> adapted = nullptr;
+        if (!p.values) {
+          const Weight<T> target = p.targets[static_cast<std::int64_t>(n) * p.layer_count + index];
+          adapted = target.data + start * p.d;
+        }
+        for (std::int64_t j = max(concept_begin, from); j < end; j += kTileTokens) {
+          const int tokens = static_cast<int>(min(end - j, std::int64_t{kTileTokens}));
+          A r;
+          if (!p.values) {
+            r = project<T, false>(w, rows, adapted, c + j * p.d, tokens, nullptr);
+          } else if (j == 0) {
+            r = project<T, true>(w, rows, adapted, c, tokens, &squared_norm);
+          } else {
+            r = project<T, false>(w, rows, adapted, c + j * p.d, tokens, nullptr);
+          }
+          if (column < tokens) {
+            const std::int64_t token = j + column;
+            const bool exists = row < rows.count;
+            const std::int64_t place = (start + row) * p.s + token;
+            if (p.values && exists) {
+              const A value = layer.values[place];
+              const double norm = p.token_norm[batch * p.s + token];
+              r = value - r;
+              // What W0 gives already, up to the rounding of a dot product, is no edit.
+              if (fabs(static_cast<double>(r)) <= kRounding * sqrt(squared_norm) * norm) {
+                r = 0;
+              }
+            }
+            w.coefficients[(token - from) * kTileRows + row] = r;
+            if (exists) {
+              layer.residual[place] = r;
+              if (!(r - r == A(0))) {  // infinite or NaN
+                atomicOr(p.not_finite + index, 1);
+              }
+            }
+          }
+        }
+      }
+      __syncthreads();
+      combine<T>(
+          w, rows, w.coefficients, to - from, b + from * p.d, A(1), from == 0,
+          SharedPtr<const T>(merged), SharedPtr<T>(merged));
+      __syncthreads();
+      if (p.s == 0) {
+        break;
+      }
+    }
+  }
+}
+
+// --- Backward, row by row ------------------------------------------------------------------------
+
+template <typename T>
+struct BackwardProblem {
+  GlobalPtr<const BackwardLayer<T>> layers;
+  GlobalPtr<const std::int64_t> first_block;  // [L + 1]
+  GlobalPtr<const Gradient<T>> grad_targets;  // [N, L], not read where not wanted
+  GlobalPtr<const std::int64_t> first_token;  // [N + 1]
+  GlobalPtr<const Accumulate<T>> c, b;        // [batch, s, d]
+  std::int64_t batch, s, d, blocks_of_a_batch;
+  int layer_count, concepts;
+  bool want_targets, packs;
+};
+
+template <typename T>
+__global__ void __launch_bounds__(kThreads, sizeof(Accumulate<T>) == 4 ? 2 : 1)
+    merge_backward_rows(const BackwardProblem<T> p, const Plan plan) {
+  using A = Accumulate<T>;
+  SIMT_DYNAMIC_SHARED(A, memory);
+  const Workspace<A> w = make_workspace<A>(memory, plan);
+  const int t = static_cast<int>(threadIdx.x);
+  const int row = t / kTileTokens, column = t % kTileTokens;
+  for (std::int64_t block = blockIdx.x; block < p.batch * p.blocks_of_a_batch; block += gridDim.x) {
+    const std::int64_t batch = block / p.blocks_of_a_batch;
+    const std::int64_t within = block % p.blocks_of_a_batch;
+    const int index = find_interval(p.first_block, p.layer_count, within);
+    const BackwardLayer<T> layer = p.layers[index];
+    const std::int64_t before = p.first_block[index];
+    const std::int64_t begin = (within - before) * kTileRows;
+    const std::int64_t start = batch * layer.rows + begin;
+    Rows<T> rows{
+        layer.grad + start * p.d, static_cast<int>(min(layer.rows - begin, std::int64_t{kTileRows})),
+        p.d, p.packs, false};
+    const GlobalPtr<const A> c = p.c + batch * p.s * p.d;
+    const GlobalPtr<const A> b = p.b + batch * p.s * p.d;
+
+    for (std::int64_t from = 0; from < p.s || from == 0; from += plan.panel) {
+      const std::int64_t to = min(from + plan.panel, p.s);
+      for (std::int64_t j = from; j < to; j += kTileTokens) {
+        const int tokens = static_cast<int>(min(to - j, std::int64_t{kTileTokens}));
+        const A dr = project<T, false>(w, rows, nullptr, b + j * p.d, tokens, nullptr);
+        if (column < tokens) {
+          w.coefficients[(j + column - from) * kTileRows + row] = dr;
+          if (row < rows.count && layer.grad_coefficients) {
+            layer.grad_coefficients[(start + row) * p.s + j + column] = dr;
+          }
+        }
+      }
+      __syncthreads();
+      if (layer.grad_base) {
+        const GlobalPtr<T> out = layer.grad_base + start * p.d;
+        combine<T>(
+            w, rows, w.coefficients, to - from, c + from * p.d, A(-1), from == 0,
+            SharedPtr<const T>(out), SharedPtr<T>(out));
+      }
+      for (int n = 0; p.want_targets && n < p.concepts; ++n) {
+        const std::int64_t concept_begin = p.first_token[n], concept_end = p.first_token[n + 1];
+        const std::int64_t low = max(concept_begin, from);
+        const std::int64_t tokens = min(concept_end, to) - low;
+        // A concept without tokens still has a gradient, zero: its first panel writes it.
+        if (tokens > 0 || (concept_begin == concept_end && from == 0)) {
+          const Gradient<T> gradient =
+              p.grad_targets[static_cast<std::int64_t>(n) * p.layer_count + index];
+          const GlobalPtr<T> out = gradient.data + start * p.d;
+          SharedPtr<const T> previous = nullptr;
+          if (low > concept_begin) {
+            previous = out;
+          }
+          combine<T>(
+              w, rows, w.coefficients + (tokens > 0 ? (low - from) * kTileRows : 0),
+              max(tokens, std::int64_t{0}), c + (tokens > 0 ? low * p.d : 0), A(1), false, previous,
+              SharedPtr<T>(out));
+        }
+      }
+      __syncthreads();
+      if (p.s == 0) {
+        break;
+      }
+    }
+  }
+}
+
+// --- Backward, sums over rows --------------------------------------------------------------------
+
+template <typename T>
+struct SumProblem {
+  GlobalPtr<const SumLayer<T>> layers;
+  GlobalPtr<const std::int64_t> first_group;  // [L + 1] row groups of the layers before
+  GlobalPtr<const Weight<T>> targets;         // [N, L]; null: X is plain, else W_n - plain
+  GlobalPtr<const TokenTile> tiles;           // [tile_count]
+  GlobalPtr<double> partial;                  // [batch, splits, s, d]
+  std::int64_t batch, s, d, groups, splits, tile_count, column_tiles;
+  int layer_count;
+  bool packs;
+};
+
+// partial[split] = sum over the split's rows of coefficients^T X. A thread owns 2 columns of up to
+// 16 tokens.
+template <typename T>
+__global__ void __launch_bounds__(kThreads, sizeof(Accumulate<T>) == 4 ? 2 : 1)
+    merge_sum_rows(const SumProblem<T> p) {
+  using A = Accumulate<T>;
+  constexpr int kAtOnce = 8;  // rows whose loads are under way at the same time
+  SIMT_SHARED_ARRAY(A, staged, 2 * kTileRows * kTileTokens);
+  const int t = static_cast<int>(threadIdx.x);
+  const std::int64_t blocks = p.batch * p.splits * p.column_tiles * p.tile_count;
+  int buffer = 0;
+  for (std::int64_t block = blockIdx.x; block < blocks; block += gridDim.x) {
+    // The tiles of tokens that read the same rows are neighbours, so that the second finds them in
+    // the cache.
+    const TokenTile tile = p.tiles[block % p.tile_count];
+    std::int64_t rest = block / p.tile_count;
+    const std::int64_t k = rest % p.column_tiles * kPairColumns + 2 * t;
+    rest /= p.column_tiles;
+    const std::int64_t split = rest % p.splits, batch = rest / p.splits;
+    const GlobalPtr<double> partial =
+        p.partial + ((batch * p.splits + split) * p.s + tile.first) * p.d;
+    const std::int64_t first = split * p.groups / p.splits;
+    const std::int64_t last = (split + 1) * p.groups / p.splits;
+    for (std::int64_t group = first; group < last; ++group) {
+      const int index = find_interval(p.first_group, p.layer_count, group);
+      const SumLayer<T> layer = p.layers[index];
+      const std::int64_t before = p.first_group[index];
+      const std::int64_t begin = (group - before) * kGroupRows;
+      const std::int64_t end = min(begin + kGroupRows, layer.rows);
+      const std::int64_t start = batch * layer.rows;
+      GlobalPtr<const T> adapted = nullptr;
+      if (p.targets) {
+        const Weight<T> target = p.targets[tile.concept_index * p.layer_count + index];
+        adapted = target.data;
+      }
+      A sums[kTileTokens][2] = {};
+      for (std::int64_t at = begin; at < end; at += kTileRows) {
+        A coefficient = 0;
+        if (at + t / kTileTokens < end && t % kTileTokens < tile.count) {
+          coefficient = layer.coefficients
+                            [(start + at + t / kTileTokens) * p.s + tile.first + t % kTileTokens];
+        }
+        // Two buffers in turn: who writes one has seen everybody leave it at the barrier before.
+        const SharedPtr<A> rows = staged + buffer * kThreads;
+        buffer ^= 1;
+        rows[t] = coefficient;
+        __syncthreads();
+        if (k < p.d) {
+          IMMUNIZE_EXT_UNROLL_BY(1)
+          for (int i = 0; i < kTileRows; i += kAtOnce) {
+            A x[kAtOnce][2];
+            IMMUNIZE_EXT_UNROLL
+            for (int v = 0; v < kAtOnce; ++v) {
+              x[v][0] = x[v][1] = 0;
+              if (at + i + v < end) {
+                const std::int64_t row = (start + at + i + v) * p.d;
+                load_pair<T>(layer.plain + row, k, p.d, p.packs, x[v]);
+                if (adapted) {
+                  A moved[2];
+                  load_pair<T>(adapted + row, k, p.d, p.packs, moved);
+                  x[v][0] = moved[0] - x[v][0];
+                  x[v][1] = moved[1] - x[v][1];
+                }
+              }
+            }
+            IMMUNIZE_EXT_UNROLL
+            for (int v = 0; v < kAtOnce; ++v) {
+              IMMUNIZE_EXT_UNROLL
+              for (int j = 0; j < kTileTokens; j += kPack<A>) {
+                const simt::Pack<A, kPack<A>> factor =
+                    simt::load_pack<kPack<A>>(rows + ((i + v) * kTileTokens + j));
+                IMMUNIZE_EXT_UNROLL
+                for (int u = 0; u < kPack<A>; ++u) {
+                  sums[j + u][0] += factor.values[u] * x[v][0];
+                  sums[j + u][1] += factor.values[u] * x[v][1];
+                }
+              }
+            }
+          }
+        }
+      }
+      if (k < p.d) {
+        IMMUNIZE_EXT_UNROLL
+        for (int j = 0; j < kTileTokens; ++j) {
+          if (j < tile.count) {
+            IMMUNIZE_EXT_UNROLL
+            for (int v = 0; v < 2; ++v) {
+              if (k + v < p.d) {
+                const double added = static_cast<double>(sums[j][v]);
+                if (group == first) {
+                  partial[j * p.d + k + v] = added;
+                } else {
+                  partial[j * p.d + k + v] += added;
+                }
+              }
+            }
+          }
+        }
+      }
+    }
+  }
+}
+
+// out[batch] = sign * sum of the batch's partial sums, in order. size is s * d.
+static __global__ void __launch_bounds__(kThreads) add_partial_sums(
+    GlobalPtr<const double> partial,
+    GlobalPtr<double> out,
+    std::int64_t batch,
+    std::int64_t splits,
+    std::int64_t size,
+    double sign) {
+  const std::int64_t step = std::int64_t{gridDim.x} * kThreads;
+  for (std::int64_t i = std::int64_t{blockIdx.x} * kThreads + threadIdx.x; i < batch * size;
+       i += step) {
+    const GlobalPtr<const double> first = partial + (i / size * splits * size + i % size);
+    double sum = 0;
+    for (std::int64_t split = 0; split < splits; ++split) {
+      sum += first[split * size];
+    }
+    out[i] = sign * sum;
+  }
+}
+
+// --- Launches ------------------------------------------------------------------------------------
+
+// Blocks loop over what does not fit into the grid.
+inline dim3 grid_of(std::int64_t blocks, std::int64_t largest_grid = 0x7FFFFFFF) {
+  return dim3(static_cast<unsigned>(std::min(blocks, largest_grid)));
+}
+
+// What both row kernels and both sums share about a problem; see ApplyProblem.
+template <typename T>
+struct Shared {
+  GlobalPtr<const Accumulate<T>> c, b;
+  std::int64_t batch, s, d;
+  std::vector<std::int64_t> first_token;  // [N + 1]
+  std::int64_t largest_grid = 0x7FFFFFFF;
+};
+
+// Whether rows of d elements from these pointers on can be read by 16-byte packs.
+template <typename T, typename... P>
+bool rows_are_aligned(std::int64_t d, const P&... pointers) {
+  return d % kPack<T> == 0 && (simt::is_aligned(pointers, 16) && ...);
+}
+
+// Words that the tables of one launch need at most.
+inline std::int64_t table_words(std::int64_t layers, std::int64_t concepts, std::int64_t s) {
+  constexpr std::int64_t kPointer = sizeof(GlobalPtr<const float>) / sizeof(std::uint64_t);
+  return layers * (4 * kPointer + 1) + (layers + 1) + layers * concepts * kPointer +
+         (concepts + 1) + 3 * (s / kTileTokens + concepts + 1);
+}
+
+// merged and residual of all layers. table: table_words(...) words; not_finite: [L] zeros.
+template <typename T>
+void launch_apply(
+    const std::vector<ApplyLayer<T>>& layers,
+    const std::vector<Weight<T>>& targets,  // [N, L], empty for values
+    const Shared<T>& shared,
+    GlobalPtr<const double> token_norm,
+    GlobalPtr<int> not_finite,
+    GlobalPtr<std::uint64_t> table,
+    Stream stream) {
+  using A = Accumulate<T>;
+  const std::vector<std::int64_t> first_block = starts_of(layers, kTileRows);
+  const std::int64_t blocks = shared.batch * first_block.back();
+  if (blocks == 0 || shared.d == 0) {
+    return;
+  }
+  bool packs = rows_are_aligned<T>(shared.d, shared.c, shared.b);
+  for (const ApplyLayer<T>& layer : layers) {
+    packs = packs && rows_are_aligned<T>(shared.d, layer.base, layer.merged);
+  }
+  for (const Weight<T>& target : targets) {
+    packs = packs && rows_are_aligned<T>(shared.d, target.data);
+  }
+  HostTables tables;
+  ApplyProblem<T> p{};
+  p.layers = simt::pointer_cast<const ApplyLayer<T>>(table + tables.add(layers));
+  p.first_block = simt::pointer_cast<const std::int64_t>(table + tables.add(first_block));
+  p.targets = simt::pointer_cast<const Weight<T>>(table + tables.add(targets));
+  p.first_token = simt::pointer_cast<const std::int64_t>(table + tables.add(shared.first_token));
+  p.c = shared.c;
+  p.b = shared.b;
+  p.token_norm = token_norm;
+  p.not_finite = not_finite;
+  p.batch = shared.batch;
+  p.s = shared.s;
+  p.d = shared.d;
+  p.blocks_of_a_batch = first_block.back();
+  p.layer_count = static_cast<int>(layers.size());
+  p.concepts = static_cast<int>(shared.first_token.size()) - 1;
+  p.values = targets.empty();
+  p.packs = packs;
+  upload(tables, table, stream);
+  const Plan plan = make_plan<A>(shared.s, shared.d, simt::shared_limit(stream));
+  const std::size_t bytes = workspace_bytes<A>(plan);
+  simt::allow_dynamic_shared(SIMT_KERNEL(merge_apply_rows<T>), bytes);
+  simt::launch(
+      SIMT_KERNEL(merge_apply_rows<T>), grid_of(blocks, shared.largest_grid), dim3(kThreads), bytes,
+      stream, p, plan);
+}
+
+// grad_base, grad_targets and dR of all layers, those that are not null. grad_targets: [N, L], or
+// empty where not wanted.
+template <typename T>
+void launch_backward(
+    const std::vector<BackwardLayer<T>>& layers,
+    const std::vector<Gradient<T>>& grad_targets,
+    const Shared<T>& shared,
+    GlobalPtr<std::uint64_t> table,
+    Stream stream) {
+  using A = Accumulate<T>;
+  const std::vector<std::int64_t> first_block = starts_of(layers, kTileRows);
+  const std::int64_t blocks = shared.batch * first_block.back();
+  if (blocks == 0 || shared.d == 0) {
+    return;
+  }
+  bool packs = rows_are_aligned<T>(shared.d, shared.c, shared.b);
+  for (const BackwardLayer<T>& layer : layers) {
+    packs = packs && rows_are_aligned<T>(shared.d, layer.grad, layer.grad_base);
+  }
+  for (const Gradient<T>& gradient : grad_targets) {
+    packs = packs && rows_are_aligned<T>(shared.d, gradient.data);
+  }
+  HostTables tables;
+  BackwardProblem<T> p{};
+  p.layers = simt::pointer_cast<const BackwardLayer<T>>(table + tables.add(layers));
+  p.first_block = simt::pointer_cast<const std::int64_t>(table + tables.add(first_block));
+  p.grad_targets = simt::pointer_cast<const Gradient<T>>(table + tables.add(grad_targets));
+  p.first_token = simt::pointer_cast<const std::int64_t>(table + tables.add(shared.first_token));
+  p.c = shared.c;
+  p.b = shared.b;
+  p.batch = shared.batch;
+  p.s = shared.s;
+  p.d = shared.d;
+  p.blocks_of_a_batch = first_block.back();
+  p.layer_count = static_cast<int>(layers.size());
+  p.concepts = static_cast<int>(shared.first_token.size()) - 1;
+  p.want_targets = !grad_targets.empty();
+  p.packs = packs;
+  upload(tables, table, stream);
+  const Plan plan = make_plan<A>(shared.s, shared.d, simt::shared_limit(stream));
+  const std::size_t bytes = workspace_bytes<A>(plan);
+  simt::allow_dynamic_shared(SIMT_KERNEL(merge_backward_rows<T>), bytes);
+  simt::launch(
+      SIMT_KERNEL(merge_backward_rows<T>), grid_of(blocks, shared.largest_grid), dim3(kThreads),
+      bytes, stream, p, plan);
+}
+
+// How a sum over rows is spread over blocks. It depends on shapes alone, so that the order of
+// additions is the same on every GPU.
+struct SumPlan {
+  std::vector<TokenTile> tiles;
+  std::int64_t groups, splits, column_tiles;
+};
+
+template <typename Layer>
+SumPlan make_sum_plan(
+    const std::vector<Layer>& layers,
+    const std::vector<std::int64_t>& first_token,
+    std::int64_t batch,
+    std::int64_t d) {
+  SumPlan plan;
+  for (std::size_t n = 0; n + 1 < first_token.size(); ++n) {
+    for (std::int64_t j = first_token[n]; j < first_token[n + 1]; j += kTileTokens) {
+      plan.tiles.push_back(
+          {j, std::min<std::int64_t>(kTileTokens, first_token[n + 1] - j),
+           static_cast<std::int64_t>(n)});
+    }
+  }
+  plan.groups = starts_of(layers, kGroupRows).back();
+  plan.column_tiles = (d + kPairColumns - 1) / kPairColumns;
+  const std::int64_t of_a_split = std::max<std::int64_t>(
+      1, batch * plan.column_tiles * static_cast<std::int64_t>(plan.tiles.size()));
+  plan.splits = std::min(plan.groups, (kSumBlocks + of_a_split - 1) / of_a_split);
+  return plan;
+}
+
+// out [batch, s, d] = sign * sum over layers and rows of coefficients^T X, X = W_n - plain, or
+// plain where targets is empty. partial: [batch, plan.splits, s, d]. Tokens are grouped by
+// shared.first_token; there must be rows, tokens and columns.
+template <typename T>
+void launch_sum(
+    const std::vector<SumLayer<T>>& layers,
+    const std::vector<Weight<T>>& targets,
+    const Shared<T>& shared,
+    const SumPlan& plan,
+    double sign,
+    GlobalPtr<double> partial,
+    GlobalPtr<double> out,
+    GlobalPtr<std::uint64_t> table,
+    Stream stream) {
+  bool packs = shared.d % kPack<T> == 0;
+  for (const SumLayer<T>& layer : layers) {
+    packs = packs && rows_are_aligned<T>(shared.d, layer.plain);
+  }
+  for (const Weight<T>& target : targets) {
+    packs = packs && rows_are_aligned<T>(shared.d, target.data);
+  }
+  HostTables tables;
+  SumProblem<T> p{};
+  p.layers = simt::pointer_cast<const SumLayer<T>>(table + tables.add(layers));
+  p.first_group = simt::pointer_cast<const std::int64_t>(
+      table + tables.add(starts_of(layers, kGroupRows)));
+  if (!targets.empty()) {
+    p.targets = simt::pointer_cast<const Weight<T>>(table + tables.add(targets));
+  }
+  p.tiles = simt::pointer_cast<const TokenTile>(table + tables.add(plan.tiles));
+  p.partial = partial;
+  p.batch = shared.batch;
+  p.s = shared.s;
+  p.d = shared.d;
+  p.groups = plan.groups;
+  p.splits = plan.splits;
+  p.tile_count = static_cast<std::int64_t>(plan.tiles.size());
+  p.column_tiles = plan.column_tiles;
+  p.layer_count = static_cast<int>(layers.size());
+  p.packs = packs;
+  upload(tables, table, stream);
+  const std::int64_t blocks = p.batch * p.splits * p.column_tiles * p.tile_count;
+  simt::launch(
+      SIMT_KERNEL(merge_sum_rows<T>), grid_of(blocks, shared.largest_grid), dim3(kThreads), 0,
+      stream, p);
+  const std::int64_t size = shared.s * shared.d;
+  simt::launch(
+      SIMT_KERNEL(add_partial_sums), grid_of((p.batch * size + kThreads - 1) / kThreads),
+      dim3(kThreads), 0, stream, GlobalPtr<const double>(partial), out, p.batch, p.splits, size,
+      sign);
+}
+
+}  // namespace immunize_ext::merge
