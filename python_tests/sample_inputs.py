@@ -16,9 +16,13 @@ from unittest import mock
 
 import numpy as np
 import torch
+from hypothesis import settings
 from torch import Tensor
 
 from immunize_ext.testing import matrix_from_spectrum
+
+# For properties that call many operators an example: a quarter of what the profile asks for.
+fewer_examples = settings(max_examples=max(10, settings().max_examples // 4))
 
 EPS = torch.finfo(torch.float64).eps
 EPS32 = torch.finfo(torch.float32).eps

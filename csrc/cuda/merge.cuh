@@ -184,145 +184,110 @@ std::vector<std::int64_t> starts_of(const std::vector<Layer>& layers, std::int64
 
 // --- Loads ---------------------------------------------------------------------------------------
 
-// Place of a thread's element i among the 16 x 128 of a chunk. By packs of T, neighbouring threads
-// read neighbouring packs, else neighbouring elements.
-template <typename T>
-__device__ __forceinline__ int chunk_place(int i, bool packs) {
-  const int t = static_cast<int>(threadIdx.x);
-  return packs ? (i / kPack<T> * kThreads + t) * kPack<T> + i % kPack<T> : i * kThreads + t;
-}
+// Which elements of a chunk, 16 x 128, a thread handles: by packs of T, so that neighbouring
+// threads read neighbouring packs, else one by one. They are in one column (or pack of columns),
+// kStep rows apart.
+template <typename T, bool kPacks>
+struct Place {
+  static constexpr int kWidth = kPacks ? kPack<T> : 1;
+  static constexpr int kStep = kThreads * kWidth / kChunk;
+  const int column = static_cast<int>(threadIdx.x) * kWidth % kChunk;
+  const int row = static_cast<int>(threadIdx.x) * kWidth / kChunk;
+};
 
 // Elements [16 rows, 128 columns from `column`] of a row-major matrix, zero outside of it. With
 // packs, rows are aligned and d is a multiple of a pack.
-template <typename T>
+template <typename T, bool kPacks>
 __device__ __forceinline__ void load_chunk(
     GlobalPtr<const T> from,
     int rows,
     std::int64_t d,
     std::int64_t column,
-    bool packs,
     Accumulate<T> (&values)[kPerThread]) {
-  using A = Accumulate<T>;
-  if (packs) {
-    IMMUNIZE_EXT_UNROLL
-    for (int i = 0; i < kPerThread; i += kPack<T>) {
-      const int place = chunk_place<T>(i, true);
-      const int row = place / kChunk;
-      const std::int64_t k = column + place % kChunk;
-      if (row < rows && k < d) {
-        const simt::Pack<T, kPack<T>> pack = simt::load_pack<kPack<T>>(from + (row * d + k));
-        IMMUNIZE_EXT_UNROLL
-        for (int v = 0; v < kPack<T>; ++v) {
-          values[i + v] = Storage<T>::widen(pack.values[v]);
-        }
-      } else {
-        IMMUNIZE_EXT_UNROLL
-        for (int v = 0; v < kPack<T>; ++v) {
-          values[i + v] = A(0);
-        }
+  using P = Place<T, kPacks>;
+  const P place;
+  const std::int64_t k = column + place.column;
+  // Rows that do not exist count as far away, so that one comparison serves rows and columns.
+  const int left = k < d ? rows - place.row : 0;
+  SharedPtr<const T> at = from + (place.row * d + k);
+  IMMUNIZE_EXT_UNROLL
+  for (int i = 0; i < kPerThread / P::kWidth; ++i) {
+    if (i * P::kStep < left) {
+      const simt::Pack<T, P::kWidth> pack = simt::load_pack<P::kWidth>(at);
+      IMMUNIZE_EXT_UNROLL
+      for (int v = 0; v < P::kWidth; ++v) {
+        values[i * P::kWidth + v] = Storage<T>::widen(pack.values[v]);
+      }
+    } else {
+      IMMUNIZE_EXT_UNROLL
+      for (int v = 0; v < P::kWidth; ++v) {
+        values[i * P::kWidth + v] = Accumulate<T>(0);
       }
     }
-  } else {
-    IMMUNIZE_EXT_UNROLL
-    for (int i = 0; i < kPerThread; ++i) {
-      const int place = chunk_place<T>(i, false);
-      const int row = place / kChunk;
-      const std::int64_t k = column + place % kChunk;
-      values[i] = A(0);
-      if (row < rows && k < d) {
-        const T value = from[row * d + k];
-        values[i] = Storage<T>::widen(value);
-      }
-    }
+    at += P::kStep * d;
   }
 }
 
-// A thread's elements to a matrix in shared memory with rows of `stride`.
-template <typename T>
-__device__ __forceinline__ void store_shared(
-    SharedPtr<Accumulate<T>> to, int stride, bool packs, const Accumulate<T> (&values)[kPerThread]) {
+// A thread's elements to or from a matrix in shared memory with rows of `stride`.
+template <typename T, bool kPacks, bool kStore>
+__device__ __forceinline__ void move_shared(
+    SharedPtr<Accumulate<T>> matrix, int stride, Accumulate<T> (&values)[kPerThread]) {
   using A = Accumulate<T>;
-  if (packs) {
-    IMMUNIZE_EXT_UNROLL
-    for (int i = 0; i < kPerThread; i += kPack<A>) {
-      const int place = chunk_place<T>(i, true);
-      simt::Pack<A, kPack<A>> pack;
+  using P = Place<T, kPacks>;
+  constexpr int kWidth = kPacks ? kPack<A> : 1;  // half of P's, or less, for types of 2 bytes
+  const P place;
+  IMMUNIZE_EXT_UNROLL
+  for (int i = 0; i < kPerThread; i += kWidth) {
+    const int row = place.row + i / P::kWidth * P::kStep;
+    const SharedPtr<A> at = matrix + (row * stride + place.column + i % P::kWidth);
+    simt::Pack<A, kWidth> pack;
+    if (kStore) {
       IMMUNIZE_EXT_UNROLL
-      for (int v = 0; v < kPack<A>; ++v) {
+      for (int v = 0; v < kWidth; ++v) {
         pack.values[v] = values[i + v];
       }
-      simt::store_pack(to + (place / kChunk * stride + place % kChunk), pack);
-    }
-  } else {
-    IMMUNIZE_EXT_UNROLL
-    for (int i = 0; i < kPerThread; ++i) {
-      const int place = chunk_place<T>(i, false);
-      to[place / kChunk * stride + place % kChunk] = values[i];
-    }
-  }
-}
-
-// The way back.
-template <typename T>
-__device__ __forceinline__ void load_shared(
-    SharedPtr<Accumulate<T>> from, int stride, bool packs, Accumulate<T> (&values)[kPerThread]) {
-  using A = Accumulate<T>;
-  if (packs) {
-    IMMUNIZE_EXT_UNROLL
-    for (int i = 0; i < kPerThread; i += kPack<A>) {
-      const int place = chunk_place<T>(i, true);
-      const simt::Pack<A, kPack<A>> pack =
-          simt::load_pack<kPack<A>>(from + (place / kChunk * stride + place % kChunk));
+      simt::store_pack(at, pack);
+    } else {
+      pack = simt::load_pack<kWidth>(at);
       IMMUNIZE_EXT_UNROLL
-      for (int v = 0; v < kPack<A>; ++v) {
+      for (int v = 0; v < kWidth; ++v) {
         values[i + v] = pack.values[v];
       }
     }
-  } else {
-    IMMUNIZE_EXT_UNROLL
-    for (int i = 0; i < kPerThread; ++i) {
-      const int place = chunk_place<T>(i, false);
-      values[i] = from[place / kChunk * stride + place % kChunk];
-    }
   }
 }
 
-// Elements k and k + 1 of a row; the second may lie behind its end.
-template <typename T>
+// Elements k and k + 1 of a row, from `at` on; the second may lie behind the row's end.
+template <typename T, bool kPacks>
 __device__ __forceinline__ void load_pair(
-    GlobalPtr<const T> row, std::int64_t k, std::int64_t d, bool packs, Accumulate<T> (&pair)[2]) {
-  if (packs) {
-    const simt::Pack<T, 2> pack = simt::load_pack<2>(row + k);
+    SharedPtr<const T> at, bool has_second, Accumulate<T> (&pair)[2]) {
+  if (kPacks) {
+    const simt::Pack<T, 2> pack = simt::load_pack<2>(at);
     pair[0] = Storage<T>::widen(pack.values[0]);
     pair[1] = Storage<T>::widen(pack.values[1]);
   } else {
-    const T first = row[k];
+    const T first = at[0];
     pair[0] = Storage<T>::widen(first);
     pair[1] = Accumulate<T>(0);
-    if (k + 1 < d) {
-      const T second = row[k + 1];
+    if (has_second) {
+      const T second = at[1];
       pair[1] = Storage<T>::widen(second);
     }
   }
 }
 
-template <typename T>
+template <typename T, bool kPacks>
 __device__ __forceinline__ void store_pair(
-    GlobalPtr<T> row,
-    std::int64_t k,
-    std::int64_t d,
-    bool packs,
-    Accumulate<T> first,
-    Accumulate<T> second) {
-  if (packs) {
+    SharedPtr<T> at, bool has_second, Accumulate<T> first, Accumulate<T> second) {
+  if (kPacks) {
     simt::Pack<T, 2> pack;
     pack.values[0] = Storage<T>::narrow(first);
     pack.values[1] = Storage<T>::narrow(second);
-    simt::store_pack(row + k, pack);
+    simt::store_pack(at, pack);
   } else {
-    row[k] = Storage<T>::narrow(first);
-    if (k + 1 < d) {
-      row[k + 1] = Storage<T>::narrow(second);
+    at[0] = Storage<T>::narrow(first);
+    if (has_second) {
+      at[1] = Storage<T>::narrow(second);
     }
   }
 }
@@ -378,7 +343,6 @@ struct Rows {
   GlobalPtr<const T> kept;  // K: W0 or G, from the block's first row on
   int count;
   std::int64_t d;
-  bool packs;
   bool is_kept;  // whether K lies in shared memory already
 };
 
@@ -392,7 +356,7 @@ __device__ __forceinline__ void multiply_chunk(
   const int first = static_cast<int>(threadIdx.x) / 32 * kColumns;
   const SharedPtr<A> x = w.x + (lane / 4 * kStride<A> + first);
   const SharedPtr<A> y = w.y + (lane % 4 * kStride<A> + first);
-  IMMUNIZE_EXT_UNROLL
+  IMMUNIZE_EXT_UNROLL_BY(1)
   for (int k = 0; k < kColumns; k += kPack<A>) {
     const simt::Pack<A, kPack<A>> upper = simt::load_pack<kPack<A>>(x + k);
     const simt::Pack<A, kPack<A>> lower = simt::load_pack<kPack<A>>(x + (8 * kStride<A> + k));
@@ -408,11 +372,11 @@ __device__ __forceinline__ void multiply_chunk(
   }
 }
 
-// The coefficient X_row . Y_token of thread (row = t / 16, token = t % 16), X = `adapted` - K, or K
-// where adapted is null, for up to 16 tokens whose rows start at y. Fills the kept rows if there is
-// room and it has not happened yet. squared_norm, if asked for, gets |K_row|^2.
+// The coefficient X_row . Y_token of thread (row = t / 16, token = t % 16), X = K or, if kAdapted,
+// `adapted` - K, for up to 16 tokens whose rows start at y. Fills the kept rows if there is room
+// and it has not happened yet. squared_norm, if kNorm, gets |X_row|^2.
 // All threads of the block call it; on return, the chunks are free again.
-template <typename T, bool kNorm>
+template <typename T, bool kPacks, bool kAdapted, bool kNorm>
 __device__ __forceinline__ Accumulate<T> project(
     const Workspace<Accumulate<T>>& w,
     Rows<T>& rows,
@@ -431,28 +395,28 @@ __device__ __forceinline__ Accumulate<T> project(
 
   const auto load = [&](std::int64_t column) {
     if (from_shared) {
-      load_shared<T>(w.kept + column, w.kept_stride, rows.packs, kept);
+      move_shared<T, kPacks, false>(w.kept + column, w.kept_stride, kept);
     } else {
-      load_chunk<T>(rows.kept, rows.count, rows.d, column, rows.packs, kept);
+      load_chunk<T, kPacks>(rows.kept, rows.count, rows.d, column, kept);
     }
-    if (adapted) {
-      load_chunk<T>(adapted, rows.count, rows.d, column, rows.packs, moved);
+    if (kAdapted) {
+      load_chunk<T, kPacks>(adapted, rows.count, rows.d, column, moved);
     }
-    load_chunk<A>(y, tokens, rows.d, column, rows.packs, token_rows);
+    load_chunk<A, kPacks>(y, tokens, rows.d, column, token_rows);
   };
   load(0);
   for (std::int64_t column = 0; column < rows.d; column += kChunk) {
     if (fill) {
-      store_shared<T>(w.kept + column, w.kept_stride, rows.packs, kept);
+      move_shared<T, kPacks, true>(w.kept + column, w.kept_stride, kept);
     }
-    if (adapted) {
+    if (kAdapted) {
       IMMUNIZE_EXT_UNROLL
       for (int i = 0; i < kPerThread; ++i) {
         kept[i] = moved[i] - kept[i];
       }
     }
-    store_shared<T>(w.x, kStride<A>, rows.packs, kept);
-    store_shared<A>(w.y, kStride<A>, rows.packs, token_rows);
+    move_shared<T, kPacks, true>(w.x, kStride<A>, kept);
+    move_shared<A, kPacks, true>(w.y, kStride<A>, token_rows);
     __syncthreads();
     if (column + kChunk < rows.d) {
       load(column + kChunk);  // on its way while this chunk is multiplied
@@ -499,7 +463,7 @@ __device__ __forceinline__ Accumulate<T> project(
 // out = previous + sign coefficients Z for all columns, over `tokens` coefficients; z points at the
 // first of their rows. previous: the kept rows (`from_kept`), the null pointer for zero, or any
 // matrix like out, out itself included.
-template <typename T>
+template <typename T, bool kPacks>
 __device__ __forceinline__ void combine(
     const Workspace<Accumulate<T>>& w,
     const Rows<T>& rows,
@@ -511,38 +475,56 @@ __device__ __forceinline__ void combine(
     SharedPtr<const T> previous,
     SharedPtr<T> out) {
   using A = Accumulate<T>;
+  const bool in_shared = from_kept && rows.is_kept;
+  if (from_kept) {
+    previous = rows.kept;
+  }
   for (std::int64_t k = 2 * threadIdx.x; k < rows.d; k += kPairColumns) {
+    const bool has_second = k + 1 < rows.d;
     A sums[kTileRows][2] = {};
-    IMMUNIZE_EXT_UNROLL_BY(4)
+    SharedPtr<const A> z_row = z + k;
+    SharedPtr<const A> factors = coefficients;
+    A next[2] = {};
+    if (tokens > 0) {
+      load_pair<A, kPacks>(z_row, has_second, next);
+    }
+    IMMUNIZE_EXT_UNROLL_BY(1)
     for (std::int64_t j = 0; j < tokens; ++j) {
-      A pair[2];
-      load_pair<A>(z + j * rows.d, k, rows.d, rows.packs, pair);
+      const A pair[2] = {next[0], next[1]};
+      z_row += rows.d;
+      if (j + 1 < tokens) {
+        load_pair<A, kPacks>(z_row, has_second, next);  // on its way during the products
+      }
       IMMUNIZE_EXT_UNROLL
       for (int i = 0; i < kTileRows; i += kPack<A>) {
-        const simt::Pack<A, kPack<A>> factor =
-            simt::load_pack<kPack<A>>(coefficients + (j * kTileRows + i));
+        const simt::Pack<A, kPack<A>> factor = simt::load_pack<kPack<A>>(factors + i);
         IMMUNIZE_EXT_UNROLL
         for (int v = 0; v < kPack<A>; ++v) {
           sums[i + v][0] += factor.values[v] * pair[0];
           sums[i + v][1] += factor.values[v] * pair[1];
         }
       }
+      factors += kTileRows;
+    }
+    SharedPtr<const T> from_row = previous;
+    SharedPtr<T> out_row = out + k;
+    if (previous) {
+      from_row += k;
     }
     IMMUNIZE_EXT_UNROLL
     for (int i = 0; i < kTileRows; ++i) {
       if (i < rows.count) {
         A pair[2] = {};
-        if (from_kept && rows.is_kept) {
-          pair[0] = w.kept[i * w.kept_stride + k];
-          pair[1] = w.kept[i * w.kept_stride + k + 1];
-        } else if (from_kept) {
-          load_pair<T>(rows.kept + i * rows.d, k, rows.d, rows.packs, pair);
+        if (in_shared) {
+          const SharedPtr<const A> kept_row = w.kept + (i * w.kept_stride + k);
+          load_pair<A, true>(kept_row, true, pair);
         } else if (previous) {
-          load_pair<T>(previous + i * rows.d, k, rows.d, rows.packs, pair);
+          load_pair<T, kPacks>(from_row, has_second, pair);
+          from_row += rows.d;
         }
-        store_pair<T>(
-            out + i * rows.d, k, rows.d, rows.packs, pair[0] + sign * sums[i][0],
-            pair[1] + sign * sums[i][1]);
+        store_pair<T, kPacks>(
+            out_row, has_second, pair[0] + sign * sums[i][0], pair[1] + sign * sums[i][1]);
+        out_row += rows.d;
       }
     }
   }
@@ -553,18 +535,17 @@ __device__ __forceinline__ void combine(
 template <typename T>
 struct ApplyProblem {
   GlobalPtr<const ApplyLayer<T>> layers;
-  GlobalPtr<const std::int64_t> first_block;    // [L + 1] row blocks of the layers before
-  GlobalPtr<const Weight<T>> targets;           // [N, L] concept weights
-  GlobalPtr<const std::int64_t> first_token;    // [N + 1] tokens of the concepts before
-  GlobalPtr<const Accumulate<T>> c, b;          // [batch, s, d]
-  GlobalPtr<const double> token_norm;           // [batch, s] |c_j|, for values only
-  GlobalPtr<int> not_finite;                    // [L] set to 1 where R is not finite
+  GlobalPtr<const std::int64_t> first_block;  // [L + 1] row blocks of the layers before
+  GlobalPtr<const Weight<T>> targets;         // [N, L] concept weights
+  GlobalPtr<const std::int64_t> first_token;  // [N + 1] tokens of the concepts before
+  GlobalPtr<const Accumulate<T>> c, b;        // [batch, s, d]
+  GlobalPtr<const double> token_norm;         // [batch, s] |c_j|, for values only
+  GlobalPtr<int> not_finite;                  // [L] set to 1 where R is not finite
   std::int64_t batch, s, d, blocks_of_a_batch;
   int layer_count, concepts;
-  bool values, packs;
 };
 
-template <typename T>
+template <typename T, bool kPacks, bool kValues>
 __global__ void __launch_bounds__(kThreads, sizeof(Accumulate<T>) == 4 ? 2 : 1)
     merge_apply_rows(const ApplyProblem<T> p, const Plan plan) {
   using A = Accumulate<T>;
@@ -573,7 +554,8 @@ __global__ void __launch_bounds__(kThreads, sizeof(Accumulate<T>) == 4 ? 2 : 1)
   const int t = static_cast<int>(threadIdx.x);
   const int row = t / kTileTokens, column = t % kTileTokens;
   // Twice the rounding of a dot product in units of |w| |c|: 2 eps.
-  constexpr double kRounding = sizeof(A) == 4 ? 2.0 * 1.1920928955078125e-07 : 2.0 * 2.220446049250313e-16;
+  constexpr double kRounding =
+      sizeof(A) == 4 ? 2.0 * 1.1920928955078125e-07 : 2.0 * 2.220446049250313e-16;
   for (std::int64_t block = blockIdx.x; block < p.batch * p.blocks_of_a_batch; block += gridDim.x) {
     const std::int64_t batch = block / p.blocks_of_a_batch;
     const std::int64_t within = block % p.blocks_of_a_batch;
@@ -583,12 +565,11 @@ __global__ void __launch_bounds__(kThreads, sizeof(Accumulate<T>) == 4 ? 2 : 1)
     const std::int64_t begin = (within - before) * kTileRows;
     const std::int64_t start = batch * layer.rows + begin;
     Rows<T> rows{
-        layer.base + start * p.d, static_cast<int>(min(layer.rows - begin, std::int64_t{kTileRows})),
-        p.d, p.packs, false};
+        layer.base + start * p.d,
+        static_cast<int>(min(layer.rows - begin, std::int64_t{kTileRows})), p.d, false};
     const GlobalPtr<const A> c = p.c + batch * p.s * p.d;
     const GlobalPtr<const A> b = p.b + batch * p.s * p.d;
     const GlobalPtr<T> merged = layer.merged + start * p.d;
-    double squared_norm = 0;
 
     for (std::int64_t from = 0; from < p.s || from == 0; from += plan.panel) {
       const std::int64_t to = min(from + plan.panel, p.s);
@@ -596,30 +577,27 @@ __global__ void __launch_bounds__(kThreads, sizeof(Accumulate<T>) == 4 ? 2 : 1)
         const std::int64_t concept_begin = p.first_token[n], concept_end = p.first_token[n + 1];
         const std::int64_t end = min(concept_end, to);
         GlobalPtr<const T> adapted = nullptr;
-        if (!p.values) {
+        if (!kValues) {
           const Weight<T> target = p.targets[static_cast<std::int64_t>(n) * p.layer_count + index];
           adapted = target.data + start * p.d;
         }
         for (std::int64_t j = max(concept_begin, from); j < end; j += kTileTokens) {
           const int tokens = static_cast<int>(min(end - j, std::int64_t{kTileTokens}));
-          A r;
-          if (!p.values) {
-            r = project<T, false>(w, rows, adapted, c + j * p.d, tokens, nullptr);
-          } else if (j == 0) {
-            r = project<T, true>(w, rows, adapted, c, tokens, &squared_norm);
-          } else {
-            r = project<T, false>(w, rows, adapted, c + j * p.d, tokens, nullptr);
-          }
+          double squared_norm = 0;
+          A r = project<T, kPacks, !kValues, kValues>(
+              w, rows, adapted, c + j * p.d, tokens, &squared_norm);
           if (column < tokens) {
             const std::int64_t token = j + column;
             const bool exists = row < rows.count;
             const std::int64_t place = (start + row) * p.s + token;
-            if (p.values && exists) {
+            if (kValues && exists) {
               const A value = layer.values[place];
               const double norm = p.token_norm[batch * p.s + token];
               r = value - r;
-              // What W0 gives already, up to the rounding of a dot product, is no edit.
-              if (fabs(static_cast<double>(r)) <= kRounding * sqrt(squared_norm) * norm) {
+              // What W0 gives already, up to the rounding of a dot product, is no edit. An infinite
+              // edit has an infinite bound and is to stay one, for the check below.
+              const double bound = kRounding * sqrt(squared_norm) * norm;
+              if (fabs(static_cast<double>(r)) <= bound && r - r == A(0)) {
                 r = 0;
               }
             }
@@ -634,7 +612,7 @@ __global__ void __launch_bounds__(kThreads, sizeof(Accumulate<T>) == 4 ? 2 : 1)
         }
       }
       __syncthreads();
-      combine<T>(
+      combine<T, kPacks>(
           w, rows, w.coefficients, to - from, b + from * p.d, A(1), from == 0,
           SharedPtr<const T>(merged), SharedPtr<T>(merged));
       __syncthreads();
@@ -656,10 +634,10 @@ struct BackwardProblem {
   GlobalPtr<const Accumulate<T>> c, b;        // [batch, s, d]
   std::int64_t batch, s, d, blocks_of_a_batch;
   int layer_count, concepts;
-  bool want_targets, packs;
+  bool want_targets;
 };
 
-template <typename T>
+template <typename T, bool kPacks>
 __global__ void __launch_bounds__(kThreads, sizeof(Accumulate<T>) == 4 ? 2 : 1)
     merge_backward_rows(const BackwardProblem<T> p, const Plan plan) {
   using A = Accumulate<T>;
@@ -676,8 +654,8 @@ __global__ void __launch_bounds__(kThreads, sizeof(Accumulate<T>) == 4 ? 2 : 1)
     const std::int64_t begin = (within - before) * kTileRows;
     const std::int64_t start = batch * layer.rows + begin;
     Rows<T> rows{
-        layer.grad + start * p.d, static_cast<int>(min(layer.rows - begin, std::int64_t{kTileRows})),
-        p.d, p.packs, false};
+        layer.grad + start * p.d,
+        static_cast<int>(min(layer.rows - begin, std::int64_t{kTileRows})), p.d, false};
     const GlobalPtr<const A> c = p.c + batch * p.s * p.d;
     const GlobalPtr<const A> b = p.b + batch * p.s * p.d;
 
@@ -685,7 +663,8 @@ __global__ void __launch_bounds__(kThreads, sizeof(Accumulate<T>) == 4 ? 2 : 1)
       const std::int64_t to = min(from + plan.panel, p.s);
       for (std::int64_t j = from; j < to; j += kTileTokens) {
         const int tokens = static_cast<int>(min(to - j, std::int64_t{kTileTokens}));
-        const A dr = project<T, false>(w, rows, nullptr, b + j * p.d, tokens, nullptr);
+        const A dr =
+            project<T, kPacks, false, false>(w, rows, nullptr, b + j * p.d, tokens, nullptr);
         if (column < tokens) {
           w.coefficients[(j + column - from) * kTileRows + row] = dr;
           if (row < rows.count && layer.grad_coefficients) {
@@ -696,7 +675,7 @@ __global__ void __launch_bounds__(kThreads, sizeof(Accumulate<T>) == 4 ? 2 : 1)
       __syncthreads();
       if (layer.grad_base) {
         const GlobalPtr<T> out = layer.grad_base + start * p.d;
-        combine<T>(
+        combine<T, kPacks>(
             w, rows, w.coefficients, to - from, c + from * p.d, A(-1), from == 0,
             SharedPtr<const T>(out), SharedPtr<T>(out));
       }
@@ -713,7 +692,7 @@ __global__ void __launch_bounds__(kThreads, sizeof(Accumulate<T>) == 4 ? 2 : 1)
           if (low > concept_begin) {
             previous = out;
           }
-          combine<T>(
+          combine<T, kPacks>(
               w, rows, w.coefficients + (tokens > 0 ? (low - from) * kTileRows : 0),
               max(tokens, std::int64_t{0}), c + (tokens > 0 ? low * p.d : 0), A(1), false, previous,
               SharedPtr<T>(out));
@@ -738,12 +717,11 @@ struct SumProblem {
   GlobalPtr<double> partial;                  // [batch, splits, s, d]
   std::int64_t batch, s, d, groups, splits, tile_count, column_tiles;
   int layer_count;
-  bool packs;
 };
 
 // partial[split] = sum over the split's rows of coefficients^T X. A thread owns 2 columns of up to
 // 16 tokens.
-template <typename T>
+template <typename T, bool kPacks>
 __global__ void __launch_bounds__(kThreads, sizeof(Accumulate<T>) == 4 ? 2 : 1)
     merge_sum_rows(const SumProblem<T> p) {
   using A = Accumulate<T>;
@@ -758,6 +736,7 @@ __global__ void __launch_bounds__(kThreads, sizeof(Accumulate<T>) == 4 ? 2 : 1)
     const TokenTile tile = p.tiles[block % p.tile_count];
     std::int64_t rest = block / p.tile_count;
     const std::int64_t k = rest % p.column_tiles * kPairColumns + 2 * t;
+    const bool has_second = k + 1 < p.d;
     rest /= p.column_tiles;
     const std::int64_t split = rest % p.splits, batch = rest / p.splits;
     const GlobalPtr<double> partial =
@@ -796,11 +775,11 @@ __global__ void __launch_bounds__(kThreads, sizeof(Accumulate<T>) == 4 ? 2 : 1)
             for (int v = 0; v < kAtOnce; ++v) {
               x[v][0] = x[v][1] = 0;
               if (at + i + v < end) {
-                const std::int64_t row = (start + at + i + v) * p.d;
-                load_pair<T>(layer.plain + row, k, p.d, p.packs, x[v]);
+                const std::int64_t row = (start + at + i + v) * p.d + k;
+                load_pair<T, kPacks>(layer.plain + row, has_second, x[v]);
                 if (adapted) {
                   A moved[2];
-                  load_pair<T>(adapted + row, k, p.d, p.packs, moved);
+                  load_pair<T, kPacks>(adapted + row, has_second, moved);
                   x[v][0] = moved[0] - x[v][0];
                   x[v][1] = moved[1] - x[v][1];
                 }
@@ -898,6 +877,7 @@ template <typename T>
 void launch_apply(
     const std::vector<ApplyLayer<T>>& layers,
     const std::vector<Weight<T>>& targets,  // [N, L], empty for values
+    bool values,
     const Shared<T>& shared,
     GlobalPtr<const double> token_norm,
     GlobalPtr<int> not_finite,
@@ -932,15 +912,16 @@ void launch_apply(
   p.blocks_of_a_batch = first_block.back();
   p.layer_count = static_cast<int>(layers.size());
   p.concepts = static_cast<int>(shared.first_token.size()) - 1;
-  p.values = targets.empty();
-  p.packs = packs;
   upload(tables, table, stream);
   const Plan plan = make_plan<A>(shared.s, shared.d, simt::shared_limit(stream));
   const std::size_t bytes = workspace_bytes<A>(plan);
-  simt::allow_dynamic_shared(SIMT_KERNEL(merge_apply_rows<T>), bytes);
+  const auto kernel = packs ? (values ? SIMT_KERNEL(merge_apply_rows<T, true, true>)
+                                      : SIMT_KERNEL(merge_apply_rows<T, true, false>))
+                            : (values ? SIMT_KERNEL(merge_apply_rows<T, false, true>)
+                                      : SIMT_KERNEL(merge_apply_rows<T, false, false>));
+  simt::allow_dynamic_shared(kernel, bytes);
   simt::launch(
-      SIMT_KERNEL(merge_apply_rows<T>), grid_of(blocks, shared.largest_grid), dim3(kThreads), bytes,
-      stream, p, plan);
+      kernel, grid_of(blocks, shared.largest_grid), dim3(kThreads), bytes, stream, p, plan);
 }
 
 // grad_base, grad_targets and dR of all layers, those that are not null. grad_targets: [N, L], or
@@ -980,14 +961,14 @@ void launch_backward(
   p.layer_count = static_cast<int>(layers.size());
   p.concepts = static_cast<int>(shared.first_token.size()) - 1;
   p.want_targets = !grad_targets.empty();
-  p.packs = packs;
   upload(tables, table, stream);
   const Plan plan = make_plan<A>(shared.s, shared.d, simt::shared_limit(stream));
   const std::size_t bytes = workspace_bytes<A>(plan);
-  simt::allow_dynamic_shared(SIMT_KERNEL(merge_backward_rows<T>), bytes);
+  const auto kernel = packs ? SIMT_KERNEL(merge_backward_rows<T, true>)
+                            : SIMT_KERNEL(merge_backward_rows<T, false>);
+  simt::allow_dynamic_shared(kernel, bytes);
   simt::launch(
-      SIMT_KERNEL(merge_backward_rows<T>), grid_of(blocks, shared.largest_grid), dim3(kThreads),
-      bytes, stream, p, plan);
+      kernel, grid_of(blocks, shared.largest_grid), dim3(kThreads), bytes, stream, p, plan);
 }
 
 // How a sum over rows is spread over blocks. It depends on shapes alone, so that the order of
@@ -1043,8 +1024,8 @@ void launch_sum(
   HostTables tables;
   SumProblem<T> p{};
   p.layers = simt::pointer_cast<const SumLayer<T>>(table + tables.add(layers));
-  p.first_group = simt::pointer_cast<const std::int64_t>(
-      table + tables.add(starts_of(layers, kGroupRows)));
+  p.first_group =
+      simt::pointer_cast<const std::int64_t>(table + tables.add(starts_of(layers, kGroupRows)));
   if (!targets.empty()) {
     p.targets = simt::pointer_cast<const Weight<T>>(table + tables.add(targets));
   }
@@ -1058,12 +1039,11 @@ void launch_sum(
   p.tile_count = static_cast<std::int64_t>(plan.tiles.size());
   p.column_tiles = plan.column_tiles;
   p.layer_count = static_cast<int>(layers.size());
-  p.packs = packs;
   upload(tables, table, stream);
   const std::int64_t blocks = p.batch * p.splits * p.column_tiles * p.tile_count;
   simt::launch(
-      SIMT_KERNEL(merge_sum_rows<T>), grid_of(blocks, shared.largest_grid), dim3(kThreads), 0,
-      stream, p);
+      packs ? SIMT_KERNEL(merge_sum_rows<T, true>) : SIMT_KERNEL(merge_sum_rows<T, false>),
+      grid_of(blocks, shared.largest_grid), dim3(kThreads), 0, stream, p);
   const std::int64_t size = shared.s * shared.d;
   simt::launch(
       SIMT_KERNEL(add_partial_sums), grid_of((p.batch * size + kThreads - 1) / kThreads),

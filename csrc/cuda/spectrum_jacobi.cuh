@@ -55,10 +55,10 @@ __device__ __forceinline__ int triangle_row(int k) {
   return row;
 }
 
-// A matrix somewhere in memory, read as float64 times a power of two. The power is split in two
-// factors, since 2^1074, which brings a denormal to 1, is itself no number.
+// A matrix as it comes, read as float64 times a power of two. The power is split in two factors,
+// since 2^1074, which brings a denormal to 1, is itself no number.
 template <typename T>
-struct Rows {
+struct InputRows {
   SharedPtr<const T> data;
   std::int64_t row_step;
   std::int64_t column_step;
@@ -66,27 +66,55 @@ struct Rows {
   double factor;
   double second_factor;
 
+  __device__ __forceinline__ bool is_contiguous() const {
+    return column_step == 1;
+  }
   __device__ __forceinline__ double at(std::int64_t row, int column) const {
     const T value = data[row * row_step + column * column_step];
     return static_cast<double>(value) * factor * second_factor;
   }
 };
 
-__device__ __forceinline__ Rows<double> plain_rows(SharedPtr<const double> data, int side) {
-  return Rows<double>{data, side, 1, side, 1.0, 1.0};
+// Columns of a row-major workspace: `split` of them from `first`, the others from `second`.
+struct WorkRows {
+  SharedPtr<double> data;
+  std::int64_t row_step;
+  int columns;
+  int split;
+  std::int64_t first;
+  std::int64_t second;
+
+  __device__ __forceinline__ bool is_contiguous() const {
+    return true;
+  }
+  __device__ __forceinline__ std::int64_t index(std::int64_t row, int column) const {
+    return row * row_step + (column < split ? first + column : second + (column - split));
+  }
+  __device__ __forceinline__ double at(std::int64_t row, int column) const {
+    return data[index(row, column)];
+  }
+};
+
+__device__ __forceinline__ WorkRows all_columns(SharedPtr<double> data, int side) {
+  return WorkRows{data, side, side, side, 0, 0};
 }
 
 // M = a / 2^exponent for a matrix a (n x p) as it lies in memory; `transposed` where n < p.
 template <typename T>
-__device__ __forceinline__ Rows<T> tall_rows(
+__device__ __forceinline__ InputRows<T> tall_rows(
     SharedPtr<const T> a, std::int64_t m, int t, bool transposed, int exponent) {
   const int half = exponent / 2;
-  return Rows<T>{
-      a, transposed ? 1 : std::int64_t{t}, transposed ? m : 1, t, ldexp(1.0, -half),
+  return InputRows<T>{
+      a,
+      transposed ? 1 : std::int64_t{t},
+      transposed ? m : 1,
+      t,
+      ldexp(1.0, -half),
       ldexp(1.0, half - exponent)};
 }
 
-// --- Reductions: the same order of additions whatever the schedule --------------------------------
+// --- Reductions: the same order of additions whatever the schedule
+// --------------------------------
 
 __device__ __forceinline__ double warp_sum(double value) {
   for (int offset = kWarp / 2; offset > 0; offset /= 2) {
@@ -150,14 +178,14 @@ __device__ __forceinline__ int scale_exponent(Bits largest) {
 
 // tile (count x width, rows `width + 1` apart) = rows first ... first + count, zero-padded columns.
 // Neighbouring threads read neighbouring addresses; the odd distance spreads them over the banks.
-template <typename T>
+template <typename Rows>
 __device__ __forceinline__ void load_tile(
-    SharedPtr<double> tile, int width, const Rows<T>& rows, std::int64_t first, int count) {
+    SharedPtr<double> tile, int width, const Rows& rows, std::int64_t first, int count) {
   for (int e = static_cast<int>(threadIdx.x); e < count * width;
        e += static_cast<int>(blockDim.x)) {
     int row = 0;
     int column = 0;
-    if (rows.column_step == 1) {
+    if (rows.is_contiguous()) {
       row = e / width;
       column = e - row * width;
     } else {
@@ -188,10 +216,10 @@ struct GramShape {
 };
 
 // gram (packed) = sum over rows [begin, end) of row^T row.
-template <typename T>
+template <typename Rows>
 __device__ __forceinline__ void accumulate_gram(
     const GramShape& shape,
-    const Rows<T>& rows,
+    const Rows& rows,
     std::int64_t begin,
     std::int64_t end,
     SharedPtr<double> tile,
@@ -254,19 +282,18 @@ __device__ __forceinline__ void accumulate_gram(
   __syncthreads();
 }
 
-// target (rows `target_step` apart) = rows [begin, end) of `rows` times v (side x side, row-major).
-// target may be where `rows` lie: a tile is read before it is written.
-template <typename T>
+// target = rows [begin, end) of `rows` times v (side x side, row-major). target may be where `rows`
+// lie: a tile is read before it is written.
+template <typename Rows>
 __device__ __forceinline__ void multiply_rows(
-    const Rows<T>& rows,
+    const Rows& rows,
     std::int64_t begin,
     std::int64_t end,
     SharedPtr<const double> v,
     int side,
     SharedPtr<double> tile,
     int tile_rows,
-    SharedPtr<double> target,
-    std::int64_t target_step) {
+    const WorkRows& target) {
   const int quarter = ceil_div(side, kRegisters);
   const int stride = side + 1;
   for (std::int64_t first = begin; first < end; first += tile_rows) {
@@ -303,7 +330,7 @@ __device__ __forceinline__ void multiply_rows(
       for (int c = 0; c < kRegisters; ++c) {
         for (int d = 0; d < kRegisters; ++d) {
           if (row + c * row_blocks < count && column + d * quarter < side) {
-            target[(first + row_at[c]) * target_step + column_at[d]] = sum[c][d];
+            target.data[target.index(first + row_at[c], column_at[d])] = sum[c][d];
           }
         }
       }
@@ -331,6 +358,24 @@ __device__ __forceinline__ Pair tournament_pair(int k, int round, int side) {
   }
   return a < b ? Pair{a, b} : Pair{b, a};
 }
+
+// (x, y) <- (c x - s y, s x + c y). Written with s and r = s / (1 + c), so that c x = x - s r x:
+// for a small angle c would be rounded to 1, the rotation would stretch by 1 + s^2 / 2, and
+// thousands of them, all to the same side, would add up.
+struct Rotation {
+  double sine, ratio;
+
+  __device__ __forceinline__ Rotation(SharedPtr<const double> rotation, int k, int half)
+      : sine(rotation[k]), ratio(rotation[half + k]) {}
+  __device__ __forceinline__ bool is_identity() const {
+    return sine == 0.0;
+  }
+  __device__ __forceinline__ void apply(double& x, double& y) const {
+    const double old = x;
+    x = fma(-sine, fma(ratio, x, y), x);
+    y = fma(sine, fma(-ratio, y, old), y);
+  }
+};
 
 // Two-sided Jacobi with the tournament ordering: gram (packed, side x side) becomes diagonal in
 // place, v is the product of the rotations. Stops after a sweep without a rotation. Returns, to all
@@ -366,21 +411,22 @@ __device__ __forceinline__ bool diagonalise(
         const double pp = gram[packed_index(pair.p, pair.p)];
         const double qq = gram[packed_index(pair.q, pair.q)];
         const double pq = gram[packed_index(pair.q, pair.p)];
-        double cosine = 1.0;
         double sine = 0.0;
+        double ratio = 0.0;
         if (fabs(pq) > tolerance * sqrt(fmax(pp, floor)) * sqrt(fmax(qq, floor))) {
           // Annihilates pq by the smaller of the two possible angles.
           const double tau = (qq - pp) / (2.0 * pq);
           const double tangent = copysign(1.0 / (fabs(tau) + sqrt(fma(tau, tau, 1.0))), tau);
-          cosine = 1.0 / sqrt(fma(tangent, tangent, 1.0));
+          const double cosine = 1.0 / sqrt(fma(tangent, tangent, 1.0));
           sine = tangent * cosine;
+          ratio = sine / (1.0 + cosine);
           gram[packed_index(pair.p, pair.p)] = fma(-tangent, pq, pp);
           gram[packed_index(pair.q, pair.q)] = fma(tangent, pq, qq);
           gram[packed_index(pair.q, pair.p)] = 0.0;
           rotates = true;
         }
-        rotation[k] = cosine;
-        rotation[half + k] = sine;
+        rotation[k] = sine;
+        rotation[half + k] = ratio;
       }
       if (__syncthreads_or(rotates ? 1 : 0) == 0) {
         continue;
@@ -390,12 +436,10 @@ __device__ __forceinline__ bool diagonalise(
       for (int item = thread; item < half * (half - 1) / 2; item += threads) {
         const int above = triangle_row(item);
         const int first = above + 1;
-        const int second = item - packed_size(above) + above;
-        const double c1 = rotation[first];
-        const double s1 = rotation[half + first];
-        const double c2 = rotation[second];
-        const double s2 = rotation[half + second];
-        if (s1 == 0.0 && s2 == 0.0) {
+        const int second = item - packed_size(above);
+        const Rotation left(rotation, first, half);
+        const Rotation right(rotation, second, half);
+        if (left.is_identity() && right.is_identity()) {
           continue;
         }
         const Pair one = tournament_pair(first, round, side);
@@ -404,33 +448,33 @@ __device__ __forceinline__ bool diagonalise(
         const SharedPtr<double> pq = gram + packed_index(one.p, two.q);
         const SharedPtr<double> qp = gram + packed_index(one.q, two.p);
         const SharedPtr<double> qq = gram + packed_index(one.q, two.q);
-        const double a = pp[0];
-        const double b = pq[0];
-        const double c = qp[0];
-        const double d = qq[0];
-        const double a1 = c1 * a - s1 * c;
-        const double b1 = c1 * b - s1 * d;
-        const double c1_ = s1 * a + c1 * c;
-        const double d1 = s1 * b + c1 * d;
-        pp[0] = c2 * a1 - s2 * b1;
-        pq[0] = s2 * a1 + c2 * b1;
-        qp[0] = c2 * c1_ - s2 * d1;
-        qq[0] = s2 * c1_ + c2 * d1;
+        double a = pp[0];
+        double b = pq[0];
+        double c = qp[0];
+        double d = qq[0];
+        left.apply(a, c);
+        left.apply(b, d);
+        right.apply(a, b);
+        right.apply(c, d);
+        pp[0] = a;
+        pq[0] = b;
+        qp[0] = c;
+        qq[0] = d;
       }
       // v = v J.
       for (int item = thread; item < side * half; item += threads) {
         const int row = item / half;
         const int k = item - row * half;
-        const double sine = rotation[half + k];
-        if (sine == 0.0) {
+        const Rotation turn(rotation, k, half);
+        if (turn.is_identity()) {
           continue;
         }
-        const double cosine = rotation[k];
         const Pair pair = tournament_pair(k, round, side);
-        const double x = v[row * side + pair.p];
-        const double y = v[row * side + pair.q];
-        v[row * side + pair.p] = cosine * x - sine * y;
-        v[row * side + pair.q] = sine * x + cosine * y;
+        double x = v[row * side + pair.p];
+        double y = v[row * side + pair.q];
+        turn.apply(x, y);
+        v[row * side + pair.p] = x;
+        v[row * side + pair.q] = y;
       }
       __syncthreads();
     }
@@ -505,8 +549,7 @@ find_extremes(SharedPtr<const double> sigma, int t, const Policy& policy) {
     found.multiplicity_max += found.in_max(value) ? 1 : 0;
     at_minimum += found.in_min(value) ? 1 : 0;
   }
-  found.multiplicity_min =
-      found.smallest_index >= 0 ? at_minimum : policy.full_side - found.rank;
+  found.multiplicity_min = found.smallest_index >= 0 ? at_minimum : policy.full_side - found.rank;
   return found;
 }
 

@@ -33,9 +33,13 @@ def name_contradictions(error: ValueError, problem: MergeProblem) -> ValueError:
     owners = [
         name for name, count in zip(problem.names, problem.rows, strict=True) for _ in range(count)
     ]
-    return ContradictoryTargetsError.for_rows(
-        "merge_kv", rows=rows, names=[owners[row] for row in rows]
-    )
+    names = [owners[row] for row in rows]
+    named = ContradictoryTargetsError.for_rows("merge_kv", rows=rows, names=names)
+    tokens, width = problem.c.shape
+    if tokens <= width:
+        return named
+    more = f"{named}; {tokens} tokens cannot all be independent in {width} columns"
+    return ContradictoryTargetsError(more, rows=rows, names=names)
 
 
 def check_merge_problem(

@@ -53,6 +53,7 @@ def checked_tolerances(
     rank_rtol: float | None,
     cluster_rtol: float | None,
 ) -> tuple[float, float]:
+    """The two tolerances with their defaults, after checks of both and of the rank policy."""
     if rank not in ("numerical", "full"):
         raise ValueError(
             f"{function}: rank must be 'numerical' or 'full', got {rank!r}; choose one of the two"
@@ -71,6 +72,7 @@ def checked_tolerances(
 
 
 def require_extreme(function: str, which: str) -> None:
+    """Refuse anything but "max" and "min"."""
     if which not in ("max", "min"):
         raise ValueError(f"{function}: which must be 'max' or 'min', got {which!r}; choose one")
 
@@ -85,6 +87,7 @@ def power_of_two(matrix: FloatArray) -> float:
 
 
 def scaled_svd(matrix: FloatArray) -> tuple[FloatArray, FloatArray, FloatArray, float]:
+    """U, sigma and V^T of matrix / scale, and the scale, a power of two."""
     scale = power_of_two(matrix)
     u, sigma, vt = scipy.linalg.svd(matrix / scale, full_matrices=False, lapack_driver="gesvd")
     return u, sigma, vt, scale
@@ -93,6 +96,7 @@ def scaled_svd(matrix: FloatArray) -> tuple[FloatArray, FloatArray, FloatArray, 
 def decompose(
     matrix: FloatArray, rank: RankPolicy, rank_rtol: float, cluster_rtol: float
 ) -> Spectrum:
+    """Decomposition of one matrix with rank and clusters by the given tolerances."""
     u, sigma, vt, scale = scaled_svd(matrix)
     largest = sigma[0]
     # Not >=, or every value of a zero matrix would count.
@@ -111,26 +115,31 @@ def decompose(
 
 
 def reported_max(spectrum: Spectrum) -> float:
+    """sigma_max of the matrix itself; 0 for the zero matrix."""
     return float(spectrum.sigma[0] * spectrum.scale) if spectrum.rank else 0.0
 
 
 def reported_min(spectrum: Spectrum) -> float:
+    """sigma_min of the matrix itself; 0 where the policy says so."""
     if spectrum.last.stop == 0:
         return 0.0
     return float(spectrum.sigma[spectrum.last.stop - 1] * spectrum.scale)
 
 
 def multiplicity_max_of(spectrum: Spectrum) -> int:
+    """Size of the cluster of sigma_max; all values for the zero matrix."""
     return int(spectrum.first.stop) if spectrum.rank else int(spectrum.multiplicity_min)
 
 
 def cluster_mean(spectrum: Spectrum, cluster: slice) -> FloatArray:
+    """Mean of u_i v_i^T over a cluster; zeros for an empty one."""
     size = max(cluster.stop - cluster.start, 1)  # an empty cluster gives the zero matrix
     mean: FloatArray = spectrum.u[:, cluster] @ spectrum.vt[cluster] / size
     return mean
 
 
 def simple_index(function: str, spectrum: Spectrum, which: Extreme) -> int:
+    """Position of a simple, positive extreme; anything else has no second derivative."""
     cluster = spectrum.first if which == "max" else spectrum.last
     size = cluster.stop - cluster.start
     if size != 1:
@@ -143,6 +152,7 @@ def simple_index(function: str, spectrum: Spectrum, which: Extreme) -> int:
 
 
 def sigma_hvp(spectrum: Spectrum, k: int, direction: FloatArray) -> FloatArray:
+    """Product du v^T + u dv^T of the k-th singular value along a direction (see ``spectrum``)."""
     u, sigma, v = spectrum.u, spectrum.sigma, spectrum.vt.T
     left, right = u.T @ direction @ v[:, k], v.T @ direction.T @ u[:, k]
     others = np.arange(sigma.size) != k

@@ -124,12 +124,14 @@ def _spread(array: FloatArray, lead: tuple[int, ...], trailing: int) -> Iterator
 
 
 def single_candidates(
-    w: npt.ArrayLike, lead: tuple[int, ...], shape: tuple[int, ...]
+    function: str, argument: str, w: npt.ArrayLike, lead: tuple[int, ...], shape: tuple[int, ...]
 ) -> list[FloatArray]:
+    """Single matrices of the shape of base, out of a batch."""
     candidate = np.asarray(w, dtype=np.float64)
+    require_finite(function, argument, candidate)
     if candidate.shape[-2:] != shape:
         raise ValueError(
-            f"merge_residuals: w must end in shape {shape}, got {candidate.shape}; "
+            f"{function}: {argument} must end in shape {shape}, got {candidate.shape}; "
             "it has the shape of base"
         )
     return list(_spread(candidate, lead, 2))
@@ -138,6 +140,7 @@ def single_candidates(
 def restore_batch(
     results: list[FloatArray], lead: tuple[int, ...], shape: tuple[int, ...]
 ) -> FloatArray:
+    """Results of single problems, stacked into the batch shape."""
     if not results:
         return np.empty((*lead, *shape))
     return np.stack(results).reshape((*lead, *shape))
@@ -157,6 +160,7 @@ def row_and_null_space(rows: FloatArray, rtol: float) -> tuple[FloatArray, Float
 
 
 def require_contradictions_choice(contradictions: str) -> None:
+    """Refuse anything but "raise" and "average"."""
     if contradictions not in ("raise", "average"):
         raise ValueError(
             "merge_null_space: contradictions must be 'raise' or 'average', got "

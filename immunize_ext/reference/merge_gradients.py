@@ -42,7 +42,7 @@ import numpy as np
 import numpy.typing as npt
 import scipy.linalg
 
-from immunize_ext.reference._arrays import FloatArray, require_finite, symmetric_part
+from immunize_ext.reference._arrays import FloatArray, symmetric_part
 from immunize_ext.reference._merge_problem import (
     MergeProblem,
     kkt_matrix,
@@ -267,9 +267,7 @@ def _gradients(
     lead, problems = single_problems(
         function, base, values, c, c_reg, ridge, relative, inverse_hardness
     )
-    incoming = np.asarray(grad, dtype=np.float64)
-    require_finite(function, "grad", incoming)
-    flat = single_candidates(incoming, lead, np.shape(base)[-2:])
+    flat = single_candidates(function, "grad", grad, lead, np.shape(base)[-2:])
     one = _implicit if implicit else _closed_form
     parts = [
         one(function, problem, g, ridge if relative else None)

@@ -82,7 +82,7 @@ def merge_objective(
     lead, problems = single_problems(
         "merge_objective", base, values, c, c_reg, ridge, relative, inverse_hardness
     )
-    candidates = single_candidates(w, lead, np.shape(base)[-2:])
+    candidates = single_candidates("merge_objective", "w", w, lead, np.shape(base)[-2:])
     totals = []
     for problem, candidate in zip(problems, candidates, strict=True):
         d = candidate - problem.base
@@ -141,7 +141,7 @@ def merge_residuals(
     lead, problems = single_problems(
         "merge_residuals", base, values, c, c_reg, ridge, relative, inverse_hardness
     )
-    candidates = single_candidates(w, lead, np.shape(base)[-2:])
+    candidates = single_candidates("merge_residuals", "w", w, lead, np.shape(base)[-2:])
     found = [
         _residuals(problem, candidate)
         for problem, candidate in zip(problems, candidates, strict=True)

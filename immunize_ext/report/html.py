@@ -228,8 +228,9 @@ def _alternatives(rows: Iterable[dict[str, Any]]) -> str:
     if not body:
         return ""
     return f"""<section><h2>Other methods on the same tasks</h2>
-<p>RIR, the ratio that the literature reports, does not predict who is slowed: several methods reach
-its ceiling, and the steps of gradient descent tell them apart.</p>
+<p>Times the steps of gradient descent, every method with its default settings. RIR, the ratio that
+the literature reports, does not predict who is slowed: two methods may both reach its ceiling and
+differ widely in steps.</p>
 <div class="scroll"><table><thead><tr><th>Method</th><th>RIR</th><th>of ceiling</th>
 <th>Harmful task</th><th>Primary task</th></tr></thead><tbody>{body}</tbody></table></div>
 </section>"""

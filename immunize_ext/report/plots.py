@@ -65,7 +65,7 @@ _STYLE = {
 }
 _PANEL = (4.8, 3.1)  # inches
 # Shares of a panel. Fixed, so that panels line up and no layout has to be solved.
-_MARGINS = {"left": 0.14, "right": 0.03, "bottom": 0.17, "top": 0.12}
+_MARGINS = {"left": 0.15, "right": 0.03, "bottom": 0.17, "top": 0.12}
 
 Panel = Callable[["Axes", Evaluation], None]
 
@@ -162,11 +162,10 @@ def _convergence(role: str, attacker: str) -> Panel:
 def _accuracy(role: str) -> Panel:
     def draw(axes: Axes, evaluation: Evaluation) -> None:
         comparison = evaluation.comparisons[role]["gradient_descent"]
-        _title(axes, f"Test accuracy, {role} task")
+        _title(axes, f"Right answers on test data, {role} task")
         # Before the first step the head is 0 and has no opinion.
         _two_curves(axes, comparison, role, "test_accuracy", first=1)
         axes.yaxis.set_major_formatter(lambda value, _: f"{value:.0%}")
-        axes.set_ylabel("right answers")
         _legend(axes, "lower right")
 
     return draw

@@ -35,6 +35,8 @@ class InconclusiveCheckError(AssertionError):
 
 @dataclass(frozen=True)
 class Slope:
+    """A difference quotient, its relative step and the two estimated errors."""
+
     value: float
     step: float
     truncation: float
@@ -128,6 +130,7 @@ def compare_slopes(
     gradient_rtol: float,
     seed: int,
 ) -> None:
+    """Raise where <gradient, d> and the difference quotient differ by more than the bound."""
     steps = _steps(check, smooth_radius)
     for i, grad in zip(where, grads, strict=True):
         if inputs[i].numel() == 0:

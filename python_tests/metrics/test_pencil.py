@@ -1,6 +1,7 @@
 """The pencil against scipy, and the ceiling of RIR: never exceeded, attained in closed form."""
 
 import math
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -9,6 +10,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
+from immunize_ext.data import load_mnist
 from immunize_ext.errors import NotPositiveDefiniteError
 from immunize_ext.metrics import (
     log_rir_ceiling,
@@ -87,3 +89,14 @@ def test_ceiling_is_relative_to_theta0() -> None:
 
 def test_ceiling_without_a_ridge_on_missing_directions_is_infinite() -> None:
     assert log_rir_ceiling(features(20, 6, 0), features(2, 6, 1), ridge=0.0) == math.inf
+
+
+@pytest.mark.shared
+@pytest.mark.slow
+def test_ceilings_found_on_mnist(shared_data: Path) -> None:
+    # All training images of 4 (primary) and 9 (harmful), 784 features.
+    images, labels = load_mnist(shared_data / "mnist")
+    x_primary, x_harmful = (torch.from_numpy(images[labels == digit]) for digit in (4, 9))
+    for ridge, expected in ((1e-2, 113.0), (1e-4, 3234.0)):
+        ceiling = math.exp(log_rir_ceiling(x_primary, x_harmful, ridge=ridge))
+        assert ceiling == pytest.approx(expected, rel=5e-3)

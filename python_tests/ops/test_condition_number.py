@@ -14,6 +14,7 @@ from sample_inputs import (
     EPS32,
     ROUTES,
     diagonal,
+    fewer_examples,
     gaussian,
     symmetric_clusters,
     taking_route,
@@ -52,15 +53,15 @@ def gradient_of(function, a: Tensor, **policy) -> Tensor:
 @every_route
 @given(sample=strategies.ill_conditioned(max_side=8, min_kappa=1.0, max_kappa=1e12))
 def test_kappa_up_to_1e12(route, sample):
-    """Relative error of sigma_min: VALUE_UNITS max(n, p) eps kappa; of log kappa the same, absolute."""
+    """The relative error of sigma_min, VALUE_UNITS max(n, p) eps kappa, is the absolute of log."""
     a = sample.matrix
     with taking_route(route):
         kappa, logarithm = condition_number(a), log_condition_number(a)
-    truth = reference.condition_number(a.numpy())
+    truth = float(reference.condition_number(a.numpy()))
     error = 2 * VALUE_UNITS * max(a.shape) * EPS * truth
     assert_within(kappa / truth, 1.0, error)
     # One rounding of a logarithm of up to log(1e12) comes on top.
-    assert_within(logarithm, np.log(truth), 2 * error + 30 * EPS)
+    assert_within(logarithm, math.log(truth), 2 * error + 30 * EPS)
 
 
 @every_route
@@ -73,7 +74,7 @@ def test_scale_does_not_matter(route, dtype, data):
         kappa = condition_number(a)
         scaled = condition_number(a * 2.0 ** data.draw(st.integers(-10, 10)))
     assert torch.equal(kappa, scaled)
-    truth = reference.condition_number(a.double().numpy())
+    truth = float(reference.condition_number(a.double().numpy()))
     assert_within(kappa / truth, 1.0, 1e-11 if dtype == torch.float64 else 2 * EPS32)
 
 
@@ -215,9 +216,8 @@ def test_gradient_equals_the_one_through_all_singular_values(route, function, a)
 
 @every_route
 @every_function
-@given(
-    sample=strategies.near_multiple(exact=True, max_side=6),
-)
+@fewer_examples
+@given(sample=strategies.near_multiple(exact=True, max_side=6))
 def test_clusters_do_not_depend_on_the_basis(route, function, sample):
     """Also: kappa is of degree 0, so <A, gradient> = 0."""
 
@@ -302,6 +302,7 @@ def test_routes_agree(function):
 # --- transforms -----------------------------------------------------------------------------------
 
 
+@pytest.mark.usefixtures("fresh_compiler")
 @every_function
 @pytest.mark.parametrize("shape", [(3, 5), (2, 4, 3)])
 def test_vmap_and_func_grad(function, shape):

@@ -13,6 +13,7 @@ from sample_inputs import (
     ROUTES,
     column_major,
     diagonal,
+    fewer_examples,
     gaussian,
     symmetric_clusters,
     taking_route,
@@ -344,6 +345,7 @@ def test_gradient_does_not_depend_on_the_scale(route, sample):
 
 
 @every_route
+@fewer_examples
 @given(sample=strategies.matrices(max_side=6, layouts=("contiguous",)))
 def test_gradient_is_a_subgradient_everywhere(route, sample):
     """Euler: <A, gradient> = sigma; and in norm never more than a unit pair, at any gap."""
@@ -371,6 +373,7 @@ def test_repeated_extreme_gets_the_mean_over_its_cluster(route, a, of_max, of_mi
 
 
 @every_route
+@fewer_examples
 @given(sample=strategies.near_multiple(exact=True, max_side=7, batch=(2,)))
 def test_clusters_are_independent_of_basis_and_order(route, sample):
     """Equal values of rotated matrices differ by rounding, hence a tolerance above that."""
@@ -587,6 +590,7 @@ def test_routes_agree():
 # --- transforms -----------------------------------------------------------------------------------
 
 
+@pytest.mark.usefixtures("fresh_compiler")
 @pytest.mark.parametrize("shape", [(3, 5), (5, 3), (2, 3, 3)])
 def test_vmap_and_func_grad(shape):
     testing.check_transforms(extremes, [gaussian(*shape, seed=7)], compile="aot_eager")
@@ -645,6 +649,7 @@ def test_layouts(route):
 
 
 @every_route
+@fewer_examples
 @given(sample=strategies.matrices(max_side=6))
 def test_arguments_stay_as_they_are(route, sample):
     """Column-major, sliced and offset views; nothing in or around them is written to."""

@@ -16,6 +16,7 @@ from sample_inputs import (
     EPS32,
     ROUTES,
     diagonal,
+    fewer_examples,
     gaussian,
     symmetric_clusters,
     taking_route,
@@ -268,6 +269,7 @@ def test_low_precision_gradient_equals_float64(route, dtype, shape):
 
 
 @every_route
+@fewer_examples
 @given(sample=strategies.near_multiple(exact=True, max_side=7))
 def test_clusters_get_the_mean(route, sample):
     with taking_route(route):
@@ -281,6 +283,7 @@ def test_clusters_get_the_mean(route, sample):
 
 
 @every_route
+@fewer_examples
 @given(sample=strategies.matrices(max_side=6, layouts=("contiguous",)))
 def test_euler_identities(route, sample):
     """Degree 2 for both eigenvalues; degree 4 for |K|_F^2, where its range allows."""
@@ -403,6 +406,7 @@ def test_routes_agree():
 # --- transforms -----------------------------------------------------------------------------------
 
 
+@pytest.mark.usefixtures("fresh_compiler")
 @pytest.mark.parametrize("shape", [(3, 5), (5, 3), (2, 3, 3)])
 def test_vmap_and_func_grad(shape):
     testing.check_transforms(extremes, [gaussian(*shape, seed=7)], compile="aot_eager")

@@ -227,7 +227,7 @@ def test_refusals():
     arguments = inputs(9)
     with pytest.raises(ValueError, match="grad must be finite"):
         grads.merge_gradient(np.full((3, 5), np.nan), **arguments)
-    with pytest.raises(ValueError, match="must end in shape"):
+    with pytest.raises(ValueError, match="merge_gradient: grad must end in shape"):
         grads.merge_gradient(np.ones((5, 3)), **arguments)
     with pytest.raises(ValueError, match="rank 0 of 5"):
         grads.merge_gradient(np.ones((3, 5)), **{**arguments, "c_reg": np.zeros((4, 5))})

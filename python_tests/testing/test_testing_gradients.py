@@ -1,5 +1,6 @@
 """The derivative checks accept right operators and catch each planted bug."""
 
+import numpy as np
 import pytest
 import torch
 from hypothesis import given
@@ -258,9 +259,7 @@ class TestFloat32AgainstFloat64:
         )
 
     def test_catches_the_gram_route_in_float32(self):
-        sample = testing.matrix_from_spectrum(
-            __import__("numpy").random.default_rng(0), 20, 3, [1.0, 0.1, 1e-4]
-        )
+        sample = testing.matrix_from_spectrum(np.random.default_rng(0), 20, 3, [1.0, 0.1, 1e-4])
         testing.check_float32_against_float64(
             lambda a: torch.linalg.svdvals(a)[-1], [sample.matrix], condition=1e4
         )
