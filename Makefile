@@ -36,7 +36,7 @@ NATIVE := setup.py pyproject.toml immunize_ext/_version.py \
 PYTHON_SOURCES := immunize_ext python_tests benchmarks csrc setup.py .ci
 CPP_SOURCES := $(sort $(shell find csrc -name '*.h' -o -name '*.cpp' -o -name '*.cu*'))
 
-.PHONY: help build test test-fallback lint format docs demo bench doctor sdist clean distclean
+.PHONY: help build test test-fallback simt cuda lint format docs demo bench doctor sdist clean distclean
 
 help:  ## this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-14s %s\n", $$1, $$2 }' Makefile
@@ -64,6 +64,13 @@ format: $(STAMPS)/lint  ## rewrite the sources in the project's style
 
 docs: $(STAMPS)/build $(STAMPS)/test  ## run the examples of docstrings, README and docs/
 	$(BIN)/python -m pytest -q --doctest-modules immunize_ext python_tests/test_documentation.py
+
+simt: $(STAMPS)/build $(STAMPS)/test  ## CUDA kernels on the CPU, under the SIMT executor
+	$(BIN)/python csrc/simt/build.py
+	$(BIN)/python -m pytest python_tests/simt $(PYTEST_ARGS)
+
+cuda: $(STAMPS)/build  ## compile and link the CUDA part (environment of its own, .venv-cuda)
+	$(BIN)/python .ci/cuda_build.py
 
 demo: $(STAMPS)/build $(STAMPS)/demo  ## immunize a small model on real digits and print the report
 	$(BIN)/immunize demo --force $(DEMO_ARGS)
@@ -130,7 +137,7 @@ $(STAMPS)/demo: $(STAMPS)/package
 	touch $@
 
 $(STAMPS)/test: $(STAMPS)/package
-	$(PIP) install --quiet "immunize_ext[data,report,test]" $(TORCH)
+	$(PIP) install --quiet "immunize_ext[data,diffusion,report,test]" $(TORCH)
 	touch $@
 
 $(STAMPS)/lint: $(STAMPS)/package

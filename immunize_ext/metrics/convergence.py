@@ -104,7 +104,7 @@ def gradient_descent_steps(x: Tensor, y: Tensor, *, tolerance: float = 0.1) -> f
     Example:
         >>> x = torch.diag(torch.tensor([1.0, 0.5], dtype=torch.float64))
         >>> gradient_descent_steps(torch.cat([x, x]), torch.tensor([1.0, 1.0, -2.0, 1.0]))
-        2.0
+        3.0
     """
     x, y = x.detach().to(torch.float64), y.detach().to(torch.float64)
     left, sigma, _ = torch.linalg.svd(x, full_matrices=False)
@@ -125,10 +125,11 @@ def gradient_descent_steps(x: Tensor, y: Tensor, *, tolerance: float = 0.1) -> f
         return 0.0
     if gap == 0.0 and excess(1.0) > 0.0:
         return math.inf
+    # Whole numbers throughout: excess(low) is too much, excess(high) is not.
     low, high = 0.0, 1.0
     while excess(high) > gap:
         low, high = high, 2.0 * high
     while high - low > 1.0:
-        middle = math.floor((low + high) / 2.0)
+        middle = float(math.floor((low + high) / 2.0))
         low, high = (middle, high) if excess(middle) > gap else (low, middle)
     return high
