@@ -2,8 +2,8 @@
 
 R_well pulls all singular values of a matrix together, R_ill drives the smallest away from the
 rest. ``r_well`` and ``r_ill`` take the matrix S itself; ``gram_r_well`` and ``gram_r_ill`` take
-features x and act on K = x^T x without forming it. The Frobenius part never goes through singular vectors, so
-it has no singularity at repeated or zero singular values.
+features x and act on K = x^T x without forming it. The Frobenius part never goes through singular
+vectors, so it has no singularity at repeated or zero singular values.
 
 Gradients, with u, v the singular vectors and D the denominator of R_ill:
 

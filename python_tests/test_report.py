@@ -12,7 +12,7 @@ import torch
 from immunize_ext._extras import MissingExtraError
 from immunize_ext.attacks import AttackComparison, AttackCurve
 from immunize_ext.data import Task
-from immunize_ext.immunizers import ClosedFormImmunizer, Immunized
+from immunize_ext.immunizers import ClosedFormImmunizer, ConditionNumberImmunizer, Immunized
 from immunize_ext.metrics import RelativeImmunizationRatio
 from immunize_ext.metrics.convergence import Slowdown
 from immunize_ext.report import Evaluation, check_target, evaluate, run_directory, write_run
@@ -65,6 +65,19 @@ def test_results_hold_what_a_report_needs(evaluation: Evaluation) -> None:
         assert results["slowdown"][role]["closed_form_ridge"] == 1.0
     assert results["config"]["strength"] == 10.0
     assert {"torch", "compiled_operators", "python"} <= set(results["environment"])
+
+
+def test_evaluation_on_each_device(device: torch.device) -> None:
+    primary, harmful = task(1).to(device), task(2).to(device)
+    for immunizer in (
+        ClosedFormImmunizer(strength=10.0),
+        ConditionNumberImmunizer(steps=3, preconditioner="explicit"),
+    ):
+        immunized = immunizer.fit(primary, harmful)
+        assert immunized.theta.device.type == device.type
+        found = evaluate(immunized, primary, harmful, base_budget=50, limit=2.0)
+        assert found.results()["environment"]["device"].startswith(device.type)
+        assert found.comparisons["harmful"]["whitened"].slowdown == (1.0, False)
 
 
 def test_metrics_rows_follow_the_curves(evaluation: Evaluation) -> None:
@@ -171,7 +184,7 @@ def test_run_directory_is_complete(evaluation: Evaluation, tmp_path: Path) -> No
     assert sorted(path.name for path in target.iterdir()) == [
         "accuracy.png",
         "convergence.png",
-        "immunized.pt",
+        "immunized.safetensors",
         "metrics.jsonl",
         "report.html",
         "results.json",
@@ -184,7 +197,7 @@ def test_run_directory_is_complete(evaluation: Evaluation, tmp_path: Path) -> No
         json.loads(line)
     for name in ("accuracy", "convergence", "spectra"):
         assert (target / f"{name}.png").read_bytes().startswith(b"\x89PNG")
-    again = Immunized.load(target / "immunized.pt")
+    again = Immunized.load(target / "immunized.safetensors")
     assert torch.equal(again.theta, evaluation.immunized.theta)
 
 

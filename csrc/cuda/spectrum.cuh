@@ -64,7 +64,7 @@ struct SmallPlan {
 // For a matrix n x p.
 inline SmallPlan small_plan(std::int64_t n, std::int64_t p) {
   SmallPlan plan{};
-  plan.transposed = n < p;
+  plan.transposed = n <= p;  // M^T M is then the Gram matrix x x^T that the gradient expects
   plan.m = plan.transposed ? p : n;
   plan.t = static_cast<int>(plan.transposed ? n : p);
   const int t = plan.t;

@@ -99,7 +99,7 @@ __device__ __forceinline__ WorkRows all_columns(SharedPtr<double> data, int side
   return WorkRows{data, side, side, side, 0, 0};
 }
 
-// M = a / 2^exponent for a matrix a (n x p) as it lies in memory; `transposed` where n < p.
+// M = a / 2^exponent for a matrix a (n x p) as it lies in memory; `transposed` where n <= p.
 template <typename T>
 __device__ __forceinline__ InputRows<T> tall_rows(
     SharedPtr<const T> a, std::int64_t m, int t, bool transposed, int exponent) {

@@ -20,7 +20,7 @@
 namespace immunize_ext::spectrum {
 
 constexpr int kColumnBlock = 32;
-constexpr int kLargeSweeps = 18;  // of all pairs; about 10 are needed
+constexpr int kLargeSweeps = 24;  // of all pairs; 6 to 13 are needed
 constexpr int kInnerSweeps = 2;   // of one pair: to go further than the other pairs is in vain
 constexpr int kLargeThreads = 256;
 constexpr int kChunkRows = 256;
@@ -75,7 +75,7 @@ struct LargePlan {
 
 inline LargePlan large_plan(std::int64_t n, std::int64_t p, int column_block = kColumnBlock) {
   LargePlan plan{};
-  plan.transposed = n < p;
+  plan.transposed = n <= p;
   plan.m = plan.transposed ? p : n;
   plan.t = static_cast<int>(plan.transposed ? n : p);
   plan.column_block = column_block;
@@ -116,10 +116,10 @@ __global__ void __launch_bounds__(kLargeThreads)
   }
 }
 
-// work = [M; I], zero-padded columns. A matrix that is not finite becomes 0 and is remembered.
+// work = [M; I], zero-padded columns. A matrix that is not finite becomes 0.
 template <typename T>
-__global__ void __launch_bounds__(kLargeThreads) large_prepare(
-    GlobalPtr<const T> a, LargePlan plan, LargeSpace space, GlobalPtr<int> first_bad) {
+__global__ void __launch_bounds__(kLargeThreads)
+    large_prepare(GlobalPtr<const T> a, LargePlan plan, LargeSpace space) {
   constexpr int kTile = 32;
   SIMT_SHARED_ARRAY(double, tile, kTile*(kTile + 1));
   const std::int64_t column_tiles = ceil_div(plan.side, kTile);
@@ -130,9 +130,6 @@ __global__ void __launch_bounds__(kLargeThreads) large_prepare(
   const int first_column = static_cast<int>(within % column_tiles) * kTile;
   const Bits largest = space.largest[b];
   const bool finite = largest < kInfinityBits;
-  if (!finite && within == 0 && threadIdx.x == 0) {
-    atomicMin(&first_bad[0], static_cast<int>(b));
-  }
   InputRows<T> rows = tall_rows<T>(
       a + b * plan.m * plan.t, plan.m, plan.t, plan.transposed, scale_exponent(largest));
   const int inside = finite ? plan.t - first_column : 0;
@@ -218,7 +215,7 @@ static __global__ void __launch_bounds__(kLargeThreads)
 }
 
 static __global__ void __launch_bounds__(kLargeThreads)
-    large_pair_rotation(LargePlan plan, LargeSpace space, double tolerance, int sweep, int round) {
+    large_pair_rotation(LargePlan plan, LargeSpace space, double tolerance, int sweep) {
   SIMT_DYNAMIC_SHARED(double, shared);
   const PairTask task(plan, space, 1, sweep);
   if (task.idle) {
@@ -310,11 +307,16 @@ static __global__ void __launch_bounds__(kLargeThreads)
 }
 
 // Values and vectors from B and the product of the rotations.
-static __global__ void __launch_bounds__(kLargeThreads)
-    large_results(LargePlan plan, LargeSpace space, Policy policy, Outputs out) {
+static __global__ void __launch_bounds__(kLargeThreads) large_results(
+    LargePlan plan, LargeSpace space, Policy policy, Outputs out, GlobalPtr<int> first_bad) {
   const std::int64_t b = blockIdx.x;
   const std::int64_t m = plan.m;
   const int t = plan.t;
+  const Bits largest = space.largest[b];
+  if (largest >= kInfinityBits) {
+    write_not_finite(out, b, m, t, first_bad);
+    return;
+  }
   const int side = plan.side;
   const Extremes found = find_extremes(space.sigma + b * side, t, policy);
   const SharedPtr<double> work = space.work + b * plan.work_doubles();
@@ -322,21 +324,22 @@ static __global__ void __launch_bounds__(kLargeThreads)
   const int second = larger(found.smallest_index, 0);
   const bool has_max = found.largest_index >= 0;
   const bool has_min = found.smallest_index >= 0;
+  if (threadIdx.x == 0) {
+    write_values(out, b, found, ldexp(1.0, scale_exponent(largest)));
+  }
+  const double max_factor = has_max ? 1.0 / found.largest : 0.0;
+  const double min_factor = has_min ? 1.0 / found.smallest : 0.0;
   for (std::int64_t r = threadIdx.x; r < m; r += blockDim.x) {
     const double to_max = work[r * side + first];
     const double to_min = work[r * side + second];
-    out.long_max[b * m + r] = has_max ? to_max / found.largest : 0.0;
-    out.long_min[b * m + r] = has_min ? to_min / found.smallest : 0.0;
+    out.long_max[b * m + r] = to_max * max_factor;
+    out.long_min[b * m + r] = to_min * min_factor;
   }
   for (std::int64_t j = threadIdx.x; j < t; j += blockDim.x) {
     const double to_max = work[(m + j) * side + first];
     const double to_min = work[(m + j) * side + second];
     out.short_max[b * t + j] = has_max ? to_max : 0.0;
     out.short_min[b * t + j] = has_min ? to_min : 0.0;
-  }
-  if (threadIdx.x == 0) {
-    const Bits largest = space.largest[b];
-    write_values(out, b, found, ldexp(1.0, scale_exponent(largest)));
   }
 }
 
@@ -427,7 +430,6 @@ void launch_large_decomposition(
     std::int64_t batch,
     const LargePlan& plan,
     const LargeSpace& space,
-    GlobalPtr<int> first_bad,
     Stream stream) {
   const dim3 block(kLargeThreads);
   simt::launch(
@@ -436,7 +438,7 @@ void launch_large_decomposition(
   simt::launch(
       SIMT_KERNEL(large_prepare<T>),
       large_grid(batch * ceil_div(plan.side, 32) * ceil_div64(plan.rows(), 32)), block, 0, stream,
-      a, plan, space, first_bad);
+      a, plan, space);
   const std::size_t side = static_cast<std::size_t>(plan.pair_side());
   const std::size_t packed = side * (side + 1) / 2;
   const std::size_t tile = static_cast<std::size_t>(plan.gram.tile_doubles());
@@ -458,8 +460,8 @@ void launch_large_decomposition(
           gram, large_grid(pairs * plan.gram_chunks()), block, gram_bytes, stream, plan, space,
           sweep, round);
       simt::launch(
-          rotation, large_grid(pairs), block, rotation_bytes, stream, plan, space, tolerance, sweep,
-          round);
+          rotation, large_grid(pairs), block, rotation_bytes, stream, plan, space, tolerance,
+          sweep);
       simt::launch(
           product, large_grid(pairs * plan.row_chunks()), block, product_bytes, stream, plan, space,
           sweep, round);
@@ -484,9 +486,10 @@ void launch_large_extremes(
   simt::launch(
       SIMT_KERNEL(large_ask_all), large_grid(ceil_div64(batch, kLargeThreads)), block, 0, stream,
       plan, space, batch);
-  launch_large_decomposition<T>(a, batch, plan, space, first_bad, stream);
+  launch_large_decomposition<T>(a, batch, plan, space, stream);
   simt::launch(
-      SIMT_KERNEL(large_results), large_grid(batch), block, 0, stream, plan, space, policy, out);
+      SIMT_KERNEL(large_results), large_grid(batch), block, 0, stream, plan, space, policy, out,
+      first_bad);
 }
 
 template <typename T>
@@ -498,12 +501,11 @@ void launch_large_cluster_gradient(
     const LargeSpace& space,
     const Policy& policy,
     GlobalPtr<T> grad,
-    GlobalPtr<int> first_bad,
     Stream stream) {
   const dim3 block(kLargeThreads);
   simt::launch(
       SIMT_KERNEL(large_ask_clusters), large_grid(batch), block, 0, stream, plan, space, in);
-  launch_large_decomposition<T>(a, batch, plan, space, first_bad, stream);
+  launch_large_decomposition<T>(a, batch, plan, space, stream);
   simt::launch(
       SIMT_KERNEL(large_cluster_weights), large_grid(batch), block, 0, stream, plan, space, policy,
       in);

@@ -26,7 +26,8 @@ class AttackCurve:
 
     Attributes:
         attacker: Name of the probe.
-        train_loss: Mean squared residual on the training part, shape ``(steps + 1,)``, float64.
+        train_loss: Mean squared residual on the training part, shape ``(steps + 1,)``, float64, on
+            the CPU as are the next two.
         test_loss: The same on the test part.
         test_accuracy: Share of test samples with the right sign, shape ``(steps + 1,)``; ``None``
             for a regression task.
@@ -140,9 +141,9 @@ def attack(
             break
     return AttackCurve(
         attacker=attacker,
-        train_loss=torch.cat(train),
-        test_loss=torch.cat(test),
-        test_accuracy=torch.cat(accuracy) if task.is_classification else None,
+        train_loss=torch.cat(train).cpu(),
+        test_loss=torch.cat(test).cpu(),
+        test_accuracy=torch.cat(accuracy).cpu() if task.is_classification else None,
         weights=weights,
     )
 

@@ -6,8 +6,11 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-import torch
 from torch import Tensor
+
+from immunize_ext._checkpoint import load_checkpoint, save_checkpoint
+
+_KIND = "immunize_ext.Immunized/1"
 
 
 @dataclass(frozen=True)
@@ -33,34 +36,36 @@ class Immunized:
         return x @ self.theta.to(x.dtype)
 
     def save(self, path: str | Path) -> None:
-        """Write everything to one file that :meth:`load` reads back exactly."""
-        torch.save(
-            {
-                "method": self.method,
-                "theta": self.theta,
-                "theta0": self.theta0,
-                "config": self.config,
-                "history": self.history,
-            },
+        """Write everything to one safetensors file that :meth:`load` reads back exactly.
+
+        Args:
+            path: Target file; replaced if it exists.
+
+        Raises:
+            MissingExtraError: If safetensors is not installed.
+            OSError: If the file cannot be written; an existing one is then untouched.
+        """
+        save_checkpoint(
             path,
+            {"theta": self.theta, "theta0": self.theta0},
+            kind=_KIND,
+            values={"method": self.method, "config": self.config, "history": self.history},
         )
 
     @classmethod
     def load(cls, path: str | Path) -> Immunized:
         """Read what :meth:`save` wrote. Runs no code from the file.
 
+        Args:
+            path: The file.
+
+        Returns:
+            The immunized extractor.
+
         Raises:
             FileNotFoundError: If there is no such file.
+            MissingExtraError: If safetensors is not installed.
             ValueError: If it holds something else.
         """
-        if not Path(path).is_file():
-            raise FileNotFoundError(
-                f"Immunized.load: path must name a file, got {path}, which does not exist"
-            )
-        content = torch.load(path, weights_only=True)
-        expected = {"method", "theta", "theta0", "config", "history"}
-        if not isinstance(content, dict) or set(content) != expected:
-            raise ValueError(
-                f"Immunized.load: {path} must hold what Immunized.save wrote, got something else"
-            )
-        return cls(**content)
+        tensors, values = load_checkpoint(path, kind=_KIND, function="Immunized.load")
+        return cls(theta=tensors["theta"], theta0=tensors["theta0"], **values)

@@ -2,19 +2,16 @@
 
 from __future__ import annotations
 
-import json
 import math
 import os
-import tempfile
 import warnings
 from collections.abc import Iterable
 from functools import cached_property
-from pathlib import Path
-from typing import Any
 
 import torch
 from torch import Tensor
 
+from immunize_ext._checkpoint import load_checkpoint, save_checkpoint
 from immunize_ext.errors import NotPositiveDefiniteError, NumericalWarning
 from immunize_ext.ops._arguments import (
     carries_derivative,
@@ -22,7 +19,7 @@ from immunize_ext.ops._arguments import (
     require_floating_matrix,
 )
 
-_FORMAT = "immunize_ext.RegularizationFactor/1"
+_KIND = "immunize_ext.RegularizationFactor/1"
 _EPS = torch.finfo(torch.float64).eps
 # Columns of a block of the Gram matrix: wide enough for a full-speed product, narrow enough that
 # little above the diagonal is computed (5/8 of the work of a full product at d = 768). No power of
@@ -245,25 +242,11 @@ class RegularizationFactor:
             path: Target file; replaced if it exists.
 
         Raises:
-            ImportError: If safetensors is not installed.
+            MissingExtraError: If safetensors is not installed.
             OSError: If the file cannot be written; an existing one is then untouched.
         """
-        save = _safetensors().save
-        target = Path(path)
-        metadata = {
-            "format": _FORMAT,
-            "ridge": json.dumps(self.ridge),
-            "samples": json.dumps(self.samples),
-        }
-        payload = save({"chol": self.chol.detach().cpu().contiguous()}, metadata=metadata)
-        handle, temporary = tempfile.mkstemp(dir=target.parent, prefix=f".{target.name}.")
-        try:
-            with os.fdopen(handle, "wb") as file:
-                file.write(payload)
-            os.replace(temporary, target)
-        except BaseException:
-            Path(temporary).unlink(missing_ok=True)
-            raise
+        values = {"ridge": self.ridge, "samples": self.samples}
+        save_checkpoint(path, {"chol": self.chol}, kind=_KIND, values=values)
 
     @classmethod
     def load(
@@ -279,40 +262,20 @@ class RegularizationFactor:
             The factor, without a path for gradients to C_reg.
 
         Raises:
-            ImportError: If safetensors is not installed.
-            ValueError: If the file is no factor of this format, or what it holds is none.
             FileNotFoundError: If there is no such file.
+            MissingExtraError: If safetensors is not installed.
+            ValueError: If the file holds something else.
         """
         function = "RegularizationFactor.load"
-        _safetensors()
-        from safetensors import SafetensorError, safe_open
-
-        if not Path(path).is_file():
-            raise FileNotFoundError(f"{function}: there is no file {os.fspath(path)}")
-        try:
-            with safe_open(os.fspath(path), framework="pt", device=str(device)) as file:
-                metadata = file.metadata() or {}
-                if metadata.get("format") != _FORMAT:
-                    raise ValueError(
-                        f"{function}: path must be a file written by RegularizationFactor.save "
-                        f"({_FORMAT}), got format {metadata.get('format')!r} in {os.fspath(path)}"
-                    )
-                chol = file.get_tensor("chol")
-        except SafetensorError as error:
-            raise ValueError(
-                f"{function}: {os.fspath(path)} must be a safetensors file, got: {error}"
-            ) from error
+        tensors, values = load_checkpoint(path, kind=_KIND, function=function, device=device)
+        chol = tensors["chol"]
         square = chol.dim() == 2 and chol.shape[0] == chol.shape[1] and chol.shape[0] > 0
         if not square or chol.dtype != torch.float64 or not bool((chol.diagonal() > 0).all()):
             raise ValueError(
                 f"{function}: {os.fspath(path)} must hold a float64 Cholesky factor (d, d), got "
                 f"{chol.dtype} {tuple(chol.shape)}"
             )
-        return cls(
-            chol,
-            ridge=float(json.loads(metadata["ridge"])),
-            samples=int(json.loads(metadata["samples"])),
-        )
+        return cls(chol, ridge=float(values["ridge"]), samples=int(values["samples"]))
 
     def __repr__(self) -> str:
         return (
@@ -399,13 +362,3 @@ def _factor_or_explain(
         rank=rank,
         needed_ridge=needed,
     )
-
-
-def _safetensors() -> Any:
-    try:
-        import safetensors.torch
-    except ImportError as error:
-        raise ImportError(
-            "RegularizationFactor.save and .load need safetensors: pip install safetensors"
-        ) from error
-    return safetensors.torch

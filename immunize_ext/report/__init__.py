@@ -38,7 +38,7 @@ def write_run(
 ) -> Path:
     """Write a run directory: all of it or nothing.
 
-    It holds ``results.json``, ``metrics.jsonl``, ``immunized.pt`` (read it with
+    It holds ``results.json``, ``metrics.jsonl``, ``immunized.safetensors`` (read it with
     :meth:`immunize_ext.immunizers.Immunized.load`), the plots as PNG and ``report.html``, one file
     that needs nothing else.
 
@@ -63,6 +63,6 @@ def write_run(
         page = render_html(evaluation, results, draw_svg(evaluation))
         (folder / "report.html").write_text(page, encoding="utf-8")
         write_json_lines(folder / "metrics.jsonl", evaluation.metrics())
-        evaluation.immunized.save(folder / "immunized.pt")
+        evaluation.immunized.save(folder / "immunized.safetensors")
         write_json(folder / "results.json", results)
     return Path(target)

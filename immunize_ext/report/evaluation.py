@@ -181,7 +181,7 @@ class Evaluation:
             },
             "warnings": self.warnings(),
             "config": self.immunized.config,
-            "environment": environment(),
+            "environment": environment(self.immunized.theta.device),
         }
 
     def metrics(self) -> list[dict[str, Any]]:
@@ -242,8 +242,8 @@ def log_spaced_steps(last: int, count: int) -> list[int]:
     return sorted({0, *spaced.tolist()} & set(range(last + 1)))
 
 
-def environment() -> dict[str, Any]:
-    """Versions, and whether the compiled operators ran."""
+def environment(device: torch.device | str = "cpu") -> dict[str, Any]:
+    """Versions, the device, and whether the compiled operators were there."""
     status = _load.status()
     return {
         "immunize_ext": __version__,
@@ -254,7 +254,7 @@ def environment() -> dict[str, Any]:
         "numpy": np.__version__,
         "platform": f"{platform.system()} {platform.machine()}",
         "threads": torch.get_num_threads(),
-        "device": "cpu",
+        "device": str(device),
     }
 
 
@@ -313,7 +313,7 @@ def evaluate(
     for role in ROLES:
         rows = with_ridge(tasks[role].x_train.to(torch.float64), ridge)
         before, after = (
-            torch.linalg.svdvals(rows @ theta.to(torch.float64)).square()
+            torch.linalg.svdvals(rows @ theta.to(torch.float64)).square().cpu()
             for theta in (immunized.theta0, immunized.theta)
         )
         spectra[role] = Spectrum(before, after)

@@ -42,7 +42,7 @@ struct Results {
   }
 
   Outputs outputs() const {
-    const bool transposed = n < p;
+    const bool transposed = n <= p;
     return {
         value_max.ptr(),
         value_min.ptr(),
@@ -192,14 +192,12 @@ void define_large(simt::py::module_& m) {
         const Buffer<const T> in = simt::input("a", a);
         const Gradients gradients(forward, grads);
         const LargeBuffers buffers(plan, batch);
-        Buffer<int> first_bad("first_bad", 1);
-        first_bad.fill(INT_MAX);
         Buffer<T> grad("grad", a.size());
         launch_gradient<T>(gradients.incoming(), in.ptr(), batch, n, p, grad.ptr(), stream);
         launch_large_cluster_gradient<T>(
             gradients.incoming(), in.ptr(), batch, plan, buffers.space(),
             policy_for(n, p, rank_rtol, cluster_rtol, full_rank, gradients.of_gram), grad.ptr(),
-            first_bad.ptr(), stream);
+            stream);
         return simt::to_numpy(grad, {batch, n, p});
       },
       arg("a").noconvert(), arg("forward"), arg("grads"), arg("rank_rtol"), arg("cluster_rtol"),

@@ -1,0 +1,221 @@
+// Products of the spectrum operators, in float64 whatever the entries are. Torch-free.
+//
+//   add_symmetric_product   g += s s^T, s the thin side of a (t x k): lower triangle by tiles
+//   multiply_left           out = m x    (t x t) (t x p)
+//   multiply_right          out = x m    (n x p) (p x p)
+//   combine_rows            y = u^T a    for one or two vectors u
+//   combine_columns         y = a v      for one or two vectors v
+//
+// One register tile serves all of the first three: 4 rows by a panel of 12 columns (three vectors),
+// both packed or strided, over a depth of 128. A symmetric product packs only one operand, since a
+// panel of 12 holds three groups of 4 rows. Only tiles on or below the diagonal are computed: half
+// the arithmetic of a general product.
+//
+// Every tile is summed over the whole depth in a fixed order, whoever computes it. So a result
+// depends neither on the number of threads nor on what else stands in a batch.
+
+// c (4 x 12, row stride ldc) += a b with a[r * a_row + k * a_step] and b[k * 12 + j].
+inline void tile(
+    const double* a,
+    int64_t a_row,
+    int64_t a_step,
+    const double* b,
+    int64_t depth,
+    double* c,
+    int64_t ldc) {
+  Vec4 acc[kRows][3] = {};
+  for (int64_t k = 0; k < depth; ++k) {
+    Vec4 right[3];
+#pragma GCC unroll 4
+    for (int j = 0; j < 3; ++j)
+      load(right[j], b + k * kPanel + 4 * j);
+#pragma GCC unroll 4
+    for (int r = 0; r < kRows; ++r) {
+      const double left = a[r * a_row + k * a_step];
+#pragma GCC unroll 4
+      for (int j = 0; j < 3; ++j)
+        acc[r][j] += left * right[j];
+    }
+  }
+#pragma GCC unroll 4
+  for (int r = 0; r < kRows; ++r) {
+#pragma GCC unroll 4
+    for (int j = 0; j < 3; ++j) {
+      Vec4 old;
+      load(old, c + r * ldc + 4 * j);
+      store(c + r * ldc + 4 * j, old + acc[r][j]);
+    }
+  }
+}
+
+// One panel of 12 thin indices at the depths [k0, k0 + depth): out[k * 12 + r].
+template <typename T>
+inline void pack_panel(const Thin<T>& thin, int64_t first, int64_t k0, int64_t depth, double* out) {
+  const int64_t used = std::min(kPanel, thin.side() - first);
+  if (used < kPanel)
+    std::memset(out, 0, sizeof(double) * kPanel * depth);
+  if (!thin.left()) {
+    for (int64_t k = 0; k < depth; ++k) {
+      const T* from = thin.a + (k0 + k) * thin.p + first;
+      for (int64_t r = 0; r < used; ++r)
+        out[k * kPanel + r] = static_cast<double>(from[r]);
+    }
+    return;
+  }
+  int64_t r = 0;
+  for (; r + 4 <= used; r += 4) {
+    const T* from = thin.a + (first + r) * thin.p + k0;
+    for (int64_t k = 0; k < depth; ++k)
+      for (int64_t s = 0; s < 4; ++s)
+        out[k * kPanel + r + s] = static_cast<double>(from[s * thin.p + k]);
+  }
+  for (; r < used; ++r)
+    for (int64_t k = 0; k < depth; ++k)
+      out[k * kPanel + r] = static_cast<double>(thin.a[(first + r) * thin.p + k0 + k]);
+}
+
+// Tiles [begin, end) of g += s s^T; g is padded(t) square and zero before the first call.
+// packed: padded(t) * kDepth doubles of scratch.
+template <typename T>
+inline void add_symmetric_product(
+    const Thin<T>& thin, int64_t begin, int64_t end, double* packed, double* g) {
+  const int64_t panels = panels_of(thin.side()), ld = panels * kPanel;
+  // The first panel of the range, whose index bounds the rows needed from below.
+  int64_t first_panel = 0, offset = begin;
+  while (first_panel < panels && offset >= 3 * (panels - first_panel))
+    offset -= 3 * (panels - first_panel++);
+  for (int64_t k0 = 0; k0 < thin.length(); k0 += kDepth) {
+    const int64_t depth = std::min(kDepth, thin.length() - k0);
+    for (int64_t j = first_panel; j < panels; ++j)
+      pack_panel(thin, j * kPanel, k0, depth, packed + j * kPanel * kDepth);
+    int64_t panel = first_panel, row = offset;
+    for (int64_t index = begin; index < end; ++index) {
+      const int64_t i = 3 * panel + row;  // group of 4 rows
+      tile(
+          packed + (i / 3) * kPanel * kDepth + (i % 3) * kRows, 1, kPanel,
+          packed + panel * kPanel * kDepth, depth, g + i * kRows * ld + panel * kPanel, ld);
+      if (++row == 3 * (panels - panel)) {
+        row = 0;
+        ++panel;
+      }
+    }
+  }
+}
+
+// Columns [12 begin, 12 end) of out = m x; m is t x t with leading dimension ldm.
+template <typename T>
+inline void multiply_left(
+    const double* m,
+    int64_t ldm,
+    const T* x,
+    int64_t t,
+    int64_t p,
+    int64_t begin,
+    int64_t end,
+    T* out) {
+  std::vector<double> scratch(kPanel * (t + padded(t)));
+  double* packed = scratch.data();
+  double* result = packed + kPanel * t;
+  for (int64_t panel = begin; panel < end; ++panel) {
+    const int64_t first = panel * kPanel, used = std::min(kPanel, p - first);
+    if (used < kPanel)
+      std::memset(packed, 0, sizeof(double) * kPanel * t);
+    for (int64_t k = 0; k < t; ++k)
+      for (int64_t j = 0; j < used; ++j)
+        packed[k * kPanel + j] = static_cast<double>(x[k * p + first + j]);
+    std::memset(result, 0, sizeof(double) * kPanel * padded(t));
+    for (int64_t i = 0; i < t; i += kRows)
+      tile(m + i * ldm, ldm, 1, packed, t, result + i * kPanel, kPanel);
+    for (int64_t i = 0; i < t; ++i)
+      for (int64_t j = 0; j < used; ++j)
+        out[i * p + first + j] = static_cast<T>(result[i * kPanel + j]);
+  }
+}
+
+// Rows [begin, end) of out = x m, from the packed m.
+template <typename T>
+inline void multiply_right(
+    const T* x, const double* packed, int64_t p, int64_t begin, int64_t end, T* out) {
+  constexpr int64_t depth_block = 2 * kDepth;
+  const int64_t ld = padded(p);
+  std::vector<double> scratch(kRowBlock * (depth_block + ld));
+  double* left = scratch.data();
+  double* result = left + kRowBlock * depth_block;
+  for (int64_t i0 = begin; i0 < end; i0 += kRowBlock) {
+    const int64_t height = std::min(kRowBlock, end - i0);
+    std::memset(scratch.data(), 0, sizeof(double) * scratch.size());
+    for (int64_t k0 = 0; k0 < p; k0 += depth_block) {
+      const int64_t depth = std::min(depth_block, p - k0);
+      for (int64_t i = 0; i < height; ++i)
+        for (int64_t k = 0; k < depth; ++k)
+          left[i * depth_block + k] = static_cast<double>(x[(i0 + i) * p + k0 + k]);
+      for (int64_t panel = 0; panel < panels_of(p); ++panel)
+        for (int64_t i = 0; i < height; i += kRows)
+          tile(
+              left + i * depth_block, depth_block, 1, packed + (panel * p + k0) * kPanel, depth,
+              result + i * ld + panel * kPanel, ld);
+    }
+    for (int64_t i = 0; i < height; ++i)
+      for (int64_t j = 0; j < p; ++j)
+        out[(i0 + i) * p + j] = static_cast<T>(result[i * ld + j]);
+  }
+}
+
+// y_c (length p) += sum over rows [begin, end) of u_c[i] a_i for C vectors.
+template <typename T, int C>
+inline void combine_rows(
+    const T* a, int64_t p, int64_t begin, int64_t end, const double* const* u, double* const* y) {
+  int64_t i = begin;
+  for (; i + 4 <= end; i += 4) {
+    const T* row = a + i * p;
+    int64_t j = 0;
+    for (; j + 4 <= p; j += 4) {
+      Vec4 entry[4];
+      for (int r = 0; r < 4; ++r)
+        load(entry[r], row + r * p + j);
+      for (int c = 0; c < C; ++c) {
+        Vec4 sum;
+        load(sum, y[c] + j);
+        sum += (u[c][i] * entry[0] + u[c][i + 1] * entry[1]) +
+               (u[c][i + 2] * entry[2] + u[c][i + 3] * entry[3]);
+        store(y[c] + j, sum);
+      }
+    }
+    for (; j < p; ++j)
+      for (int c = 0; c < C; ++c)
+        y[c][j] += (u[c][i] * row[j] + u[c][i + 1] * row[p + j]) +
+                   (u[c][i + 2] * row[2 * p + j] + u[c][i + 3] * row[3 * p + j]);
+  }
+  for (; i < end; ++i)
+    for (int c = 0; c < C; ++c)
+      for (int64_t j = 0; j < p; ++j)
+        y[c][j] += u[c][i] * static_cast<double>(a[i * p + j]);
+}
+
+// y_c[i] = a_i . v_c for rows [begin, end) and C vectors.
+template <typename T, int C>
+inline void combine_columns(
+    const T* a, int64_t p, int64_t begin, int64_t end, const double* const* v, double* const* y) {
+  for (int64_t i = begin; i < end; ++i) {
+    const T* row = a + i * p;
+    Vec4 acc[C][4] = {};
+    int64_t j = 0;
+    for (; j + 16 <= p; j += 16) {
+      for (int s = 0; s < 4; ++s) {
+        Vec4 entry;
+        load(entry, row + j + 4 * s);
+        for (int c = 0; c < C; ++c) {
+          Vec4 right;
+          load(right, v[c] + j + 4 * s);
+          acc[c][s] += entry * right;
+        }
+      }
+    }
+    for (int c = 0; c < C; ++c) {
+      double sum = horizontal_sum((acc[c][0] + acc[c][1]) + (acc[c][2] + acc[c][3]));
+      for (int64_t r = j; r < p; ++r)
+        sum += static_cast<double>(row[r]) * v[c][r];
+      y[c][i] = sum;
+    }
+  }
+}

@@ -1,0 +1,160 @@
+// The torch-free numerical core of the spectrum operators, compiled for the baseline instruction
+// set and for AVX2 with FMA, and chosen at run time: the build names no architecture, so one binary
+// serves every machine. The bodies are .inl files, included once for each instruction set inside a
+// namespace of its own and under its target pragma. The pragma has to stand around the definitions:
+// a vector type that is lowered for the baseline before it is inlined stays lowered.
+
+#pragma once
+
+#include <algorithm>
+#include <cmath>
+#include <cstdint>
+#include <cstring>
+#include <limits>
+#include <vector>
+
+#include "extremes.h"
+
+namespace immunize_ext::spectrum {
+
+// Where the thin side of a (n x p, row-major) lies: its rows if n <= p, its columns otherwise.
+template <typename T>
+struct Thin {
+  const T* a;
+  int64_t n, p;
+
+  bool left() const {
+    return n <= p;
+  }
+  int64_t side() const {
+    return std::min(n, p);
+  }
+  int64_t length() const {
+    return std::max(n, p);
+  }
+};
+
+constexpr int64_t kRows = 4;
+constexpr int64_t kPanel = 12;
+constexpr int64_t kDepth = 128;
+
+inline int64_t panels_of(int64_t side) {
+  return (side + kPanel - 1) / kPanel;
+}
+
+// Leading dimension of a padded t x t matrix.
+inline int64_t padded(int64_t side) {
+  return panels_of(side) * kPanel;
+}
+
+// Tiles on or below the diagonal, in the order of their panels.
+inline int64_t symmetric_tiles(int64_t side) {
+  const int64_t panels = panels_of(side);
+  return 3 * panels * (panels + 1) / 2;
+}
+
+// Copy the lower triangle to the upper one.
+inline void mirror(double* g, int64_t side, int64_t ld) {
+  constexpr int64_t block = 16;
+  for (int64_t i0 = 0; i0 < side; i0 += block)
+    for (int64_t j0 = 0; j0 <= i0; j0 += block)
+      for (int64_t i = i0; i < std::min(i0 + block, side); ++i)
+        for (int64_t j = j0; j < std::min(j0 + block, i); ++j)
+          g[j * ld + i] = g[i * ld + j];
+}
+
+// m (p x p, leading dimension ldm) as panels of 12 columns: packed[(panel * p + k) * 12 + j].
+inline void pack_columns(const double* m, int64_t ldm, int64_t p, double* packed) {
+  for (int64_t panel = 0; panel < panels_of(p); ++panel)
+    for (int64_t k = 0; k < p; ++k)
+      std::memcpy(
+          packed + (panel * p + k) * kPanel, m + k * ldm + panel * kPanel, sizeof(double) * kPanel);
+}
+
+constexpr int64_t kRowBlock = 64;
+
+constexpr double kEps = std::numeric_limits<double>::epsilon();
+constexpr int kRefinements = 3;
+
+// Beyond this side the reduction to tridiagonal form costs more than iterating for two vectors.
+constexpr int64_t kLargestSide = 256;
+
+// Scratch of one thread for matrices n x p.
+class Workspace {
+ public:
+  Workspace(int64_t n, int64_t p)
+      : ld_(padded(std::min(n, p))), memory_(2 * ld_ * ld_ + 20 * ld_ + 3 * std::max(n, p)) {}
+  double* take(int64_t count) {
+    double* from = memory_.data() + used_;
+    used_ += count;
+    return from;
+  }
+  void reset() {
+    used_ = 0;
+  }
+  int64_t ld() const {
+    return ld_;
+  }
+
+ private:
+  int64_t ld_;
+  int64_t used_ = 0;
+  std::vector<double> memory_;
+};
+
+namespace baseline {
+// Blank lines keep the order: each body uses those before it.
+#include "simd.inl"
+
+#include "dense_products.inl"
+
+#include "tridiagonal.inl"
+
+#include "sturm.inl"
+
+#include "gram_route.inl"
+}  // namespace baseline
+
+#if defined(__x86_64__) && (defined(__GNUC__) || defined(__clang__))
+#define IMMUNIZE_EXT_SPECTRUM_AVX2 1
+#if defined(__clang__)
+#pragma clang attribute push(__attribute__((target("avx2,fma"))), apply_to = function)
+#else
+#pragma GCC push_options
+#pragma GCC target("avx2,fma")
+#endif
+namespace avx2 {
+// Blank lines keep the order: each body uses those before it.
+#include "simd.inl"
+
+#include "dense_products.inl"
+
+#include "tridiagonal.inl"
+
+#include "sturm.inl"
+
+#include "gram_route.inl"
+}  // namespace avx2
+#if defined(__clang__)
+#pragma clang attribute pop
+#else
+#pragma GCC pop_options
+#endif
+#endif
+
+inline bool use_avx2() {
+#if defined(IMMUNIZE_EXT_SPECTRUM_AVX2)
+  static const bool has = __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma");
+  return has;
+#else
+  return false;
+#endif
+}
+
+#if defined(IMMUNIZE_EXT_SPECTRUM_AVX2)
+#define IMMUNIZE_EXT_SPECTRUM(call) (use_avx2() ? avx2::call : baseline::call)
+#else
+#define IMMUNIZE_EXT_SPECTRUM(call) (baseline::call)
+#endif
+
+}  // namespace immunize_ext::spectrum

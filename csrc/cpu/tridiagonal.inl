@@ -1,0 +1,129 @@
+// Reduction of a symmetric matrix to tridiagonal form, and vectors back. Torch-free.
+//
+// Householder: for i = t-1 .. 1 the reflector H_i = I - tau v v^T, v supported on [0, i), v[i-1] =
+// 1, maps the part of row i left of the diagonal to a multiple of its last unit vector. With
+//   q = tau A v,  w = q - (tau v^T q / 2) v,   H A H = A - v w^T - w v^T   on the leading i x i
+//   part,
+// so that G = Q T Q^T with Q = H_{t-1} ... H_1.
+//
+// Both the update and the product A v read the whole remaining matrix, which is what limits the
+// speed. Here they share one pass: row i-1 of the updated matrix, and with it the next reflector,
+// is formed first; then each row is updated and, while it is in registers, multiplied with the next
+// v. The matrix is kept in full, rows padded with finite numbers that meet zeros in v and w.
+
+// g: t x t with leading dimension ld, a multiple of 4 with at least ld rows; destroyed.
+// d[t], e[t-1]: T.   v: t x ld, row i holds the reflector of row i.   tau[t].   work: 3 ld.
+struct Reduction {
+  int64_t t, ld;
+  double *g, *d, *e, *v, *tau, *work;
+};
+
+// The reflector that maps x (length i) to (0, .., 0, beta). Returns beta, writes v (zero beyond i).
+inline double reflector(const double* x, int64_t i, int64_t ld, double* v, double* tau) {
+  std::memset(v, 0, sizeof(double) * ld);
+  const double alpha = x[i - 1];
+  double square = 0.0;
+  for (int64_t j = 0; j + 1 < i; ++j)
+    square += x[j] * x[j];
+  if (square == 0.0) {
+    *tau = 0.0;
+    return alpha;
+  }
+  const double beta = -std::copysign(std::sqrt(alpha * alpha + square), alpha);
+  const double inverse = 1.0 / (alpha - beta);
+  for (int64_t j = 0; j + 1 < i; ++j)
+    v[j] = x[j] * inverse;
+  v[i - 1] = 1.0;
+  *tau = (beta - alpha) / beta;
+  return beta;
+}
+
+// g -= v w^T + w v^T on the leading `side` rows, and y = g next (the updated g).
+inline void update_and_multiply(
+    double* g,
+    int64_t ld,
+    int64_t side,
+    const double* v,
+    const double* w,
+    const double* next,
+    double* y) {
+  const int64_t width = (side + 3) / 4 * 4;
+  for (int64_t i = 0; i < width; i += 4) {
+    double* row = g + i * ld;
+    Vec4 acc[4] = {};
+    for (int64_t j = 0; j < width; j += 4) {
+      Vec4 vj, wj, nj;
+      load(vj, v + j);
+      load(wj, w + j);
+      load(nj, next + j);
+#pragma GCC unroll 4
+      for (int r = 0; r < 4; ++r) {
+        Vec4 a;
+        load(a, row + r * ld + j);
+        a -= v[i + r] * wj;
+        a -= w[i + r] * vj;
+        store(row + r * ld + j, a);
+        acc[r] += a * nj;
+      }
+    }
+    for (int r = 0; r < 4; ++r)
+      y[i + r] = horizontal_sum(acc[r]);
+  }
+}
+
+inline void reduce(const Reduction& m) {
+  const int64_t t = m.t, ld = m.ld;
+  double *w = m.work, *y = w + ld, *zero = y + ld;
+  std::memset(m.work, 0, sizeof(double) * 3 * ld);
+  m.d[t - 1] = m.g[(t - 1) * ld + t - 1];
+  if (t == 1)
+    return;
+  const double* v = zero;  // the update that is pending: none before the first
+  for (int64_t i = t - 1; i >= 1; --i) {
+    double* row = m.g + i * ld;
+    // Bring row i up to date; its diagonal entry is final now.
+    const double vi = v[i], wi = w[i];
+    for (int64_t j = 0; j <= i; ++j)
+      row[j] -= vi * w[j] + wi * v[j];
+    m.d[i] = row[i];
+    double* next = m.v + i * ld;
+    m.e[i - 1] = reflector(row, i, ld, next, m.tau + i);
+    update_and_multiply(m.g, ld, i, v, w, next, y);
+    const double tau = m.tau[i];
+    double along = 0.0;
+    for (int64_t j = 0; j < i; ++j)
+      along += next[j] * y[j];
+    const double alpha = -0.5 * tau * tau * along;
+    for (int64_t j = 0; j < i; ++j)
+      w[j] = tau * y[j] + alpha * next[j];
+    std::memset(w + i, 0, sizeof(double) * (ld - i));
+    v = next;
+  }
+  m.d[0] = m.g[0] - 2.0 * v[0] * w[0];
+}
+
+inline void reflect(const double* v, double tau, int64_t length, double* x) {
+  Vec4 acc = {};
+  for (int64_t j = 0; j < length; j += 4) {
+    Vec4 a, b;
+    load(a, v + j);
+    load(b, x + j);
+    acc += a * b;
+  }
+  const double factor = tau * horizontal_sum(acc);
+  for (int64_t j = 0; j < length; j += 4) {
+    Vec4 a, b;
+    load(a, v + j);
+    load(b, x + j);
+    store(x + j, b - factor * a);
+  }
+}
+
+// x <- Q x or Q^T x; x has ld entries, those beyond t zero.
+inline void apply_q(const Reduction& m, bool transposed, double* x) {
+  for (int64_t step = 1; step < m.t; ++step) {
+    const int64_t i = transposed ? m.t - step : step;
+    if (m.tau[i] != 0.0)
+      reflect(m.v + i * m.ld, m.tau[i], (i + 3) / 4 * 4, x);
+  }
+}

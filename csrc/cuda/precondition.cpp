@@ -1,0 +1,67 @@
+// Gradient times K^-1 on the input side, K = x^T x + ridge I, on a GPU; csrc/cpu/precondition.cpp
+// has the formulas. Two triangular solves and two products in float64 are all there is to it, so
+// cuSOLVER and cuBLAS do it; nothing here waits for the GPU. TF32 does not touch float64.
+
+#include <ATen/ATen.h>
+#include <c10/cuda/CUDAGuard.h>
+#include <torch/library.h>
+
+#include <algorithm>
+
+#include "../checks.h"
+
+namespace immunize_ext {
+namespace {
+
+using at::Tensor;
+
+// Rows of grad that are solved for at a time. Libraries put the right-hand sides into a grid
+// dimension: from 524,281 on launches have failed, and this bounds the float64 workspace as well.
+constexpr int64_t kRowsAtOnce = 65536;
+
+Tensor precondition(
+    const Tensor& grad,    // [*, o, p]
+    const Tensor& factor,  // [p, p] or [n, n] float64, lower
+    const Tensor& x,       // [n, p] float64; [0, p] unless woodbury
+    double ridge,
+    bool woodbury) {
+  constexpr const char* op = "precondition";
+  check_real_floating(op, "grad", grad);
+  check_matrix(op, "grad", grad);
+  check_dtype(op, "factor", factor, at::kDouble);
+  check_same_device(op, "factor", factor, "grad", grad);
+  const int64_t p = grad.size(-1), side = woodbury ? x.size(0) : p;
+  check_shape(op, "factor", factor, {side, side});
+  if (woodbury) {
+    check_dtype(op, "x", x, at::kDouble);
+    check_shape(op, "x", x, {side, p});
+    check_same_device(op, "x", x, "grad", grad);
+    TORCH_CHECK_VALUE(
+        ridge > 0.0, op, ": ridge must be positive with fewer samples than features, got ", ridge);
+  }
+  const c10::cuda::CUDAGuard guard(grad.device());
+  Tensor result = at::empty(grad.sizes(), grad.options());
+  if (grad.numel() == 0)
+    return result;
+  const Tensor from = grad.reshape({-1, p}), to = result.view({-1, p});
+  for (int64_t begin = 0; begin < from.size(0); begin += kRowsAtOnce) {
+    const int64_t end = std::min(begin + kRowsAtOnce, from.size(0));
+    // float64 whatever the type of grad: K is squared in condition and the gradient is small.
+    const Tensor rows = from.slice(0, begin, end).to(at::kDouble);
+    if (woodbury) {
+      const Tensor inner = at::cholesky_solve(x.mm(rows.mT()), factor);  // [n, rows]
+      to.slice(0, begin, end).copy_((rows - inner.mT().mm(x)) / ridge);
+    } else {
+      to.slice(0, begin, end).copy_(at::cholesky_solve(rows.mT(), factor).mT());
+    }
+  }
+  return result;
+}
+
+}  // namespace
+
+TORCH_LIBRARY_IMPL(immunize_ext, CUDA, m) {
+  m.impl("precondition", &precondition);
+}
+
+}  // namespace immunize_ext
