@@ -64,6 +64,41 @@ TORCH_LIBRARY(immunize_ext, m) {
       "Tensor grad_grad_max, Tensor grad_grad_min, Tensor grad_grad_squared_frobenius,"
       " Tensor grad_x)");
 
+  // R_well (ill = false) or R_ill of K = x^T x; normaliser: p or k, by default the width of x or
+  // the rank; floor: of the denominator of R_ill.
+  m.def(
+      "gram_regularizer(Tensor x,"  // [*, n, p]
+      " bool ill, float? normaliser, float? floor,"
+      " float rank_rtol, float cluster_rtol, bool full_rank) -> ("
+      "Tensor value,"          // [*], dtype of x
+      " Tensor coefficients,"  // [*, 3] float64: of d lambda_max, d lambda_min, d |K|_F^2
+      " Tensor multiplicity,"  // [*] int64, of the extreme that enters
+      " Tensor thin_vector,"   // [*, t] float64, its vector on the thin side
+      " Tensor thin_gram)");   // [*, t, t] float64
+  m.def(
+      "gram_regularizer_backward("
+      "Tensor grad,"  // [*], dtype of x
+      " Tensor x, Tensor coefficients, Tensor multiplicity, Tensor thin_vector, Tensor thin_gram,"
+      " bool ill, float? normaliser,"
+      " float rank_rtol, float cluster_rtol, bool full_rank) -> Tensor");  // [*, n, p]
+
+  // Algebraic extremes of symmetric matrices, possibly indefinite.
+  m.def(
+      "symmetric_extremes(Tensor h, float cluster_rtol) -> ("  // [*, p, p]
+      "Tensor lambda_max, Tensor lambda_min,"                  // [*] float64
+      " Tensor multiplicity_max, Tensor multiplicity_min,"     // [*] int64
+      " Tensor v_max, Tensor v_min)");                         // [*, p] float64
+  m.def(
+      "symmetric_extremes_backward("
+      "Tensor grad_max, Tensor grad_min,"  // [*] float64
+      " Tensor h, Tensor multiplicity_max, Tensor multiplicity_min, Tensor v_max, Tensor v_min,"
+      " float cluster_rtol) -> Tensor");  // [*, p, p], dtype of h
+  m.def(
+      "symmetric_extremes_double_backward("
+      "Tensor cotangent,"  // [*, p, p], with respect to grad_h
+      " Tensor grad_max, Tensor grad_min, Tensor h, float cluster_rtol) -> ("
+      "Tensor grad_grad_max, Tensor grad_grad_min, Tensor grad_h)");
+
   // --- merge ------------------------------------------------------------------------------------
   // The part shared by all layers. T = c Q^-1 c^T + diag(inverse_hardness), E its (generalised)
   // inverse, b = E c Q^-1.

@@ -5,6 +5,10 @@ rest. ``r_well`` and ``r_ill`` take the matrix S itself; ``gram_r_well`` and ``g
 features x and act on K = x^T x without forming it. The Frobenius part never goes through singular
 vectors, so it has no singularity at repeated or zero singular values.
 
+For plain CPU tensors ``gram_r_well`` and ``gram_r_ill`` are one fused operator each, since the
+Python of a composition would cost more than its arithmetic. Under ``torch.func``, ``vmap``,
+``torch.compile``, forward mode, and with tensors as normalisers they are the composition.
+
 Gradients, with u, v the singular vectors and D the denominator of R_ill:
 
 - R_well(S) = sigma_max^2 / 2 - |S|_F^2 / (2 p):    sigma_max u_1 v_1^T - S / p
@@ -21,22 +25,67 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.autograd import forward_ad
 
 from immunize_ext.errors import EqualSingularValuesError
-from immunize_ext.ops._arguments import RankPolicy, spectrum_policy
-from immunize_ext.ops._transforms import BatchedFunction
+from immunize_ext.ops._arguments import RankPolicy, SpectrumPolicy, spectrum_policy
+from immunize_ext.ops._dispatch import has_kernel
+from immunize_ext.ops._transforms import BatchedFunction, RequirePositive
 from immunize_ext.ops.spectrum import gram_extremes_float64, singular_extremes_float64
 
 __all__ = ["gram_r_ill", "gram_r_well", "r_ill", "r_well"]
 
-# D is a difference of two numbers of its own size or larger; below this fraction of the first it is
-# rounding. 8 units for the sums of squares that enter it.
-_VANISHING = 8 * torch.finfo(torch.float64).eps
+# D is a difference of two numbers of its own size or larger; below this fraction of the first,
+# times the larger side, it is rounding: singular values are known to a few max(n, p) eps of the
+# largest, their squares to twice, eigenvalues of a Gram matrix squared to four times that.
+_VANISHING = 4 * torch.finfo(torch.float64).eps
 
 
-def _require_positive(function: str, name: str, value: float | Tensor | None) -> None:
-    if value is not None and not isinstance(value, Tensor) and not value > 0:
-        raise ValueError(f"{function}: {name} must be positive, got {value}")
+def _positive(function: str, name: str, value: float | Tensor | None) -> float | Tensor | None:
+    """The normaliser, checked; a tensor may be one that ``torch.func`` wraps."""
+    message = f"{function}: {name} must be positive"
+    if isinstance(value, Tensor):
+        if torch.compiler.is_compiling():
+            return value
+        checked: Tensor = RequirePositive.apply(value, message)
+        return checked
+    if value is not None and not value > 0:
+        raise ValueError(f"{message}, got {value}")
+    return value
+
+
+def _require_floor(function: str, floor: float | None) -> None:
+    if floor is not None and not 0.0 < floor < 1.0:
+        raise ValueError(
+            f"{function}: floor must be between 0 and 1, a fraction of |S|_F^2 / (2 k), got {floor}"
+        )
+
+
+def _fused(
+    x: Tensor,
+    policy: SpectrumPolicy,
+    *,
+    ill: bool,
+    normaliser: float | Tensor | None,
+    floor: float | None = None,
+) -> Tensor | None:
+    """The fused operator, or None where the composition has to serve."""
+    if (
+        torch.compiler.is_compiling()
+        or type(x) is not Tensor
+        or x.device.type != "cpu"
+        or isinstance(normaliser, Tensor)
+        or torch._C._are_functorch_transforms_active()
+        or forward_ad.unpack_dual(x).tangent is not None
+        or not has_kernel(x)
+    ):
+        return None
+    try:
+        outputs = torch.ops.immunize_ext.gram_regularizer(x, ill, normaliser, floor, *policy)
+    except ValueError:
+        return None  # the composition says what is wrong, and where
+    value: Tensor = outputs[0].to(x.dtype)  # autocast may have widened it
+    return value
 
 
 def _well(sigma_max: Tensor, squared_frobenius: Tensor, p: float | Tensor) -> Tensor:
@@ -72,11 +121,12 @@ def _ill(
     counts: tuple[Tensor, Tensor],
     k: float | Tensor | None,
     floor: float | None,
+    vanishing: float,
 ) -> Tensor:
     rank, multiplicity_min = counts
     mean_square = squared_frobenius / (2 * (rank.clamp(min=1) if k is None else k))
     denominator = mean_square - sigma_min.square() / 2
-    smallest = mean_square.detach() * (_VANISHING if floor is None else floor)
+    smallest = mean_square.detach() * (vanishing if floor is None else floor)
     vanishes = denominator.detach() <= smallest
     if k is None and floor is None:
         # One cluster of all singular values: what D has left of itself is rounding.
@@ -133,7 +183,7 @@ def r_well(
         (2.166667, [2.0, -0.666667, -0.333333])
     """
     policy = spectrum_policy("r_well", "s", s, "numerical", rank_rtol, cluster_rtol)
-    _require_positive("r_well", "p", p)
+    p = _positive("r_well", "p", p)
     extremes = singular_extremes_float64(s, policy)
     squared_frobenius = s.to(torch.float64).square().sum(dim=(-2, -1))
     width = min(s.shape[-2:]) if p is None else p
@@ -160,7 +210,8 @@ def r_ill(
         rank_rtol: As in :func:`~immunize_ext.ops.extremal_singular_values`.
         cluster_rtol: As in :func:`~immunize_ext.ops.extremal_singular_values`.
         floor: Smallest denominator D allowed, as a fraction of |S|_F^2 / (2k). Below it the value
-            is held at 1 / (floor |S|_F^2 / (2k)) with gradient 0. Default: such a matrix raises.
+            is held at 1 / (floor |S|_F^2 / (2k)) with gradient 0; between 0 and 1. Default: a
+            matrix where D is rounding raises.
 
     Returns:
         R_ill (*,) in s's dtype.
@@ -168,7 +219,7 @@ def r_ill(
     Raises:
         EqualSingularValuesError: If all singular values are equal (D = 0, R_ill infinite) or k is
             too large, and no floor is given. Under ``torch.compile``, where nothing can be read on
-            the host, the value is held at a floor of 8 eps instead.
+            the host, the value is held at a floor of a few max(n, m) eps instead.
         ValueError: As :func:`~immunize_ext.ops.extremal_singular_values`, or if k is not positive.
 
     Note:
@@ -188,11 +239,13 @@ def r_ill(
         (0.545455, [-0.29752, -0.19835, 0.19835])
     """
     policy = spectrum_policy("r_ill", "s", s, rank, rank_rtol, cluster_rtol)
-    _require_positive("r_ill", "k", k)
+    k = _positive("r_ill", "k", k)
+    _require_floor("r_ill", floor)
     extremes = singular_extremes_float64(s, policy)
     squared_frobenius = s.to(torch.float64).square().sum(dim=(-2, -1))
     counts = (extremes.rank, extremes.multiplicity_min)
-    value = _ill("r_ill", "s", extremes.sigma_min, squared_frobenius, counts, k, floor)
+    vanishing = _VANISHING * max(s.shape[-2:])
+    value = _ill("r_ill", "s", extremes.sigma_min, squared_frobenius, counts, k, floor, vanishing)
     return value.to(s.dtype)
 
 
@@ -233,7 +286,10 @@ def gram_r_well(
         True
     """
     policy = spectrum_policy("gram_r_well", "x", x, "numerical", rank_rtol, cluster_rtol)
-    _require_positive("gram_r_well", "p", p)
+    p = _positive("gram_r_well", "p", p)
+    fused = _fused(x, policy, ill=False, normaliser=p)
+    if fused is not None:
+        return fused
     extremes = gram_extremes_float64(x, policy)
     width = x.shape[-1] if p is None else p
     return _well(extremes.lambda_max, extremes.squared_frobenius, width).to(x.dtype)
@@ -282,10 +338,21 @@ def gram_r_ill(
         True
     """
     policy = spectrum_policy("gram_r_ill", "x", x, rank, rank_rtol, cluster_rtol)
-    _require_positive("gram_r_ill", "k", k)
+    k = _positive("gram_r_ill", "k", k)
+    _require_floor("gram_r_ill", floor)
+    fused = _fused(x, policy, ill=True, normaliser=k, floor=floor)
+    if fused is not None:
+        return fused
     extremes = gram_extremes_float64(x, policy)
     counts = (extremes.rank, extremes.multiplicity_min)
     value = _ill(
-        "gram_r_ill", "x", extremes.lambda_min, extremes.squared_frobenius, counts, k, floor
+        "gram_r_ill",
+        "x",
+        extremes.lambda_min,
+        extremes.squared_frobenius,
+        counts,
+        k,
+        floor,
+        2 * _VANISHING * max(x.shape[-2:]),
     )
     return value.to(x.dtype)

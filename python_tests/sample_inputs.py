@@ -136,6 +136,29 @@ def _gram_double_backward(device: str) -> list[Sample]:
     return _double_backward(3, device)
 
 
+def _gram_regularizer(device: str) -> list[Sample]:
+    samples = []
+    for name, (x, *policy) in _spectrum(device):
+        # R_ill of equal values raises without a floor.
+        floor = 1e-3 if name in ("zero", "one", "row") else None
+        samples.append(Sample(f"well, {name}", (x, False, None, None, *policy)))
+        samples.append(Sample(f"ill, {name}", (x, True, None, floor, *policy)))
+    x, *policy = samples[0].arguments[0], *POLICY
+    samples.append(Sample("well, p given", (x, False, 7.0, None, *policy)))
+    samples.append(Sample("ill, k given", (x, True, 2.0, 0.1, *policy)))
+    return samples
+
+
+def _gram_regularizer_backward(device: str) -> list[Sample]:
+    samples = []
+    for name, arguments in _gram_regularizer(device):
+        x, ill, normaliser, _, *policy = arguments
+        value, *saved = torch.ops.immunize_ext.gram_regularizer(*arguments)
+        grad = gaussian(*value.shape, seed=24).to(value)
+        samples.append(Sample(name, (grad, x, *saved, ill, normaliser, *policy)))
+    return samples
+
+
 def cholesky_of_gram(d: int, *batch: int, seed: int = 40) -> Tensor:
     """Lower Cholesky factor (*, d, d) of a well-conditioned Gram matrix."""
     rows = gaussian(*batch, 4 * d, d, seed=seed)
@@ -275,6 +298,8 @@ _BUILDERS: dict[str, Callable[[str], list[Sample]]] = {
     "gram_extremes": _spectrum,
     "gram_extremes_backward": _gram_backward,
     "gram_extremes_double_backward": _gram_double_backward,
+    "gram_regularizer": _gram_regularizer,
+    "gram_regularizer_backward": _gram_regularizer_backward,
     "merge_solve": _merge_solve,
     "merge_apply": _merge_apply,
     "merge_apply_backward": _merge_apply_backward,
@@ -282,8 +307,13 @@ _BUILDERS: dict[str, Callable[[str], list[Sample]]] = {
 }
 
 RAW_OPERATORS = tuple(_BUILDERS)
-# The others refuse to be differentiated, by name.
-DIFFERENTIABLE = ("extremal_singular_values", "gram_extremes", "merge_apply")
+DIFFERENTIABLE = ("extremal_singular_values", "gram_extremes", "gram_regularizer", "merge_apply")
+# Differentiable as a part of gram_regularizer: with respect to grad and x together.
+HALF_DIFFERENTIABLE = ("gram_regularizer_backward",)
+# These refuse to be differentiated, by name.
+WITHOUT_DERIVATIVE = tuple(
+    name for name in RAW_OPERATORS if name not in (*DIFFERENTIABLE, *HALF_DIFFERENTIABLE)
+)
 
 
 def sample_inputs(operator: str, device: str = "cpu") -> list[Sample]:

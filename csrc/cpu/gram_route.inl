@@ -135,7 +135,7 @@ double refine_long(
 
 // Extremes of the matrix whose thin Gram matrix g (leading dimension work.ld(), kept) is given.
 // full_side: how many singular values the policy full_rank speaks of. False: refused.
-template <typename T>
+template <typename T, typename Run>
 bool extremes(
     const Thin<T>& thin,
     const double* g,
@@ -143,6 +143,7 @@ bool extremes(
     Policy policy,
     Wanted wanted,
     Workspace& work,
+    const Run& run,
     Extremes& out) {
   const int64_t t = thin.side(), k = thin.length(), ld = work.ld();
   work.reset();
@@ -157,7 +158,7 @@ bool extremes(
       /*v=*/work.take(ld * ld),
       /*tau=*/work.take(ld),
       /*work=*/work.take(3 * ld)};
-  reduce(reduction);
+  reduce(reduction, run);
   double* e_square = work.take(ld);
   for (int64_t i = 0; i + 1 < t; ++i)
     e_square[i] = reduction.e[i] * reduction.e[i];

@@ -5,6 +5,7 @@
 #pragma once
 
 #include <ATen/ATen.h>
+#include <ATen/Parallel.h>
 
 #include <algorithm>
 #include <cmath>
@@ -16,6 +17,28 @@
 namespace immunize_ext {
 
 using at::Tensor;
+
+// How the torch-free kernels spread work over threads: run(count, grain, f). Within a parallel
+// region it runs in place.
+struct Threads {
+  template <typename F>
+  void operator()(int64_t count, int64_t grain, const F& f) const {
+    at::parallel_for(0, count, grain, f);
+  }
+};
+
+// Over matrices where there are enough of them, else one after the other with threads inside.
+template <typename F>
+void for_each_matrix(int64_t batch, const F& f) {
+  const auto range = [&](int64_t begin, int64_t end) {
+    for (int64_t b = begin; b < end; ++b)
+      f(b);
+  };
+  if (batch > 1 && batch >= at::get_num_threads())
+    at::parallel_for(0, batch, 1, range);
+  else
+    range(0, batch);
+}
 
 // Index ranges [begin, end) into descending singular values; empty where the gradient is zero.
 struct Clusters {

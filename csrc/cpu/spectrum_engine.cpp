@@ -122,7 +122,7 @@ void settle(
     return;
   Workspace work(thin.n, thin.p);
   if (IMMUNIZE_EXT_SPECTRUM(
-          extremes(thin, g.data(), full_side, policy, wanted, work, out.extremes)))
+          extremes(thin, g.data(), full_side, policy, wanted, work, Threads{}, out.extremes)))
     out.route = Route::settled;
 }
 
@@ -153,19 +153,6 @@ void decompose(
     fill_pair(0, x.thin_max, x.long_max);
   if (has_min && wanted.min)
     fill_pair(found.rank - 1, x.thin_min, x.long_min);
-}
-
-// Over matrices where there are enough of them, else one after the other with threads inside.
-template <typename F>
-void for_each_matrix(int64_t batch, const F& f) {
-  const auto range = [&](int64_t begin, int64_t end) {
-    for (int64_t b = begin; b < end; ++b)
-      f(b);
-  };
-  if (batch > 1 && batch >= at::get_num_threads())
-    at::parallel_for(0, batch, 1, range);
-  else
-    range(0, batch);
 }
 
 // float32 and float64 pass as they are, half types as float32; contiguous.

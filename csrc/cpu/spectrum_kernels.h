@@ -76,8 +76,8 @@ constexpr int64_t kRowBlock = 64;
 constexpr double kEps = std::numeric_limits<double>::epsilon();
 constexpr int kRefinements = 3;
 
-// Beyond this side the reduction to tridiagonal form costs more than iterating for two vectors.
-constexpr int64_t kLargestSide = 256;
+// Beyond this side two matrices of scratch are no longer a small part of the memory in use.
+constexpr int64_t kLargestSide = 4096;
 
 // Scratch of one thread for matrices n x p.
 class Workspace {
@@ -102,6 +102,13 @@ class Workspace {
   std::vector<double> memory_;
 };
 
+// Extremes of one symmetric matrix; v_max and v_min of unit length.
+struct SymmetricPair {
+  double lambda_max = 0.0, lambda_min = 0.0;
+  int64_t multiplicity_max = 0, multiplicity_min = 0;
+  double *v_max = nullptr, *v_min = nullptr;
+};
+
 namespace baseline {
 // Blank lines keep the order: each body uses those before it.
 #include "simd.inl"
@@ -113,6 +120,8 @@ namespace baseline {
 #include "sturm.inl"
 
 #include "gram_route.inl"
+
+#include "symmetric_route.inl"
 }  // namespace baseline
 
 #if defined(__x86_64__) && (defined(__GNUC__) || defined(__clang__))
@@ -134,6 +143,8 @@ namespace avx2 {
 #include "sturm.inl"
 
 #include "gram_route.inl"
+
+#include "symmetric_route.inl"
 }  // namespace avx2
 #if defined(__clang__)
 #pragma clang attribute pop

@@ -38,17 +38,20 @@ inline double reflector(const double* x, int64_t i, int64_t ld, double* v, doubl
   return beta;
 }
 
-// g -= v w^T + w v^T on the leading `side` rows, and y = g next (the updated g).
+// g -= v w^T + w v^T on the leading side x side part, and y = g next (the updated g), for the
+// groups [begin, end) of four rows.
 inline void update_and_multiply(
     double* g,
     int64_t ld,
     int64_t side,
+    int64_t begin,
+    int64_t end,
     const double* v,
     const double* w,
     const double* next,
     double* y) {
   const int64_t width = (side + 3) / 4 * 4;
-  for (int64_t i = 0; i < width; i += 4) {
+  for (int64_t i = 4 * begin; i < 4 * end; i += 4) {
     double* row = g + i * ld;
     Vec4 acc[4] = {};
     for (int64_t j = 0; j < width; j += 4) {
@@ -71,7 +74,9 @@ inline void update_and_multiply(
   }
 }
 
-inline void reduce(const Reduction& m) {
+// run(count, grain, f) calls f(begin, end) over [0, count) in slices of at least grain.
+template <typename Run>
+void reduce(const Reduction& m, const Run& run) {
   const int64_t t = m.t, ld = m.ld;
   double *w = m.work, *y = w + ld, *zero = y + ld;
   std::memset(m.work, 0, sizeof(double) * 3 * ld);
@@ -88,7 +93,11 @@ inline void reduce(const Reduction& m) {
     m.d[i] = row[i];
     double* next = m.v + i * ld;
     m.e[i - 1] = reflector(row, i, ld, next, m.tau + i);
-    update_and_multiply(m.g, ld, i, v, w, next, y);
+    const int64_t groups = (i + 3) / 4;
+    // A slice below about 25 microseconds is not worth a thread.
+    run(groups, std::max<int64_t>(1, 100000 / (16 * groups)), [&](int64_t begin, int64_t end) {
+      update_and_multiply(m.g, ld, i, begin, end, v, w, next, y);
+    });
     const double tau = m.tau[i];
     double along = 0.0;
     for (int64_t j = 0; j < i; ++j)

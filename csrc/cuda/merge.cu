@@ -2,10 +2,10 @@
 // csrc/cpu/merge.cpp, the kernels in merge.cuh (per layer) and merge_solve.cuh (shared part).
 //
 // What waits for the GPU. The operators raise the same errors as on the CPU, and an error needs to
-// know the values: merge_solve reads one number at its end (two with `average`), merge_apply one
-// small tensor at its end, and more only where rows of C repeat or something is not finite.
-// merge_apply_backward never waits. While a CUDA graph is captured nothing can be read, so these
-// checks are left out: check the inputs once before capturing.
+// know the values: merge_solve reads one number at its end (with `average` the ranks before), and
+// merge_apply one small tensor at its end, and more only where rows of C repeat or something is not
+// finite. merge_apply_backward never waits. While a CUDA graph is captured nothing can be read, so
+// these checks are left out: check the inputs once before capturing.
 
 #include <ATen/ATen.h>
 #include <ATen/cuda/CUDAContext.h>
@@ -14,6 +14,7 @@
 #include <torch/library.h>
 
 #include <algorithm>
+#include <cmath>
 #include <string>
 #include <tuple>
 #include <vector>
@@ -110,6 +111,10 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> merge_solve(
   check_same_device(op, "inverse_hardness", inverse_hardness, "c", c);
   const c10::cuda::CUDAGuard guard(c.device());
   const auto stream = at::cuda::getCurrentCUDAStream();
+  TORCH_CHECK_VALUE(
+      !average || !is_capturing(), op,
+      ": average must be false while a CUDA graph is captured, got true; averaging reads the rank "
+      "of T on the host, so solve before capturing");
 
   const int64_t batch = product(batch_shape);
   const Tensor chol_flat = chol.reshape({batch, d, d}).contiguous();
@@ -148,7 +153,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> merge_solve(
       a.copy_(at::linalg_solve_triangular(chol_flat.mT(), z, /*upper=*/true));
       merge::launch_invert(inverse, pointer<double>(t), batch, stream);
     }
-    if (average && !is_capturing())
+    if (average)
       average_repeated_rows(t, factor, scale, rank, e, defect);
   }
   if (!is_capturing()) {
@@ -296,34 +301,29 @@ void refuse_layer(const char* op, const Problem& p, size_t l) {
 }
 
 // R (I - E T) is by how much the constraints that were not kept are missed. Whatever exceeds what
-// near-repeats and rounding explain is a contradiction between targets.
+// near-repeats and rounding explain is a contradiction between targets. Each layer is judged by its
+// own scale, so that a large one does not hide a small one.
 void check_contradictions(
     const char* op,
     const Problem& p,
     const Tensor& defect,  // [batch, s, s]
     double rank_rtol,
     const std::vector<Tensor>& residual) {
-  std::vector<Tensor> rows, sizes;
+  const double epsilon = p.accumulate == at::kDouble ? 2.2e-16 : 1.2e-7;
+  const double tolerance = 10.0 * std::sqrt(rank_rtol) + 1e4 * epsilon;
+  Tensor is_bad = at::zeros({p.s}, defect.options().dtype(at::kBool));
   for (size_t l = 0; l < p.layers(); ++l) {
     if (residual[l].numel() == 0)
       continue;
-    rows.push_back(residual[l].reshape({p.batch, -1, p.s}).to(at::kDouble));
+    const Tensor r = residual[l].reshape({p.batch, -1, p.s}).to(at::kDouble);
+    Tensor scale = r.abs().max();
     if (p.targets_are_values)
-      sizes.push_back(p.targets[l].to(at::kDouble).abs().max() * 1e-3);
+      scale = at::maximum(scale, p.targets[l].to(at::kDouble).abs().max() * 1e-3);
+    is_bad = is_bad.logical_or(r.matmul(defect).abs().amax({0, 1}).gt(scale * tolerance));
   }
-  if (rows.empty())
-    return;
-  const Tensor r = at::cat(rows, 1);
-  sizes.push_back(r.abs().max());
-  const Tensor violation = r.matmul(defect).abs().amax({0, 1});
-  const Tensor found = at::cat({at::stack(sizes).max().reshape({1}), violation}).cpu();
-  const double* numbers = found.const_data_ptr<double>();
-  const double epsilon = p.accumulate == at::kDouble ? 2.2e-16 : 1.2e-7;
-  const double tolerance = (10.0 * std::sqrt(rank_rtol) + 1e4 * epsilon) * numbers[0];
-  std::vector<int64_t> bad;
-  for (int64_t j = 0; j < p.s; ++j)
-    if (numbers[1 + j] > tolerance)
-      bad.push_back(j);
+  const Tensor found = is_bad.nonzero().flatten().cpu();
+  const std::vector<int64_t> bad(
+      found.const_data_ptr<int64_t>(), found.const_data_ptr<int64_t>() + found.numel());
   TORCH_CHECK_VALUE(
       bad.empty(), op, ": contradictory targets at rows ", at::IntArrayRef(bad),
       " of the embeddings, which repeat earlier rows but ask for other outputs; drop "

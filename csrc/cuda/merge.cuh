@@ -330,7 +330,7 @@ std::size_t workspace_bytes(const Plan& plan) {
 template <typename A>
 Plan make_plan(std::int64_t s, std::int64_t d, std::size_t limit) {
   Plan plan{s, 0};
-  while (workspace_bytes<A>(plan) > limit) {
+  while (plan.panel > kTileTokens && workspace_bytes<A>(plan) > limit) {
     plan.panel = (plan.panel - 1) / kTileTokens * kTileTokens;
   }
   const Plan with_rows{plan.panel, static_cast<int>((d + kChunk - 1) / kChunk * kChunk)};

@@ -323,9 +323,13 @@ inline std::size_t small_bytes(std::int64_t d, std::int64_t s) {
   return static_cast<std::size_t>(d * factor_stride(d) + invert_doubles(s)) * sizeof(double);
 }
 
+// Static shared memory of find_pivot, which counts as well.
+constexpr std::size_t kPivotBytes = kSolveThreads / 32 * (sizeof(double) + sizeof(int));
+
 // Whether merge_solve_small takes a problem: L fits, and T is small enough for one block.
 inline bool is_small(std::int64_t d, std::int64_t s, Stream stream) {
-  return d <= kSmallSide && s <= kSmallSide && small_bytes(d, s) <= simt::shared_limit(stream);
+  return d <= kSmallSide && s <= kSmallSide &&
+         small_bytes(d, s) + kPivotBytes <= simt::shared_limit(stream);
 }
 
 inline void launch_solve_small(const SmallProblem& p, const Inverse& inverse, Stream stream) {

@@ -1,6 +1,7 @@
-// Extremal singular values on CUDA: forward and backward. Double backward: spectrum_second.cpp.
+// Extremal singular values on CUDA: forward and backward (spectrum_double_backward.cpp has the
+// rest).
 //
-// Matrices whose thin side fits the shared memory of a block (t <= 116 with 163 KiB, 138 with 227
+// Matrices whose thin side fits the shared memory of a block (t <= 116 with 163 KiB, 136 with 227
 // KiB) are decomposed by one block each, larger ones by the blocked route; the choice depends on
 // shape and device alone. Everything runs on the current stream of the tensor's device, allocates
 // through torch's allocator and waits for nothing, but for one thing: the forward operators read

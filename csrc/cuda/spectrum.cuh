@@ -34,7 +34,7 @@ namespace immunize_ext::spectrum {
 
 constexpr double kSpread = 8.0;
 constexpr int kMaxIterations = 4;
-constexpr int kMaxSweeps = 40;
+constexpr int kMaxSweeps = 80;  // 10 to 30 are needed
 // In (2^-60 sigma_max)^2: below it a column is zero for every tolerance that float64 can resolve.
 constexpr double kZeroColumn = 7.5231638452626401e-37;  // 2^-120
 constexpr int kMaxThreads = 512;
@@ -56,7 +56,7 @@ struct SmallPlan {
     return (m + gram.side) * gram.side;
   }
   __host__ __device__ std::size_t shared_bytes() const {
-    const int vectors = 3 * gram.side + kWarp;
+    const int vectors = 4 * gram.side + kWarp;
     return sizeof(double) * static_cast<std::size_t>(gram_region + v_region + vectors);
   }
 };
@@ -133,7 +133,7 @@ struct SmallSpace {
       : gram(shared),
         v(gram + plan.gram_region),
         rotation(v + plan.v_region),
-        norms(rotation + plan.side()),
+        norms(rotation + 2 * plan.side()),
         sigma(norms + plan.side()),
         scratch(sigma + plan.side()) {}
 };

@@ -20,8 +20,8 @@
 namespace immunize_ext::spectrum {
 
 constexpr int kColumnBlock = 32;
-constexpr int kLargeSweeps = 24;  // of all pairs; 6 to 13 are needed
-constexpr int kInnerSweeps = 2;   // of one pair: to go further than the other pairs is in vain
+constexpr int kLargeSweeps = 40;  // of all pairs; 7 to 20 are needed
+constexpr int kInnerSweeps = 4;   // of one pair: to go further than the other pairs is in vain
 constexpr int kLargeThreads = 256;
 constexpr int kChunkRows = 256;
 constexpr int kScaleChunk = 1 << 16;
@@ -443,7 +443,7 @@ void launch_large_decomposition(
   const std::size_t packed = side * (side + 1) / 2;
   const std::size_t tile = static_cast<std::size_t>(plan.gram.tile_doubles());
   const std::size_t gram_bytes = sizeof(double) * (packed + tile);
-  const std::size_t rotation_bytes = sizeof(double) * (packed + side * side + side);
+  const std::size_t rotation_bytes = sizeof(double) * (packed + side * side + 2 * side);
   const std::size_t product_bytes =
       sizeof(double) * (side * side + static_cast<std::size_t>(plan.multiply_rows) * (side + 1));
   const auto gram = SIMT_KERNEL(large_pair_gram);

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import math
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from itertools import islice
 from typing import Literal
@@ -10,7 +11,8 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from immunize_ext.attacks.probes import PROBES, Probe
+from immunize_ext.attacks.losses import LossName, ProbeLoss, probe_loss
+from immunize_ext.attacks.registry import ATTACKERS, Attacker
 from immunize_ext.data.task import Task
 from immunize_ext.metrics.convergence import Slowdown, slowdown, steps_to_threshold
 
@@ -26,12 +28,14 @@ class AttackCurve:
 
     Attributes:
         attacker: Name of the probe.
-        train_loss: Mean squared residual on the training part, shape ``(steps + 1,)``, float64, on
-            the CPU as are the next two.
+        train_loss: Mean squared residual (or mean logistic loss) on the training part, shape
+            ``(steps + 1,)``, float64, on the CPU as are the next two.
         test_loss: The same on the test part.
         test_accuracy: Share of test samples with the right sign, shape ``(steps + 1,)``; ``None``
             for a regression task.
         weights: The head after the last step, shape ``(q,)``.
+        loss_name: ``"squared"`` or ``"logistic"``.
+        learning_rate: The learning rate that was kept; ``None`` for an attacker without one.
     """
 
     attacker: str
@@ -39,6 +43,8 @@ class AttackCurve:
     test_loss: Tensor
     test_accuracy: Tensor | None
     weights: Tensor
+    loss_name: LossName = "squared"
+    learning_rate: float | None = None
 
     @property
     def steps(self) -> int:
@@ -54,12 +60,54 @@ class AttackCurve:
         return steps_to_threshold(self.loss(part), threshold)
 
 
-def _probe(function: str, attacker: str) -> Probe:
-    if attacker not in PROBES:
+def checked_attacker(
+    function: str, name: str, loss: str, task: Task, learning_rates: Sequence[float] | None
+) -> tuple[Attacker, ProbeLoss, tuple[float, ...]]:
+    """Look up an attacker, its loss and its learning rates, checked against each other.
+
+    Args:
+        function: Who asks; stands in the error.
+        name: Name of the attacker.
+        loss: Name of the loss.
+        task: What it is to learn.
+        learning_rates: Rates to try instead of its own grid.
+
+    Returns:
+        The attacker, the loss and the rates; no rates for an attacker without a learning rate.
+
+    Raises:
+        ValueError: If one of them is unknown or they do not fit together.
+
+    Example:
+        >>> x = torch.eye(2, dtype=torch.float64)
+        >>> task = Task("toy", x, x[0], x, x[0])
+        >>> checked_attacker("attack", "momentum", "squared", task, [0.5])[2]
+        (0.5,)
+    """
+    if name not in ATTACKERS:
         raise ValueError(
-            f"{function}: attacker must be one of {', '.join(PROBES)}, got {attacker!r}"
+            f"{function}: attacker must be one of {', '.join(ATTACKERS)}, got {name!r}"
         )
-    return PROBES[attacker]
+    attacker, chosen = ATTACKERS[name], probe_loss(function, loss)
+    if not attacker.knows(loss):
+        raise ValueError(
+            f"{function}: attacker must be able to minimise the {loss} loss, got {name!r}; "
+            'use loss="squared" or another attacker'
+        )
+    if loss == "logistic" and not task.is_classification:
+        raise ValueError(
+            f"{function}: loss must be 'squared' for a regression task, got 'logistic'; "
+            "the logistic loss needs targets -1 and +1"
+        )
+    if learning_rates is None:
+        return attacker, chosen, attacker.learning_rates
+    rates = tuple(float(rate) for rate in learning_rates)
+    if attacker.tuned is None or not rates or not all(0.0 < r < math.inf for r in rates):
+        raise ValueError(
+            f"{function}: learning_rates must be positive numbers for an attacker that has a "
+            f"learning rate, got {rates} for {name!r}; leave them out for the usual grid"
+        )
+    return attacker, chosen, rates
 
 
 def _features(task: Task, theta: Tensor | None) -> tuple[Tensor, Tensor]:
@@ -76,20 +124,100 @@ def _features(task: Task, theta: Tensor | None) -> tuple[Tensor, Tensor]:
 
 
 def _evaluate(
-    iterates: Iterator[Tensor], task: Task, features: tuple[Tensor, Tensor]
+    iterates: Iterator[Tensor],
+    task: Task,
+    features: tuple[Tensor, Tensor],
+    loss: ProbeLoss,
+    columns: int,
 ) -> Iterator[tuple[Tensor, Tensor, Tensor, Tensor]]:
-    """Losses, accuracy and last weights for chunks of iterates."""
+    """Losses and accuracy ``(steps, columns)`` and last weights for chunks of iterates."""
     z_train, z_test = features
     y_train, y_test = task.y_train.to(torch.float64), task.y_test.to(torch.float64)
-    while chunk := list(islice(iterates, _CHUNK)):
-        weights = torch.stack(chunk, dim=1)  # (q, steps)
+    while chunk := list(islice(iterates, max(1, _CHUNK // columns))):
+        weights = torch.stack(chunk, dim=1).flatten(1)  # (q, steps * columns)
         predicted = z_test @ weights
+        shape = len(chunk), columns
         yield (
-            (z_train @ weights - y_train[:, None]).square().mean(0),
-            (predicted - y_test[:, None]).square().mean(0),
-            (predicted * y_test[:, None] > 0).to(torch.float64).mean(0),
+            loss.report(z_train @ weights, y_train).reshape(shape),
+            loss.report(predicted, y_test).reshape(shape),
+            (predicted * y_test[:, None] > 0).to(torch.float64).mean(0).reshape(shape),
             chunk[-1],
         )
+
+
+def sweep(
+    task: Task,
+    theta: Tensor | None,
+    name: str,
+    loss: ProbeLoss,
+    rates: tuple[float, ...],
+    budget: int,
+    stop_at: float | None,
+) -> list[AttackCurve]:
+    """Run an attacker with each learning rate, all at once.
+
+    Args:
+        task: What the attacker wants to learn.
+        theta: The extractor; the inputs themselves if ``None``.
+        name: Name of the attacker.
+        loss: What the head minimises.
+        rates: Learning rates; none for an attacker without.
+        budget: Number of steps.
+        stop_at: Stop soon after the test loss with some rate is at most this.
+
+    Returns:
+        One curve per learning rate, or the one curve of an attacker without.
+
+    Raises:
+        ValueError: If shapes do not fit.
+
+    Example:
+        >>> x = torch.eye(2, dtype=torch.float64)
+        >>> task = Task("toy", x, x[0], x, x[0])
+        >>> curves = sweep(task, None, "momentum", probe_loss("", "squared"), (0.5, 1.0), 3, None)
+        >>> [float(curve.test_loss[1]) for curve in curves]
+        [0.125, 0.0]
+    """
+    features = _features(task, theta)
+    runs = ATTACKERS[name].run(features[0], task.y_train.to(torch.float64), loss, rates)
+    columns = max(1, len(rates))
+    train, test, accuracy = [], [], []
+    weights = features[0].new_zeros(features[0].shape[1], columns)
+    for losses in _evaluate(islice(runs, budget + 1), task, features, loss, columns):
+        train.append(losses[0])
+        test.append(losses[1])
+        accuracy.append(losses[2])
+        weights = losses[3]
+        if stop_at is not None and bool((losses[1] <= stop_at).any()):
+            break
+    parts = [torch.cat(part).cpu() for part in (train, test, accuracy)]
+    return [
+        AttackCurve(
+            attacker=name,
+            train_loss=parts[0][:, column],
+            test_loss=parts[1][:, column],
+            test_accuracy=parts[2][:, column] if task.is_classification else None,
+            weights=weights[:, column],
+            loss_name=loss.name,
+            learning_rate=rates[column] if rates else None,
+        )
+        for column in range(columns)
+    ]
+
+
+def _lowest(curve: AttackCurve) -> float:
+    """Lowest test loss of a curve; the NaN of a learning rate that diverged does not count."""
+    return float(curve.test_loss.nan_to_num(nan=math.inf).min())
+
+
+def _best(curves: list[AttackCurve], target: float | None) -> AttackCurve:
+    """The curve that reaches the target first, or has the lowest test loss if none does."""
+
+    def rank(curve: AttackCurve) -> tuple[float, float]:
+        steps = None if target is None else curve.steps_to(target)
+        return math.inf if steps is None else float(steps), _lowest(curve)
+
+    return min(curves, key=rank)
 
 
 def attack(
@@ -99,21 +227,28 @@ def attack(
     attacker: str = "gradient_descent",
     budget: int = 1000,
     stop_at: float | None = None,
+    loss: LossName = "squared",
+    learning_rates: Sequence[float] | None = None,
 ) -> AttackCurve:
     """Train a linear head on frozen features ``x @ theta`` and record how well it does.
 
     Args:
         task: What the attacker wants to learn.
         theta: The extractor, shape ``(p, q)``; the inputs themselves when omitted.
-        attacker: Name of a probe in :data:`immunize_ext.attacks.PROBES`.
+        attacker: Name of an attacker in :data:`immunize_ext.attacks.ATTACKERS`.
         budget: Number of steps, at least 1.
         stop_at: Stop early, at the latest 1024 steps after the test loss first is at most this.
+        loss: What the head minimises, ``"squared"`` or, for targets -1 and +1, ``"logistic"``.
+        learning_rates: Learning rates to try, for an attacker that has one; its own grid when
+            omitted. The curve is that of the rate that reaches ``stop_at`` first or else has the
+            lowest test loss: an attacker who tunes as well as anyone could.
 
     Returns:
         Losses and accuracy over the steps.
 
     Raises:
-        ValueError: If the attacker is unknown, the budget below 1 or shapes do not fit.
+        ValueError: If the attacker is unknown or cannot minimise the loss, the loss does not suit
+            the task, the budget is below 1, or shapes do not fit.
 
     Note:
         Deterministic; float64 whatever the dtype of the task. A float32 solver that stops short on
@@ -128,24 +263,8 @@ def attack(
     """
     if budget < 1:
         raise ValueError(f"attack: budget must be at least 1 step, got {budget}")
-    features = _features(task, theta)
-    iterates = _probe("attack", attacker)(features[0], task.y_train.to(torch.float64))
-    train, test, accuracy = [], [], []
-    weights = features[0].new_zeros(features[0].shape[1])
-    for losses in _evaluate(islice(iterates, budget + 1), task, features):
-        train.append(losses[0])
-        test.append(losses[1])
-        accuracy.append(losses[2])
-        weights = losses[3]
-        if stop_at is not None and bool((losses[1] <= stop_at).any()):
-            break
-    return AttackCurve(
-        attacker=attacker,
-        train_loss=torch.cat(train).cpu(),
-        test_loss=torch.cat(test).cpu(),
-        test_accuracy=torch.cat(accuracy).cpu() if task.is_classification else None,
-        weights=weights,
-    )
+    _, chosen, rates = checked_attacker("attack", attacker, loss, task, learning_rates)
+    return _best(sweep(task, theta, attacker, chosen, rates, budget, stop_at), stop_at)
 
 
 @dataclass(frozen=True)
@@ -183,6 +302,8 @@ def compare_attack(
     base_budget: int = 2000,
     limit: float = 128.0,
     stop_early: bool = True,
+    loss: LossName = "squared",
+    learning_rates: Sequence[float] | None = None,
 ) -> AttackComparison:
     """Measure how many times more steps an attacker needs, judged on the task's test part.
 
@@ -194,31 +315,50 @@ def compare_attack(
         task: What the attacker wants to learn.
         theta: The immunized extractor, shape ``(p, q)``.
         theta0: The extractor before; the identity when omitted.
-        attacker: Name of a probe in :data:`immunize_ext.attacks.PROBES`.
+        attacker: Name of an attacker in :data:`immunize_ext.attacks.ATTACKERS`.
         tolerance: How close to the lowest test loss counts as reached.
         base_budget: Steps without immunization.
         limit: Largest slow-down looked for; beyond it the result is a lower bound.
         stop_early: Whether the attack with immunization ends once the target is reached; its curve
             is then shorter.
+        loss: As for :func:`attack`.
+        learning_rates: As for :func:`attack`. The same rates are tried without and with
+            immunization, and each time the one that reaches the target first counts.
 
     Returns:
         The comparison; ``str(result.slowdown)`` is ``"3.5x"`` or ``">128x"``.
 
     Raises:
         ValueError: If an argument is out of range or shapes do not fit.
+
+    Note:
+        Deterministic; computed in float64. Where the lowest test loss is that of an early stop, as
+        under the logistic loss on separable data, theta changes the path to it: a slow-down that
+        ran out of budget may then mean that the target is never met, however long the attack.
+
+    Example:
+        >>> x = torch.diag(torch.tensor([1.0, 2.0], dtype=torch.float64))
+        >>> y = torch.tensor([1.0, -1.0], dtype=torch.float64)
+        >>> theta = torch.diag(torch.tensor([1.0, 0.5], dtype=torch.float64))
+        >>> str(compare_attack(Task("toy", x, y, x, y), theta, base_budget=10).slowdown)
+        '0.10x'
     """
     if not tolerance >= 0.0 or not limit >= 1.0:
         raise ValueError(
             f"compare_attack: tolerance must be at least 0 and limit at least 1, got {tolerance} "
             f"and {limit}"
         )
-    base = attack(task, theta0, attacker=attacker, budget=base_budget)
-    target = (1.0 + tolerance) * float(base.test_loss.min())
+    if base_budget < 1:
+        raise ValueError(f"compare_attack: base_budget must be at least 1 step, got {base_budget}")
+    _, chosen, rates = checked_attacker("compare_attack", attacker, loss, task, learning_rates)
+    without = sweep(task, theta0, attacker, chosen, rates, base_budget, None)
+    target = (1.0 + tolerance) * min(_lowest(curve) for curve in without)
+    base = _best(without, target)
     base_steps = base.steps_to(target)
     assert base_steps is not None  # the minimum itself is within the tolerance
     budget = max(1, round(limit * max(base_steps, 1)))
     stop_at = target if stop_early else None
-    immunized = attack(task, theta, attacker=attacker, budget=budget, stop_at=stop_at)
+    immunized = _best(sweep(task, theta, attacker, chosen, rates, budget, stop_at), target)
     steps = immunized.steps_to(target)
     return AttackComparison(
         attacker=attacker,

@@ -17,7 +17,8 @@ from immunize_ext.ops.spectrum import gram_extremes
 Probe = Callable[[Tensor, Tensor], Iterator[Tensor]]
 
 
-def _start(z: Tensor) -> Tensor:
+def starting_weights(z: Tensor) -> Tensor:
+    """The head that every attack starts from: zeros, one per feature."""
     return torch.zeros(z.shape[1], dtype=z.dtype, device=z.device)
 
 
@@ -31,7 +32,7 @@ def gradient_descent(z: Tensor, y: Tensor) -> Iterator[Tensor]:
     largest = gram_extremes(z).lambda_max
     # Features that are all zero have no gradient to follow.
     step = torch.where(largest > 0, 1.0 / largest, 0.0)
-    w = _start(z)
+    w = starting_weights(z)
     while True:
         yield w
         w = w - step * (hessian @ w - linear)
@@ -43,7 +44,7 @@ def line_search_descent(z: Tensor, y: Tensor) -> Iterator[Tensor]:
     The attacker that the papers measure with: no step size for the defender to hide behind.
     """
     hessian, linear = z.mT @ z, z.mT @ y
-    w = _start(z)
+    w = starting_weights(z)
     while True:
         yield w
         gradient = hessian @ w - linear
@@ -58,7 +59,7 @@ def conjugate_gradients(z: Tensor, y: Tensor) -> Iterator[Tensor]:
     The best that any method can do with the gradients it has seen. Needs about the square root of
     the steps of gradient descent, so immunization has less of a hold on it.
     """
-    w = _start(z)
+    w = starting_weights(z)
     residual = y.clone()
     gradient = z.mT @ residual
     direction = gradient
@@ -79,7 +80,7 @@ def conjugate_gradients(z: Tensor, y: Tensor) -> Iterator[Tensor]:
         squared = renewed
 
 
-def _whitening(z: Tensor) -> tuple[Tensor, Tensor]:
+def whitening(z: Tensor) -> tuple[Tensor, Tensor]:
     """U and the map from weights of U to weights of Z = U S V^T, over the numerical rank."""
     left, sigma, right = torch.linalg.svd(z, full_matrices=False)
     counted = sigma > max(z.shape) * torch.finfo(z.dtype).eps * sigma[0]
@@ -92,7 +93,7 @@ def whitened_descent(z: Tensor, y: Tensor) -> Iterator[Tensor]:
     With Z = U S V^T over the numerical rank, the features U have the identity as Hessian: L = 1 and
     one step is the optimum, whatever theta was.
     """
-    whitened, unwhiten = _whitening(z)
+    whitened, unwhiten = whitening(z)
     u = torch.zeros(whitened.shape[1], dtype=z.dtype, device=z.device)
     while True:
         yield unwhiten @ u
@@ -109,7 +110,7 @@ def closed_form_ridge(z: Tensor, y: Tensor) -> Iterator[Tensor]:
         s* = 1 - k e / (b (n - k)),                   b = |U^T y|^2, e = |y|^2 - b, k = rank.
     """
     n = z.shape[0]
-    whitened, unwhiten = _whitening(z)
+    whitened, unwhiten = whitening(z)
     rank = whitened.shape[1]
     coefficients = whitened.mT @ y
     explained = coefficients @ coefficients
@@ -119,7 +120,7 @@ def closed_form_ridge(z: Tensor, y: Tensor) -> Iterator[Tensor]:
     if 0 < rank < n:
         ratio = torch.where(explained > 0, rank * unexplained / (explained * (n - rank)), 0.0)
         shrinkage = (1.0 - ratio).clamp(min=0.0)
-    yield _start(z)
+    yield starting_weights(z)
     solution = unwhiten @ (shrinkage * coefficients)
     while True:
         yield solution

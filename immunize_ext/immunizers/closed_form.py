@@ -9,8 +9,9 @@ Then kappa_P = c and kappa_H = c * l_max / l_min: RIR is at its ceiling for ever
 decides the protection: c = 1 whitens the primary task, which uses no harmful data and may well
 speed the harm up; a larger c slows the harmful task down, and from some c on the primary task too.
 
-The grades are g_i = (log l_i - log l_min) / (log l_max - log l_min). Boosting the top direction
-alone has the same kappas and stops gradient descent, but hardly slows conjugate gradients.
+The grades are g_i = (log l_i - log l_min) / (log l_max - log l_min), or the same in l itself, or 1
+for the top direction and 0 for all others. All have the same kappas and RIR. Boosting the top
+direction alone stops gradient descent, but hardly slows conjugate gradients.
 The rotation Q changes no kappa and keeps coordinate-wise optimizers (Adam) from undoing s.
 """
 
@@ -19,6 +20,7 @@ from __future__ import annotations
 import math
 import statistics
 from dataclasses import asdict, dataclass
+from typing import Literal, get_args
 
 import torch
 from torch import Tensor
@@ -32,6 +34,8 @@ from immunize_ext.metrics.rir import relative_immunization_ratio
 # How close to its lowest test loss a probe has to come, as attackers are measured.
 _TOLERANCE = 0.1
 
+Grading = Literal["log", "linear", "top"]
+
 
 def closed_form_theta(
     x_primary: Tensor,
@@ -41,6 +45,7 @@ def closed_form_theta(
     ridge: float = 1e-2,
     rotate: bool = True,
     seed: int = 0,
+    grading: Grading = "log",
 ) -> Tensor:
     """Build the extractor with kappa_P = strength and RIR at its ceiling.
 
@@ -52,6 +57,7 @@ def closed_form_theta(
             what the data supports; with few samples it keeps the primary task's test error.
         rotate: Whether to mix the features by a random rotation.
         seed: Seed of that rotation.
+        grading: How s^2 rises from 1 to c: with log l, with l, or at the top direction alone.
 
     Returns:
         theta, shape ``(p, p)``, float64, invertible, of Frobenius norm sqrt(p).
@@ -76,26 +82,70 @@ def closed_form_theta(
             f"closed_form_theta: strength must be finite and at least 1, got {strength}; "
             "1 whitens the primary task, 30 is a usual value"
         )
+    if grading not in get_args(Grading):
+        raise ValueError(
+            f"closed_form_theta: grading must be one of {', '.join(get_args(Grading))}, got "
+            f"{grading!r}"
+        )
     coordinates = pencil(x_primary, x_harmful, ridge=ridge)
-    return _graded(coordinates, strength, _rotation(coordinates, seed) if rotate else None)
+    rotation = random_rotation(coordinates.basis, seed) if rotate else None
+    return _graded(coordinates, strength, rotation, grading)
 
 
-def _rotation(coordinates: Pencil, seed: int) -> Tensor:
-    """A random rotation of the features."""
-    p = coordinates.basis.shape[0]
+def random_rotation(like: Tensor, seed: int) -> Tensor:
+    """A random orthogonal matrix of the size of ``like``, on its device, float64.
+
+    Args:
+        like: A square matrix, shape ``(p, p)``.
+        seed: Seed of the draw; torch's global random state is neither read nor changed.
+
+    Returns:
+        The matrix, shape ``(p, p)``.
+
+    Example:
+        >>> q = random_rotation(torch.eye(3), 0)
+        >>> torch.allclose(q @ q.mT, torch.eye(3, dtype=torch.float64))
+        True
+    """
+    p = like.shape[0]
     square = torch.randn(p, p, dtype=torch.float64, generator=torch.Generator().manual_seed(seed))
-    return torch.linalg.qr(square).Q.to(coordinates.basis.device)
+    return torch.linalg.qr(square).Q.to(like.device)
 
 
-def _graded(coordinates: Pencil, strength: float, rotation: Tensor | None) -> Tensor:
-    """The extractor W diag(s) Q with s^2 graded from 1 to strength in log l."""
-    values, basis = coordinates
+def grades(values: Tensor, grading: Grading = "log") -> Tensor:
+    """Grades g in [0, 1] of generalized eigenvalues: 1 for the largest, 0 for the smallest.
+
+    Args:
+        values: Generalized eigenvalues l, shape ``(p,)``, descending.
+        grading: ``"log"``, ``"linear"`` or ``"top"`` (the largest alone, and its equals).
+
+    Returns:
+        Grades, shape ``(p,)``; zeros if all values are equal.
+
+    Example:
+        >>> values = torch.tensor([100.0, 10.0, 1.0], dtype=torch.float64)
+        >>> grades(values).tolist(), grades(values, "top").tolist()
+        ([1.0, 0.5, 0.0], [1.0, 0.0, 0.0])
+    """
     # Directions that the harmful data does not have at all (l = 0, ridge 0) share the lowest grade.
-    logs = values.clamp(min=float(values[0]) * torch.finfo(torch.float64).eps).log()
-    spread = float(logs[0] - logs[-1])
+    floored = values.clamp(min=float(values[0]) * torch.finfo(torch.float64).eps)
+    scale = floored if grading == "linear" else floored.log()
+    spread = float(scale[0] - scale[-1])
     # All l equal: the tasks look alike, there is nothing to grade by.
-    grades = (logs - logs[-1]) / spread if spread > 0.0 else torch.zeros_like(logs)
-    theta = basis * (strength ** (grades / 2.0))
+    if not spread > 0.0:
+        return torch.zeros_like(scale)
+    if grading == "top":
+        equal = len(values) * torch.finfo(torch.float64).eps
+        return (values >= float(values[0]) * (1.0 - equal)).to(scale.dtype)
+    return (scale - scale[-1]) / spread
+
+
+def _graded(
+    coordinates: Pencil, strength: float, rotation: Tensor | None, grading: Grading = "log"
+) -> Tensor:
+    """The extractor W diag(s) Q with s^2 graded from 1 to strength."""
+    values, basis = coordinates
+    theta = basis * (strength ** (grades(values, grading) / 2.0))
     if rotation is not None:
         theta = theta @ rotation
     return theta * (math.sqrt(basis.shape[0]) / torch.linalg.matrix_norm(theta))
@@ -149,7 +199,7 @@ def calibrate_strength(
     found = []
     for fold in primary.folds(folds):
         coordinates = pencil(fold.x_train, x_harmful, ridge=ridge)
-        rotation = _rotation(coordinates, seed)
+        rotation = random_rotation(coordinates.basis, seed)
         base = attack(fold, attacker=attacker, budget=1000)
         target = (1.0 + _TOLERANCE) * float(base.test_loss.min())
         budget = max(1, math.floor(max_primary_slowdown * max(base.steps_to(target) or 0, 1)))
@@ -174,6 +224,7 @@ class ClosedFormImmunizer:
         ridge: Ridge on each K, relative to its largest eigenvalue.
         rotate: Whether to mix the features by a random rotation.
         seed: Seed of that rotation.
+        grading: As in :func:`closed_form_theta`; strength ``"auto"`` is calibrated for ``"log"``.
 
     Example:
         >>> from immunize_ext.data import digits_task
@@ -187,6 +238,7 @@ class ClosedFormImmunizer:
     ridge: float = 1e-2
     rotate: bool = True
     seed: int = 0
+    grading: Grading = "log"
 
     def fit(self, primary: Task, harmful: Task) -> Immunized:
         """Immunize against ``harmful`` while keeping ``primary``.
@@ -208,6 +260,11 @@ class ClosedFormImmunizer:
                     f"ClosedFormImmunizer: strength must be a number or 'auto', got "
                     f"{self.strength!r}"
                 )
+            if self.grading != "log":
+                raise ValueError(
+                    f"ClosedFormImmunizer: grading must be 'log' for strength='auto', got "
+                    f"{self.grading!r}; give a number, 30 for instance"
+                )
             strength = calibrate_strength(
                 primary, harmful.x_train, ridge=self.ridge, seed=self.seed
             )
@@ -220,6 +277,7 @@ class ClosedFormImmunizer:
             ridge=self.ridge,
             rotate=self.rotate,
             seed=self.seed,
+            grading=self.grading,
         )
         theta0 = torch.eye(theta.shape[0], dtype=theta.dtype, device=theta.device)
         history = []

@@ -22,6 +22,8 @@ from torch import Tensor
 
 from immunize_ext.data.task import Task
 from immunize_ext.errors import NumericalWarning
+from immunize_ext.immunizers._loop import plain_settings
+from immunize_ext.immunizers.corridor import check_corridor, project_to_corridor
 from immunize_ext.immunizers.immunized import Immunized
 from immunize_ext.immunizers.step_bounds import ill_step_bound, well_step_bound
 from immunize_ext.metrics.hessian import with_ridge
@@ -60,6 +62,8 @@ class ConditionNumberImmunizer:
         keep: ``"last"`` iterate, or ``"best"``: the one with the largest kappa_H among those whose
             kappa_P is at most that of the start.
         seed: Seed of the primary head omega.
+        corridor: The least and the largest kappa_P, held exactly at the start and after each step
+            (module ``corridor``); ``None`` leaves kappa_P free.
 
     Example:
         >>> from immunize_ext.data import digits_task
@@ -81,6 +85,7 @@ class ConditionNumberImmunizer:
     unsafe_step: Literal["clip", "warn", "raise"] = "clip"
     keep: Literal["last", "best"] = "best"
     seed: int = 0
+    corridor: tuple[float, float] | None = None
 
     def __post_init__(self) -> None:
         if self.steps < 1:
@@ -108,6 +113,7 @@ class ConditionNumberImmunizer:
                     f"{_NAME}: {name} must be one of {', '.join(allowed)}, "
                     f"got {getattr(self, name)!r}"
                 )
+        check_corridor(_NAME, self.corridor)
 
     def fit(
         self,
@@ -155,13 +161,16 @@ class ConditionNumberImmunizer:
             t.to(torch.float64) for t in (primary.x_train, harmful.x_train, primary.y_train)
         )
         start = torch.eye(p, dtype=torch.float64, device=y.device) if theta0 is None else theta0
-        theta = start.detach().to(torch.float64).clone().requires_grad_()
+        theta = start.detach().to(torch.float64).clone()
         generator = torch.Generator().manual_seed(self.seed)
         head = torch.randn(p, dtype=torch.float64, generator=generator) / math.sqrt(p)
         omega = head.to(y.device).requires_grad_()
 
         well = _Term(with_ridge(x_primary, self.ridge), "well", self.preconditioner)
         ill = _Term(with_ridge(x_harmful, self.ridge), "ill", self.preconditioner)
+        if self.corridor is not None:
+            theta = project_to_corridor(theta, well.rows, self.corridor)
+        theta.requires_grad_()
         optimizer: torch.optim.Optimizer
         if self.optimizer == "adam":
             optimizer = torch.optim.Adam([theta, omega], lr=self.learning_rate)
@@ -170,7 +179,7 @@ class ConditionNumberImmunizer:
 
         lambdas = self.lambda_well, self.lambda_ill
         recorder = _Recorder(well, ill)
-        best, best_harmful = start.detach().to(torch.float64).clone(), -math.inf
+        best, best_harmful = theta.detach().clone(), -math.inf
         history: list[dict[str, float]] = []
         ratios = dict.fromkeys(_RATIOS, 0.0)
         warned = False
@@ -206,7 +215,14 @@ class ConditionNumberImmunizer:
                     f"{_NAME}.fit: step sizes must keep theta finite, got NaN or infinity at step "
                     f"{step + 1} of {self.steps}; lower first_change, ill_share or learning_rate"
                 )
-        config = {**asdict(self), "lambda_well": lambdas[0], "lambda_ill": lambdas[1]}
+            if self.corridor is not None:
+                with torch.no_grad():
+                    theta.copy_(project_to_corridor(theta.detach(), well.rows, self.corridor))
+        config = {
+            **plain_settings(asdict(self)),
+            "lambda_well": lambdas[0],
+            "lambda_ill": lambdas[1],
+        }
         return Immunized(
             "condition_number",
             best if self.keep == "best" else theta.detach(),

@@ -1,13 +1,20 @@
-"""Whether a protection is real: condition-number ratios, their exact ceiling, convergence."""
+"""Whether a protection is real: condition-number ratios, their exact ceiling, convergence, cost."""
 
+from immunize_ext.metrics.ceiling import CeilingRow, ceiling_table
 from immunize_ext.metrics.convergence import (
     Slowdown,
+    conjugate_gradient_steps,
     gradient_descent_steps,
     norm_ratio,
     slowdown,
+    spectral_slowdown,
     steps_to_threshold,
 )
+from immunize_ext.metrics.degradation import RelativeDegradation, relative_degradation
+from immunize_ext.metrics.few_samples import FewSampleError, few_sample_error
+from immunize_ext.metrics.grouped_bias import GroupedEstimate, grouped_linear_rir
 from immunize_ext.metrics.hessian import with_ridge
+from immunize_ext.metrics.line_search import line_search_norm_ratio
 from immunize_ext.metrics.pencil import Pencil, log_rir_ceiling, pencil
 from immunize_ext.metrics.rir import (
     GroupedRatio,
@@ -16,20 +23,43 @@ from immunize_ext.metrics.rir import (
     log_kappa,
     relative_immunization_ratio,
 )
+from immunize_ext.metrics.subspaces import (
+    SubspaceAngles,
+    leading_subspace_angles,
+    principal_angles,
+)
+from immunize_ext.metrics.worst_case import AttackerSteps, WorstCase, worst_case
 
 __all__ = [
+    "AttackerSteps",
+    "CeilingRow",
+    "FewSampleError",
+    "GroupedEstimate",
     "GroupedRatio",
     "Pencil",
+    "RelativeDegradation",
     "RelativeImmunizationRatio",
     "Slowdown",
+    "SubspaceAngles",
+    "WorstCase",
+    "ceiling_table",
+    "conjugate_gradient_steps",
+    "few_sample_error",
     "gradient_descent_steps",
+    "grouped_linear_rir",
     "grouped_rir",
+    "leading_subspace_angles",
+    "line_search_norm_ratio",
     "log_kappa",
     "log_rir_ceiling",
     "norm_ratio",
     "pencil",
+    "principal_angles",
+    "relative_degradation",
     "relative_immunization_ratio",
     "slowdown",
+    "spectral_slowdown",
     "steps_to_threshold",
     "with_ridge",
+    "worst_case",
 ]

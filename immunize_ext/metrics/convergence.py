@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from typing import NamedTuple
+from typing import Literal, NamedTuple
 
 import torch
 from torch import Tensor
@@ -84,6 +84,28 @@ def norm_ratio(weights: Tensor, optimum: Tensor) -> Tensor:
     return torch.zeros_like(distance) if float(distance[0]) == 0.0 else distance / distance[0]
 
 
+def _probe_spectrum(
+    function: str, x: Tensor, y: Tensor, tolerance: float
+) -> tuple[Tensor, Tensor, float]:
+    """Singular values that count, y in the left singular basis, and the excess loss allowed.
+
+    The excess is that of |x w - y|^2 over its least value, tolerance times the latter.
+    """
+    if x.dim() != 2 or y.shape != x.shape[:1]:
+        raise ValueError(
+            f"{function}: y must have shape (n,) for features of shape (n, p), got "
+            f"{tuple(y.shape)} and {tuple(x.shape)}"
+        )
+    if not tolerance >= 0.0:
+        raise ValueError(f"{function}: tolerance must be at least 0, got {tolerance}")
+    x, y = x.detach().to(torch.float64), y.detach().to(torch.float64)
+    left, sigma, _ = torch.linalg.svd(x, full_matrices=False)
+    counted = sigma > max(x.shape) * torch.finfo(torch.float64).eps * sigma[0]
+    coordinates = left[:, counted].mT @ y
+    unexplained = float(y.square().sum() - coordinates.square().sum())
+    return sigma[counted], coordinates, tolerance * max(unexplained, 0.0)
+
+
 def gradient_descent_steps(x: Tensor, y: Tensor, *, tolerance: float = 0.1) -> float:
     """Steps that gradient descent needs on a linear probe, from the spectrum, without a run.
 
@@ -101,19 +123,18 @@ def gradient_descent_steps(x: Tensor, y: Tensor, *, tolerance: float = 0.1) -> f
         The number of steps, a whole number, or infinity if the least training loss is 0 and is
         never reached exactly.
 
+    Raises:
+        ValueError: If shapes do not fit or ``tolerance`` is negative.
+
     Example:
         >>> x = torch.diag(torch.tensor([1.0, 0.5], dtype=torch.float64))
         >>> gradient_descent_steps(torch.cat([x, x]), torch.tensor([1.0, 1.0, -2.0, 1.0]))
         3.0
     """
-    x, y = x.detach().to(torch.float64), y.detach().to(torch.float64)
-    left, sigma, _ = torch.linalg.svd(x, full_matrices=False)
-    counted = sigma > max(x.shape) * torch.finfo(torch.float64).eps * sigma[0]
-    if not bool(counted.any()):
+    sigma, coordinates, gap = _probe_spectrum("gradient_descent_steps", x, y, tolerance)
+    if len(sigma) == 0:
         return 0.0
-    left, sigma = left[:, counted], sigma[counted]
-    shares = (left.mT @ y).square()
-    gap = tolerance * max(float(y.square().sum() - shares.sum()), 0.0)
+    shares = coordinates.square()
     log_rate = torch.log1p(-(sigma / sigma[0]).square())
 
     def excess(steps: float) -> float:
@@ -133,3 +154,115 @@ def gradient_descent_steps(x: Tensor, y: Tensor, *, tolerance: float = 0.1) -> f
         middle = float(math.floor((low + high) / 2.0))
         low, high = (middle, high) if excess(middle) > gap else (low, middle)
     return high
+
+
+def conjugate_gradient_steps(x: Tensor, y: Tensor, *, tolerance: float = 0.1) -> float:
+    """Steps that conjugate gradients need on a linear probe, from the spectrum, without a run.
+
+    From w = 0, the residual after t steps is the smallest in the Krylov space of that order. With
+    s_i = u_i^T y in the left singular basis of x and L = diag(sigma_i^2),
+
+        2 (f(w_t) - f*) = min over c in span{L s, L^2 s, ..., L^t s} of |s - c|^2,
+
+    which needs an orthonormal basis of that space alone: p numbers a step, and no data.
+
+    Args:
+        x: Features of the probe, shape ``(n, p)``.
+        y: Targets, shape ``(n,)``.
+        tolerance: The threshold is ``(1 + tolerance)`` times the least training loss.
+
+    Returns:
+        The number of steps in exact arithmetic, a whole number of at most p. Rounding costs a run
+        on ill-conditioned features more.
+
+    Raises:
+        ValueError: If shapes do not fit or ``tolerance`` is negative.
+
+    Note:
+        Deterministic; computed in float64, with the basis orthogonalised twice. Above kappa of
+        about 1e12 the smallest eigenvalues are lost to rounding and the count is a lower bound.
+
+    Example:
+        >>> x = torch.diag(torch.tensor([1.0, 0.5], dtype=torch.float64))
+        >>> conjugate_gradient_steps(torch.cat([x, x]), torch.tensor([1.0, 1.0, -2.0, 1.0]))
+        2.0
+    """
+    sigma, residual, gap = _probe_spectrum("conjugate_gradient_steps", x, y, tolerance)
+    if len(sigma) == 0:
+        return 0.0
+    eigenvalues = (sigma / sigma[0]).square()
+    noise = len(sigma) * torch.finfo(torch.float64).eps
+    # Coordinates that are rounding errors of y are none: an eigenvalue without a share costs no
+    # step.
+    residual = residual.where(residual.abs() > noise * float(y.to(torch.float64).norm()), 0.0)
+    basis = residual.new_zeros(len(sigma), 0)
+    direction = residual
+    for step in range(len(sigma)):
+        if float(residual @ residual) <= gap or not bool(residual.any()):
+            return float(step)
+        following = eigenvalues * direction
+        size = float(following.norm())
+        for _ in range(2):
+            following = following - basis @ (basis.mT @ following)
+        if float(following.norm()) <= noise * size:
+            return float(step)  # the space is exhausted: w is the optimum
+        direction = following / following.norm()
+        basis = torch.cat([basis, direction[:, None]], dim=1)
+        residual = residual - direction * (direction @ residual)
+    return float(len(sigma))
+
+
+def spectral_slowdown(
+    x: Tensor,
+    y: Tensor,
+    theta: Tensor,
+    theta0: Tensor | None = None,
+    *,
+    attacker: Literal["gradient_descent", "conjugate_gradients"] = "gradient_descent",
+    tolerance: float = 0.1,
+) -> Slowdown:
+    """How many times more steps an attacker needs on its training loss, without a run.
+
+    Args:
+        x: Inputs, shape ``(n, p)``.
+        y: Targets, shape ``(n,)``.
+        theta: The immunized extractor, shape ``(p, q)``.
+        theta0: The extractor before; the identity when omitted.
+        attacker: Whose steps are counted.
+        tolerance: The threshold is ``(1 + tolerance)`` times the least training loss.
+
+    Returns:
+        The ratio. NaN where gradient descent never gets there in either case, which happens when
+        the least training loss is 0.
+
+    Raises:
+        ValueError: If the attacker is unknown, shapes do not fit or ``tolerance`` is negative.
+
+    Note:
+        Each side has its own least loss; an invertible theta leaves it as it is. Deterministic.
+
+    Example:
+        >>> x = torch.eye(2, dtype=torch.float64).repeat(2, 1)
+        >>> theta = torch.diag(torch.tensor([1.0, 0.5], dtype=torch.float64))
+        >>> y = torch.tensor([1.0, 1.0, -2.0, 1.0])
+        >>> str(spectral_slowdown(x, y, theta))
+        '3.0x'
+    """
+    counts = {
+        "gradient_descent": gradient_descent_steps,
+        "conjugate_gradients": conjugate_gradient_steps,
+    }
+    if attacker not in counts:
+        raise ValueError(
+            f"spectral_slowdown: attacker must be one of {', '.join(counts)}, got {attacker!r}"
+        )
+    x = x.detach().to(torch.float64)
+    steps, base = (
+        counts[attacker](
+            x if extractor is None else x @ extractor.detach().to(torch.float64),
+            y,
+            tolerance=tolerance,
+        )
+        for extractor in (theta, theta0)
+    )
+    return Slowdown(max(steps, 1.0) / max(base, 1.0), False)

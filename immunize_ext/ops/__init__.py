@@ -18,6 +18,7 @@ from immunize_ext.ops.spectrum import (
     gram_extremes,
     log_condition_number,
 )
+from immunize_ext.ops.symmetric import SymmetricExtremes, symmetric_extremes
 
 __all__ = [
     "GramExtremes",
@@ -27,6 +28,7 @@ __all__ = [
     "Preconditioner",
     "RegularizationFactor",
     "SingularExtremes",
+    "SymmetricExtremes",
     "as_lora",
     "condition_number",
     "extremal_singular_values",
@@ -37,4 +39,5 @@ __all__ = [
     "merge_report",
     "precondition_gradient",
     "save_lora",
+    "symmetric_extremes",
 ]

@@ -2,20 +2,47 @@
 
 from __future__ import annotations
 
+import torch
 from torch import Tensor
 
 from immunize_ext import _load
 
+_NAMESPACE = "immunize_ext::"
 
-def has_kernel(tensor: Tensor) -> bool:
+
+def _find_operators() -> tuple[frozenset[str], frozenset[str]]:
+    """All compiled operators, and those of them that have a CUDA kernel."""
+    if not _load.available():
+        return frozenset(), frozenset()
+    names = [name for name in torch._C._dispatch_get_all_op_names() if name.startswith(_NAMESPACE)]
+    on_cuda = [n for n in names if torch._C._dispatch_has_kernel_for_dispatch_key(n, "CUDA")]
+    every, cuda = (
+        frozenset(n.removeprefix(_NAMESPACE) for n in found) for found in (names, on_cuda)
+    )
+    return every, cuda
+
+
+# Asked once: a build has the kernels it has, and torch.compile cannot trace the question.
+_OPERATORS, _CUDA_OPERATORS = _find_operators()
+
+
+def has_kernel(tensor: Tensor, *operators: str) -> bool:
     """True if the compiled part has kernels for this tensor's device; warns once where it has not.
 
     A meta or fake tensor on a served device counts as served: it takes the registered fake kernels.
+
+    Args:
+        tensor: Where it lives is what counts.
+        operators: The operators of ``torch.ops.immunize_ext`` that must have one; by default all.
     """
     if not _load.available():
         _load.warn_fallback()
         return False
-    if tensor.device.type in ("cpu", "meta"):
+    device = tensor.device.type
+    if device in ("cpu", "meta"):
         return True
-    _load.warn_fallback(f"there are no kernels for tensors on {tensor.device.type}")
+    if device == "cuda" and _CUDA_OPERATORS.issuperset(operators or _OPERATORS):
+        return True
+    reason = f"there are no kernels for tensors on {device}"
+    _load.warn_fallback(reason + (" in this build" if device == "cuda" else ""))
     return False

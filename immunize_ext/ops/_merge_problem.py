@@ -11,6 +11,7 @@ from torch import Tensor
 
 from immunize_ext.errors import ContradictoryTargetsError
 from immunize_ext.ops._arguments import require_floating_matrix, require_same_device
+from immunize_ext.ops._transforms import RequirePositive
 from immunize_ext.ops.factor import RegularizationFactor
 
 
@@ -100,6 +101,7 @@ def check_merge_problem(
             )
         for layer, value in enumerate(values):
             expected = (base[layer].shape[0], s)
+            require_floating_matrix("merge_kv", f"values[{layer}]", value)
             if tuple(value.shape) != expected:
                 raise ValueError(
                     f"merge_kv: values[{layer}] must have shape {expected}, (outputs, tokens), got "
@@ -137,10 +139,9 @@ def _inverse_hardness(hardness: float | Tensor, s: int, c: Tensor) -> Tensor:
             f"merge_kv: hardness must be a number or have shape ({s},), one a row of the "
             f"embeddings, got {tuple(mu.shape)}"
         )
-    # NaN fails every comparison, so the test is for what is allowed.
-    if not torch.compiler.is_compiling() and not bool((mu.detach() > 0).all()):
-        raise ValueError(
-            f"merge_kv: hardness must be positive (infinite for a hard constraint), got {hardness}"
+    if not torch.compiler.is_compiling():
+        mu = RequirePositive.apply(
+            mu, "merge_kv: hardness must be positive (infinite for a hard constraint)"
         )
     return mu.reciprocal().expand(s)
 

@@ -74,6 +74,30 @@ def _fake_gram_extremes_double_backward(
     return (*values, x.new_empty(x.shape))
 
 
+def _fake_gram_regularizer(x: Tensor, *rest: Any) -> tuple[Tensor, ...]:
+    batch, side = x.shape[:-2], min(x.shape[-2:])
+    return (
+        x.new_empty(batch),
+        x.new_empty((*batch, 3), dtype=torch.float64),
+        x.new_empty(batch, dtype=torch.int64),
+        x.new_empty((*batch, side), dtype=torch.float64),
+        x.new_empty((*batch, side, side), dtype=torch.float64),
+    )
+
+
+def _fake_gram_regularizer_backward(grad: Tensor, x: Tensor, *rest: Any) -> Tensor:
+    return x.new_empty(x.shape)
+
+
+def _fake_symmetric_extremes(h: Tensor, cluster_rtol: float) -> tuple[Tensor, ...]:
+    batch, side = h.shape[:-2], h.shape[-1]
+    return (
+        *(h.new_empty(batch, dtype=torch.float64) for _ in range(2)),
+        *(h.new_empty(batch, dtype=torch.int64) for _ in range(2)),
+        *(h.new_empty((*batch, side), dtype=torch.float64) for _ in range(2)),
+    )
+
+
 def _fake_merge_solve(
     chol: Tensor, c: Tensor, inverse_hardness: Tensor, rank_rtol: float, average: bool
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
@@ -134,22 +158,24 @@ def _fake_precondition(
 # --- autograd of the raw operators ----------------------------------------------------------------
 
 
-def _spectrum_autograd(operator: str, values: int, saved_values: int) -> None:
+def _spectrum_autograd(
+    operator: str, values: int, saved_values: int, unsaved_counts: int = 1
+) -> None:
     """First derivatives of a raw spectrum operator, through its registered backward.
 
     ``values``: how many outputs are differentiable; ``saved_values``: how many of them the backward
-    takes besides the counts and vectors.
+    takes besides the counts and vectors; ``unsaved_counts``: how many counts it does not take.
     """
     backward_op = getattr(torch.ops.immunize_ext, f"{operator}_backward")
 
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
         a, *ctx.policy = inputs
-        rank, *rest = output[values:]
-        ctx.save_for_backward(a, *output[:saved_values], *rest)
-        ctx.mark_non_differentiable(rank, *rest)
+        ctx.save_for_backward(a, *output[:saved_values], *output[values + unsaved_counts :])
+        ctx.mark_non_differentiable(*output[values:])
 
     def backward(ctx: Any, *grads: Tensor) -> tuple[Any, ...]:
-        return backward_op(*grads[:values], *ctx.saved_tensors, *ctx.policy), None, None, None
+        grad = backward_op(*grads[:values], *ctx.saved_tensors, *ctx.policy)
+        return grad, *(None,) * len(ctx.policy)
 
     torch.library.register_autograd(_name(operator), backward, setup_context=setup_context)
 
@@ -222,6 +248,11 @@ _FAKES: dict[str, Callable[..., Any]] = {
     "gram_extremes": _fake_gram_extremes,
     "gram_extremes_backward": _fake_gram_extremes_backward,
     "gram_extremes_double_backward": _fake_gram_extremes_double_backward,
+    "gram_regularizer": _fake_gram_regularizer,
+    "gram_regularizer_backward": _fake_gram_regularizer_backward,
+    "symmetric_extremes": _fake_symmetric_extremes,
+    "symmetric_extremes_backward": _fake_extremal_singular_values_backward,
+    "symmetric_extremes_double_backward": _fake_extremal_singular_values_double_backward,
     "merge_solve": _fake_merge_solve,
     "merge_apply": _fake_merge_apply,
     "merge_apply_backward": _fake_merge_apply_backward,
@@ -233,6 +264,8 @@ _WITHOUT_DERIVATIVE = {
     "extremal_singular_values_double_backward": "extremal_singular_values",
     "gram_extremes_backward": "gram_extremes",
     "gram_extremes_double_backward": "gram_extremes",
+    "symmetric_extremes_backward": "symmetric_extremes",
+    "symmetric_extremes_double_backward": "symmetric_extremes",
     "merge_solve": "merge_kv",
     "merge_apply_backward": "merge_kv",
     "precondition": "precondition_gradient",
@@ -247,12 +280,15 @@ _FOLDING = [
     "gram_extremes",
     "gram_extremes_backward",
     "gram_extremes_double_backward",
+    "symmetric_extremes",
+    "symmetric_extremes_backward",
+    "symmetric_extremes_double_backward",
     "merge_solve",
 ]
 
 # Half precision gains nothing here: the kernels compute in float64 or float32 whatever they are
 # given, and a float32 parameter must not lose digits on the way in.
-_AUTOCAST = ["extremal_singular_values", "gram_extremes"]
+_AUTOCAST = ["extremal_singular_values", "gram_extremes", "gram_regularizer", "symmetric_extremes"]
 
 
 def _register() -> None:
@@ -260,6 +296,7 @@ def _register() -> None:
         torch.library.register_fake(_name(operator))(fake)
     _spectrum_autograd("extremal_singular_values", values=2, saved_values=0)
     _spectrum_autograd("gram_extremes", values=3, saved_values=2)
+    _spectrum_autograd("symmetric_extremes", values=2, saved_values=0, unsaved_counts=0)
     _merge_apply_autograd()
     for operator, public in _WITHOUT_DERIVATIVE.items():
         _refuse_derivative(operator, public)

@@ -42,3 +42,30 @@ class BatchedFunction(torch.autograd.Function):
         """Fold the vmapped axis into the batch and apply the function once."""
         outputs = cls.apply(*fold_batch(info.batch_size, in_dims, args))
         return outputs, 0 if isinstance(outputs, Tensor) else (0,) * len(outputs)
+
+
+class RequirePositive(BatchedFunction):
+    """Identity that refuses numbers that are not positive.
+
+    A function and no plain check, so that it sees plain tensors under ``torch.func``. Reads them on
+    the host; not for use inside ``torch.compile``.
+    """
+
+    @staticmethod
+    def forward(value: Tensor, message: str) -> Tensor:
+        # NaN fails every comparison, so the test is for what is allowed.
+        if not bool((value > 0).all()):
+            raise ValueError(f"{message}, got {value.tolist()}")
+        return value.clone()
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+        pass
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None]:
+        return grads[0], None
+
+    @staticmethod
+    def jvp(ctx: Any, tangent: Tensor, *_: Any) -> Tensor:
+        return tangent.clone()

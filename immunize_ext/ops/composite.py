@@ -76,10 +76,11 @@ class _RaiseWhenDifferentiated(torch.autograd.Function):
 
 
 def _power_of_two_scale(a: Tensor) -> Tensor:
-    """Power of two (*, 1, 1) that brings the largest entry of each matrix near 1, exactly."""
+    """Power of two (*, 1, 1) that brings the largest entry of each matrix into [1, 2), exactly."""
     largest = a.detach().abs().amax(dim=(-2, -1), keepdim=True)
     _, exponent = torch.frexp(torch.where(largest > 0, largest, 1.0))
-    return torch.ldexp(torch.ones_like(largest), exponent)
+    # One less than the exponent of [0.5, 1): finite for the largest number there is.
+    return torch.ldexp(torch.ones_like(largest), exponent - 1)
 
 
 def _cluster_mean(spectrum: Tensor, mask: Tensor, value: Tensor) -> Tensor:
@@ -156,6 +157,35 @@ def gram_extremes(x: Tensor, policy: SpectrumPolicy) -> tuple[Extremes, Tensor]:
     extremes = _extremes_of(eigenvalues, eigenvalues.detach().sqrt(), policy, p)
     squared_frobenius = thin.square().sum(dim=(-2, -1)) * squared_scale[..., 0].square()
     return extremes, squared_frobenius
+
+
+def symmetric_extremes(h: Tensor, cluster_rtol: float) -> tuple[Tensor, ...]:
+    """Algebraic extremes of symmetric h (*, p, p), float64, and their multiplicities."""
+    require_finite("symmetric_extremes", "h", h)
+    wide = h.to(torch.float64)
+    p = wide.shape[-1]
+    scale = _power_of_two_scale(wide)
+    scaled = wide.detach() / scale
+    difference = (scaled - scaled.mT).abs().amax(dim=(-2, -1))
+    largest_entry = scaled.abs().amax(dim=(-2, -1))
+    if bool((difference > 8.0 * p**0.5 * torch.finfo(h.dtype).eps * largest_entry).any()):
+        raise ValueError(
+            "symmetric_extremes: h must be symmetric, got entries that differ from their mirror "
+            "image; pass (h + h.mT) / 2 if the difference has no meaning"
+        )
+    wide = wide / scale
+    spectrum = torch.linalg.eigh((wide + wide.mT) / 2)[0].flip(-1)
+    detached = spectrum.detach()
+    near = cluster_rtol * detached[..., (0, -1)].abs().amax(-1, keepdim=True)
+    most = detached[..., :1] - detached <= near
+    least = detached - detached[..., -1:] <= near
+    factor = scale[..., 0, 0]
+    return (
+        _cluster_mean(spectrum, most, detached[..., 0]) * factor,
+        _cluster_mean(spectrum, least, detached[..., -1]) * factor,
+        most.sum(-1),
+        least.sum(-1),
+    )
 
 
 def _pivoted_cholesky(t: Tensor, rank_rtol: float) -> tuple[list[int], Tensor]:
@@ -237,7 +267,10 @@ def merge_apply(
             r = targets[layer] - w0 @ c_acc.mT
             # What W0 gives already, up to the rounding of a dot product, is no edit.
             unit = 2.0 * torch.finfo(accumulate).eps * w0.detach().norm(dim=-1, keepdim=True)
-            r = torch.where(r.detach().abs() <= unit * norms, 0.0, r)
+            rounding = unit * norms
+            # A row of W0 that is not finite has an infinite norm: nothing about it is rounding.
+            none = torch.isfinite(rounding) & (r.detach().abs() <= rounding)
+            r = torch.where(none, 0.0, r)
         else:
             parts = c_acc.split(layout.rows, -2)
             r = torch.cat(
@@ -249,7 +282,7 @@ def merge_apply(
             )
         if not bool(torch.isfinite(r).all()):
             raise ValueError(f"merge_kv: base, concepts or values of layer {layer} must be finite")
-        merged.append((w0 + r @ b_acc).to(weight.dtype))
+        merged.append((w0 + r @ b_acc).to(weight.dtype).contiguous())
         residuals.append(r.detach())
     if layout.check and bool(defect.any()):
         _refuse_contradictions(layout, defect, residuals, targets)
@@ -260,14 +293,15 @@ def _refuse_contradictions(
     layout: MergeLayout, defect: Tensor, residuals: list[Tensor], targets: Sequence[Tensor]
 ) -> None:
     """Raise if constraints that were dropped are missed by more than near-repeats explain."""
-    violation = torch.stack([(r.to(defect.dtype) @ defect).abs().amax(0) for r in residuals]).amax(
-        0
-    )
-    scale = max(float(r.abs().max()) for r in residuals)
-    if layout.targets_are_values:
-        scale = max(scale, *(1e-3 * float(t.detach().abs().max()) for t in targets))
-    tolerance = (10.0 * layout.rank_rtol**0.5 + 1e4 * torch.finfo(residuals[0].dtype).eps) * scale
-    bad = (violation > tolerance).nonzero().flatten().tolist()
+    tolerance = 10.0 * layout.rank_rtol**0.5 + 1e4 * torch.finfo(residuals[0].dtype).eps
+    # Each layer by its own size: a large edit of one must not hide the contradiction of another.
+    missed = torch.zeros(defect.shape[-1], dtype=torch.bool, device=defect.device)
+    for layer, r in enumerate(residuals):
+        scale = r.abs().max()
+        if layout.targets_are_values:
+            scale = torch.maximum(scale, 1e-3 * targets[layer].detach().abs().max())
+        missed |= (r.to(defect.dtype) @ defect).abs().amax(0) > tolerance * scale
+    bad = missed.nonzero().flatten().tolist()
     if bad:
         raise ValueError(f"merge_kv: contradictory targets at rows {bad} of the embeddings")
 

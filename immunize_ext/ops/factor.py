@@ -166,7 +166,7 @@ class RegularizationFactor:
         ridge_tensor = None
         if whole is not None and carries_derivative(whole):
             source = whole
-        if isinstance(ridge, Tensor) or (relative and source is not None):
+        if isinstance(ridge, Tensor) or (relative and source is not None and ridge_value > 0.0):
             scale: float | Tensor = 1.0
             if relative:
                 squares = None if whole is None else whole.to(torch.float64).square().sum()
@@ -268,12 +268,18 @@ class RegularizationFactor:
         """
         function = "RegularizationFactor.load"
         tensors, values = load_checkpoint(path, kind=_KIND, function=function, device=device)
-        chol = tensors["chol"]
+        chol = tensors.get("chol", torch.empty(0))
         square = chol.dim() == 2 and chol.shape[0] == chol.shape[1] and chol.shape[0] > 0
-        if not square or chol.dtype != torch.float64 or not bool((chol.diagonal() > 0).all()):
+        if (
+            not square
+            or chol.dtype != torch.float64
+            or not bool((chol.diagonal() > 0).all())
+            or not bool(torch.isfinite(chol).all())
+            or bool(chol.triu(1).any())
+        ):
             raise ValueError(
-                f"{function}: {os.fspath(path)} must hold a float64 Cholesky factor (d, d), got "
-                f"{chol.dtype} {tuple(chol.shape)}"
+                f"{function}: {os.fspath(path)} must hold a float64 Cholesky factor (d, d), lower "
+                f"triangular with positive diagonal, got {chol.dtype} {tuple(chol.shape)}"
             )
         return cls(chol, ridge=float(values["ridge"]), samples=int(values["samples"]))
 

@@ -91,7 +91,7 @@ def solve_merge(
         raise ValueError(
             f"merge_kv: contradictions must be 'raise' or 'average', got {contradictions!r}"
         )
-    compiled = has_kernel(base[0])
+    compiled = has_kernel(base[0], "merge_solve", "merge_apply", "merge_apply_backward")
     average = contradictions == "average"
     with torch.autocast(base[0].device.type, enabled=False):
         b, defect = _shared_part(problem.c, factor, problem.inverse_hardness, average, compiled)

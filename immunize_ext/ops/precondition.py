@@ -17,6 +17,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.autograd import forward_ad
 
 from immunize_ext.errors import NotPositiveDefiniteError
 from immunize_ext.ops import composite
@@ -88,8 +89,16 @@ class Preconditioner:
             raise ValueError(f"{function}: ridge must be finite and not negative, got {ridge}")
         x = x.detach().to(torch.float64)
         n, p = x.shape
-        absolute = ridge * float(x.square().sum()) / p if relative else ridge
+        squares = float(x.square().sum())
+        absolute = ridge * squares / p if relative else ridge
         woodbury = n < p
+        if squares == 0.0 and absolute == 0.0:
+            raise NotPositiveDefiniteError(
+                f"{function}: K = x^T x must be positive definite, got zero: x holds only zeros, "
+                "and a relative ridge is a share of them; pass features, or relative=False with a "
+                "positive ridge",
+                rank=0,
+            )
         if woodbury and absolute == 0.0:
             raise NotPositiveDefiniteError(
                 f"{function}: K = x^T x must be positive definite, got {n} samples for {p} "
@@ -109,7 +118,9 @@ class Preconditioner:
             raise NotPositiveDefiniteError.for_matrix(
                 function, "K = x^T x + ridge I", dim=side, rank=rank, needed_ridge=needed
             )
-        return cls(factor, x if woodbury else x[:0], ridge=absolute, woodbury=woodbury)
+        # A copy, so that later changes of the features do not reach one half of the inverse.
+        kept = x.clone() if woodbury else x[:0].clone()
+        return cls(factor, kept, ridge=absolute, woodbury=woodbury)
 
     def apply(self, grad: Tensor) -> Tensor:
         """Return grad K^-1.
@@ -141,7 +152,7 @@ class _Precondition(torch.autograd.Function):
 
     @staticmethod
     def forward(grad: Tensor, factor: Tensor, x: Tensor, ridge: float, woodbury: bool) -> Tensor:
-        if has_kernel(grad):
+        if has_kernel(grad, "precondition"):
             result: Tensor = torch.ops.immunize_ext.precondition(grad, factor, x, ridge, woodbury)
             return result
         return composite.precondition(grad, factor, x, ridge, woodbury)
@@ -275,9 +286,18 @@ class PreconditionedLinear(nn.Linear):
         self.ridge = ridge
         self.preconditioner = preconditioner
 
+    def _is_differentiated(self) -> bool:
+        tangent = forward_ad.unpack_dual(self.weight).tangent
+        return tangent is not None or (torch.is_grad_enabled() and self.weight.requires_grad)
+
     def forward(self, input: Tensor) -> Tensor:
-        """Apply the layer to (*, p) features."""
+        """Apply the layer to (*, p) features.
+
+        Where nothing differentiates the weight, K is not needed: any batch will do.
+        """
         preconditioner = self.preconditioner
+        if preconditioner is None and not self._is_differentiated():
+            return super().forward(input)
         if preconditioner is None:
             rows = input.detach().reshape(-1, self.in_features)
             preconditioner = Preconditioner.from_features(rows, ridge=self.ridge)

@@ -21,6 +21,18 @@ from immunize_ext.ops import composite
 from immunize_ext.ops._arguments import RankPolicy, SpectrumPolicy, spectrum_policy
 from immunize_ext.ops._dispatch import has_kernel
 from immunize_ext.ops._transforms import BatchedFunction
+from immunize_ext.ops.symmetric import SymmetricExtremes, symmetric_extremes
+
+__all__ = [
+    "GramExtremes",
+    "SingularExtremes",
+    "SymmetricExtremes",
+    "condition_number",
+    "extremal_singular_values",
+    "gram_extremes",
+    "log_condition_number",
+    "symmetric_extremes",
+]
 
 
 class SingularExtremes(NamedTuple):
@@ -354,7 +366,7 @@ def _function(plain: Any, dual: Any) -> Any:
 
 def singular_extremes_float64(a: Tensor, policy: SpectrumPolicy) -> SingularExtremes:
     """:func:`extremal_singular_values` under a checked policy, before the cast to a's dtype."""
-    if has_kernel(a):
+    if has_kernel(a, "extremal_singular_values", "extremal_singular_values_backward"):
         sigma_max, sigma_min, *counts = _function(
             _ExtremalSingularValues, _ExtremalSingularValuesDual
         ).apply(a, *policy)[:5]
@@ -364,7 +376,7 @@ def singular_extremes_float64(a: Tensor, policy: SpectrumPolicy) -> SingularExtr
 
 def gram_extremes_float64(x: Tensor, policy: SpectrumPolicy) -> GramExtremes:
     """:func:`gram_extremes` under a checked policy, before the cast to x's dtype."""
-    if has_kernel(x):
+    if has_kernel(x, "gram_extremes", "gram_extremes_backward"):
         largest, smallest, frobenius, *counts = _function(_GramExtremes, _GramExtremesDual).apply(
             x, *policy
         )[:6]

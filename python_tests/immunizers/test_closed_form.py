@@ -121,6 +121,7 @@ def test_fit_records_before_and_after() -> None:
         "ridge": 1e-2,
         "rotate": True,
         "seed": 0,
+        "grading": "log",
         "calibrated": False,
     }
     assert torch.equal(immunized.theta0, torch.eye(6, dtype=torch.float64))

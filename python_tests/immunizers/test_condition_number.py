@@ -255,3 +255,21 @@ def test_refused_tasks() -> None:
         ConditionNumberImmunizer().fit(PRIMARY, task(1, p=4))
     with pytest.raises(ValueError, match="ridge must be finite"):
         ConditionNumberImmunizer(ridge=-1.0).fit(PRIMARY, HARMFUL)
+
+
+@pytest.mark.parametrize("optimizer", ["gd", "adam"])
+def test_corridor_is_held_at_every_step(optimizer: str) -> None:
+    corridor = (3.0, 5.0)
+    immunizer = ConditionNumberImmunizer(
+        steps=15,
+        optimizer=optimizer,  # type: ignore[arg-type]
+        corridor=corridor,
+        keep="last",
+    )
+    fitted = immunizer.fit(PRIMARY, HARMFUL)
+    for record in fitted.history:
+        assert 3.0 * (1 - 1e-6) <= math.exp(record["log_kappa_primary"]) <= 5.0 * (1 + 1e-6)
+    assert fitted.config["corridor"] == [3.0, 5.0]
+    assert torch.equal(fitted.theta0, torch.eye(fitted.theta.shape[0], dtype=torch.float64))
+    with pytest.raises(ValueError, match="corridor must be two numbers"):
+        ConditionNumberImmunizer(corridor=(0.5, 1.0))

@@ -47,9 +47,7 @@ def test_refusals(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="must name a safetensors file"):
         Immunized.load(tmp_path / "other.pt")
     RegularizationFactor.identity(3).save(tmp_path / "factor.safetensors")
-    with pytest.raises(
-        ValueError, match=r"must hold .*Immunized/1, got .*Factor/1"
-    ):
+    with pytest.raises(ValueError, match=r"must hold .*Immunized/1, got .*Factor/1"):
         Immunized.load(tmp_path / "factor.safetensors")
 
 

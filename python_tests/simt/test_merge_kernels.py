@@ -1,5 +1,6 @@
 """The kernels of the key/value merge, run on the CPU, against numpy and the reference."""
 
+from itertools import chain
 from types import ModuleType
 from typing import Any, NamedTuple
 
@@ -56,8 +57,7 @@ class Case(NamedTuple):
         if self.values:
             return wide(self.targets[layer]) - w0 @ c.swapaxes(1, 2)
         parts = [
-            (wide(self.targets[n * len(self.base) + layer]) - w0)
-            @ c[:, begin:end].swapaxes(1, 2)
+            (wide(self.targets[n * len(self.base) + layer]) - w0) @ c[:, begin:end].swapaxes(1, 2)
             for n, (begin, end) in enumerate(zip(self.starts, self.starts[1:], strict=False))
         ]
         return np.concatenate(parts, axis=2)
@@ -273,7 +273,9 @@ def test_apply_equals_the_reference(merge: Any, values: bool) -> None:
 # --- backward, row by row ------------------------------------------------------------------------
 
 
-def backward(merge: Any, case: Case, grad: list[Any], needs: tuple[bool, ...], **options: Any) -> Any:
+def backward(
+    merge: Any, case: Case, grad: list[Any], needs: tuple[bool, ...], **options: Any
+) -> Any:
     return merge.backward(
         case.dtype, grad, case.rows, case.c, case.b, *needs, merge.Options(**options)
     )
@@ -357,7 +359,7 @@ def test_backward_gives_the_same_bits_under_every_schedule(merge: Any) -> None:
     first = backward(merge, case, case.base, needs)
     for options in [{"seed": seed} for seed in SEEDS[1:]] + [{"largest_grid": 3}]:
         again = backward(merge, case, case.base, needs, **options)
-        for one, other in zip(sum(first, []), sum(again, []), strict=True):
+        for one, other in zip(chain(*first), chain(*again), strict=True):
             np.testing.assert_array_equal(one, other)
 
 

@@ -1,10 +1,10 @@
 // Double backward of the spectrum operators on CUDA: a composition of ATen operators over the whole
-// batch. Derivation: cpu/spectrum.cpp.
+// batch. Derivation: cpu/spectrum_double_backward.cpp.
 //
 // For a simple sigma_i, with Z the cotangent of grad_A, x = U^T Z v, y = V^T Z^T u,
 //   d(u^T Z v)/dA = (U a + (I - U U^T) Z v / s_i) v^T + u (V b + (I - V V^T) Z^T u / s_i)^T,
 //   a_j = (s_i x_j + s_j y_j) / (s_i^2 - s_j^2),  b_j = (s_j x_j + s_i y_j) / (s_i^2 - s_j^2).
-// It waits for the device once, to refuse clusters. linalg_svd waits as well.
+// It waits for the device, to refuse clusters and what is not finite, as linalg_svd does anyway.
 
 #include <ATen/ATen.h>
 #include <c10/core/DeviceGuard.h>
@@ -48,6 +48,11 @@ Decomposition decompose(
   const Tensor flat = a.to(at::kDouble).reshape({batch, n, p});
   d.z = cotangent.to(at::kDouble).reshape({batch, n, p});
   const Tensor largest = flat.abs().amax({1, 2});
+  const Tensor bad = largest.isfinite().logical_not().nonzero().cpu();
+  TORCH_CHECK_VALUE(
+      bad.numel() == 0, op, ": ", name, " must be finite, got NaN or infinity at batch index ",
+      bad.const_data_ptr<int64_t>()[0],
+      "; look for an overflow upstream, float16 features for instance");
   const auto exponent = std::get<1>(at::frexp(largest));
   d.scale = at::ldexp(at::ones_like(largest), exponent);
   d.matrices = flat / d.scale.view({-1, 1, 1});
@@ -87,7 +92,7 @@ void check_simple(const char* op, const char* which, const Tensor& grad, const E
       "); use the first derivative there, or a smaller cluster_rtol");
 }
 
-Tensor outer(const Tensor& left, const Tensor& right) {
+Tensor outer_product(const Tensor& left, const Tensor& right) {
   return left.unsqueeze(2) * right.unsqueeze(1);
 }
 
@@ -140,7 +145,7 @@ SecondDerivative second_derivative(
           .unsqueeze(1);
   const Tensor left = times(d.u, a) + (zv - times(d.u, x)) / safe;
   const Tensor right = times(v_all, b) + (ztu - times(v_all, y)) / safe;
-  s.value = outer(left, s.v) + outer(s.u, right);
+  s.value = outer_product(left, s.v) + outer_product(s.u, right);
   return s;
 }
 
@@ -221,7 +226,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> gram_extremes_double_backward(
     const SecondDerivative s = second_derivative(d, extreme, grad);
     const Tensor weight = (2.0 * grad).masked_fill(s.active.logical_not(), 0.0);
     return per_matrix(weight) *
-           (s.value * per_matrix(s.sigma) + outer(s.u * s.along.unsqueeze(1), s.v));
+           (s.value * per_matrix(s.sigma) + outer_product(s.u * s.along.unsqueeze(1), s.v));
   };
   const Tensor& m = d.matrices;
   const bool wide = x.size(-2) <= x.size(-1);

@@ -1,0 +1,280 @@
+// Algebraic extremes of symmetric matrices on the CPU: forward, backward, double backward.
+//
+// d lambda_i = v_i^T dH v_i for a simple eigenvalue, so grad_H = g v_i v_i^T, symmetric as H is. At
+// an extreme of multiplicity m the gradient is the mean of v_i v_i^T over the cluster, the element
+// of least norm of the subdifferential; the backward decomposes such a matrix again.
+//
+// Second derivative where simple, with Z the symmetric part of the cotangent:
+//   d(v_i v_i^T)[Z] = sum_{j != i} (v_j^T Z v_i) / (lambda_i - lambda_j) (v_j v_i^T + v_i v_j^T).
+
+#include <ATen/ATen.h>
+#include <torch/library.h>
+
+#include <tuple>
+#include <vector>
+
+#include "../checks.h"
+#include "spectrum_common.h"
+#include "spectrum_kernels.h"
+
+namespace immunize_ext {
+namespace {
+
+using namespace spectrum;
+
+// h (t x t) as the padded, scaled, exactly symmetric g. Asymmetry beyond rounding is an error.
+struct Loaded {
+  double scale = 1.0;
+  bool finite = true;
+  double largest = 0.0, asymmetry = 0.0;
+};
+
+template <typename T>
+Loaded load_symmetric(const T* h, int64_t t, int64_t ld, double* g) {
+  Loaded found;
+  for (int64_t i = 0; i < t * t; ++i) {
+    const double x = std::abs(static_cast<double>(h[i]));
+    if (!(x <= found.largest))
+      found.largest = x;
+    if (std::isnan(x))
+      break;
+  }
+  found.finite = std::isfinite(found.largest);
+  if (!found.finite)
+    return found;
+  found.scale = power_of_two_scale(found.largest);
+  constexpr int64_t block = 16;
+  for (int64_t i0 = 0; i0 < t; i0 += block) {
+    for (int64_t j0 = 0; j0 <= i0; j0 += block) {
+      for (int64_t i = i0; i < std::min(i0 + block, t); ++i) {
+        for (int64_t j = j0; j < std::min(j0 + block, i + 1); ++j) {
+          const double lower = static_cast<double>(h[i * t + j]) / found.scale;
+          const double upper = static_cast<double>(h[j * t + i]) / found.scale;
+          found.asymmetry = std::max(found.asymmetry, std::abs(lower - upper));
+          g[i * ld + j] = g[j * ld + i] = 0.5 * lower + 0.5 * upper;
+        }
+      }
+    }
+  }
+  found.asymmetry *= found.scale;
+  return found;
+}
+
+// Eigenvalues ascending and vectors, and how many of them form each extreme.
+struct Decomposed {
+  Tensor lambda, v;  // [t], [t, t]
+  int64_t most = 1, least = 1;
+};
+
+Decomposed eigen(const Tensor& h, double cluster_rtol) {
+  Decomposed d;
+  const Tensor wide = h.to(at::kDouble);
+  const double scale = power_of_two_scale(wide.abs().max().item<double>());
+  auto [lambda, v] = at::linalg_eigh((wide / scale + wide.mT() / scale) * 0.5);
+  d.lambda = (lambda * scale).contiguous();
+  d.v = v;
+  const double* x = d.lambda.const_data_ptr<double>();
+  const int64_t t = d.lambda.size(0);
+  const double near = cluster_rtol * std::max(std::abs(x[0]), std::abs(x[t - 1]));
+  while (d.most < t && x[t - 1] - x[t - 1 - d.most] <= near)
+    ++d.most;
+  while (d.least < t && x[d.least] - x[0] <= near)
+    ++d.least;
+  return d;
+}
+
+Tensor mean_projector(const Tensor& v, int64_t begin, int64_t count) {
+  const Tensor part = v.slice(1, begin, begin + count);
+  return part.mm(part.mT()).div_(static_cast<double>(count));
+}
+
+Tensor readable(const Tensor& h) {
+  const bool native = h.scalar_type() == at::kDouble || h.scalar_type() == at::kFloat;
+  return (native ? h : h.to(at::kFloat)).contiguous();
+}
+
+int64_t check_square(const char* op, const Tensor& h) {
+  check_floating_matrix(op, "h", h);
+  IMMUNIZE_CHECK(h.size(-1) == h.size(-2), op, "h", "have shape [*, p, p]", h.sizes());
+  return h.size(-1);
+}
+
+std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> symmetric_extremes(
+    const Tensor& h,  // [*, p, p]
+    double cluster_rtol) {
+  constexpr const char* op = "symmetric_extremes";
+  const int64_t t = check_square(op, h), batch = h.numel() / (t * t);
+  const Tensor flat = readable(h).view({batch, t, t});
+  const auto options = flat.options().dtype(at::kDouble);
+  const Tensor largest = at::empty({batch}, options), smallest = at::empty({batch}, options);
+  const Tensor m_max = at::empty({batch}, options.dtype(at::kLong));
+  const Tensor m_min = at::empty({batch}, options.dtype(at::kLong));
+  const Tensor v_max = at::zeros({batch, t}, options), v_min = at::zeros({batch, t}, options);
+  std::vector<Loaded> loaded(batch);
+  std::vector<SymmetricPair> pairs(batch);
+  std::vector<char> settled(batch, 0);
+  for_each_matrix(batch, [&](int64_t b) {
+    Workspace work(t, t);
+    const int64_t ld = work.ld();
+    std::vector<double> g(ld * ld);
+    loaded[b] = flat.scalar_type() == at::kDouble
+                    ? load_symmetric(flat.const_data_ptr<double>() + b * t * t, t, ld, g.data())
+                    : load_symmetric(flat.const_data_ptr<float>() + b * t * t, t, ld, g.data());
+    if (!loaded[b].finite)
+      return;
+    SymmetricPair& pair = pairs[b];
+    pair.v_max = v_max.mutable_data_ptr<double>() + b * t;
+    pair.v_min = v_min.mutable_data_ptr<double>() + b * t;
+    if (loaded[b].largest == 0.0) {
+      // The zero matrix: one cluster, whose mean gradient is I / p.
+      pair.multiplicity_max = pair.multiplicity_min = t;
+      pair.v_max[t - 1] = pair.v_min[0] = 1.0;
+      settled[b] = 1;
+      return;
+    }
+    settled[b] =
+        IMMUNIZE_EXT_SPECTRUM(symmetric_extremes(g.data(), t, cluster_rtol, work, Threads{}, pair));
+  });
+  const double eps = h.scalar_type() == at::kDouble  ? 0x1p-52
+                     : h.scalar_type() == at::kFloat ? 0x1p-23
+                     : h.scalar_type() == at::kHalf  ? 0x1p-10
+                                                     : 0x1p-7;
+  for (int64_t b = 0; b < batch; ++b) {
+    TORCH_CHECK_VALUE(
+        loaded[b].finite, op, ": h must be finite, got NaN or infinity at batch index ", b,
+        "; look for an overflow upstream, float16 features for instance");
+    // Sums of p products in another order differ by about sqrt(p) eps; 8 for the bad cases.
+    const double allowed = 8.0 * std::sqrt(static_cast<double>(t)) * eps * loaded[b].largest;
+    TORCH_CHECK_VALUE(
+        loaded[b].asymmetry <= allowed, op, ": h must be symmetric, got entries that differ by ",
+        loaded[b].asymmetry, " from their mirror image at batch index ", b,
+        "; pass (h + h.mT) / 2 if the difference has no meaning");
+    SymmetricPair& pair = pairs[b];
+    if (!settled[b]) {
+      const Decomposed d = eigen(flat[b], cluster_rtol);
+      pair.lambda_max = d.lambda[t - 1].item<double>() / loaded[b].scale;
+      pair.lambda_min = d.lambda[0].item<double>() / loaded[b].scale;
+      pair.multiplicity_max = d.most;
+      pair.multiplicity_min = d.least;
+      v_max[b].copy_(d.v.select(1, t - 1));
+      v_min[b].copy_(d.v.select(1, 0));
+    }
+    largest.mutable_data_ptr<double>()[b] = pair.lambda_max * loaded[b].scale;
+    smallest.mutable_data_ptr<double>()[b] = pair.lambda_min * loaded[b].scale;
+    m_max.mutable_data_ptr<int64_t>()[b] = pair.multiplicity_max;
+    m_min.mutable_data_ptr<int64_t>()[b] = pair.multiplicity_min;
+  }
+  const auto shape = batch_shape(h);
+  return {
+      largest.view(shape),
+      smallest.view(shape),
+      m_max.view(shape),
+      m_min.view(shape),
+      v_max.view(with_side(shape, t)),
+      v_min.view(with_side(shape, t))};
+}
+
+// out = first x x^T + second y y^T.
+template <typename T>
+void rank_two(int64_t t, double first, const double* x, double second, const double* y, T* out) {
+  at::parallel_for(0, t, std::max<int64_t>(1, 50000 / t), [&](int64_t begin, int64_t end) {
+    for (int64_t i = begin; i < end; ++i) {
+      const double a = first * x[i], b = second * y[i];
+      for (int64_t j = 0; j < t; ++j)
+        out[i * t + j] = static_cast<T>(a * x[j] + b * y[j]);
+    }
+  });
+}
+
+Tensor symmetric_extremes_backward(
+    const Tensor& grad_max,  // [*] float64
+    const Tensor& grad_min,  // [*] float64
+    const Tensor& h,         // [*, p, p]
+    const Tensor& multiplicity_max,
+    const Tensor& multiplicity_min,
+    const Tensor& v_max,
+    const Tensor& v_min,
+    double cluster_rtol) {
+  const int64_t t = h.size(-1), batch = h.numel() / (t * t);
+  const Tensor flat = readable(h).view({batch, t, t});
+  const Tensor grad = at::empty({batch, t, t}, flat.options());
+  const Tensor g_max = grad_max.to(at::kDouble).reshape({batch}).contiguous();
+  const Tensor g_min = grad_min.to(at::kDouble).reshape({batch}).contiguous();
+  const Tensor m_max = multiplicity_max.reshape({batch}).contiguous();
+  const Tensor m_min = multiplicity_min.reshape({batch}).contiguous();
+  const Tensor x = v_max.reshape({batch, t}).contiguous();
+  const Tensor y = v_min.reshape({batch, t}).contiguous();
+  for (int64_t b = 0; b < batch; ++b) {
+    const double first = g_max.const_data_ptr<double>()[b];
+    const double second = g_min.const_data_ptr<double>()[b];
+    if ((first != 0.0 && m_max.const_data_ptr<int64_t>()[b] > 1) ||
+        (second != 0.0 && m_min.const_data_ptr<int64_t>()[b] > 1)) {
+      const Decomposed d = eigen(flat[b], cluster_rtol);
+      grad[b].copy_(
+          mean_projector(d.v, t - d.most, d.most) * first +
+          mean_projector(d.v, 0, d.least) * second);
+      continue;
+    }
+    const double* xb = x.const_data_ptr<double>() + b * t;
+    const double* yb = y.const_data_ptr<double>() + b * t;
+    if (flat.scalar_type() == at::kDouble)
+      rank_two(t, first, xb, second, yb, grad.mutable_data_ptr<double>() + b * t * t);
+    else
+      rank_two(t, first, xb, second, yb, grad.mutable_data_ptr<float>() + b * t * t);
+  }
+  return grad.view(h.sizes()).to(h.scalar_type());
+}
+
+std::tuple<Tensor, Tensor, Tensor> symmetric_extremes_double_backward(
+    const Tensor& cotangent,  // [*, p, p], with respect to grad_h
+    const Tensor& grad_max,
+    const Tensor& grad_min,
+    const Tensor& h,
+    double cluster_rtol) {
+  const int64_t t = h.size(-1), batch = h.numel() / (t * t);
+  const Tensor flat = h.reshape({batch, t, t});
+  const Tensor cotangents = cotangent.to(at::kDouble).reshape({batch, t, t});
+  const Tensor z = (cotangents + cotangents.mT()) * 0.5;
+  const Tensor g[2] = {
+      grad_max.to(at::kDouble).reshape({batch}).contiguous(),
+      grad_min.to(at::kDouble).reshape({batch}).contiguous()};
+  Tensor along[2] = {at::zeros({batch}, z.options()), at::zeros({batch}, z.options())};
+  const Tensor grad = at::zeros({batch, t, t}, z.options());
+  const char* names[2] = {"lambda_max", "lambda_min"};
+  for (int64_t b = 0; b < batch; ++b) {
+    const Decomposed d = eigen(flat[b], cluster_rtol);
+    const int64_t counts[2] = {d.most, d.least}, begins[2] = {t - d.most, 0};
+    for (int k = 0; k < 2; ++k) {
+      const double weight = g[k].const_data_ptr<double>()[b];
+      TORCH_CHECK_NOT_IMPLEMENTED(
+          counts[k] <= 1 || weight == 0.0,
+          "symmetric_extremes_double_backward: the second derivative of ", names[k],
+          " does not exist at batch index ", b, ", where it is repeated (multiplicity ", counts[k],
+          "); use the first derivative there, or a smaller cluster_rtol");
+      along[k][b] = (mean_projector(d.v, begins[k], counts[k]) * z[b]).sum();
+      if (weight == 0.0 || counts[k] != 1)
+        continue;
+      const int64_t i = begins[k];
+      const Tensor v = d.v.select(1, i);
+      const Tensor gap = d.lambda[i] - d.lambda;
+      const Tensor self = at::arange(t, gap.options().dtype(at::kLong)) == i;
+      const Tensor c = (d.v.mT().mv(z[b].mv(v)) / gap).masked_fill_(self, 0.0);
+      const Tensor half = at::outer(d.v.mv(c), v);
+      grad[b].add_(half + half.mT(), weight);
+    }
+  }
+  const auto shape = batch_shape(h);
+  return {
+      along[0].reshape(shape), along[1].reshape(shape),
+      grad.reshape(h.sizes()).to(h.scalar_type())};
+}
+
+}  // namespace
+
+TORCH_LIBRARY_IMPL(immunize_ext, CPU, m) {
+  m.impl("symmetric_extremes", &symmetric_extremes);
+  m.impl("symmetric_extremes_backward", &symmetric_extremes_backward);
+  m.impl("symmetric_extremes_double_backward", &symmetric_extremes_double_backward);
+}
+
+}  // namespace immunize_ext
