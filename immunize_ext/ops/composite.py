@@ -257,14 +257,15 @@ def merge_apply(
 ) -> list[Tensor]:
     """Merged weights W_l = W0_l + R_l B of every layer, then the residuals R_l."""
     base, targets = weights[: layout.layers], weights[layout.layers :]
+    # float64 whatever the weights are, also because autocast leaves it alone: the backward pass of
+    # float32 products would be rounded to half precision where it runs inside autocast.
     accumulate = torch.float64 if base[0].dtype == torch.float64 else torch.float32
-    c_acc, b_acc = c.to(accumulate), b.to(accumulate)
-    norms = c_acc.detach().norm(dim=-1)
+    norms = c.detach().norm(dim=-1)
     merged, residuals = [], []
     for layer, weight in enumerate(base):
-        w0 = weight.to(accumulate)
+        w0 = weight.to(torch.float64)
         if layout.targets_are_values:
-            r = targets[layer] - w0 @ c_acc.mT
+            r = targets[layer].to(torch.float64) - w0 @ c.mT
             # What W0 gives already, up to the rounding of a dot product, is no edit.
             unit = 2.0 * torch.finfo(accumulate).eps * w0.detach().norm(dim=-1, keepdim=True)
             rounding = unit * norms
@@ -272,18 +273,18 @@ def merge_apply(
             none = torch.isfinite(rounding) & (r.detach().abs() <= rounding)
             r = torch.where(none, 0.0, r)
         else:
-            parts = c_acc.split(layout.rows, -2)
+            parts = c.split(layout.rows, -2)
             r = torch.cat(
                 [
-                    (targets[n * layout.layers + layer].to(accumulate) - w0) @ part.mT
+                    (targets[n * layout.layers + layer].to(torch.float64) - w0) @ part.mT
                     for n, part in enumerate(parts)
                 ],
                 -1,
             )
         if not bool(torch.isfinite(r).all()):
             raise ValueError(f"merge_kv: base, concepts or values of layer {layer} must be finite")
-        merged.append((w0 + r @ b_acc).to(weight.dtype).contiguous())
-        residuals.append(r.detach())
+        merged.append((w0 + r @ b).to(weight.dtype).contiguous())
+        residuals.append(r.detach().to(accumulate))
     if layout.check and bool(defect.any()):
         _refuse_contradictions(layout, defect, residuals, targets)
     return [*merged, *residuals]

@@ -39,7 +39,6 @@ class RegularizationFactor:
         ridge: The absolute ridge that was added, in the units of Q.
         samples: Number of rows of C_reg.
         source: C_reg (m, d) where gradients reach it, else None.
-        ridge_tensor: The absolute ridge, 0-dimensional, where gradients reach it, else None.
 
     Example:
         >>> import torch
@@ -53,7 +52,6 @@ class RegularizationFactor:
     ridge: float
     samples: int
     source: Tensor | None
-    ridge_tensor: Tensor | None
 
     def __init__(
         self,
@@ -62,7 +60,8 @@ class RegularizationFactor:
         ridge: float,
         samples: int,
         source: Tensor | None = None,
-        ridge_tensor: Tensor | None = None,
+        given_ridge: Tensor | None = None,
+        mean_diagonal: float | None = None,
     ) -> None:
         """Wrap a factor that exists already; :meth:`from_embeddings` computes one.
 
@@ -71,19 +70,41 @@ class RegularizationFactor:
             ridge: The absolute ridge in L L^T.
             samples: Number of rows of C_reg.
             source: C_reg itself, where gradients shall reach it.
-            ridge_tensor: The absolute ridge as a 0-dimensional tensor, where gradients shall reach
-                it.
+            given_ridge: The ridge as given, 0-dimensional, where gradients shall reach it or,
+                through the mean diagonal, C_reg.
+            mean_diagonal: Of C_reg^T C_reg where the ridge given is relative to it.
         """
         self.chol = chol
         self.ridge = ridge
         self.samples = samples
         self.source = source
-        self.ridge_tensor = ridge_tensor
+        self._given_ridge = given_ridge
+        self._mean_diagonal = mean_diagonal
 
     @property
     def dim(self) -> int:
         """Width d of the text features."""
         return self.chol.shape[-1]
+
+    @property
+    def ridge_tensor(self) -> Tensor | None:
+        """The absolute ridge, 0-dimensional, where gradients reach it, else None.
+
+        Made anew each time: merges that share a factor must not share a graph, which the first
+        backward pass would free.
+        """
+        if self._given_ridge is None:
+            return None
+        ridge = self._given_ridge
+        if self._mean_diagonal is not None:
+            source = self.source
+            scale = (
+                self._mean_diagonal
+                if source is None
+                else source.to(torch.float64).square().sum() / self.dim
+            )
+            ridge = ridge * scale
+        return ridge if carries_derivative(ridge) else None
 
     @property
     def device(self) -> torch.device:
@@ -137,7 +158,6 @@ class RegularizationFactor:
         function = "RegularizationFactor.from_embeddings"
         whole = c_reg if isinstance(c_reg, Tensor) else None
         gram, samples = _stream_gram(function, c_reg, chunk)
-        dim = gram.shape[-1]
         if samples == 0 and relative:
             raise ValueError(
                 f"{function}: c_reg must hold at least one row for a relative ridge, got an empty "
@@ -163,18 +183,19 @@ class RegularizationFactor:
         chol = _factor_or_explain(function, gram, samples, mean_diagonal if relative else None)
 
         source = None
-        ridge_tensor = None
         if whole is not None and carries_derivative(whole):
             source = whole
+        given = None
         if isinstance(ridge, Tensor) or (relative and source is not None and ridge_value > 0.0):
-            scale: float | Tensor = 1.0
-            if relative:
-                squares = None if whole is None else whole.to(torch.float64).square().sum()
-                scale = mean_diagonal if squares is None else squares / dim
-            ridge_tensor = torch.as_tensor(ridge, dtype=torch.float64, device=chol.device) * scale
-            if not carries_derivative(ridge_tensor):
-                ridge_tensor = None
-        return cls(chol, ridge=absolute, samples=samples, source=source, ridge_tensor=ridge_tensor)
+            given = torch.as_tensor(ridge, dtype=torch.float64, device=chol.device)
+        return cls(
+            chol,
+            ridge=absolute,
+            samples=samples,
+            source=source,
+            given_ridge=given,
+            mean_diagonal=mean_diagonal if relative else None,
+        )
 
     @classmethod
     def identity(
@@ -229,11 +250,14 @@ class RegularizationFactor:
         chol = self.chol.to(device)
         if chol is self.chol:
             return self
-        moved = {
-            name: None if tensor is None else tensor.to(device)
-            for name, tensor in (("source", self.source), ("ridge_tensor", self.ridge_tensor))
-        }
-        return RegularizationFactor(chol, ridge=self.ridge, samples=self.samples, **moved)
+        return RegularizationFactor(
+            chol,
+            ridge=self.ridge,
+            samples=self.samples,
+            source=None if self.source is None else self.source.to(device),
+            given_ridge=None if self._given_ridge is None else self._given_ridge.to(device),
+            mean_diagonal=self._mean_diagonal,
+        )
 
     def save(self, path: str | os.PathLike[str]) -> None:
         """Write the factor to a safetensors file, whole or not at all.

@@ -60,7 +60,8 @@ def _shared_part(
     tracing = torch.compiler.is_compiling()
     solve, inverse = (FactorSolve, Inverse) if tracing else (FactorSolveDual, InverseDual)
     source = c.new_empty(0, factor.dim) if factor.source is None else factor.source
-    ridge = c.new_zeros(()) if factor.ridge_tensor is None else factor.ridge_tensor
+    ridge = factor.ridge_tensor
+    ridge = c.new_zeros(()) if ridge is None else ridge
     a = solve.apply(c.mT, source, ridge, factor.chol, a)
     t = c @ a + torch.diag_embed(inverse_hardness)
     return inverse.apply(t, e) @ a.mT, defect
