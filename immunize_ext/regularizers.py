@@ -89,7 +89,10 @@ def _fused(
 
 
 def _well(sigma_max: Tensor, squared_frobenius: Tensor, p: float | Tensor) -> Tensor:
-    return sigma_max.square() / 2 - squared_frobenius / (2 * p)
+    # |S|_F^2 leaves the range of float64 first; infinity minus infinity is not what that means.
+    overflows = torch.isinf(squared_frobenius)
+    value = torch.where(overflows, 0.0, sigma_max).square() / 2
+    return torch.where(overflows, torch.inf, value - squared_frobenius / (2 * p))
 
 
 class _RefuseVanishing(BatchedFunction):
@@ -124,6 +127,12 @@ def _ill(
     vanishing: float,
 ) -> Tensor:
     rank, multiplicity_min = counts
+    # |S|_F^2 leaves the range of float64 first: R_ill is then zero or infinite, with gradient 0.
+    overflows = torch.isinf(squared_frobenius)
+    vanished = (squared_frobenius == 0) & (rank > 0)
+    out_of_range = (overflows | vanished).detach()
+    squared_frobenius = torch.where(out_of_range, 2.0, squared_frobenius)
+    sigma_min = torch.where(out_of_range, 0.0, sigma_min)
     mean_square = squared_frobenius / (2 * (rank.clamp(min=1) if k is None else k))
     denominator = mean_square - sigma_min.square() / 2
     smallest = mean_square.detach() * (vanishing if floor is None else floor)
@@ -131,11 +140,13 @@ def _ill(
     if k is None and floor is None:
         # One cluster of all singular values: what D has left of itself is rounding.
         vanishes = vanishes | (multiplicity_min >= rank)
+    vanishes = vanishes & ~out_of_range
     if floor is None and not torch.compiler.is_compiling():
         vanishes = _RefuseVanishing.apply(vanishes, function, argument)
     # Where D vanishes the value is held at 1 / smallest, with gradient 0; the zero matrix, which
     # has no scale to hold it at, gets infinity.
-    return torch.where(vanishes, smallest, denominator).reciprocal()
+    value = torch.where(vanishes, smallest, denominator).reciprocal()
+    return torch.where(overflows, 0.0, torch.where(vanished, torch.inf, value))
 
 
 def r_well(

@@ -159,6 +159,46 @@ def _gram_regularizer_backward(device: str) -> list[Sample]:
     return samples
 
 
+def symmetric(*shape: int, seed: int = 0, dtype: torch.dtype = torch.float64) -> Tensor:
+    """Random symmetric, in general indefinite matrices (*, p, p)."""
+    a = gaussian(*shape, shape[-1], seed=seed)
+    return ((a + a.mT) / 2).to(dtype)
+
+
+def _symmetric(device: str) -> list[Sample]:
+    samples = [
+        ("square", symmetric(4)),
+        ("one", symmetric(1, seed=1)),
+        ("batch", symmetric(2, 3, 4, seed=2)),
+        ("empty", symmetric(0, 3)),
+        ("clusters", diagonal(1.0, 1.0, 2.0, -3.0, -3.0)),
+        ("zero", torch.zeros(3, 3, dtype=torch.float64)),
+        ("column major", column_major(symmetric(2, 4, seed=3))),
+        ("float32", symmetric(4, seed=4, dtype=torch.float32)),
+        ("bfloat16", symmetric(4, seed=5, dtype=torch.bfloat16)),
+    ]
+    return [Sample(name, (h.to(device), 10 * EPS)) for name, h in samples]
+
+
+def _symmetric_backward(device: str) -> list[Sample]:
+    samples = []
+    for name, (h, cluster_rtol) in _symmetric(device):
+        saved = torch.ops.immunize_ext.symmetric_extremes(h, cluster_rtol)[2:]
+        grads = (_batch_gradient(h, 25), _batch_gradient(h, 26))
+        samples.append(Sample(name, (*grads, h, *saved, cluster_rtol)))
+    return samples
+
+
+def _symmetric_double_backward(device: str) -> list[Sample]:
+    samples = []
+    for name, (h, cluster_rtol) in _symmetric(device):
+        if name not in ("clusters", "zero"):
+            grads = (_batch_gradient(h, 27), _batch_gradient(h, 28))
+            cotangent = gaussian(*h.shape, seed=29).to(h)
+            samples.append(Sample(name, (cotangent, *grads, h, cluster_rtol)))
+    return samples
+
+
 def cholesky_of_gram(d: int, *batch: int, seed: int = 40) -> Tensor:
     """Lower Cholesky factor (*, d, d) of a well-conditioned Gram matrix."""
     rows = gaussian(*batch, 4 * d, d, seed=seed)
@@ -300,6 +340,9 @@ _BUILDERS: dict[str, Callable[[str], list[Sample]]] = {
     "gram_extremes_double_backward": _gram_double_backward,
     "gram_regularizer": _gram_regularizer,
     "gram_regularizer_backward": _gram_regularizer_backward,
+    "symmetric_extremes": _symmetric,
+    "symmetric_extremes_backward": _symmetric_backward,
+    "symmetric_extremes_double_backward": _symmetric_double_backward,
     "merge_solve": _merge_solve,
     "merge_apply": _merge_apply,
     "merge_apply_backward": _merge_apply_backward,
@@ -307,7 +350,13 @@ _BUILDERS: dict[str, Callable[[str], list[Sample]]] = {
 }
 
 RAW_OPERATORS = tuple(_BUILDERS)
-DIFFERENTIABLE = ("extremal_singular_values", "gram_extremes", "gram_regularizer", "merge_apply")
+DIFFERENTIABLE = (
+    "extremal_singular_values",
+    "gram_extremes",
+    "gram_regularizer",
+    "symmetric_extremes",
+    "merge_apply",
+)
 # Differentiable as a part of gram_regularizer: with respect to grad and x together.
 HALF_DIFFERENTIABLE = ("gram_regularizer_backward",)
 # These refuse to be differentiated, by name.

@@ -281,13 +281,10 @@ def test_values_in_the_range_of_float64(route, function, scale):
     assert float(found / scale**degree) == pytest.approx(float(unit), rel=1e-11)
 
 
-@pytest.mark.xfail(
-    strict=True,
-    reason="|K|_F^2 is of degree 4 in x: infinity minus infinity, or a difference of zeros",
-)
 @every_route
-@pytest.mark.parametrize("function", [gram_r_well, gram_r_ill], ids=name_of)
-@pytest.mark.parametrize("scale", [1e-100, 1e100])
+@pytest.mark.parametrize(
+    ("function", "scale"), [(gram_r_well, 1e100), (gram_r_ill, 1e100), (gram_r_ill, 1e-100)]
+)
 def test_gram_regularizers_beyond_the_range(route, function, scale):
     """Infinite or zero, as |K|_F^2 is: never a NaN, and no error with a wrong name."""
     with taking_route(route):

@@ -13,6 +13,7 @@
 #include <ATen/ATen.h>
 #include <torch/library.h>
 
+#include <cmath>
 #include <limits>
 #include <optional>
 #include <tuple>
@@ -24,8 +25,9 @@
 namespace immunize_ext {
 namespace {
 
-// D is a difference of two numbers of its own size or larger; below this fraction of the first it
-// is rounding. 8 units for the sums of squares that enter it.
+// D is a difference of two numbers of its own size or larger; below this fraction of the first,
+// times the larger side, it is rounding: eigenvalues of a Gram matrix are known to a few max(n, p)
+// eps of the largest.
 constexpr double kVanishing = 8.0 * std::numeric_limits<double>::epsilon();
 
 std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> gram_regularizer(
@@ -53,6 +55,14 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> gram_regularizer(
     double* c = coefficients.mutable_data_ptr<double>() + 3 * b;
     double& result = value.mutable_data_ptr<double>()[b];
     const double squared_frobenius = e.squared_frobenius.const_data_ptr<double>()[b];
+    const int64_t rank = e.rank.const_data_ptr<int64_t>()[b];
+    // F is of degree 4 in x and leaves the range of float64 first: R_well is then infinite or zero,
+    // R_ill the other way round, both with gradient 0.
+    const bool overflows = std::isinf(squared_frobenius);
+    if (overflows || (squared_frobenius == 0.0 && rank > 0)) {
+      result = overflows != ill ? std::numeric_limits<double>::infinity() : 0.0;
+      continue;
+    }
     if (!ill) {
       const double width = 2.0 * normaliser.value_or(static_cast<double>(p));
       const double largest = e.lambda_max.const_data_ptr<double>()[b];
@@ -61,12 +71,12 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> gram_regularizer(
       c[2] = -1.0 / width;
       continue;
     }
-    const int64_t rank = e.rank.const_data_ptr<int64_t>()[b];
     const double width = 2.0 * normaliser.value_or(static_cast<double>(std::max<int64_t>(rank, 1)));
     const double smallest = e.lambda_min.const_data_ptr<double>()[b];
     const double mean_square = squared_frobenius / width;
     const double denominator = mean_square - smallest * smallest / 2.0;
-    const double least = mean_square * floor.value_or(kVanishing);
+    const double least =
+        mean_square * floor.value_or(kVanishing * static_cast<double>(std::max(n, p)));
     // One cluster of all singular values: what D has left of itself is rounding.
     const bool one_cluster = multiplicity.const_data_ptr<int64_t>()[b] >= rank;
     if (denominator <= least || (one_cluster && !normaliser && !floor)) {

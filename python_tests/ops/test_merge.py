@@ -73,6 +73,7 @@ def merge_of_flat(problem, hardness=INF, ridge=0.0, **options):
 
 
 @every_route
+@fewer_examples
 @given(problem=strategies.merge_problems(repeats=("none",), max_exponent=8.0))
 def test_equals_the_null_space_method(route, problem):
     """Hard and soft rows, several layers and concepts, text-like features, with a ridge or not."""
@@ -83,6 +84,7 @@ def test_equals_the_null_space_method(route, problem):
 
 
 @every_route
+@fewer_examples
 @given(problem=strategies.merge_problems_with_answer())
 def test_finds_an_answer_that_was_chosen_first(route, problem):
     assume(conditions(problem)[1] < 1e10)
@@ -95,6 +97,7 @@ def test_finds_an_answer_that_was_chosen_first(route, problem):
 
 
 @every_route
+@fewer_examples
 @given(problem=strategies.merge_problems(repeats=("none", "consistent"), text_like=False))
 def test_optimality_conditions(route, problem):
     """Feasible, and the gradient of the objective vanishes along every feasible direction."""
