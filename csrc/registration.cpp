@@ -99,6 +99,23 @@ TORCH_LIBRARY(immunize_ext, m) {
       " Tensor grad_max, Tensor grad_min, Tensor h, float cluster_rtol) -> ("
       "Tensor grad_grad_max, Tensor grad_grad_min, Tensor grad_h)");
 
+  // A trajectory of symmetric matrices: what a cold call leaves behind, and a warm call. ok =
+  // false: not converged or not proven, take a cold call.
+  m.def(
+      "symmetric_reference(Tensor h, float cluster_rtol) -> ("  // [p, p]
+      "Tensor values,"         // [2] float64: lambda_max, lambda_min
+      " Tensor multiplicity,"  // [2] int64
+      " Tensor vectors,"       // [2, p] float64
+      " Tensor matrix,"        // [p, p] float64, exactly symmetric
+      " Tensor reflectors,"    // [p, ld] float64
+      " Tensor tridiagonal,"   // [3, ld] float64: diagonal, off-diagonal, reflector factors
+      " Tensor ends)");  // [5] float64: top, the value beside it, bottom, the value beside it,
+                         // scale
+  m.def(
+      "symmetric_track(Tensor h, float cluster_rtol,"  // [p, p]
+      " Tensor vectors, Tensor matrix, Tensor reflectors, Tensor tridiagonal, Tensor ends) -> ("
+      "Tensor values, Tensor new_vectors, bool ok)");
+
   // --- merge ------------------------------------------------------------------------------------
   // The part shared by all layers. T = c Q^-1 c^T + diag(inverse_hardness), E its (generalised)
   // inverse, b = E c Q^-1.

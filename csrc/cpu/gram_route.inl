@@ -20,10 +20,6 @@
 //
 // Which eigenvalue a triplet belongs to is checked too: |sigma^2 - lambda| <= noise.
 
-inline double noise_of(int64_t t, double lambda_max) {
-  return 4.0 * static_cast<double>(std::max<int64_t>(t, 16)) * kEps * lambda_max;
-}
-
 // One extreme on the way to its triplet.
 struct Candidate {
   double lambda;      // eigenvalue of T
@@ -167,7 +163,7 @@ bool extremes(
   m.pivot_min = 1e-30 * m.norm;
 
   const double lambda_max = eigenvalue(m, t - 1);
-  const double noise = noise_of(t, lambda_max);
+  const double noise = noise_bound(t, lambda_max);
   const double sigma_max = std::sqrt(lambda_max);
   double points[kPoints] = {};
   int64_t below[kPoints];

@@ -76,6 +76,11 @@ constexpr int64_t kRowBlock = 64;
 constexpr double kEps = std::numeric_limits<double>::epsilon();
 constexpr int kRefinements = 3;
 
+// What forming a Gram matrix of side t, or reducing a symmetric matrix, may do to its eigenvalues.
+inline double noise_bound(int64_t t, double size) {
+  return 4.0 * static_cast<double>(std::max<int64_t>(t, 16)) * kEps * size;
+}
+
 // Beyond this side two matrices of scratch are no longer a small part of the memory in use.
 constexpr int64_t kLargestSide = 4096;
 
@@ -107,6 +112,15 @@ struct SymmetricPair {
   double lambda_max = 0.0, lambda_min = 0.0;
   int64_t multiplicity_max = 0, multiplicity_min = 0;
   double *v_max = nullptr, *v_min = nullptr;
+};
+
+// What a cold call leaves for warm ones: H = Q T Q^T and what is proven about both ends of it.
+// [0] is the top, [1] the bottom.
+struct Reference {
+  int64_t t, ld;
+  double *d, *e, *tau, *v;  // [ld] each and [t, ld]: T and Q
+  double lambda[2];         // extreme
+  double next[2];           // the eigenvalue beside it
 };
 
 namespace baseline {

@@ -16,49 +16,12 @@
 #include "../checks.h"
 #include "spectrum_common.h"
 #include "spectrum_kernels.h"
+#include "symmetric_input.h"
 
 namespace immunize_ext {
 namespace {
 
 using namespace spectrum;
-
-// h (t x t) as the padded, scaled, exactly symmetric g. Asymmetry beyond rounding is an error.
-struct Loaded {
-  double scale = 1.0;
-  bool finite = true;
-  double largest = 0.0, asymmetry = 0.0;
-};
-
-template <typename T>
-Loaded load_symmetric(const T* h, int64_t t, int64_t ld, double* g) {
-  Loaded found;
-  for (int64_t i = 0; i < t * t; ++i) {
-    const double x = std::abs(static_cast<double>(h[i]));
-    if (!(x <= found.largest))
-      found.largest = x;
-    if (std::isnan(x))
-      break;
-  }
-  found.finite = std::isfinite(found.largest);
-  if (!found.finite)
-    return found;
-  found.scale = power_of_two_scale(found.largest);
-  constexpr int64_t block = 16;
-  for (int64_t i0 = 0; i0 < t; i0 += block) {
-    for (int64_t j0 = 0; j0 <= i0; j0 += block) {
-      for (int64_t i = i0; i < std::min(i0 + block, t); ++i) {
-        for (int64_t j = j0; j < std::min(j0 + block, i + 1); ++j) {
-          const double lower = static_cast<double>(h[i * t + j]) / found.scale;
-          const double upper = static_cast<double>(h[j * t + i]) / found.scale;
-          found.asymmetry = std::max(found.asymmetry, std::abs(lower - upper));
-          g[i * ld + j] = g[j * ld + i] = 0.5 * lower + 0.5 * upper;
-        }
-      }
-    }
-  }
-  found.asymmetry *= found.scale;
-  return found;
-}
 
 // Eigenvalues ascending and vectors, and how many of them form each extreme.
 struct Decomposed {
@@ -88,23 +51,12 @@ Tensor mean_projector(const Tensor& v, int64_t begin, int64_t count) {
   return part.mm(part.mT()).div_(static_cast<double>(count));
 }
 
-Tensor readable(const Tensor& h) {
-  const bool native = h.scalar_type() == at::kDouble || h.scalar_type() == at::kFloat;
-  return (native ? h : h.to(at::kFloat)).contiguous();
-}
-
-int64_t check_square(const char* op, const Tensor& h) {
-  check_floating_matrix(op, "h", h);
-  IMMUNIZE_CHECK(h.size(-1) == h.size(-2), op, "h", "have shape [*, p, p]", h.sizes());
-  return h.size(-1);
-}
-
 std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> symmetric_extremes(
     const Tensor& h,  // [*, p, p]
     double cluster_rtol) {
   constexpr const char* op = "symmetric_extremes";
   const int64_t t = check_square(op, h), batch = h.numel() / (t * t);
-  const Tensor flat = readable(h).view({batch, t, t});
+  const Tensor flat = readable_symmetric(h).view({batch, t, t});
   const auto options = flat.options().dtype(at::kDouble);
   const Tensor largest = at::empty({batch}, options), smallest = at::empty({batch}, options);
   const Tensor m_max = at::empty({batch}, options.dtype(at::kLong));
@@ -135,20 +87,8 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> symmetric_extremes(
     settled[b] =
         IMMUNIZE_EXT_SPECTRUM(symmetric_extremes(g.data(), t, cluster_rtol, work, Threads{}, pair));
   });
-  const double eps = h.scalar_type() == at::kDouble  ? 0x1p-52
-                     : h.scalar_type() == at::kFloat ? 0x1p-23
-                     : h.scalar_type() == at::kHalf  ? 0x1p-10
-                                                     : 0x1p-7;
   for (int64_t b = 0; b < batch; ++b) {
-    TORCH_CHECK_VALUE(
-        loaded[b].finite, op, ": h must be finite, got NaN or infinity at batch index ", b,
-        "; look for an overflow upstream, float16 features for instance");
-    // Sums of p products in another order differ by about sqrt(p) eps; 8 for the bad cases.
-    const double allowed = 8.0 * std::sqrt(static_cast<double>(t)) * eps * loaded[b].largest;
-    TORCH_CHECK_VALUE(
-        loaded[b].asymmetry <= allowed, op, ": h must be symmetric, got entries that differ by ",
-        loaded[b].asymmetry, " from their mirror image at batch index ", b,
-        "; pass (h + h.mT) / 2 if the difference has no meaning");
+    check_loaded(op, h, loaded[b], b);
     SymmetricPair& pair = pairs[b];
     if (!settled[b]) {
       const Decomposed d = eigen(flat[b], cluster_rtol);
@@ -196,7 +136,7 @@ Tensor symmetric_extremes_backward(
     const Tensor& v_min,
     double cluster_rtol) {
   const int64_t t = h.size(-1), batch = h.numel() / (t * t);
-  const Tensor flat = readable(h).view({batch, t, t});
+  const Tensor flat = readable_symmetric(h).view({batch, t, t});
   const Tensor grad = at::empty({batch, t, t}, flat.options());
   const Tensor g_max = grad_max.to(at::kDouble).reshape({batch}).contiguous();
   const Tensor g_min = grad_min.to(at::kDouble).reshape({batch}).contiguous();

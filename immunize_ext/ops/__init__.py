@@ -19,6 +19,7 @@ from immunize_ext.ops.spectrum import (
     log_condition_number,
 )
 from immunize_ext.ops.symmetric import SymmetricExtremes, symmetric_extremes
+from immunize_ext.ops.tracker import SpectrumTracker
 
 __all__ = [
     "GramExtremes",
@@ -28,6 +29,7 @@ __all__ = [
     "Preconditioner",
     "RegularizationFactor",
     "SingularExtremes",
+    "SpectrumTracker",
     "SymmetricExtremes",
     "as_lora",
     "condition_number",

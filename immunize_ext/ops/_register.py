@@ -98,6 +98,17 @@ def _fake_symmetric_extremes(h: Tensor, cluster_rtol: float) -> tuple[Tensor, ..
     )
 
 
+def _fake_symmetric_reference(h: Tensor, cluster_rtol: float) -> tuple[Tensor, ...]:
+    p = h.shape[-1]
+    width = (p + 11) // 12 * 12  # rows padded to whole panels of twelve
+    shapes = [(2, p), (p, p), (p, width), (3, width), (5,)]
+    return (
+        h.new_empty(2, dtype=torch.float64),
+        h.new_empty(2, dtype=torch.int64),
+        *(h.new_empty(shape, dtype=torch.float64) for shape in shapes),
+    )
+
+
 def _fake_merge_solve(
     chol: Tensor, c: Tensor, inverse_hardness: Tensor, rank_rtol: float, average: bool
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
@@ -253,6 +264,7 @@ _FAKES: dict[str, Callable[..., Any]] = {
     "symmetric_extremes": _fake_symmetric_extremes,
     "symmetric_extremes_backward": _fake_extremal_singular_values_backward,
     "symmetric_extremes_double_backward": _fake_extremal_singular_values_double_backward,
+    "symmetric_reference": _fake_symmetric_reference,
     "merge_solve": _fake_merge_solve,
     "merge_apply": _fake_merge_apply,
     "merge_apply_backward": _fake_merge_apply_backward,
@@ -266,6 +278,8 @@ _WITHOUT_DERIVATIVE = {
     "gram_extremes_double_backward": "gram_extremes",
     "symmetric_extremes_backward": "symmetric_extremes",
     "symmetric_extremes_double_backward": "symmetric_extremes",
+    "symmetric_reference": "SpectrumTracker",
+    "symmetric_track": "SpectrumTracker",
     "merge_solve": "merge_kv",
     "merge_apply_backward": "merge_kv",
     "precondition": "precondition_gradient",

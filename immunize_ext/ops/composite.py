@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from immunize_ext.ops._arguments import SpectrumPolicy, require_finite
+from immunize_ext.ops._composite_extremes import ExtremeValue, RaiseWhenDifferentiated
 
 # A Gram matrix gives sigma_min with a relative error of eps * kappa^2 / 2, so sigma itself to
 # eps * sigma_max * kappa / 2. Beyond this kappa the singular values of x are taken directly.
@@ -58,21 +59,12 @@ class _RefuseSecondDerivativeAtClusters(torch.autograd.Function):
         (multiplicity,) = ctx.saved_tensors
         (grad,) = grads
         if torch.is_grad_enabled() and bool(((multiplicity > 1) & (grad != 0)).any()):
-            grad = _RaiseWhenDifferentiated.apply(grad)
+            grad = RaiseWhenDifferentiated.apply(
+                grad,
+                "the second derivative of an extreme singular value does not exist where it is "
+                "repeated (multiplicity > 1)",
+            )
         return grad, None
-
-
-class _RaiseWhenDifferentiated(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx: Any, value: Tensor) -> Tensor:
-        return value.clone()
-
-    @staticmethod
-    def backward(ctx: Any, *grads: Tensor) -> Tensor:
-        raise NotImplementedError(
-            "the second derivative of an extreme singular value does not exist where it is "
-            "repeated (multiplicity > 1)"
-        )
 
 
 def _power_of_two_scale(a: Tensor) -> Tensor:
@@ -94,16 +86,15 @@ def _cluster_mean(spectrum: Tensor, mask: Tensor, value: Tensor) -> Tensor:
 
 
 def _extremes_of(
-    attached: Tensor, sigma: Tensor, policy: SpectrumPolicy, full_side: int
-) -> Extremes:
-    """Extremes and clusters of a spectrum.
+    values: Tensor, sigma: Tensor, policy: SpectrumPolicy, full_side: int
+) -> tuple[Extremes, Tensor, Tensor]:
+    """Extremes of a spectrum without derivatives, and the masks (*, t) of their clusters.
 
-    ``attached`` (*, t) is what is returned and differentiated, in descending order (singular values
-    or eigenvalues of a Gram matrix); ``sigma`` (*, t) the singular values that tolerances speak of.
-    ``full_side`` is the number of singular values that the policy ``full_rank`` counts; it exceeds
-    t for the p x p Gram matrix of n < p samples, whose other eigenvalues are exact zeros.
+    ``values`` (*, t) is what is returned, in descending order (singular values or eigenvalues of a
+    Gram matrix); ``sigma`` (*, t) the singular values that tolerances speak of. ``full_side`` is
+    the number of singular values that the policy ``full_rank`` counts; it exceeds t for the p x p
+    Gram matrix of n < p samples, whose other eigenvalues are exact zeros.
     """
-    values = attached.detach()
     top = sigma[..., :1]
     # Strictly greater: the zero matrix has rank 0 although 0 >= rtol * 0.
     counted = sigma > policy.rank_rtol * top
@@ -120,13 +111,8 @@ def _extremes_of(
         cluster_min = cluster_min & ~deficient.unsqueeze(-1)
         multiplicity_min = torch.where(deficient, full_side - rank, multiplicity_min)
         smallest = torch.where(deficient, 0.0, smallest)
-    return Extremes(
-        largest=_cluster_mean(attached, cluster_max, values[..., 0]),
-        smallest=_cluster_mean(attached, cluster_min, smallest),
-        rank=rank,
-        multiplicity_max=multiplicity_max,
-        multiplicity_min=multiplicity_min,
-    )
+    found = Extremes(values[..., 0], smallest, rank, multiplicity_max, multiplicity_min)
+    return found, cluster_max, cluster_min
 
 
 def extremal_singular_values(a: Tensor, policy: SpectrumPolicy) -> Extremes:
@@ -134,9 +120,13 @@ def extremal_singular_values(a: Tensor, policy: SpectrumPolicy) -> Extremes:
     require_finite("extremal_singular_values", "a", a)
     a = a.to(torch.float64)
     scale = _power_of_two_scale(a)
-    _, sigma, _ = torch.linalg.svd(a / scale, full_matrices=False)
+    u, sigma, vh = torch.linalg.svd((a / scale).detach(), full_matrices=False)
     sigma = sigma * scale.squeeze(-1)
-    return _extremes_of(sigma, sigma.detach(), policy, min(a.shape[-2:]))
+    found, cluster_max, cluster_min = _extremes_of(sigma, sigma, policy, min(a.shape[-2:]))
+    return found._replace(
+        largest=ExtremeValue.apply(a, found.largest, u, sigma, vh, cluster_max),
+        smallest=ExtremeValue.apply(a, found.smallest, u, sigma, vh, cluster_min),
+    )
 
 
 def gram_extremes(x: Tensor, policy: SpectrumPolicy) -> tuple[Extremes, Tensor]:
@@ -154,7 +144,12 @@ def gram_extremes(x: Tensor, policy: SpectrumPolicy) -> tuple[Extremes, Tensor]:
         eigenvalues = torch.linalg.svd(scaled, full_matrices=False)[1].square()
     squared_scale = scale.square()[..., 0]
     eigenvalues = eigenvalues * squared_scale
-    extremes = _extremes_of(eigenvalues, eigenvalues.detach().sqrt(), policy, p)
+    detached = eigenvalues.detach()
+    found, cluster_max, cluster_min = _extremes_of(detached, detached.sqrt(), policy, p)
+    extremes = found._replace(
+        largest=_cluster_mean(eigenvalues, cluster_max, found.largest),
+        smallest=_cluster_mean(eigenvalues, cluster_min, found.smallest),
+    )
     squared_frobenius = thin.square().sum(dim=(-2, -1)) * squared_scale[..., 0].square()
     return extremes, squared_frobenius
 

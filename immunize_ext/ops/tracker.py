@@ -1,0 +1,173 @@
+"""Extremes of a symmetric matrix along a training trajectory, warm-started and proven.
+
+From one step to the next a Hessian changes little, so the last vectors are nearly right and the
+factorisation of an earlier matrix is a good preconditioner. What is cheap to improve is not thereby
+known to be the extreme: another eigenvalue may have overtaken it. So each warm result is proven, by
+the distance to a matrix whose spectrum is known or by a Cholesky factorisation, and where the proof
+fails the matrix is decomposed anew. A tracker returns what ``symmetric_extremes`` would, or that.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from immunize_ext.ops._dispatch import has_kernel
+from immunize_ext.ops._transforms import BatchedFunction
+from immunize_ext.ops.symmetric import (
+    SymmetricExtremes,
+    _SymmetricExtremesBackward,
+    cluster_tolerance,
+    symmetric_extremes,
+)
+
+_STATE = ("vectors", "matrix", "reflectors", "tridiagonal", "ends")
+
+
+class _Tracked(BatchedFunction):
+    """Values that were found outside autograd, with the derivatives of ``symmetric_extremes``."""
+
+    @staticmethod
+    def forward(
+        h: Tensor, values: Tensor, multiplicity: Tensor, vectors: Tensor, cluster_rtol: float
+    ) -> tuple[Tensor, Tensor]:
+        return values[0].clone(), values[1].clone()
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
+        h, _, multiplicity, vectors, ctx.cluster_rtol = inputs
+        ctx.save_for_backward(h, *multiplicity, *vectors)
+
+    @staticmethod
+    def backward(ctx: Any, grad_max: Tensor, grad_min: Tensor) -> tuple[Any, ...]:
+        grad = _SymmetricExtremesBackward.apply(
+            grad_max, grad_min, *ctx.saved_tensors, ctx.cluster_rtol
+        )
+        return grad, None, None, None, None
+
+
+class SpectrumTracker:
+    r"""Largest and smallest eigenvalue of one slowly changing symmetric matrix.
+
+    .. math:: \lambda_{\max}(H_t),\ \lambda_{\min}(H_t), \quad t = 0, 1, 2, \dots
+
+    Equivalent to :func:`~immunize_ext.ops.symmetric_extremes` on every matrix of the trajectory.
+    The first call decomposes its matrix. Later calls start from the last vectors, and decompose
+    again only where an extreme was overtaken, became repeated, or moved too far to follow.
+
+    Args:
+        cluster_rtol: As in :func:`~immunize_ext.ops.symmetric_extremes`.
+
+    Attributes:
+        warm_calls: How many calls were served from the last vectors.
+        cold_calls: How many calls decomposed their matrix.
+
+    Note:
+        Nothing that autograd holds is changed by a later call: several forwards may precede their
+        backwards. Derivatives are those of ``symmetric_extremes``. Use one tracker for each matrix.
+        Not for use inside ``torch.func`` transforms or ``torch.compile``; on devices without the
+        kernel every call is cold.
+
+    Source:
+        Weyl's inequality and the residual bound: Parlett 1998, 10.3 and 11.7. Inertia by
+        factorisation: Sylvester.
+
+    Example:
+        >>> import torch
+        >>> from immunize_ext.ops import SpectrumTracker
+        >>> tracker = SpectrumTracker()
+        >>> h = torch.diag(torch.tensor([-5.0, 0.1, 4.0], dtype=torch.float64))
+        >>> [tracker(h * (1 + 1e-4 * step)).lambda_max.item() for step in range(2)]
+        [4.0, 4.0004]
+        >>> tracker.cold_calls, tracker.warm_calls
+        (1, 1)
+    """
+
+    def __init__(self, *, cluster_rtol: float | None = None) -> None:
+        self.cluster_rtol = cluster_rtol
+        self.warm_calls = 0
+        self.cold_calls = 0
+        self._state: dict[str, Tensor] | None = None
+
+    def __call__(self, h: Tensor) -> SymmetricExtremes:
+        """Extremes of the next matrix of the trajectory.
+
+        Args:
+            h: Symmetric matrix (p, p), real floating point; no batch.
+
+        Returns:
+            ``lambda_max`` and ``lambda_min`` () in h's dtype; ``multiplicity_max`` and
+            ``multiplicity_min`` () int64.
+
+        Raises:
+            ValueError: As :func:`~immunize_ext.ops.symmetric_extremes`, or if h has batch
+                dimensions.
+        """
+        tolerance = cluster_tolerance("SpectrumTracker", h, self.cluster_rtol)
+        if h.dim() != 2:
+            raise ValueError(
+                f"SpectrumTracker: h must have shape (p, p), got {tuple(h.shape)}; "
+                "use one tracker for each matrix of a batch"
+            )
+        if h.device.type != "cpu" or not has_kernel(h, "symmetric_track"):
+            self.cold_calls += 1
+            return symmetric_extremes(h, cluster_rtol=tolerance)
+        values, multiplicity = self._advance(h.detach(), tolerance)
+        assert self._state is not None
+        largest, smallest = _Tracked.apply(
+            h, values, multiplicity, self._state["vectors"], tolerance
+        )
+        return SymmetricExtremes(
+            largest.to(h.dtype), smallest.to(h.dtype), multiplicity[0], multiplicity[1]
+        )
+
+    def _advance(self, h: Tensor, tolerance: float) -> tuple[Tensor, Tensor]:
+        """Values and multiplicities of h; the state becomes that of h, in new tensors."""
+        state = self._state
+        if state is not None and state["matrix"].shape == h.shape:
+            values, vectors, proven = torch.ops.immunize_ext.symmetric_track(
+                h, tolerance, *(state[name] for name in _STATE)
+            )
+            if proven:
+                self.warm_calls += 1
+                self._state = {**state, "vectors": vectors}
+                return values, torch.ones(2, dtype=torch.int64)
+        values, multiplicity, *rest = torch.ops.immunize_ext.symmetric_reference(h, tolerance)
+        self.cold_calls += 1
+        self._state = dict(zip(_STATE, rest, strict=True))
+        return values, multiplicity
+
+    def reset(self) -> None:
+        """Forget the trajectory: the next call is cold."""
+        self._state = None
+
+    def state_dict(self) -> dict[str, Tensor]:
+        """Copies of the tensors that a warm call starts from; empty before the first call."""
+        return {name: value.clone() for name, value in (self._state or {}).items()}
+
+    def load_state_dict(self, state: Mapping[str, Tensor]) -> None:
+        """Continue a trajectory from :meth:`state_dict`.
+
+        Raises:
+            ValueError: If the state is neither empty nor that of a tracker.
+        """
+        if not state:
+            self._state = None
+            return
+        if set(state) != set(_STATE):
+            raise ValueError(
+                f"SpectrumTracker: state must have the entries {sorted(_STATE)}, "
+                f"got {sorted(state)}; pass what state_dict returned"
+            )
+        p, width = state["reflectors"].shape if state["reflectors"].dim() == 2 else (0, 0)
+        shapes = {"vectors": (2, p), "matrix": (p, p), "tridiagonal": (3, width), "ends": (5,)}
+        for name, shape in shapes.items():
+            if tuple(state[name].shape) != shape or state[name].dtype != torch.float64:
+                raise ValueError(
+                    f"SpectrumTracker: {name} of the state must have shape {shape} and dtype "
+                    f"float64, got {tuple(state[name].shape)} and {state[name].dtype}"
+                )
+        self._state = {name: state[name].detach().clone().contiguous() for name in _STATE}
