@@ -199,6 +199,27 @@ def _symmetric_double_backward(device: str) -> list[Sample]:
     return samples
 
 
+def _symmetric_reference(device: str) -> list[Sample]:
+    samples = [
+        ("square", symmetric(4)),
+        ("one", symmetric(1, seed=1)),
+        ("longer than a panel", symmetric(15, seed=2)),
+        ("clusters", diagonal(1.0, 1.0, 2.0, -3.0, -3.0)),
+        ("float32", symmetric(4, seed=4, dtype=torch.float32)),
+        ("column major", column_major(symmetric(4, seed=5))),
+    ]
+    return [Sample(name, (h.to(device), 10 * EPS)) for name, h in samples]
+
+
+def _symmetric_track(device: str) -> list[Sample]:
+    samples = []
+    for name, (h, cluster_rtol) in _symmetric_reference(device):
+        _, _, *state = torch.ops.immunize_ext.symmetric_reference(h, cluster_rtol)
+        moved = h + 1e-3 * symmetric(h.shape[-1], seed=6).to(h)
+        samples.append(Sample(name, (moved, cluster_rtol, *state)))
+    return samples
+
+
 def cholesky_of_gram(d: int, *batch: int, seed: int = 40) -> Tensor:
     """Lower Cholesky factor (*, d, d) of a well-conditioned Gram matrix."""
     rows = gaussian(*batch, 4 * d, d, seed=seed)
@@ -343,6 +364,8 @@ _BUILDERS: dict[str, Callable[[str], list[Sample]]] = {
     "symmetric_extremes": _symmetric,
     "symmetric_extremes_backward": _symmetric_backward,
     "symmetric_extremes_double_backward": _symmetric_double_backward,
+    "symmetric_reference": _symmetric_reference,
+    "symmetric_track": _symmetric_track,
     "merge_solve": _merge_solve,
     "merge_apply": _merge_apply,
     "merge_apply_backward": _merge_apply_backward,
@@ -359,6 +382,8 @@ DIFFERENTIABLE = (
 )
 # Differentiable as a part of gram_regularizer: with respect to grad and x together.
 HALF_DIFFERENTIABLE = ("gram_regularizer_backward",)
+# Whether it succeeds depends on the numbers, and is a bool: it cannot be traced.
+WITHOUT_FAKE = ("symmetric_track",)
 # These refuse to be differentiated, by name.
 WITHOUT_DERIVATIVE = tuple(
     name for name in RAW_OPERATORS if name not in (*DIFFERENTIABLE, *HALF_DIFFERENTIABLE)

@@ -12,6 +12,7 @@ from sample_inputs import (
     POLICY,
     RAW_OPERATORS,
     WITHOUT_DERIVATIVE,
+    WITHOUT_FAKE,
     cholesky_of_gram,
     gaussian,
     map_tensors,
@@ -70,12 +71,18 @@ def test_opcheck(operator, index):
     arguments = sample_inputs(operator)[index].arguments
     if operator in DIFFERENTIABLE:
         arguments = floating_leaves(arguments)
-    torch.library.opcheck(operator_of(operator), arguments)
+    if operator in WITHOUT_FAKE:
+        checks = ("test_schema", "test_autograd_registration")
+        torch.library.opcheck(operator_of(operator), arguments, test_utils=checks)
+    else:
+        torch.library.opcheck(operator_of(operator), arguments)
 
 
 @every_sample
 def test_meta_tensors_tell_shapes_dtypes_and_strides(operator, index):
     """By hand, since opcheck has skipped strides on the CPU in some versions of torch."""
+    if operator in WITHOUT_FAKE:
+        pytest.skip("what it returns depends on the numbers")
     arguments = sample_inputs(operator)[index].arguments
     real = tensors_in(operator_of(operator)(*arguments))
     fake = tensors_in(operator_of(operator)(*map_tensors(lambda t: t.to("meta"), arguments)))
@@ -101,7 +108,7 @@ def test_arguments_are_not_changed_and_not_returned(operator, index):
     memory = {t.data_ptr() for t in tensors_in(arguments) if t.numel()}
     assert not any(t.data_ptr() in memory for t in outputs if t.numel())
     for found, same in zip(outputs, again, strict=True):
-        assert torch.equal(found, same)
+        torch.testing.assert_close(found, same, rtol=0, atol=0, equal_nan=True)
 
 
 # --- derivatives ----------------------------------------------------------------------------------
