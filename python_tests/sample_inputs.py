@@ -21,7 +21,9 @@ from torch import Tensor
 
 from immunize_ext.testing import matrix_from_spectrum
 
-# For properties that call many operators an example: a quarter of what the profile asks for.
+# A property that is asked of both routes shares the examples of the profile between them; one that
+# calls many operators an example makes do with a quarter.
+half_examples = settings(max_examples=max(10, settings().max_examples // 2))
 fewer_examples = settings(max_examples=max(10, settings().max_examples // 4))
 
 EPS = torch.finfo(torch.float64).eps
@@ -139,6 +141,8 @@ def _gram_double_backward(device: str) -> list[Sample]:
 def _gram_regularizer(device: str) -> list[Sample]:
     samples = []
     for name, (x, *policy) in _spectrum(device):
+        if name in ("square", "column major", "wide, full"):
+            continue
         # R_ill of equal values raises without a floor.
         floor = 1e-3 if name in ("zero", "one", "row") else None
         samples.append(Sample(f"well, {name}", (x, False, None, None, *policy)))

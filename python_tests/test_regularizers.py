@@ -17,6 +17,7 @@ from sample_inputs import (
     diagonal,
     fewer_examples,
     gaussian,
+    half_examples,
     symmetric_clusters,
     taking_route,
     with_spectrum,
@@ -83,6 +84,7 @@ def fresh_compiler() -> Iterator[None]:
 
 @every_route
 @every_function
+@half_examples
 @given(sample=strategies.well_conditioned(min_side=2, max_side=8, max_kappa=100.0, batch=None))
 def test_value_equals_the_reference(route, function, sample):
     a = sample.matrix
@@ -183,6 +185,7 @@ def test_one_normaliser_per_matrix(route, function):
 
 @every_route
 @every_well
+@half_examples
 @given(sample=strategies.matrices(max_side=6, layouts=("contiguous",)))
 def test_well_is_not_negative_and_zero_at_its_minimum(route, function, sample):
     """Up to the rounding of a difference: exactly equal values give a few eps sigma_max^2."""
@@ -200,6 +203,7 @@ def test_well_is_not_negative_and_zero_at_its_minimum(route, function, sample):
 
 @every_route
 @every_ill
+@half_examples
 @given(sample=strategies.well_conditioned(min_side=2, max_side=6, max_kappa=1e3, min_gap=0.1))
 def test_ill_obeys_its_bounds(route, function, sample):
     """Theorem 4.1: 2k / ((k-1)(kappa^2-1) s^2) <= R_ill <= 2k / ((kappa^2-1) s^2), s = sigma_min.
@@ -333,6 +337,7 @@ def test_batched_gradients(function, a):
 
 @every_route
 @every_function
+@half_examples
 @given(sample=strategies.well_conditioned(min_side=2, max_side=6, max_kappa=30.0))
 def test_gradient_equals_the_closed_form(route, function, sample):
     a = sample.matrix

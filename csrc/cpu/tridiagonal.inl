@@ -74,9 +74,10 @@ inline void update_and_multiply(
   }
 }
 
+// The same for the leading m.t x m.t part in one pass a reflector.
 // run(count, grain, f) calls f(begin, end) over [0, count) in slices of at least grain.
 template <typename Run>
-void reduce(const Reduction& m, const Run& run) {
+void reduce_by_passes(const Reduction& m, const Run& run) {
   const int64_t t = m.t, ld = m.ld;
   double *w = m.work, *y = w + ld, *zero = y + ld;
   std::memset(m.work, 0, sizeof(double) * 3 * ld);
@@ -109,6 +110,131 @@ void reduce(const Reduction& m, const Run& run) {
     v = next;
   }
   m.d[0] = m.g[0] - 2.0 * v[0] * w[0];
+}
+
+// y += the part of g v that the groups [begin, end) of four rows of the lower triangle give, each
+// entry below the diagonal used on both sides of it.
+inline void multiply_lower(
+    const double* g, int64_t ld, int64_t begin, int64_t end, const double* v, double* y) {
+  for (int64_t i = 4 * begin; i < 4 * end; i += 4) {
+    Vec4 acc[4] = {};
+    for (int64_t j = 0; j < i; j += 4) {
+      Vec4 right, below;
+      load(right, v + j);
+      load(below, y + j);
+#pragma GCC unroll 4
+      for (int r = 0; r < 4; ++r) {
+        Vec4 a;
+        load(a, g + (i + r) * ld + j);
+        acc[r] += a * right;
+        below += v[i + r] * a;
+      }
+      store(y + j, below);
+    }
+    for (int r = 0; r < 4; ++r) {
+      double sum = horizontal_sum(acc[r]);
+      for (int c = 0; c < 4; ++c)
+        sum += (c <= r ? g[(i + r) * ld + i + c] : g[(i + c) * ld + i + r]) * v[i + c];
+      y[i + r] += sum;
+    }
+  }
+}
+
+// Beyond this side the matrix no longer stays in cache from one reflector to the next.
+constexpr int64_t kPassSide = 700;
+constexpr int64_t kBlock = 32;
+
+// Slices of one product with the lower triangle, each with a result of its own: a fixed number, so
+// that the order of summation does not depend on the threads.
+constexpr int64_t kSlices = 8;
+
+// g -> T by blocks of kBlock reflectors while the matrix is large: the updates -v w^T - w v^T of a
+// block are left pending, subtracted from each row as it is needed and from each product with v,
+// and applied together as one product of depth 2 kBlock. A reflector then costs one reading of the
+// lower triangle, a quarter of the traffic of the passes above.
+template <typename Run>
+void reduce(const Reduction& m, const Run& run) {
+  const int64_t ld = m.ld;
+  int64_t side = m.t;
+  std::vector<double> pending, partial, left, right;
+  for (; side > kPassSide; side -= kBlock) {
+    pending.assign(kBlock * ld, 0.0);  // w_q; v_q are rows of m.v
+    double* y = m.work;
+    for (int64_t k = 0; k < kBlock; ++k) {
+      const int64_t i = side - 1 - k;
+      double* row = m.g + i * ld;
+      for (int64_t q = 0; q < k; ++q) {
+        const double *v = m.v + (side - 1 - q) * ld, *w = pending.data() + q * ld;
+        const double vi = v[i], wi = w[i];
+        for (int64_t j = 0; j <= i; ++j)
+          row[j] -= vi * w[j] + wi * v[j];
+      }
+      m.d[i] = row[i];
+      double* next = m.v + i * ld;
+      m.e[i - 1] = reflector(row, i, ld, next, m.tau + i);
+      const int64_t groups = (i + 3) / 4;
+      const auto slice_end = [groups](int64_t slice) {  // slices of equal area
+        const double share = static_cast<double>(slice) / static_cast<double>(kSlices);
+        return static_cast<int64_t>(static_cast<double>(groups) * std::sqrt(share));
+      };
+      partial.assign(kSlices * ld, 0.0);
+      run(kSlices, 1, [&](int64_t begin, int64_t end) {
+        for (int64_t slice = begin; slice < end; ++slice)
+          multiply_lower(
+              m.g, ld, slice_end(slice), slice + 1 == kSlices ? groups : slice_end(slice + 1), next,
+              partial.data() + slice * ld);
+      });
+      std::copy(partial.begin(), partial.begin() + ld, y);
+      for (int64_t slice = 1; slice < kSlices; ++slice)
+        for (int64_t j = 0; j < i; ++j)
+          y[j] += partial[slice * ld + j];
+      for (int64_t q = 0; q < k; ++q) {
+        const double *v = m.v + (side - 1 - q) * ld, *w = pending.data() + q * ld;
+        double along_v = 0.0, along_w = 0.0;
+        for (int64_t j = 0; j < i; ++j) {
+          along_v += v[j] * next[j];
+          along_w += w[j] * next[j];
+        }
+        for (int64_t j = 0; j < i; ++j)
+          y[j] -= v[j] * along_w + w[j] * along_v;
+      }
+      const double tau = m.tau[i];
+      double along = 0.0;
+      for (int64_t j = 0; j < i; ++j)
+        along += next[j] * y[j];
+      const double alpha = -0.5 * tau * tau * along;
+      double* w = pending.data() + k * ld;
+      for (int64_t j = 0; j < i; ++j)
+        w[j] = tau * y[j] + alpha * next[j];
+    }
+    // What is left of the lower triangle, minus all that is pending: tiles of depth 2 kBlock.
+    const int64_t rest = side - kBlock, panels = panels_of(rest), quads = (rest + 3) / 4;
+    left.assign(4 * quads * 2 * kBlock, 0.0);
+    right.assign(panels * 2 * kBlock * kPanel, 0.0);
+    for (int64_t q = 0; q < kBlock; ++q) {
+      const double *v = m.v + (side - 1 - q) * ld, *w = pending.data() + q * ld;
+      for (int64_t i = 0; i < rest; ++i) {
+        left[i * 2 * kBlock + q] = -v[i];
+        left[i * 2 * kBlock + kBlock + q] = -w[i];
+        double* to = right.data() + (i / kPanel) * 2 * kBlock * kPanel + i % kPanel;
+        to[q * kPanel] = w[i];
+        to[(kBlock + q) * kPanel] = v[i];
+      }
+    }
+    run(panels, 1, [&](int64_t begin, int64_t end) {
+      for (int64_t panel = begin; panel < end; ++panel)
+        for (int64_t i = 3 * panel; i < quads; ++i)
+          tile(
+              left.data() + i * 4 * 2 * kBlock, 2 * kBlock, 1,
+              right.data() + panel * 2 * kBlock * kPanel, 2 * kBlock,
+              m.g + 4 * i * ld + panel * kPanel, ld);
+    });
+  }
+  if (side < m.t)
+    mirror(m.g, side, ld);
+  Reduction inner = m;
+  inner.t = side;
+  reduce_by_passes(inner, run);
 }
 
 inline void reflect(const double* v, double tau, int64_t length, double* x) {

@@ -16,6 +16,7 @@ from sample_inputs import (
     diagonal,
     fewer_examples,
     gaussian,
+    half_examples,
     symmetric_clusters,
     taking_route,
     with_spectrum,
@@ -51,6 +52,7 @@ def gradient_of(function, a: Tensor, **policy) -> Tensor:
 
 
 @every_route
+@half_examples
 @given(sample=strategies.ill_conditioned(max_side=8, min_kappa=1.0, max_kappa=1e12))
 def test_kappa_up_to_1e12(route, sample):
     """The relative error of sigma_min, VALUE_UNITS max(n, p) eps kappa, is the absolute of log."""
@@ -66,6 +68,7 @@ def test_kappa_up_to_1e12(route, sample):
 
 @every_route
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+@half_examples
 @given(data=st.data())
 def test_scale_does_not_matter(route, dtype, data):
     sample = data.draw(strategies.badly_scaled(dtype=dtype, max_kappa=100.0))
@@ -171,6 +174,7 @@ def test_gradcheck_and_gradgradcheck(route, function, a):
 
 @every_route
 @every_function
+@half_examples
 @given(sample=strategies.well_conditioned(min_side=2, max_side=6, max_kappa=1e3))
 def test_gradient_equals_the_closed_form(route, function, sample):
     a = sample.matrix

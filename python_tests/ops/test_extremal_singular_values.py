@@ -15,6 +15,7 @@ from sample_inputs import (
     diagonal,
     fewer_examples,
     gaussian,
+    half_examples,
     symmetric_clusters,
     taking_route,
     with_spectrum,
@@ -59,6 +60,7 @@ def assert_equals_reference(a: Tensor, found: SingularExtremes, **policy) -> Non
 
 
 @every_route
+@half_examples
 @given(sample=strategies.matrices(layouts=("contiguous",)))
 def test_values_are_the_chosen_ones(route, sample):
     with taking_route(route):
@@ -70,6 +72,7 @@ def test_values_are_the_chosen_ones(route, sample):
 
 
 @every_route
+@half_examples
 @given(sample=strategies.ill_conditioned(max_side=9, max_kappa=1e12))
 def test_smallest_value_keeps_its_digits_up_to_kappa_1e12(route, sample):
     with taking_route(route):
@@ -81,6 +84,7 @@ def test_smallest_value_keeps_its_digits_up_to_kappa_1e12(route, sample):
 
 
 @every_route
+@half_examples
 @given(
     sample=strategies.ill_conditioned(dtype=torch.float32, max_side=6, min_kappa=1e2, max_kappa=1e5)
 )
@@ -97,6 +101,7 @@ def test_float32_input_is_decomposed_in_float64(route, sample):
 
 @every_route
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32])
+@half_examples
 @given(data=st.data())
 def test_scale_is_carried_exactly(route, dtype, data):
     """1e-150 .. 1e150 in float64, 1e-18 .. 1e18 in float32: a power of two scales every output."""
@@ -203,6 +208,7 @@ def test_rank_policies_and_multiplicities(route, a, rank, expected):
 
 
 @every_route
+@half_examples
 @given(sample=strategies.rank_deficient(max_side=7))
 def test_deficient_matrices_under_both_policies(route, sample):
     with taking_route(route):
@@ -220,6 +226,7 @@ def test_deficient_matrices_under_both_policies(route, sample):
 
 
 @every_route
+@half_examples
 @given(sample=strategies.near_multiple(min_exponent=-14, max_exponent=-2))
 def test_cluster_tolerance_separates_near_from_equal(route, sample):
     """With a tolerance of 1e-8, gaps of 1e-9 join and gaps of 1e-6 do not; rounding is 1e-14."""
@@ -298,6 +305,7 @@ def test_gradcheck(route, a):
 
 
 @every_route
+@half_examples
 @given(sample=strategies.well_conditioned(batch=None, max_side=7))
 def test_gradient_is_the_singular_pair(route, sample):
     """The chosen singular vectors are the truth; the computed ones move by eps / gap."""
@@ -335,6 +343,7 @@ def test_low_precision_gradient_equals_float64(route, dtype, shape):
 
 
 @every_route
+@half_examples
 @given(sample=strategies.badly_scaled(max_side=6, max_kappa=100.0))
 def test_gradient_does_not_depend_on_the_scale(route, sample):
     with taking_route(route):

@@ -18,6 +18,7 @@ from sample_inputs import (
     diagonal,
     fewer_examples,
     gaussian,
+    half_examples,
     symmetric_clusters,
     taking_route,
     with_spectrum,
@@ -61,6 +62,7 @@ def sigma_bound(route: str, x: Tensor, sigma_max) -> Tensor:
 
 
 @every_route
+@half_examples
 @given(sample=strategies.matrices(layouts=("contiguous",)))
 def test_values_are_squares_of_the_chosen_ones(route, sample):
     """Where sigma^4 is out of range, |K|_F^2 is infinite or zero and the eigenvalues stay."""
@@ -76,6 +78,7 @@ def test_values_are_squares_of_the_chosen_ones(route, sample):
 
 
 @every_route
+@half_examples
 @given(sample=strategies.ill_conditioned(max_side=9, min_kappa=1e2, max_kappa=1e12))
 def test_smallest_eigenvalue_keeps_the_digits_of_x(route, sample):
     """K has kappa up to 1e24 here: formed in float64 it would hold nothing of lambda_min."""
@@ -114,6 +117,7 @@ def test_eigenvalues_are_never_negative(route, rank):
 
 
 @every_route
+@half_examples
 @given(sample=strategies.badly_scaled(max_kappa=100.0), exponent=st.integers(-20, 20))
 def test_scale_is_carried_exactly(route, sample, exponent):
     with taking_route(route):
@@ -208,6 +212,7 @@ def test_gradcheck(route, x):
 
 
 @every_route
+@half_examples
 @given(sample=strategies.well_conditioned(batch=None, max_side=7, max_kappa=30.0))
 def test_gradient_equals_the_closed_form(route, sample):
     x = sample.matrix
@@ -227,6 +232,7 @@ def test_gradient_equals_the_closed_form(route, sample):
 
 
 @every_route
+@half_examples
 @given(sample=strategies.ill_conditioned(max_side=6, min_kappa=1e5, max_kappa=1e11))
 def test_gradient_of_the_smallest_eigenvalue_at_high_kappa(route, sample):
     """2 sigma_min u v^T: the pair is well separated, its size is known to eps kappa."""

@@ -11,7 +11,7 @@ import torch
 from hypothesis import assume, given
 from hypothesis import strategies as st
 from merge_problems import conditions, factor_of, numpy_of, reference_of, solve, targets_of
-from sample_inputs import EPS, ROUTES, fewer_examples, gaussian, taking_route
+from sample_inputs import EPS, ROUTES, fewer_examples, gaussian, half_examples, taking_route
 from torch import Tensor
 
 from immunize_ext import reference
@@ -73,6 +73,7 @@ def test_consistent_repeats_change_nothing(route, problem):
 
 
 @every_route
+@half_examples
 @given(data=st.data())
 def test_any_pattern_of_repeats(route, data):
     """Rows drawn with replacement, targets with them: the same as every row once."""
