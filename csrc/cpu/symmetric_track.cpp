@@ -18,6 +18,7 @@
 #include <torch/library.h>
 
 #include <cmath>
+#include <limits>
 #include <tuple>
 #include <vector>
 
@@ -127,7 +128,8 @@ std::tuple<Tensor, Tensor, bool> symmetric_track(
   double scale = ends.const_data_ptr<double>()[kScale];
   const Tensor current = load("symmetric_track", h, scale);
   const int64_t t = current.size(0);
-  const Tensor values = at::empty({2}, current.options());
+  // Not a number until an extreme is proven.
+  const Tensor values = at::full({2}, std::numeric_limits<double>::quiet_NaN(), current.options());
   const Tensor found = vectors.clone();
   TORCH_CHECK_VALUE(
       matrix.sizes() == current.sizes(), "symmetric_track: h must have the shape ", matrix.sizes(),
