@@ -25,6 +25,12 @@ from immunize_ext import testing
 
 REGISTRATION = Path(__file__).parents[2] / "csrc" / "registration.cpp"
 
+TRACED = {
+    *("wide", "tall", "square", "batch", "empty", "clusters", "column major", "bfloat16"),
+    *("well, wide", "well, batch", "ill, tall", "ill, k given", "hard", "repeated", "concepts"),
+    *("values", "matrix", "matrix, few samples"),
+}
+
 every_operator = pytest.mark.parametrize("operator", RAW_OPERATORS)
 every_sample = pytest.mark.parametrize(
     ("operator", "index"),
@@ -71,11 +77,13 @@ def test_opcheck(operator, index):
     arguments = sample_inputs(operator)[index].arguments
     if operator in DIFFERENTIABLE:
         arguments = floating_leaves(arguments)
-    if operator in WITHOUT_FAKE:
-        checks = ("test_schema", "test_autograd_registration")
-        torch.library.opcheck(operator_of(operator), arguments, test_utils=checks)
-    else:
-        torch.library.opcheck(operator_of(operator), arguments)
+    checks = ["test_schema", "test_autograd_registration"]
+    if operator not in WITHOUT_FAKE:
+        checks.append("test_faketensor")
+        # Tracing is the slow one, and does not see what numbers or dtypes there are.
+        if sample_inputs(operator)[index].name in TRACED:
+            checks.append("test_aot_dispatch_dynamic")
+    torch.library.opcheck(operator_of(operator), arguments, test_utils=checks)
 
 
 @every_sample

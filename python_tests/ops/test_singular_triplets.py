@@ -198,10 +198,8 @@ def test_triplets_of_structured_matrices(kind, gram, data):
 
 
 @pytest.mark.parametrize("gram", [False, True])
-@pytest.mark.parametrize("kind", [geometric, few_values, strong_mean], ids=lambda k: k.__name__)
-@pytest.mark.parametrize(
-    ("n", "p"), [(255, 256), (256, 257), (257, 300), (300, 256), (2000, 13), (13, 2000)]
-)
+@pytest.mark.parametrize("kind", [geometric, few_values], ids=lambda kind: kind.__name__)
+@pytest.mark.parametrize(("n", "p"), [(255, 256), (256, 257), (257, 260), (2000, 13), (13, 2000)])
 def test_triplets_where_the_method_changes(kind, gram, n, p):
     rng = np.random.default_rng(n + p)
     a = torch.from_numpy(kind(rng, n, p))
