@@ -118,6 +118,7 @@ def table(contents: Sequence[Mapping[str, Any]], device: str) -> str:
         "times the floor |",
         "|---|---|---|---|---|---|---|",
     ]
+    unmeasured: list[str] = []
     for line in LINES:
         content = files.get(line.benchmark)
         if content is None:
@@ -126,8 +127,11 @@ def table(contents: Sequence[Mapping[str, Any]], device: str) -> str:
             raise ValueError(f"{line.benchmark}-{device}.json is from a quick run; run it in full")
         row = next((row for row in content["rows"] if row["id"] == line.row), None)
         if row is None:
-            raise ValueError(f"{line.benchmark}-{device}.json has no row {line.row}")
+            unmeasured.append(line.work)
+            continue
         lines.append(table_line(line, row))
+    if unmeasured:
+        lines += ["", f"Not measured yet: {'; '.join(dict.fromkeys(unmeasured))}."]
     lines.append("")
     for benchmark in dict.fromkeys(line.benchmark for line in LINES):
         environment = files[benchmark]["environment"]
