@@ -16,18 +16,17 @@
 
 #include <ATen/ATen.h>
 #include <ATen/Parallel.h>
-#include <c10/util/accumulate.h>
 #include <torch/library.h>
 
 #include <algorithm>
 #include <cmath>
 #include <limits>
-#include <string>
 #include <tuple>
 #include <type_traits>
 #include <vector>
 
 #include "../checks.h"
+#include "../merge_problem.h"
 #include "row_kernels.h"
 
 namespace immunize_ext {
@@ -193,97 +192,6 @@ std::vector<Block> split_into_blocks(int64_t batch, const std::vector<Tensor>& b
   return blocks;
 }
 
-std::vector<Tensor> contiguous(TensorList tensors) {
-  std::vector<Tensor> result;
-  result.reserve(tensors.size());
-  for (const Tensor& t : tensors)
-    result.push_back(t.contiguous());
-  return result;
-}
-
-// The merge problem as the kernels see it: contiguous tensors, C and B in the accumulation type.
-struct Problem {
-  std::vector<Tensor> base, targets;
-  std::vector<int64_t> rows, offsets;  // tokens of concept n, and where they start in C
-  bool targets_are_values;
-  Tensor c, b;        // [batch, s, d]
-  Tensor token_norm;  // [batch, s] float64, |c_j|
-  int64_t batch, s, d;
-  at::ScalarType dtype, accumulate;
-  int64_t layers() const {
-    return static_cast<int64_t>(base.size());
-  }
-  int64_t concepts() const {
-    return static_cast<int64_t>(rows.size());
-  }
-  const Tensor& target(int64_t concept_index, int64_t layer) const {
-    return targets[concept_index * layers() + layer];
-  }
-};
-
-Problem make_problem(
-    const char* op,
-    TensorList base,
-    TensorList targets,
-    at::IntArrayRef rows,
-    bool targets_are_values,
-    const Tensor& c,
-    const Tensor& b) {
-  Problem p;
-  TORCH_CHECK_VALUE(!base.empty(), op, ": base must hold at least one layer, got an empty list");
-  check_dtype(op, "c", c, at::kDouble);
-  check_dtype(op, "b", b, at::kDouble);
-  check_matrix(op, "c", c);
-  p.s = c.size(-2);
-  p.d = c.size(-1);
-  check_shape(op, "b", b, c.sizes());
-  const auto batch_shape = c.sizes().slice(0, c.dim() - 2);
-  p.batch = c10::multiply_integers(batch_shape);
-  p.dtype = base[0].scalar_type();
-  check_real_floating(op, "base[0]", base[0]);
-  p.accumulate = p.dtype == at::kDouble ? at::kDouble : at::kFloat;
-  p.rows.assign(rows.begin(), rows.end());
-  p.targets_are_values = targets_are_values;
-  int64_t total = 0;
-  for (int64_t n : p.rows) {
-    p.offsets.push_back(total);
-    total += n;
-  }
-  TORCH_CHECK_VALUE(total == p.s, op, ": rows must add up to the rows of c, ", p.s, ", got ", rows);
-  const size_t expected = targets_are_values ? base.size() : base.size() * p.rows.size();
-  TORCH_CHECK_VALUE(
-      targets.size() == expected, op, ": targets must hold ", expected, " tensors, got ",
-      targets.size());
-  for (size_t l = 0; l < base.size(); ++l) {
-    check_matrix(op, "base", base[l], -1, p.d);
-    check_batch(op, "base", base[l], batch_shape);
-    check_dtype(op, "base", base[l], p.dtype);
-    for (size_t k = l; k < targets.size(); k += base.size()) {
-      check_matrix(op, "targets", targets[k], base[l].size(-2), targets_are_values ? p.s : p.d);
-      check_batch(op, "targets", targets[k], batch_shape);
-      check_dtype(op, "targets", targets[k], targets_are_values ? p.accumulate : p.dtype);
-    }
-  }
-  p.base = contiguous(base);
-  p.targets = contiguous(targets);
-  p.c = c.reshape({p.batch, p.s, p.d}).to(p.accumulate).contiguous();
-  p.b = b.reshape({p.batch, p.s, p.d}).to(p.accumulate).contiguous();
-  if (targets_are_values)
-    p.token_norm = c.reshape({p.batch, p.s, p.d}).square().sum(-1).sqrt().contiguous();
-  return p;
-}
-
-std::vector<Tensor> allocate(
-    const std::vector<Tensor>& like, int64_t columns, at::ScalarType dtype) {
-  std::vector<Tensor> result;
-  for (const Tensor& t : like) {
-    std::vector<int64_t> shape = t.sizes().vec();
-    shape.back() = columns;
-    result.push_back(at::empty(shape, t.options().dtype(dtype)));
-  }
-  return result;
-}
-
 template <typename scalar_t>
 const scalar_t* rows_of(const Tensor& t, const Block& block) {
   return t.const_data_ptr<scalar_t>() + (block.batch * t.size(-2) + block.begin) * t.size(-1);
@@ -331,7 +239,7 @@ struct Scratch {
 // weight.
 template <typename acc_t>
 void subtract_from_values(
-    const Problem& p, const acc_t* values, const acc_t* base, const Block& block, acc_t* r) {
+    const MergeProblem& p, const acc_t* values, const acc_t* base, const Block& block, acc_t* r) {
   const double* token_norm = p.token_norm.const_data_ptr<double>() + block.batch * p.s;
   const double unit = 2.0 * std::numeric_limits<acc_t>::epsilon();
   for (int64_t i = 0; i < block.rows; ++i) {
@@ -351,7 +259,7 @@ void subtract_from_values(
 
 template <typename scalar_t>
 void apply_block(
-    const Problem& p,
+    const MergeProblem& p,
     const Block& block,
     Scratch<accumulate_t<scalar_t>>& scratch,
     std::vector<Tensor>& merged,
@@ -374,8 +282,8 @@ void apply_block(
           rows_of<scalar_t>(p.target(n, block.layer), block), base, count,
           scratch.difference.data());
       rows::multiply_transposed<acc_t>(
-          scratch.difference.data(), block.rows, c + p.offsets[n] * p.d, p.rows[n], p.d,
-          r + p.offsets[n], p.s);
+          scratch.difference.data(), block.rows, c + p.first_token[n] * p.d, p.tokens(n), p.d,
+          r + p.first_token[n], p.s);
     }
   }
   scalar_t* out = mutable_rows_of<scalar_t>(merged[block.layer], block);
@@ -395,66 +303,6 @@ void for_each_block(const std::vector<Block>& blocks, const Function& function) 
   });
 }
 
-// Every entry of W0 and of every target meets a product in R, so R is finite only if they are: the
-// check costs s numbers a row instead of another pass over the weights.
-void check_residual_is_finite(
-    const char* op, const Problem& p, const std::vector<Tensor>& residual) {
-  for (int64_t l = 0; l < p.layers(); ++l) {
-    if (residual[l].isfinite().all().item<bool>())
-      continue;
-    TORCH_CHECK_VALUE(
-        p.base[l].isfinite().all().item<bool>(), op, ": base[", l,
-        "] must be finite, got NaN or infinity");
-    for (size_t k = l; k < p.targets.size(); k += p.base.size())
-      TORCH_CHECK_VALUE(
-          p.targets[k].isfinite().all().item<bool>(), op, ": ",
-          p.targets_are_values ? "values" : "concepts", "[",
-          p.targets_are_values ? "" : std::to_string(k / p.base.size()) + "][", l,
-          "] must be finite, got NaN or infinity");
-    TORCH_CHECK_VALUE(
-        false, op, ": the outputs asked of layer ", l, " overflow ", p.accumulate,
-        "; scale the embeddings down or use float64 weights");
-  }
-}
-
-// R (I - E T) is by how much the constraints that were not kept are missed. Whatever exceeds what
-// near-repeats and rounding explain is a contradiction between targets.
-void check_contradictions(
-    const char* op,
-    const Problem& p,
-    const Tensor& defect,
-    double rank_rtol,
-    const std::vector<Tensor>& residual) {
-  const Tensor flat = defect.reshape({p.batch, p.s, p.s});
-  if (!flat.any().item<bool>())
-    return;
-  const double epsilon = p.accumulate == at::kDouble ? 2.2e-16 : 1.2e-7;
-  const double tolerance = 10.0 * std::sqrt(rank_rtol) + 1e4 * epsilon;
-  // Each layer by its own size: a large edit of one must not hide the contradiction of another.
-  Tensor missed = at::zeros({p.s}, flat.options().dtype(at::kBool));
-  for (int64_t l = 0; l < p.layers(); ++l) {
-    const Tensor r = residual[l].reshape({p.batch, -1, p.s}).to(at::kDouble);
-    if (r.numel() == 0)
-      continue;
-    Tensor scale = r.abs().amax({1, 2});
-    if (p.targets_are_values) {
-      const Tensor values = p.targets[l].reshape({p.batch, -1, p.s}).to(at::kDouble);
-      scale = at::maximum(scale, values.abs().amax({1, 2}) * 1e-3);
-    }
-    const Tensor violation = r.matmul(flat).abs().amax(1);  // [batch, s]
-    missed.logical_or_((violation > tolerance * scale.unsqueeze(1)).any(0));
-  }
-  std::vector<int64_t> bad;
-  for (int64_t j = 0; j < p.s; ++j)
-    if (missed[j].item<bool>())
-      bad.push_back(j);
-  TORCH_CHECK_VALUE(
-      bad.empty(), op, ": contradictory targets at rows ", at::IntArrayRef(bad),
-      " of the embeddings, which repeat earlier rows but ask for other outputs; drop "
-      "the repeated tokens, average them with contradictions='average', or soften "
-      "them with a finite hardness");
-}
-
 std::tuple<std::vector<Tensor>, std::vector<Tensor>> merge_apply(
     TensorList base,     // L x [*, o_l, d]
     TensorList targets,  // N L x [*, o_l, d] or L x [*, o_l, s]
@@ -465,7 +313,8 @@ std::tuple<std::vector<Tensor>, std::vector<Tensor>> merge_apply(
     const Tensor& defect,  // [*, s, s]
     double rank_rtol,
     bool check) {
-  const Problem p = make_problem("merge_apply", base, targets, rows, targets_are_values, c, b);
+  const MergeProblem p =
+      make_merge_problem("merge_apply", base, targets, rows, targets_are_values, c, b);
   std::vector<Tensor> merged = allocate(p.base, p.d, p.dtype);
   std::vector<Tensor> residual = allocate(p.base, p.s, p.accumulate);
   const std::vector<Block> blocks = split_into_blocks(p.batch, p.base);
@@ -476,8 +325,10 @@ std::tuple<std::vector<Tensor>, std::vector<Tensor>> merge_apply(
         apply_block<scalar_t>(p, blocks[i], scratch, merged, residual);
     });
   });
-  check_residual_is_finite("merge_kv", p, residual);
-  if (check)
+  for (int64_t l = 0; l < p.layers(); ++l)
+    if (!residual[l].isfinite().all().item<bool>())
+      refuse_layer("merge_kv", p, l);
+  if (check && defect.any().item<bool>())
     check_contradictions("merge_kv", p, defect, rank_rtol, residual);
   return {merged, residual};
 }
@@ -485,7 +336,7 @@ std::tuple<std::vector<Tensor>, std::vector<Tensor>> merge_apply(
 // What a block of the backward pass adds to: dB and dC in float64, one pair a partial sum.
 template <typename scalar_t>
 void apply_backward_block(
-    const Problem& p,
+    const MergeProblem& p,
     const Block& block,
     const std::vector<Tensor>& grad,
     const std::vector<Tensor>& residual,
@@ -524,7 +375,7 @@ void apply_backward_block(
     } else {
       for (int64_t n = 0; n < p.concepts(); ++n)
         write(
-            nullptr, acc_t(1), dr + p.offsets[n], p.rows[n], c + p.offsets[n] * p.d,
+            nullptr, acc_t(1), dr + p.first_token[n], p.tokens(n), c + p.first_token[n] * p.d,
             grad_targets[n * p.layers() + block.layer]);
     }
   }
@@ -547,8 +398,8 @@ void apply_backward_block(
     difference(
         rows_of<scalar_t>(p.target(n, block.layer), block), base, count, scratch.difference.data());
     rows::accumulate_product<acc_t>(
-        dr + p.offsets[n], p.s, block.rows, p.rows[n], scratch.difference.data(), p.d,
-        grad_c + p.offsets[n] * p.d);
+        dr + p.first_token[n], p.s, block.rows, p.tokens(n), scratch.difference.data(), p.d,
+        grad_c + p.first_token[n] * p.d);
   }
 }
 
@@ -565,8 +416,8 @@ std::tuple<std::vector<Tensor>, std::vector<Tensor>, Tensor, Tensor> merge_apply
     bool need_targets,
     bool need_c,
     bool need_b) {
-  const Problem p =
-      make_problem("merge_apply_backward", base, targets, rows, targets_are_values, c, b);
+  const MergeProblem p =
+      make_merge_problem("merge_apply_backward", base, targets, rows, targets_are_values, c, b);
   const std::vector<Tensor> g = contiguous(grad);
   const std::vector<Tensor> r = contiguous(residual);
   for (int64_t l = 0; l < p.layers(); ++l) {

@@ -20,6 +20,7 @@
 #include <vector>
 
 #include "../checks.h"
+#include "../merge_problem.h"
 #include "merge.cuh"
 #include "merge_solve.cuh"
 
@@ -40,13 +41,6 @@ const T* pointer(const Tensor& t) {
 template <typename T>
 T* mutable_pointer(const Tensor& t) {
   return static_cast<T*>(t.mutable_data_ptr());
-}
-
-int64_t product(at::IntArrayRef sizes) {
-  int64_t n = 1;
-  for (const int64_t size : sizes)
-    n *= size;
-  return n;
 }
 
 // Calls function(T()) for the storage type T of the kernels that stands for `dtype`.
@@ -116,7 +110,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> merge_solve(
       ": average must be false while a CUDA graph is captured, got true; averaging reads the rank "
       "of T on the host, so solve before capturing");
 
-  const int64_t batch = product(batch_shape);
+  const int64_t batch = c10::multiply_integers(batch_shape);
   const Tensor chol_flat = chol.reshape({batch, d, d}).contiguous();
   const Tensor c_flat = c.reshape({batch, s, d}).contiguous();
   const Tensor inverse_flat = inverse_hardness.reshape({batch, s}).contiguous();
@@ -171,107 +165,21 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> merge_solve(
 
 // ---- the part per layer -------------------------------------------------------------------------
 
-// The merge problem as the kernels see it: contiguous tensors on one device, C and B in the type
-// that the kernels compute in.
-struct Problem {
-  std::vector<Tensor> base, targets;
-  std::vector<int64_t> first_token;  // [N + 1]
-  bool targets_are_values;
-  Tensor c, b;  // [batch, s, d]
-  int64_t batch, s, d;
-  at::ScalarType dtype, accumulate;
-  size_t layers() const {
-    return base.size();
-  }
-  int64_t concepts() const {
-    return static_cast<int64_t>(first_token.size()) - 1;
-  }
-  // Room for the tables of a launch. Launches on one stream may share it.
-  Tensor table() const {
-    const int64_t words = merge::table_words(static_cast<int64_t>(layers()), concepts(), s);
-    return at::empty({words}, c.options().dtype(at::kLong));
-  }
-  template <typename T>
-  merge::Shared<T> shared() const {
-    merge::Shared<T> result{};
-    result.c = pointer<Accumulate<T>>(c);
-    result.b = pointer<Accumulate<T>>(b);
-    result.batch = batch;
-    result.s = s;
-    result.d = d;
-    result.first_token.assign(first_token.begin(), first_token.end());
-    return result;
-  }
-};
-
-std::vector<Tensor> contiguous(TensorList tensors) {
-  std::vector<Tensor> result;
-  result.reserve(tensors.size());
-  for (const Tensor& t : tensors)
-    result.push_back(t.contiguous());
-  return result;
+// Room for the tables of a launch. Launches on one stream may share it.
+Tensor table_for(const MergeProblem& p) {
+  const int64_t words = merge::table_words(p.layers(), p.concepts(), p.s);
+  return at::empty({words}, p.c.options().dtype(at::kLong));
 }
 
-Problem make_problem(
-    const char* op,
-    TensorList base,
-    TensorList targets,
-    at::IntArrayRef rows,
-    bool targets_are_values,
-    const Tensor& c,
-    const Tensor& b) {
-  Problem p;
-  TORCH_CHECK_VALUE(!base.empty(), op, ": base must hold at least one layer, got an empty list");
-  check_dtype(op, "c", c, at::kDouble);
-  check_dtype(op, "b", b, at::kDouble);
-  check_matrix(op, "c", c);
-  check_same_device(op, "b", b, "c", c);
-  p.s = c.size(-2);
-  p.d = c.size(-1);
-  check_shape(op, "b", b, c.sizes());
-  const auto batch_shape = c.sizes().slice(0, c.dim() - 2);
-  p.batch = product(batch_shape);
-  p.dtype = base[0].scalar_type();
-  check_real_floating(op, "base[0]", base[0]);
-  p.accumulate = p.dtype == at::kDouble ? at::kDouble : at::kFloat;
-  p.targets_are_values = targets_are_values;
-  p.first_token.push_back(0);
-  for (const int64_t n : rows)
-    p.first_token.push_back(p.first_token.back() + n);
-  TORCH_CHECK_VALUE(
-      p.first_token.back() == p.s, op, ": rows must add up to the rows of c, ", p.s, ", got ",
-      rows);
-  const size_t expected = targets_are_values ? base.size() : base.size() * rows.size();
-  TORCH_CHECK_VALUE(
-      targets.size() == expected, op, ": targets must hold ", expected, " tensors, got ",
-      targets.size());
-  for (size_t l = 0; l < base.size(); ++l) {
-    check_same_device(op, "base", base[l], "c", c);
-    check_matrix(op, "base", base[l], -1, p.d);
-    check_batch(op, "base", base[l], batch_shape);
-    check_dtype(op, "base", base[l], p.dtype);
-    for (size_t k = l; k < targets.size(); k += base.size()) {
-      check_same_device(op, "targets", targets[k], "c", c);
-      check_matrix(op, "targets", targets[k], base[l].size(-2), targets_are_values ? p.s : p.d);
-      check_batch(op, "targets", targets[k], batch_shape);
-      check_dtype(op, "targets", targets[k], targets_are_values ? p.accumulate : p.dtype);
-    }
-  }
-  p.base = contiguous(base);
-  p.targets = contiguous(targets);
-  p.c = c.reshape({p.batch, p.s, p.d}).to(p.accumulate).contiguous();
-  p.b = b.reshape({p.batch, p.s, p.d}).to(p.accumulate).contiguous();
-  return p;
-}
-
-std::vector<Tensor> allocate(
-    const std::vector<Tensor>& like, int64_t columns, at::ScalarType dtype) {
-  std::vector<Tensor> result;
-  for (const Tensor& t : like) {
-    std::vector<int64_t> shape = t.sizes().vec();
-    shape.back() = columns;
-    result.push_back(at::empty(shape, t.options().dtype(dtype)));
-  }
+template <typename T>
+merge::Shared<T> shared_of(const MergeProblem& p) {
+  merge::Shared<T> result{};
+  result.c = pointer<Accumulate<T>>(p.c);
+  result.b = pointer<Accumulate<T>>(p.b);
+  result.batch = p.batch;
+  result.s = p.s;
+  result.d = p.d;
+  result.first_token.assign(p.first_token.begin(), p.first_token.end());
   return result;
 }
 
@@ -281,54 +189,6 @@ std::vector<merge::Weight<T>> weights(const std::vector<Tensor>& tensors) {
   for (const Tensor& t : tensors)
     result.push_back({pointer<T>(t)});
   return result;
-}
-
-// Raises for layer l, whose R is not finite: every entry of W0 and of every target meets a product
-// in R, so R is finite only if they are.
-void refuse_layer(const char* op, const Problem& p, size_t l) {
-  TORCH_CHECK_VALUE(
-      p.base[l].isfinite().all().item<bool>(), op, ": base[", l,
-      "] must be finite, got NaN or infinity");
-  for (size_t k = l; k < p.targets.size(); k += p.layers())
-    TORCH_CHECK_VALUE(
-        p.targets[k].isfinite().all().item<bool>(), op, ": ",
-        p.targets_are_values ? "values" : "concepts", "[",
-        p.targets_are_values ? "" : std::to_string(k / p.layers()) + "][", l,
-        "] must be finite, got NaN or infinity");
-  TORCH_CHECK_VALUE(
-      false, op, ": the outputs asked of layer ", l, " overflow ", p.accumulate,
-      "; scale the embeddings down or use float64 weights");
-}
-
-// R (I - E T) is by how much the constraints that were not kept are missed. Whatever exceeds what
-// near-repeats and rounding explain is a contradiction between targets. Each layer is judged by its
-// own scale, so that a large one does not hide a small one.
-void check_contradictions(
-    const char* op,
-    const Problem& p,
-    const Tensor& defect,  // [batch, s, s]
-    double rank_rtol,
-    const std::vector<Tensor>& residual) {
-  const double epsilon = p.accumulate == at::kDouble ? 2.2e-16 : 1.2e-7;
-  const double tolerance = 10.0 * std::sqrt(rank_rtol) + 1e4 * epsilon;
-  Tensor is_bad = at::zeros({p.s}, defect.options().dtype(at::kBool));
-  for (size_t l = 0; l < p.layers(); ++l) {
-    if (residual[l].numel() == 0)
-      continue;
-    const Tensor r = residual[l].reshape({p.batch, -1, p.s}).to(at::kDouble);
-    Tensor scale = r.abs().max();
-    if (p.targets_are_values)
-      scale = at::maximum(scale, p.targets[l].to(at::kDouble).abs().max() * 1e-3);
-    is_bad = is_bad.logical_or(r.matmul(defect).abs().amax({0, 1}).gt(scale * tolerance));
-  }
-  const Tensor found = is_bad.nonzero().flatten().cpu();
-  const std::vector<int64_t> bad(
-      found.const_data_ptr<int64_t>(), found.const_data_ptr<int64_t>() + found.numel());
-  TORCH_CHECK_VALUE(
-      bad.empty(), op, ": contradictory targets at rows ", at::IntArrayRef(bad),
-      " of the embeddings, which repeat earlier rows but ask for other outputs; drop "
-      "the repeated tokens, average them with contradictions='average', or soften "
-      "them with a finite hardness");
 }
 
 std::tuple<std::vector<Tensor>, std::vector<Tensor>> merge_apply(
@@ -341,37 +201,35 @@ std::tuple<std::vector<Tensor>, std::vector<Tensor>> merge_apply(
     const Tensor& defect,  // [*, s, s]
     double rank_rtol,
     bool check) {
-  const Problem p = make_problem("merge_apply", base, targets, rows, targets_are_values, c, b);
+  const MergeProblem p =
+      make_merge_problem("merge_apply", base, targets, rows, targets_are_values, c, b);
   check_same_device("merge_apply", "defect", defect, "c", c);
   const c10::cuda::CUDAGuard guard(c.device());
   const auto stream = at::cuda::getCurrentCUDAStream();
   const std::vector<Tensor> merged = allocate(p.base, p.d, p.dtype);
   const std::vector<Tensor> residual = allocate(p.base, p.s, p.accumulate);
   if (p.d == 0) {  // no kernel has anything to read
-    for (size_t l = 0; l < p.layers(); ++l) {
+    for (int64_t l = 0; l < p.layers(); ++l) {
       residual[l].zero_();
       if (targets_are_values)
         residual[l].copy_(p.targets[l]);
     }
   }
-  const int64_t layers = static_cast<int64_t>(p.layers());
+  const int64_t layers = p.layers();
   const Tensor not_finite = at::zeros({layers}, c.options().dtype(at::kInt));
-  Tensor token_norm;
-  if (targets_are_values)
-    token_norm = c.reshape({p.batch, p.s, p.d}).square().sum(-1).sqrt().contiguous();
-  const Tensor table = p.table();
+  const Tensor table = table_for(p);
   with_storage_type(p.dtype, [&](auto type) {
     using T = decltype(type);
     using A = Accumulate<T>;
     std::vector<merge::ApplyLayer<T>> entries;
-    for (size_t l = 0; l < p.layers(); ++l)
+    for (int64_t l = 0; l < p.layers(); ++l)
       entries.push_back(
           {pointer<T>(p.base[l]), targets_are_values ? pointer<A>(p.targets[l]) : nullptr,
            mutable_pointer<T>(merged[l]), mutable_pointer<A>(residual[l]), p.base[l].size(-2)});
     merge::launch_apply<T>(
         entries, targets_are_values ? std::vector<merge::Weight<T>>() : weights<T>(p.targets),
-        targets_are_values, p.shared<T>(),
-        targets_are_values ? pointer<double>(token_norm) : nullptr,
+        targets_are_values, shared_of<T>(p),
+        targets_are_values ? pointer<double>(p.token_norm) : nullptr,
         mutable_pointer<int>(not_finite), mutable_pointer<std::uint64_t>(table), stream);
   });
   if (is_capturing())
@@ -380,9 +238,9 @@ std::tuple<std::vector<Tensor>, std::vector<Tensor>> merge_apply(
   const Tensor flags = at::cat({not_finite, dropped}).cpu();  // the one wait of the usual case
   for (int64_t l = 0; l < layers; ++l)
     if (flags.const_data_ptr<int>()[l] != 0)
-      refuse_layer("merge_kv", p, static_cast<size_t>(l));
+      refuse_layer("merge_kv", p, l);
   if (check && flags.const_data_ptr<int>()[layers] != 0)
-    check_contradictions("merge_kv", p, defect.reshape({p.batch, p.s, p.s}), rank_rtol, residual);
+    check_contradictions("merge_kv", p, defect, rank_rtol, residual);
   return {merged, residual};
 }
 
@@ -390,7 +248,7 @@ std::tuple<std::vector<Tensor>, std::vector<Tensor>> merge_apply(
 // float64 of the shape of c. first_token groups the tokens by concept.
 template <typename T>
 Tensor sum_over_rows(
-    const Problem& p,
+    const MergeProblem& p,
     const std::vector<Tensor>& coefficients,
     const std::vector<Tensor>& plain,
     const std::vector<Tensor>& targets,
@@ -400,10 +258,10 @@ Tensor sum_over_rows(
     const Tensor& table,
     cudaStream_t stream) {
   std::vector<merge::SumLayer<T>> layers;
-  for (size_t l = 0; l < p.layers(); ++l)
+  for (int64_t l = 0; l < p.layers(); ++l)
     layers.push_back(
         {pointer<Accumulate<T>>(coefficients[l]), pointer<T>(plain[l]), plain[l].size(-2)});
-  merge::Shared<T> shared = p.shared<T>();
+  merge::Shared<T> shared = shared_of<T>(p);
   shared.first_token = {first_token.begin(), first_token.end()};
   const merge::SumPlan plan = merge::make_sum_plan(layers, shared.first_token, p.batch, p.d);
   if (plan.groups == 0 || c.numel() == 0)
@@ -430,16 +288,16 @@ std::tuple<std::vector<Tensor>, std::vector<Tensor>, Tensor, Tensor> merge_apply
     bool need_c,
     bool need_b) {
   constexpr const char* op = "merge_apply_backward";
-  const Problem p = make_problem(op, base, targets, rows, targets_are_values, c, b);
+  const MergeProblem p = make_merge_problem(op, base, targets, rows, targets_are_values, c, b);
   const c10::cuda::CUDAGuard guard(c.device());
   const cudaStream_t stream = at::cuda::getCurrentCUDAStream();
   TORCH_CHECK_VALUE(
-      grad.size() == p.layers() && residual.size() == p.layers(), op,
+      grad.size() == base.size() && residual.size() == base.size(), op,
       ": grad and residual must hold one tensor a layer, ", p.layers(), ", got ", grad.size(),
       " and ", residual.size());
   const std::vector<Tensor> g = contiguous(grad);
   const std::vector<Tensor> r = contiguous(residual);
-  for (size_t l = 0; l < p.layers(); ++l) {
+  for (int64_t l = 0; l < p.layers(); ++l) {
     check_same_device(op, "grad", g[l], "c", c);
     check_shape(op, "grad", g[l], p.base[l].sizes());
     check_dtype(op, "grad", g[l], p.dtype);
@@ -462,13 +320,13 @@ std::tuple<std::vector<Tensor>, std::vector<Tensor>, Tensor, Tensor> merge_apply
     for (const Tensor& t : dr)
       t.zero_();
   Tensor grad_c = at::empty({0}, c.options()), grad_b = at::empty({0}, c.options());
-  const Tensor table = p.table();
+  const Tensor table = table_for(p);
   with_storage_type(p.dtype, [&](auto type) {
     using T = decltype(type);
     using A = Accumulate<T>;
     if (need_base || need_targets || need_c) {
       std::vector<merge::BackwardLayer<T>> layers;
-      for (size_t l = 0; l < p.layers(); ++l)
+      for (int64_t l = 0; l < p.layers(); ++l)
         layers.push_back(
             {pointer<T>(g[l]), need_base ? mutable_pointer<T>(grad_base[l]) : nullptr,
              dr.empty() ? nullptr : mutable_pointer<A>(dr[l]), g[l].size(-2)});
@@ -477,7 +335,7 @@ std::tuple<std::vector<Tensor>, std::vector<Tensor>, Tensor, Tensor> merge_apply
         for (const Tensor& t : grad_targets)
           gradients.push_back({mutable_pointer<T>(t)});
       merge::launch_backward<T>(
-          layers, gradients, p.shared<T>(), mutable_pointer<std::uint64_t>(table), stream);
+          layers, gradients, shared_of<T>(p), mutable_pointer<std::uint64_t>(table), stream);
     }
     if (need_b)
       grad_b = sum_over_rows<T>(p, r, g, {}, {0, p.s}, 1.0, c, table, stream);

@@ -54,7 +54,8 @@ Decomposition decompose(
       bad.const_data_ptr<int64_t>()[0],
       "; look for an overflow upstream, float16 features for instance");
   const auto exponent = std::get<1>(at::frexp(largest));
-  d.scale = at::ldexp(at::ones_like(largest), exponent);
+  // One less than the exponent of [0.5, 1): finite for the largest number there is.
+  d.scale = at::ldexp(at::ones_like(largest), exponent - 1);
   d.matrices = flat / d.scale.view({-1, 1, 1});
   std::tie(d.u, d.sigma, d.vh) = at::linalg_svd(d.matrices, /*full_matrices=*/false);
   return d;
@@ -143,8 +144,12 @@ SecondDerivative second_derivative(
   const Tensor safe =
       s.sigma.masked_fill(s.active.logical_not(), std::numeric_limits<double>::infinity())
           .unsqueeze(1);
-  const Tensor left = times(d.u, a) + (zv - times(d.u, x)) / safe;
-  const Tensor right = times(v_all, b) + (ztu - times(v_all, y)) / safe;
+  Tensor left = times(d.u, a), right = times(v_all, b);
+  // A square U or V has no complement: what the difference leaves is rounding over sigma_i.
+  if (d.u.size(1) > d.u.size(2))
+    left = left + (zv - times(d.u, x)) / safe;
+  if (v_all.size(1) > v_all.size(2))
+    right = right + (ztu - times(v_all, y)) / safe;
   s.value = outer_product(left, s.v) + outer_product(s.u, right);
   return s;
 }

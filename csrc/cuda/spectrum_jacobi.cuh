@@ -166,12 +166,12 @@ __device__ __forceinline__ Bits block_max(Bits value, SharedPtr<double> scratch)
   return value;
 }
 
-// e with |largest| in [2^(e - 1), 2^e); 0 for a zero or non-finite matrix.
+// e with |largest| in [2^e, 2^(e + 1)), so that 2^e is finite; 0 for a zero or non-finite matrix.
 __device__ __forceinline__ int scale_exponent(Bits largest) {
   if (largest == 0 || largest >= kInfinityBits) {
     return 0;
   }
-  return ilogb(__longlong_as_double(static_cast<long long>(largest))) + 1;
+  return ilogb(__longlong_as_double(static_cast<long long>(largest)));
 }
 
 // --- Tiles ---------------------------------------------------------------------------------------

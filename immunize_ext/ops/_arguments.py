@@ -10,6 +10,8 @@ import torch
 from torch import Tensor
 from torch.autograd import forward_ad
 
+from immunize_ext.ops._host import any_true
+
 RankPolicy = Literal["numerical", "full"]
 
 
@@ -42,7 +44,7 @@ def require_floating_matrix(operator: str, name: str, value: Tensor) -> None:
 
 def require_finite(operator: str, name: str, value: Tensor) -> None:
     """Refuse NaN and infinity. Reads the tensor on the host."""
-    if not bool(torch.isfinite(value).all()):
+    if any_true(~torch.isfinite(value.detach())):
         raise ValueError(
             f"{operator}: {name} must be finite, got NaN or infinity; "
             "look for an overflow upstream, float16 features for instance"

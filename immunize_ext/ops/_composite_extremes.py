@@ -19,6 +19,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from immunize_ext.ops._host import any_true
 from immunize_ext.ops._transforms import BatchedFunction
 
 _REFUSAL = (
@@ -27,17 +28,52 @@ _REFUSAL = (
 )
 
 
-class RaiseWhenDifferentiated(torch.autograd.Function):
+class RaiseWhenDifferentiated(BatchedFunction):
     """Identity whose derivative is an error with a given text."""
 
     @staticmethod
-    def forward(ctx: Any, value: Tensor, text: str) -> Tensor:
-        ctx.text = text
+    def forward(value: Tensor, text: str) -> Tensor:
         return value.clone()
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+        _, ctx.text = inputs
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None]:
         raise NotImplementedError(ctx.text)
+
+    @staticmethod
+    def jvp(ctx: Any, *tangents: Any) -> Tensor:
+        raise NotImplementedError(ctx.text)
+
+
+class RefuseSecondDerivativeAtClusters(BatchedFunction):
+    """Identity that refuses to be differentiated twice where the extreme is a cluster.
+
+    For eigenvalues by ``torch.linalg.eigh``, whose second derivative there is divided by a gap of
+    zero.
+    """
+
+    @staticmethod
+    def forward(value: Tensor, multiplicity: Tensor) -> Tensor:
+        return value.clone()
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Tensor, ...], output: Tensor) -> None:
+        ctx.save_for_backward(inputs[1])
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None]:
+        (multiplicity,) = ctx.saved_tensors
+        (grad,) = grads
+        if torch.is_grad_enabled() and any_true((multiplicity > 1) & (grad.detach() != 0)):
+            grad = RaiseWhenDifferentiated.apply(grad, _REFUSAL)
+        return grad, None
+
+    @staticmethod
+    def jvp(ctx: Any, tangent: Tensor, *_: Any) -> Tensor:
+        return tangent.clone()
 
 
 def _mean_outer(u: Tensor, vh: Tensor, mask: Tensor) -> Tensor:
@@ -92,7 +128,7 @@ class ExtremeValue(BatchedFunction):
     @staticmethod
     def jvp(ctx: Any, tangent: Tensor, *_: Any) -> Tensor:
         _, u, _, vh, mask = ctx.saved_tensors
-        if bool((mask.sum(-1) > 1).any()):
+        if any_true(mask.sum(-1) > 1):
             raise NotImplementedError(
                 "forward-mode derivatives of an extreme singular value do not exist where it is "
                 "repeated (multiplicity > 1); reverse mode returns the least-norm subgradient"
@@ -118,7 +154,7 @@ class ExtremeGradient(BatchedFunction):
     @staticmethod
     def backward(ctx: Any, cotangent: Tensor) -> tuple[Any, ...]:
         grad, u, sigma, vh, mask = ctx.saved_tensors
-        if bool(((mask.sum(-1) > 1) & (grad != 0)).any()):
+        if any_true((mask.sum(-1) > 1) & (grad.detach() != 0)):
             raise NotImplementedError(_REFUSAL)
         grad_grad = (_mean_outer(u, vh, mask) * cotangent).sum(dim=(-2, -1))
         grad_a = grad[..., None, None] * _second_derivative(u, sigma, vh, mask, cotangent)
@@ -137,7 +173,7 @@ class ExtremeGradient(BatchedFunction):
         if tangent_grad is not None:
             total = total + tangent_grad[..., None, None] * outer
         if tangent_a is not None:
-            if bool(((mask.sum(-1) > 1) & (grad != 0)).any()):
+            if any_true((mask.sum(-1) > 1) & (grad.detach() != 0)):
                 raise NotImplementedError(_REFUSAL)
             second = _second_derivative(u, sigma, vh, mask, tangent_a)
             total = total + grad[..., None, None] * second

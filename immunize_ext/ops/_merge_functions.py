@@ -18,20 +18,25 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from immunize_ext.ops import composite
 from immunize_ext.ops._transforms import BatchedFunction, fold_batch
 from immunize_ext.ops.composite import MergeLayout
 
 
 class MergeSolve(BatchedFunction):
-    """The raw solve, without derivatives: FactorSolve and Inverse carry them."""
+    """The solve of either route, without derivatives: FactorSolve and Inverse carry them."""
 
     @staticmethod
     def forward(
-        chol: Tensor, c: Tensor, inverse_hardness: Tensor, rank_rtol: float, average: bool
+        chol: Tensor,
+        c: Tensor,
+        inverse_hardness: Tensor,
+        rank_rtol: float,
+        average: bool,
+        compiled: bool,
     ) -> tuple[Tensor, ...]:
-        outputs: tuple[Tensor, ...] = torch.ops.immunize_ext.merge_solve(
-            chol, c, inverse_hardness, rank_rtol, average
-        )
+        solve = torch.ops.immunize_ext.merge_solve if compiled else composite.merge_solve
+        outputs: tuple[Tensor, ...] = solve(chol, c, inverse_hardness, rank_rtol, average)
         return outputs
 
     @staticmethod
@@ -40,7 +45,7 @@ class MergeSolve(BatchedFunction):
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[None, ...]:
-        return (None,) * 5
+        return (None,) * 6
 
 
 class FactorSolve(BatchedFunction):

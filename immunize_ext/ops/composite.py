@@ -15,7 +15,12 @@ import torch
 from torch import Tensor
 
 from immunize_ext.ops._arguments import SpectrumPolicy, require_finite
-from immunize_ext.ops._composite_extremes import ExtremeValue, RaiseWhenDifferentiated
+from immunize_ext.ops._composite_extremes import (
+    ExtremeValue,
+    RefuseSecondDerivativeAtClusters,
+)
+from immunize_ext.ops._host import any_true
+from immunize_ext.ops._transforms import BatchedFunction
 
 # A Gram matrix gives sigma_min with a relative error of eps * kappa^2 / 2, so sigma itself to
 # eps * sigma_max * kappa / 2. Beyond this kappa the singular values of x are taken directly.
@@ -43,30 +48,6 @@ class Extremes(NamedTuple):
     multiplicity_min: Tensor
 
 
-class _RefuseSecondDerivativeAtClusters(torch.autograd.Function):
-    """Identity that refuses to be differentiated twice where the extreme is a cluster.
-
-    The second derivative that torch.linalg returns there is divided by a gap of zero.
-    """
-
-    @staticmethod
-    def forward(ctx: Any, value: Tensor, multiplicity: Tensor) -> Tensor:
-        ctx.save_for_backward(multiplicity)
-        return value.clone()
-
-    @staticmethod
-    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None]:
-        (multiplicity,) = ctx.saved_tensors
-        (grad,) = grads
-        if torch.is_grad_enabled() and bool(((multiplicity > 1) & (grad != 0)).any()):
-            grad = RaiseWhenDifferentiated.apply(
-                grad,
-                "the second derivative of an extreme singular value does not exist where it is "
-                "repeated (multiplicity > 1)",
-            )
-        return grad, None
-
-
 def _power_of_two_scale(a: Tensor) -> Tensor:
     """Power of two (*, 1, 1) that brings the largest entry of each matrix into [1, 2), exactly."""
     largest = a.detach().abs().amax(dim=(-2, -1), keepdim=True)
@@ -81,7 +62,7 @@ def _cluster_mean(spectrum: Tensor, mask: Tensor, value: Tensor) -> Tensor:
     mean = (spectrum * mask).sum(-1) / count
     attached = value.detach() + (mean - mean.detach())
     if attached.requires_grad:
-        attached = _RefuseSecondDerivativeAtClusters.apply(attached, mask.sum(-1))
+        attached = RefuseSecondDerivativeAtClusters.apply(attached, mask.sum(-1))
     return attached
 
 
@@ -140,7 +121,7 @@ def gram_extremes(x: Tensor, policy: SpectrumPolicy) -> tuple[Extremes, Tensor]:
     # .flip: eigh sorts ascending. Rounding may leave an eigenvalue of a singular Gram below 0.
     eigenvalues = torch.linalg.eigh(thin)[0].flip(-1).clamp(min=0.0)
     detached = eigenvalues.detach()
-    if bool((detached[..., -1] * GRAM_SAFE_CONDITION**2 <= detached[..., 0]).any()):
+    if any_true(detached[..., -1] * GRAM_SAFE_CONDITION**2 <= detached[..., 0]):
         eigenvalues = torch.linalg.svd(scaled, full_matrices=False)[1].square()
     squared_scale = scale.square()[..., 0]
     eigenvalues = eigenvalues * squared_scale
@@ -163,7 +144,7 @@ def symmetric_extremes(h: Tensor, cluster_rtol: float) -> tuple[Tensor, ...]:
     scaled = wide.detach() / scale
     difference = (scaled - scaled.mT).abs().amax(dim=(-2, -1))
     largest_entry = scaled.abs().amax(dim=(-2, -1))
-    if bool((difference > 8.0 * p**0.5 * torch.finfo(h.dtype).eps * largest_entry).any()):
+    if any_true(difference > 8.0 * p**0.5 * torch.finfo(h.dtype).eps * largest_entry):
         raise ValueError(
             "symmetric_extremes: h must be symmetric, got entries that differ from their mirror "
             "image; pass (h + h.mT) / 2 if the difference has no meaning"
@@ -237,14 +218,21 @@ def _generalised_inverse(
 def merge_solve(
     chol: Tensor, c: Tensor, inverse_hardness: Tensor, rank_rtol: float, average: bool
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """A = Q^-1 C^T, E the (generalised) inverse of T, I - E T, and the rank of T."""
+    """A = Q^-1 C^T, E the (generalised) inverse of T, I - E T, and the rank of T.
+
+    With leading batch dimensions, which all three tensors share.
+    """
     require_finite("merge_kv", "embeddings", c)
     # T as a Gram matrix is positive semidefinite whatever the rounding.
     z = torch.linalg.solve_triangular(chol, c.mT, upper=False)
     t = z.mT @ z + torch.diag_embed(inverse_hardness)
     a = torch.linalg.solve_triangular(chol.mT, z, upper=True)
-    e, defect, rank = _generalised_inverse(t, rank_rtol, average)
-    return a, e, defect, rank
+    batch, s = t.shape[:-2], t.shape[-1]
+    solved = [_generalised_inverse(one, rank_rtol, average) for one in t.reshape(-1, s, s)]
+    if not solved:  # an empty batch
+        return a, t, t.clone(), t.new_zeros(batch, dtype=torch.int64)
+    e, defect, rank = (torch.stack(parts) for parts in zip(*solved, strict=True))
+    return a, e.reshape(t.shape), defect.reshape(t.shape), rank.reshape(batch)
 
 
 def merge_apply(
@@ -276,13 +264,32 @@ def merge_apply(
                 ],
                 -1,
             )
-        if not bool(torch.isfinite(r).all()):
+        if any_true(~torch.isfinite(r.detach())):
             raise ValueError(f"merge_kv: base, concepts or values of layer {layer} must be finite")
         merged.append((w0 + r @ b).to(weight.dtype).contiguous())
         residuals.append(r.detach().to(accumulate))
-    if layout.check and bool(defect.any()):
+    if layout.check and any_true(defect != 0):
         _refuse_contradictions(layout, defect, residuals, targets)
     return [*merged, *residuals]
+
+
+class _RefuseRows(BatchedFunction):
+    """Raise where the mask (*, s) is set. A function, so that it sees plain tensors under vmap."""
+
+    @staticmethod
+    def forward(missed: Tensor, message: str) -> Tensor:
+        rows = missed.reshape(-1, missed.shape[-1]).any(0).nonzero().flatten().tolist()
+        if rows:
+            raise ValueError(message.format(rows=rows))
+        return missed.clone()
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+        ctx.mark_non_differentiable(output)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[None, None]:
+        return None, None
 
 
 def _refuse_contradictions(
@@ -291,15 +298,15 @@ def _refuse_contradictions(
     """Raise if constraints that were dropped are missed by more than near-repeats explain."""
     tolerance = 10.0 * layout.rank_rtol**0.5 + 1e4 * torch.finfo(residuals[0].dtype).eps
     # Each layer by its own size: a large edit of one must not hide the contradiction of another.
-    missed = torch.zeros(defect.shape[-1], dtype=torch.bool, device=defect.device)
+    missed = torch.zeros_like(defect[..., 0, :], dtype=torch.bool)
     for layer, r in enumerate(residuals):
-        scale = r.abs().max()
+        scale = r.abs().amax(dim=(-2, -1))
         if layout.targets_are_values:
-            scale = torch.maximum(scale, 1e-3 * targets[layer].detach().abs().max())
-        missed |= (r.to(defect.dtype) @ defect).abs().amax(0) > tolerance * scale
-    bad = missed.nonzero().flatten().tolist()
-    if bad:
-        raise ValueError(f"merge_kv: contradictory targets at rows {bad} of the embeddings")
+            values = targets[layer].detach().abs()
+            scale = torch.maximum(scale, 1e-3 * values.amax(dim=(-2, -1)))
+        violation = (r.to(defect.dtype) @ defect).abs().amax(-2)
+        missed = missed | (violation > tolerance * scale.unsqueeze(-1))
+    _RefuseRows.apply(missed, "merge_kv: contradictory targets at rows {rows} of the embeddings")
 
 
 def merge_kv(

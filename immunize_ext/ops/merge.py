@@ -55,8 +55,9 @@ def _shared_part(
     compiled: bool,
 ) -> tuple[Tensor, Tensor]:
     """B (s, d) with its graph, and the defect I - E T (s, s)."""
-    raw = (factor.chol, c.detach(), inverse_hardness.detach(), REPEATED_ROW_RTOL, average)
-    a, e, defect, _ = MergeSolve.apply(*raw) if compiled else composite.merge_solve(*raw)
+    a, e, defect, _ = MergeSolve.apply(
+        factor.chol, c.detach(), inverse_hardness.detach(), REPEATED_ROW_RTOL, average, compiled
+    )
     tracing = torch.compiler.is_compiling()
     solve, inverse = (FactorSolve, Inverse) if tracing else (FactorSolveDual, InverseDual)
     source = c.new_empty(0, factor.dim) if factor.source is None else factor.source

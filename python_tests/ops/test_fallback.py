@@ -88,13 +88,6 @@ def test_a_process_without_the_compiled_part_gives_the_same_numbers():
         assert answer["found"][name] == pytest.approx(numbers, rel=1e-10, abs=1e-11), name
 
 
-# The composites read numbers on the host to choose a route and to refuse, which vmap cannot trace.
-without_transforms = pytest.mark.xfail(
-    strict=True, raises=AssertionError, reason="composites do not support torch.func yet"
-)
-
-
-@without_transforms
 @pytest.mark.parametrize(
     "function",
     [
@@ -111,7 +104,6 @@ def test_transforms_of_the_spectrum_composites(function):
         testing.check_transforms(function, [gaussian(3, 4)])
 
 
-@without_transforms
 def test_transforms_of_the_merge_composite():
     factor = RegularizationFactor.from_embeddings(gaussian(20, 4, seed=1))
 

@@ -141,7 +141,7 @@ def test_small_is_accurate_at_large_condition_numbers(
     assert_vectors(result, alone, 2.0 * kappa if shape[0] != shape[1] else 8.0)
 
 
-@pytest.mark.parametrize("scale", [1e-310, 1e-150, 1e-20, 1e20, 1e150])
+@pytest.mark.parametrize("scale", [1e-310, 1e-150, 1e-20, 1e20, 1e150, 3e307])
 def test_small_scales(kernels: Any, scale: float) -> None:
     a = gaussian(2, 6, 9)
     result = run(kernels.small_extremes, scale * a)
@@ -366,7 +366,7 @@ def test_large_is_accurate_at_large_condition_numbers(kernels: Any, kappa: float
     assert_vectors(result, alone, 8.0)
 
 
-@pytest.mark.parametrize("scale", [1e-310, 1e-150, 1e150])
+@pytest.mark.parametrize("scale", [1e-310, 1e-150, 1e150, 3e307])
 def test_large_scales(kernels: Any, scale: float) -> None:
     a = scale * gaussian(1, 6, 9)
     result = run(kernels.large_extremes, a, column_block=2)
