@@ -315,6 +315,7 @@ class RegularizationFactor:
 
 
 def _stream_gram(function: str, c_reg: Tensor | Iterable[Tensor], chunk: int) -> tuple[Tensor, int]:
+    """C_reg^T C_reg in float64, right on and below the diagonal, and the number of rows."""
     if chunk < 1:
         raise ValueError(f"{function}: chunk must be positive, got {chunk}")
     blocks = [c_reg] if isinstance(c_reg, Tensor) else c_reg
@@ -330,7 +331,6 @@ def _stream_gram(function: str, c_reg: Tensor | Iterable[Tensor], chunk: int) ->
                 "captions and tokens into rows with .reshape(-1, d)"
             )
         block = block.detach()
-        require_finite(function, "c_reg", block)
         if gram is None:
             d = block.shape[1]
             gram = torch.zeros(d, d, dtype=torch.float64, device=block.device)
@@ -342,9 +342,16 @@ def _stream_gram(function: str, c_reg: Tensor | Iterable[Tensor], chunk: int) ->
         for rows in block.split(chunk):
             _add_lower_gram(gram, rows.to(torch.float64))
             samples += rows.shape[0]
+        # Every entry is squared into the diagonal: one look there instead of a pass over c_reg.
+        if not bool(torch.isfinite(gram.diagonal()).all()):
+            require_finite(function, "c_reg", block)
+            raise ValueError(
+                f"{function}: c_reg must have squares that float64 can hold, got sums that "
+                "overflow; scale c_reg down"
+            )
     if gram is None:
         raise ValueError(f"{function}: c_reg must hold at least one block, got none")
-    return gram.tril() + gram.tril(-1).mT, samples
+    return gram, samples
 
 
 def _add_lower_gram(gram: Tensor, rows: Tensor) -> None:
@@ -357,7 +364,7 @@ def _add_lower_gram(gram: Tensor, rows: Tensor) -> None:
 def _factor_or_explain(
     function: str, q: Tensor, samples: int, mean_diagonal: float | None
 ) -> Tensor:
-    """Cholesky factor of q, or the error that says what it lacks.
+    """Cholesky factor of q, of which only the lower triangle counts, or what it lacks.
 
     A pivot L_ii^2 below d eps times the largest diagonal is rounding, whether or not Cholesky got
     past it: lambda_min <= min L_ii^2, so Q is then numerically singular.
