@@ -1,20 +1,15 @@
-"""The plots of a report: as PNG files, and as SVG whose colours follow the page.
-
-Each panel is drawn by one function and used twice: side by side in a PNG, alone in the page.
-"""
+"""The plots of a condition-number report."""
 
 from __future__ import annotations
 
-import io
-import re
 from collections.abc import Callable
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Literal
 
 import numpy as np
 import torch
 
-from immunize_ext._extras import require_extra
 from immunize_ext.attacks import AttackComparison, AttackCurve
+from immunize_ext.report.drawing import COLOURS, Draw, panel_svg, panels_png, title
 from immunize_ext.report.evaluation import (
     ATTACKER_NAMES,
     ROLES,
@@ -25,53 +20,12 @@ from immunize_ext.report.evaluation import (
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
 
-# Colours by the name of the CSS variable that takes their place in the page.
-COLOURS = {
-    "--ink": "#1b1f26",
-    "--muted": "#5f6876",
-    "--grid": "#e4e7eb",
-    "--before": "#8c95a4",
-    "--harmful": "#c2410d",
-    "--primary": "#0f766f",
-}
 _ROLE_COLOUR = {role: COLOURS[f"--{role}"] for role in ROLES}
 
 # Attackers with a curve to show; a closed-form solution is one point.
 CURVES = ("gradient_descent", "line_search", "conjugate_gradients", "whitened")
 
-_STYLE = {
-    "svg.fonttype": "none",
-    "svg.hashsalt": "immunize_ext",
-    "font.family": "sans-serif",
-    "font.sans-serif": ["DejaVu Sans"],
-    "font.size": 11.5,
-    "text.color": COLOURS["--ink"],
-    "axes.edgecolor": COLOURS["--grid"],
-    "axes.labelcolor": COLOURS["--muted"],
-    "axes.grid": True,
-    "axes.axisbelow": True,
-    "axes.spines.top": False,
-    "axes.spines.right": False,
-    "grid.color": COLOURS["--grid"],
-    "grid.linewidth": 0.8,
-    "xtick.color": COLOURS["--grid"],
-    "ytick.color": COLOURS["--grid"],
-    "xtick.labelcolor": COLOURS["--muted"],
-    "ytick.labelcolor": COLOURS["--muted"],
-    "xtick.minor.size": 0,
-    "ytick.minor.size": 0,
-    "lines.linewidth": 2.0,
-    "lines.solid_capstyle": "round",
-}
-_PANEL = (4.8, 3.1)  # inches
-# Shares of a panel. Fixed, so that panels line up and no layout has to be solved.
-_MARGINS = {"left": 0.15, "right": 0.03, "bottom": 0.17, "top": 0.12}
-
 Panel = Callable[["Axes", Evaluation], None]
-
-
-def _title(axes: Axes, text: str) -> None:
-    axes.set_title(text, loc="left", fontsize=11.5, color=COLOURS["--ink"], pad=10)
 
 
 def _number(value: float, _position: object = None) -> str:
@@ -116,7 +70,7 @@ def _convergence(role: str, attacker: str) -> Panel:
     def draw(axes: Axes, evaluation: Evaluation) -> None:
         comparison = evaluation.comparisons[role][attacker]
         colour = _ROLE_COLOUR[role]
-        _title(axes, f"{ATTACKER_NAMES[attacker]}, {role} task")
+        title(axes, f"{ATTACKER_NAMES[attacker]}, {role} task")
         _two_curves(axes, comparison, role, "test_loss")
         axes.set_yscale("log")
         axes.yaxis.set_minor_formatter(lambda *_: "")
@@ -162,7 +116,7 @@ def _convergence(role: str, attacker: str) -> Panel:
 def _accuracy(role: str) -> Panel:
     def draw(axes: Axes, evaluation: Evaluation) -> None:
         comparison = evaluation.comparisons[role]["gradient_descent"]
-        _title(axes, f"Right answers on test data, {role} task")
+        title(axes, f"Right answers on test data, {role} task")
         # Before the first step the head is 0 and has no opinion.
         _two_curves(axes, comparison, role, "test_accuracy", first=1)
         axes.yaxis.set_major_formatter(lambda value, _: f"{value:.0%}")
@@ -174,7 +128,7 @@ def _accuracy(role: str) -> Panel:
 def _spectrum(role: str) -> Panel:
     def draw(axes: Axes, evaluation: Evaluation) -> None:
         spectrum = evaluation.spectra[role]
-        _title(axes, f"Spectrum of the Hessian, {role} task")
+        title(axes, f"Spectrum of the Hessian, {role} task")
         for values, colour, marker, label in (
             (spectrum.before, COLOURS["--before"], ".", "before"),
             (spectrum.after, _ROLE_COLOUR[role], "o", "immunized"),
@@ -220,20 +174,8 @@ def _panels(evaluation: Evaluation) -> dict[str, dict[str, Panel]]:
     return figures
 
 
-def _matplotlib() -> tuple[Any, Any]:
-    matplotlib = require_extra("matplotlib", extra="report", purpose="the plots")
-    figure = require_extra("matplotlib.figure", extra="report", purpose="the plots")
-    return matplotlib, figure.Figure
-
-
-def _place(left: float, bottom: float, columns: int, rows: int) -> tuple[float, ...]:
-    """Place of the axes in one cell of a figure: the same margins in every panel."""
-    return (
-        left + _MARGINS["left"] / columns,
-        bottom + _MARGINS["bottom"] / rows,
-        (1.0 - _MARGINS["left"] - _MARGINS["right"]) / columns,
-        (1.0 - _MARGINS["bottom"] - _MARGINS["top"]) / rows,
-    )
+def _bind(panel: Panel, evaluation: Evaluation) -> Draw:
+    return lambda axes: panel(axes, evaluation)
 
 
 def draw_png(evaluation: Evaluation) -> dict[str, bytes]:
@@ -247,24 +189,11 @@ def draw_png(evaluation: Evaluation) -> dict[str, bytes]:
 
     Raises:
         MissingExtraError: If matplotlib is not installed.
-
-    Note:
-        Sets no matplotlib state: no backend, no pyplot, settings only inside a context.
     """
-    matplotlib, figure_class = _matplotlib()
-    drawn = {}
-    for name, panels in _panels(evaluation).items():
-        rows = (len(panels) + 1) // 2
-        with matplotlib.rc_context(_STYLE):
-            size = 2 * _PANEL[0], rows * _PANEL[1]
-            figure = figure_class(figsize=size, facecolor="white")
-            for index, draw in enumerate(panels.values()):
-                row, column = divmod(index, 2)
-                draw(figure.add_axes(_place(column / 2, 1 - (row + 1) / rows, 2, rows)), evaluation)
-            buffer = io.BytesIO()
-            figure.savefig(buffer, format="png", dpi=140)
-        drawn[name] = buffer.getvalue()
-    return drawn
+    return {
+        name: panels_png([_bind(draw, evaluation) for draw in panels.values()])
+        for name, panels in _panels(evaluation).items()
+    }
 
 
 def draw_svg(evaluation: Evaluation) -> dict[str, str]:
@@ -279,32 +208,8 @@ def draw_svg(evaluation: Evaluation) -> dict[str, str]:
     Raises:
         MissingExtraError: If matplotlib is not installed.
     """
-    matplotlib, figure_class = _matplotlib()
-    drawn = {}
-    for panels in _panels(evaluation).values():
-        for name, draw in panels.items():
-            with matplotlib.rc_context(_STYLE):
-                figure = figure_class(figsize=_PANEL)
-                figure.patch.set_visible(False)
-                axes = figure.add_axes(_place(0.0, 0.0, 1, 1))
-                axes.patch.set_visible(False)
-                draw(axes, evaluation)
-                buffer = io.StringIO()
-                figure.savefig(buffer, format="svg", metadata={"Date": None, "Creator": None})
-            drawn[name] = _for_page(buffer.getvalue(), name)
-    return drawn
-
-
-def _for_page(svg: str, name: str) -> str:
-    """Cut an SVG file down to its element, and let it take colours and font from the page."""
-    svg = svg[svg.index("<svg") :].strip()
-    svg = re.sub(r"<metadata>.*?</metadata>", "", svg, flags=re.DOTALL)
-    svg = re.sub(r'(<svg[^>]*?) width="[^"]*"', r"\1", svg, count=1)
-    svg = re.sub(r'(<svg[^>]*?) height="[^"]*"', r"\1", svg, count=1)
-    # One page holds many of these: identifiers must not clash.
-    svg = re.sub(r'\bid="', f'id="{name}-', svg)
-    svg = re.sub(r'xlink:href="#', f'href="#{name}-', svg)
-    svg = re.sub(r"url\(#", f"url(#{name}-", svg)
-    for variable, colour in COLOURS.items():
-        svg = svg.replace(colour, f"var({variable})")
-    return re.sub(r"'DejaVu Sans'[^;\"]*", "var(--font)", svg)
+    return {
+        name: panel_svg(_bind(draw, evaluation), name)
+        for panels in _panels(evaluation).values()
+        for name, draw in panels.items()
+    }
