@@ -45,7 +45,7 @@ _OTHER_WORDS = """
 """
 
 # Where the constants of the pass-through come from is derived at _pass_through.
-_SPREAD = 1.0e4
+_SPREAD = 512.0
 _SHIFT = 20.0
 _LOG_VARIANCE = -30.0
 
@@ -114,7 +114,7 @@ def build_digits_pipeline(
         torch.manual_seed(seed)
         pipeline = _new_pipeline()
         _train(pipeline, steps, torch.Generator().manual_seed(seed), progress)
-    TextToImage(pipeline).save(target, overwrite=overwrite)
+    TextToImage(pipeline).save(target, overwrite=overwrite, extra=_tokenizer_files())
     return pipeline
 
 
@@ -144,23 +144,30 @@ def _byte_pairs(words: Sequence[str]) -> list[tuple[str, str]]:
                 index += 1
 
 
+def _tokenizer_files() -> dict[str, str]:
+    """Vocabulary and merges as CLIP's tokenizers of every version of transformers read them."""
+    letters = [chr(code) for code in range(ord("a"), ord("z") + 1)]
+    merges = _byte_pairs(caption_words())
+    vocabulary = [*letters, *(f"{letter}</w>" for letter in letters)]
+    vocabulary += ["".join(pair) for pair in merges]
+    vocabulary = [*dict.fromkeys(vocabulary), _START, _END]
+    lines = ["#version: 0.2", *(f"{first} {second}" for first, second in merges)]
+    return {
+        "tokenizer/vocab.json": json.dumps({token: i for i, token in enumerate(vocabulary)}),
+        "tokenizer/merges.txt": "\n".join(lines) + "\n",
+    }
+
+
 def _tokenizer() -> Any:
     """A CLIP tokenizer whose byte pairs merge each known word into one token.
 
     A word that is unknown falls apart into pieces of known ones, as in CLIP.
     """
     transformers = require_extra("transformers", extra="diffusion", purpose="the tokenizer")
-    letters = [chr(code) for code in range(ord("a"), ord("z") + 1)]
-    merges = _byte_pairs(caption_words())
-    vocabulary = [*letters, *(f"{letter}</w>" for letter in letters)]
-    vocabulary += ["".join(pair) for pair in merges]
-    vocabulary = [*dict.fromkeys(vocabulary), _START, _END]
+    # Written and read back: the one way to make it that every version of transformers has.
     with tempfile.TemporaryDirectory() as folder:
-        # Written and read back: the one way to make it that every version of transformers has.
-        vocabulary_file, merges_file = Path(folder) / "vocab.json", Path(folder) / "merges.txt"
-        vocabulary_file.write_text(json.dumps({t: i for i, t in enumerate(vocabulary)}))
-        lines = ["#version: 0.2", *(f"{first} {second}" for first, second in merges)]
-        merges_file.write_text("\n".join(lines) + "\n")
+        for name, text in _tokenizer_files().items():
+            Path(folder, Path(name).name).write_text(text, encoding="utf-8")
         return transformers.CLIPTokenizer.from_pretrained(
             folder,
             model_max_length=_MAX_TOKENS,
@@ -227,11 +234,10 @@ def _pass_through() -> Any:
 
     - The first convolution gives the channels (x, -x, B, -B), normalised as one group. Their mean
       is 0 and their variance (mean x^2 + B^2) / 2, so x leaves as x sqrt(2) / B with a relative
-      error of mean x^2 / (2 B^2): below 1e-8 for \|x\| <= 1 and B = 1e4.
+      error of mean x^2 / (2 B^2): below 2e-6 for \|x\| <= 1 and B = 512. A larger B would cost more
+      in the mean, where rounding of a sum of B's enters: eps B / 4 = 8e-6 as it is.
     - Scaled back and shifted by s = 20, SiLU(x + s) = (x + s) / (1 + exp(-x - s)), which is x + s
-      to a relative 6e-9. The last convolution takes s off again.
-
-    What remains is rounding: eps s = 2e-6 in float32.
+      to a relative 6e-9. The last convolution takes s off again, which leaves eps s = 2e-6.
     """
     diffusers = require_extra("diffusers", extra="diffusion", purpose="the autoencoder")
     vae = diffusers.AutoencoderKL(

@@ -122,12 +122,19 @@ class TextToImage:
         parts = {name: value for name, value in parts.items() if name != "self"}
         return type(self)(kind(**parts))
 
-    def save(self, path: str | Path, *, overwrite: bool = False) -> None:
+    def save(
+        self,
+        path: str | Path,
+        *,
+        overwrite: bool = False,
+        extra: Mapping[str, str] | None = None,
+    ) -> None:
         """Write the pipeline in diffusers' layout: all of it, or nothing.
 
         Args:
             path: The folder to write; its parents are made.
             overwrite: Whether a pipeline that is there already is replaced.
+            extra: Text files to put beside it, by their path in the folder.
 
         Raises:
             FileExistsError: If the folder exists and is not to be replaced, or holds something
@@ -145,6 +152,10 @@ class TextToImage:
         try:
             with _quiet_files():
                 self.pipeline.save_pretrained(work / "new", safe_serialization=True)
+            for name, text in (extra or {}).items():
+                (work / "new" / name).write_text(text, encoding="utf-8")
+            for file in (work / "new").rglob("*.safetensors"):
+                file.chmod(0o644)  # some versions of safetensors make them private
             if target.exists():
                 target.rename(work / "old")
                 try:

@@ -1,0 +1,434 @@
+"""The outer loop that all text-to-image immunizers share.
+
+A method says what an attacker would make of the parameters (:meth:`Immunizer.adapted`); the loop
+raises the denoising loss there, holds what has to stay, and moves the parameters::
+
+    minimise over theta   - mean_i min(L_i(theta'(theta)), clamp)  +  w L_retain(theta)
+
+A loss that is clamped gives no gradient: without a clamp the ascent has no end, with one that most
+samples have reached only the retain term moves the weights, which undoes the immunization. So the
+share of clamped samples is recorded, and the best iterate is kept, not the last.
+"""
+
+from __future__ import annotations
+
+import logging
+import math
+import time
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor, nn
+
+from immunize_ext._extras import require_extra
+from immunize_ext.attacks.text_to_image.meter import Meter
+from immunize_ext.data.concepts import Concept, ConceptSet
+from immunize_ext.immunizers.text_to_image.batches import Batch, ConceptPool, generator_of
+from immunize_ext.immunizers.text_to_image.concept_merge import ConceptMerge
+from immunize_ext.immunizers.text_to_image.immunized_pipeline import ImmunizedPipeline
+from immunize_ext.immunizers.text_to_image.parameters import (
+    Parameters,
+    Scope,
+    scope_parameters,
+)
+from immunize_ext.immunizers.text_to_image.retain import Retain
+from immunize_ext.immunizers.text_to_image.state import LoopState, load_state, save_state
+from immunize_ext.models.text_to_image import TextToImage
+
+Progress = Callable[[str, float], None]
+_LOG = logging.getLogger("immunize_ext")
+
+# Purposes of the draws of one step; see batches.generator_of.
+OUTER, INNER, RETAIN = 0, 1, 2
+# The probe of the best iterate is drawn once, as if in a step before the first.
+_PROBE_STEP = -1
+
+
+class ImmunizationError(RuntimeError):
+    """An immunization that cannot go on: a loss that is not finite, a parameter without gradient.
+
+    What was reached before is in the checkpoint, if one was asked for.
+    """
+
+
+@dataclass(frozen=True, kw_only=True)
+class Immunizer(ABC):
+    """Settings of the outer loop; methods add their own.
+
+    The defaults suit the embedded digits pipeline. Stable Diffusion takes smaller ones (published:
+    3e-5 for re-learning, 2e-5 for personalization, inner 5e-6, 500 steps).
+
+    Attributes:
+        steps: Outer steps.
+        learning_rate: Of Adam, which moves the parameters.
+        scope: What is moved: ``"attn2"`` (whole cross-attention blocks), ``"kv"`` or ``"all"``.
+        batch_size: Images of each concept in a step.
+        prompts: Prompts of each concept that are drawn from; all of them when ``None``.
+        loss_clamp: Largest loss of a sample that is still raised.
+        gradient_clip: Largest norm of the gradient.
+        retain_weight: w.
+        retain_batch: Images of the retain term in a step.
+        probe_every: Steps between probes of the objective; the best of them is kept.
+        seed: Seed of all draws.
+        mixed_precision: ``"no"``, ``"bf16"`` or ``"fp16"``; the moved parameters stay float32.
+        gradient_accumulation: Batches summed into one step.
+        gradient_checkpointing: Less memory for more time in the denoiser.
+        log_with: A tracker that accelerate knows ("tensorboard", "wandb", ...), or ``None``.
+        checkpoint_every: Steps between checkpoints, where a folder for them is given.
+    """
+
+    method: ClassVar[str]
+
+    steps: int = 60
+    learning_rate: float = 1e-2
+    scope: Scope = "attn2"
+    batch_size: int = 8
+    prompts: int | None = 2
+    loss_clamp: float = 1.0
+    gradient_clip: float = 1.0
+    retain_weight: float = 5.0
+    retain_batch: int = 32
+    probe_every: int = 10
+    seed: int = 0
+    mixed_precision: str = "no"
+    gradient_accumulation: int = 1
+    gradient_checkpointing: bool = False
+    log_with: str | None = None
+    checkpoint_every: int = 20
+
+    def __post_init__(self) -> None:
+        """Refuse settings out of range."""
+        for name in ("steps", "batch_size", "probe_every", "gradient_accumulation"):
+            if getattr(self, name) < 1:
+                raise ValueError(
+                    f"{self.method}: {name} must be at least 1, got {getattr(self, name)}"
+                )
+        for name in ("learning_rate", "loss_clamp", "gradient_clip"):
+            value = getattr(self, name)
+            if not (math.isfinite(value) and value > 0.0):
+                raise ValueError(f"{self.method}: {name} must be positive and finite, got {value}")
+        if not (math.isfinite(self.retain_weight) and self.retain_weight >= 0.0):
+            raise ValueError(
+                f"{self.method}: retain_weight must be finite and at least 0, got "
+                f"{self.retain_weight}"
+            )
+        if self.mixed_precision not in ("no", "bf16", "fp16"):
+            raise ValueError(
+                f"{self.method}: mixed_precision must be 'no', 'bf16' or 'fp16', got "
+                f"{self.mixed_precision!r}"
+            )
+
+    @abstractmethod
+    def adapted(self, run: Run, parameters: Parameters, step: int) -> Parameters:
+        """What an attacker makes of the parameters, as a function of them.
+
+        Args:
+            run: The run.
+            parameters: theta, by name.
+            step: The step; seeds what is drawn.
+
+        Returns:
+            theta', by name.
+        """
+
+    def prepare(self, run: Run, leaves: Parameters, step: int) -> None:
+        """What changes the parameters before the step, if anything does."""
+        del run, leaves, step
+
+    def needs_merge(self) -> bool:
+        """Whether the method merges concepts."""
+        return False
+
+    def double_backward(self) -> bool:
+        """Whether the method differentiates gradients, which only plain attention allows."""
+        return False
+
+    def check(self, concepts: ConceptSet) -> None:
+        """Refuse concepts that the method cannot take."""
+        del concepts
+
+    def fit(
+        self,
+        model: TextToImage,
+        concepts: ConceptSet,
+        *,
+        out: str | Path | None = None,
+        resume: bool = False,
+        progress: Progress | None = None,
+    ) -> ImmunizedPipeline:
+        """Immunize a clone of a model against concepts.
+
+        Args:
+            model: The model; it is not changed. Concepts to be re-learned should be erased in it.
+            concepts: What to immunize against, what to keep, captions for the merge.
+            out: Folder for checkpoints; none are written without it.
+            resume: Whether to go on from the checkpoint in ``out``, if there is one.
+            progress: Called with what was done and the share done so far.
+
+        Returns:
+            The immunized model with its history; its weights are those of the best probe.
+
+        Raises:
+            ImmunizationError: If a loss or gradient is not finite, or a parameter gets no gradient
+                in the first step. The model given is untouched, the checkpoint stays.
+            ValueError: If a setting does not fit, or the checkpoint is one of other settings.
+            MissingExtraError: If accelerate is not installed.
+
+        Note:
+            Deterministic on the CPU for a given number of threads; a run that was stopped and goes
+            on gives the same bits as one that was not.
+        """
+        self.check(concepts)
+        return Run(self, model.clone(), concepts, out, resume, progress).run()
+
+
+class Run:
+    """One immunization under way.
+
+    Attributes:
+        model: The clone.
+        names: Names of the concepts.
+        pools: One a concept.
+        merge: The merge, for methods that have one.
+        inner_losses: Losses that the adaptations of this step met.
+        memory: What a method carries from step to step beside the parameters.
+    """
+
+    def __init__(
+        self,
+        immunizer: Immunizer,
+        model: TextToImage,
+        concepts: ConceptSet,
+        out: str | Path | None,
+        resume: bool,
+        progress: Progress | None,
+    ) -> None:
+        accelerate = require_extra("accelerate", extra="diffusion", purpose="immunizers")
+        self.settings, self.model, self.concepts = immunizer, model, concepts
+        self.out = None if out is None else Path(out)
+        self.resume, self.progress = resume, progress
+        self.accelerator: Any = accelerate.Accelerator(
+            mixed_precision=immunizer.mixed_precision,
+            log_with=immunizer.log_with,
+            project_dir=None if out is None else str(out),
+        )
+        model.pipeline.to(self.accelerator.device)
+        for part in (model.unet, model.vae, *model.text_encoders):
+            part.requires_grad_(False).eval()
+        if immunizer.gradient_checkpointing:
+            model.unet.enable_gradient_checkpointing()
+            # Checkpointing acts in training mode only; there is no dropout in these models.
+            model.unet.train()
+        self.moved = scope_parameters(model.unet, immunizer.scope, function=immunizer.method)
+        self._in_float32()
+        self.names = list(concepts.names)
+        self.pools = [self._pool(concept) for concept in concepts.concepts]
+        self.retain = Retain(model, concepts.retain, seed=immunizer.seed)
+        self.merge = self._merge() if immunizer.needs_merge() else None
+        self.inner_losses: list[float] = []
+        self.memory: Parameters = {}
+
+    def _in_float32(self) -> None:
+        """Hold the moved parameters in float32: steps in half precision would be lost."""
+        for name, parameter in self.moved.items():
+            if parameter.dtype in (torch.float16, torch.bfloat16):
+                owner, _, last = name.rpartition(".")
+                module = self.model.unet.get_submodule(owner)
+                setattr(module, last, nn.Parameter(parameter.float(), requires_grad=False))
+                self.moved[name] = getattr(module, last)
+
+    def _pool(self, concept: Concept) -> ConceptPool:
+        prompts: Sequence[str] = concept.prompts[: self.settings.prompts]
+        return ConceptPool(self.model, concept, concept.images("immunize"), prompts)
+
+    def _merge(self) -> ConceptMerge:
+        settings: Any = self.settings
+        return ConceptMerge(
+            self.model,
+            self.concepts.concepts,
+            self.concepts.captions,
+            ridge=settings.ridge,
+            prompts_per_concept=settings.merge_prompts,
+        )
+
+    def draw(self, step: int, purpose: int, batch: int = 0) -> list[Batch]:
+        """A batch of every concept, the same in every repetition of the step."""
+        rank = self.accelerator.process_index
+        processes = self.accelerator.num_processes
+        settings = self.settings
+        place = (step * settings.gradient_accumulation + batch) * processes + rank
+        generator = generator_of(settings.seed, place, purpose)
+        return [pool.draw(settings.batch_size, generator) for pool in self.pools]
+
+    def autocast(self) -> AbstractContextManager[Any]:
+        """The precision that forward passes are computed in."""
+        context: AbstractContextManager[Any] = self.accelerator.autocast()
+        return context
+
+    def config(self) -> dict[str, Any]:
+        """Settings and concepts as plain values."""
+        return {
+            **asdict(self.settings),
+            "concepts": self.names,
+            "retain": [concept.name for concept in self.concepts.retain],
+            "captions": len(self.concepts.captions),
+        }
+
+    def run(self) -> ImmunizedPipeline:
+        """Run to the end."""
+        settings = self.settings
+        meter = Meter(self.accelerator.device)
+        with meter.measure():
+            leaves = {n: p.detach().clone().requires_grad_() for n, p in self.moved.items()}
+            optimizer = torch.optim.Adam(list(leaves.values()), lr=settings.learning_rate)
+            state = self._start(leaves, optimizer)
+            if settings.log_with is not None:
+                self.accelerator.init_trackers("immunize", config=_flat(self.config()))
+            attention: AbstractContextManager[Any] = nullcontext()
+            if settings.double_backward():
+                _LOG.info(
+                    "%s: attention by plain products, which differentiate twice", settings.method
+                )
+                attention = self.model.math_attention()
+            with attention:
+                while state.step < settings.steps:
+                    self._step(leaves, optimizer, state)
+            self.accelerator.end_training()
+        with torch.no_grad():
+            for name, parameter in self.moved.items():
+                parameter.copy_(state.best[name])
+        self.model.unet.eval()
+        return ImmunizedPipeline(
+            self.model, settings.method, self.config(), state.history, meter.peak_memory
+        )
+
+    def _start(self, leaves: Parameters, optimizer: torch.optim.Adam) -> LoopState:
+        state = LoopState(0, math.inf, {n: p.detach().clone() for n, p in leaves.items()}, [])
+        if self.out is not None and self.resume:
+            state = load_state(self.out, self._identity(), leaves, optimizer) or state
+        return state
+
+    def _identity(self) -> dict[str, Any]:
+        """What a checkpoint must agree with: all but the number of steps."""
+        return {
+            "method": self.settings.method,
+            **{name: value for name, value in self.config().items() if name != "steps"},
+        }
+
+    def _step(self, leaves: Parameters, optimizer: torch.optim.Adam, state: LoopState) -> None:
+        settings, step = self.settings, state.step
+        started, merged = time.perf_counter(), self.merge.seconds if self.merge else 0.0
+        self.inner_losses.clear()
+        optimizer.zero_grad(set_to_none=True)
+        settings.prepare(self, leaves, step)
+        sums = {"loss": 0.0, "retain": 0.0, "clamped": 0.0}
+        for batch in range(settings.gradient_accumulation):
+            objective, parts = self._objective(leaves, step, batch)
+            value = float(objective.detach())
+            if not math.isfinite(value):
+                raise self._failure(f"the loss became {value}", step)
+            self.accelerator.backward(objective / settings.gradient_accumulation)
+            for name, part in parts.items():
+                sums[name] += part / settings.gradient_accumulation
+        self._share_gradients(leaves)
+        if step == 0:
+            self._check_gradients(leaves)
+        size = float(nn.utils.clip_grad_norm_(leaves.values(), settings.gradient_clip))
+        if not math.isfinite(size):
+            raise self._failure(f"the gradient's norm became {size}", step)
+        optimizer.step()
+        inner = self.inner_losses
+        record = {
+            "step": float(step + 1),
+            **sums,
+            "inner_loss": sum(inner) / len(inner) if inner else 0.0,
+            "gradient_norm": size,
+            "seconds": time.perf_counter() - started,
+            "merge_seconds": (self.merge.seconds - merged) if self.merge else 0.0,
+        }
+        state.step += 1
+        last = state.step == settings.steps
+        if state.step % settings.probe_every == 0 or last:
+            record["objective"] = self._probe(leaves)
+            if record["objective"] < state.best_objective:
+                state.best_objective = record["objective"]
+                state.best = {n: p.detach().clone() for n, p in leaves.items()}
+        state.history.append(record)
+        self.accelerator.log(record, step=state.step)
+        due = last or state.step % settings.checkpoint_every == 0
+        if self.out is not None and due and self.accelerator.is_main_process:
+            save_state(self.out, self._identity(), leaves, optimizer, state)
+        if self.progress is not None:
+            words = f"{settings.method}, step {state.step} of {settings.steps}"
+            self.progress(words, state.step / settings.steps)
+
+    def _objective(
+        self, leaves: Parameters, step: int, batch: int
+    ) -> tuple[Tensor, dict[str, float]]:
+        """What is minimised, and its parts."""
+        settings = self.settings
+        place = step * settings.gradient_accumulation + batch
+        with self.autocast():
+            attacked = settings.adapted(self, leaves, place)
+            upper = torch.cat(
+                [drawn.losses(self.model, attacked) for drawn in self.draw(step, OUTER, batch)]
+            )
+            kept = self.retain.loss(
+                self.retain.draw(settings.retain_batch, generator_of(settings.seed, place, RETAIN)),
+                leaves,
+            )
+        raised = upper.clamp(max=settings.loss_clamp)
+        objective = settings.retain_weight * kept - raised.mean()
+        clamped = float((upper.detach() >= settings.loss_clamp).float().mean())
+        return objective, {
+            "loss": float(upper.detach().mean()),
+            "retain": float(kept.detach()),
+            "clamped": clamped,
+        }
+
+    def _probe(self, leaves: Parameters) -> float:
+        """The objective on draws that are always the same."""
+        inner = list(self.inner_losses)
+        here = {name: leaf.detach().clone().requires_grad_() for name, leaf in leaves.items()}
+        objective, _ = self._objective(here, _PROBE_STEP, 0)
+        self.inner_losses[:] = inner
+        return float(objective.detach())
+
+    def _share_gradients(self, leaves: Parameters) -> None:
+        """Average gradients over processes, so that all of them make the same step."""
+        if self.accelerator.num_processes > 1:
+            for leaf in leaves.values():
+                grad = torch.zeros_like(leaf) if leaf.grad is None else leaf.grad
+                leaf.grad = self.accelerator.reduce(grad, reduction="mean")
+
+    def _check_gradients(self, leaves: Parameters) -> None:
+        dead = [n for n, p in leaves.items() if p.grad is None or not bool(p.grad.any())]
+        # A bias in front of a softmax over one key, say, has a gradient of zero by its nature;
+        # a projection without any is a model that does not use what is moved.
+        dead = [name for name in dead if name.endswith("weight")]
+        if dead:
+            raise self._failure(
+                f"{dead[0]} gets no gradient ({len(dead)} of {len(leaves)} parameters); it has no "
+                "part in the loss",
+                0,
+            )
+
+    def _failure(self, what: str, step: int) -> ImmunizationError:
+        where = "" if self.out is None else f"; the last checkpoint is in {self.out}"
+        return ImmunizationError(
+            f"{self.settings.method}: {what} in step {step + 1}; the model is unchanged{where}; "
+            "lower learning_rate or inner_rate"
+        )
+
+
+def _flat(config: Mapping[str, Any]) -> dict[str, Any]:
+    """Values that any tracker can show."""
+    return {
+        name: value if isinstance(value, (int, float, str, bool)) else str(value)
+        for name, value in config.items()
+    }
