@@ -98,9 +98,11 @@ def find_text_projections(unet: nn.Module) -> list[TextProjection]:
             )
         last = name.rpartition(".")[2]
         if last not in _ROLES:
-            # Text enters here too, but as neither key nor value: added projections of the pooled
-            # embedding, resamplers. They belong to no merge.
-            continue
+            # Left out silently it would go on seeing the old text while K and V are edited.
+            raise ValueError(
+                f"find_text_projections: {name} takes text and must be a key or a value projection "
+                f"({', '.join(_ROLES)}), got the name {last!r}; this kind of model is not supported"
+            )
         found.append(
             TextProjection(name, _ROLES[last], module, module.in_features, module.out_features)
         )
