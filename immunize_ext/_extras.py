@@ -6,7 +6,7 @@ import importlib
 from types import ModuleType
 
 # Packages whose name to import differs from the name to install.
-_DISTRIBUTIONS = {"sklearn": "scikit-learn"}
+_DISTRIBUTIONS = {"sklearn": "scikit-learn", "PIL": "Pillow", "yaml": "PyYAML"}
 
 
 class MissingExtraError(ImportError):

@@ -5,9 +5,20 @@ default, and ``run(arguments) -> int``, the exit status. Heavy imports stand ins
 ``immunize --help`` and ``immunize doctor`` have to work where optional packages do not.
 """
 
-from immunize_ext.commands import demo, doctor
+from immunize_ext.commands import (
+    attack,
+    build_pipeline,
+    demo,
+    doctor,
+    erase,
+    imma,
+    kappa,
+    mima,
+    report,
+    sweep,
+)
 
 # In the order in which ``immunize --help`` lists them.
-COMMANDS = (demo, doctor)
+COMMANDS = (demo, kappa, mima, imma, erase, sweep, attack, report, build_pipeline, doctor)
 
 __all__ = ["COMMANDS"]

@@ -89,34 +89,17 @@ def run(arguments: argparse.Namespace) -> int:
 
 def _table(result: DemoResult) -> str:
     """What a newcomer needs to see, in plain text."""
-    from immunize_ext.report import ATTACKER_NAMES
-    from immunize_ext.report.html import headline, times, unchanged
+    from immunize_ext.commands._tables import attack_table
+    from immunize_ext.report.html import headline
 
     evaluation = result.evaluation
-    lines = [
-        headline(evaluation),
-        "",
-        f"  harmful task  {evaluation.tasks['harmful'].name}",
-        f"  primary task  {evaluation.tasks['primary'].name}",
-        "",
-    ]
-    rows = [("attacker", "harmful task", "primary task")]
-    for name, label in ATTACKER_NAMES.items():
-        cells = []
-        for role in ("harmful", "primary"):
-            slowdown = evaluation.comparisons[role][name].slowdown
-            if unchanged(slowdown):
-                words = "as fast as before"
-            elif slowdown.censored or slowdown.ratio > 1.0:
-                words = f"{times(slowdown)} slower"
-            else:
-                words = f"{1.0 / slowdown.ratio:.1f}× faster"
-            cells.append(words)
-        rows.append((label, cells[0], cells[1]))
-    widths = [max(len(row[column]) for row in rows) for column in range(3)]
-    for index, row in enumerate(rows):
-        cells = [cell.ljust(width) for cell, width in zip(row, widths, strict=True)]
-        lines.append("  " + "  ".join(cells).rstrip())
-        if index == 0:
-            lines.append("  " + "  ".join("-" * width for width in widths))
-    return "\n".join(lines)
+    return "\n".join(
+        [
+            headline(evaluation),
+            "",
+            f"  harmful task  {evaluation.tasks['harmful'].name}",
+            f"  primary task  {evaluation.tasks['primary'].name}",
+            "",
+            attack_table(evaluation.comparisons),
+        ]
+    )

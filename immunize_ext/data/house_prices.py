@@ -21,6 +21,7 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
+from immunize_ext.data.download import fetch_house_prices
 from immunize_ext.data.task import Task
 
 TARGETS = {"primary": "LotArea", "harmful": "SalePrice"}
@@ -46,7 +47,7 @@ def _standardise(values: NDArray[np.float64]) -> NDArray[np.float64]:
 
 
 def house_prices_task(
-    folder: str | Path,
+    folder: str | Path | None,
     role: Literal["primary", "harmful"],
     *,
     train_rows: int = 200,
@@ -56,7 +57,8 @@ def house_prices_task(
     """Load one of the two regression tasks on House Prices.
 
     Args:
-        folder: Folder with ``D1.csv`` and ``D2.csv``.
+        folder: Folder with ``D1.csv`` and ``D2.csv``; ``None`` gets them from OpenML once
+            (:func:`~immunize_ext.data.fetch_house_prices`).
         role: ``"primary"`` (LotArea, D1.csv) or ``"harmful"`` (SalePrice, D2.csv).
         train_rows: Number of rows to train on, from the top; 200 as published.
         test_rows: Number of rows after them to test on; 100 as published, ``None`` for the rest.
@@ -67,6 +69,7 @@ def house_prices_task(
 
     Raises:
         FileNotFoundError: If the file is missing.
+        ConnectionError: If no folder is given and there is no network.
         ValueError: If a column is missing or the file has too few rows.
 
     Note:
@@ -74,6 +77,7 @@ def house_prices_task(
     """
     if role not in FILES:
         raise ValueError(f"house_prices_task: role must be 'primary' or 'harmful', got {role!r}")
+    folder = fetch_house_prices() if folder is None else folder
     path = Path(folder) / FILES[role]
     if not path.is_file():
         raise FileNotFoundError(

@@ -1,4 +1,4 @@
-"""MNIST from the four gzipped IDX files of a local folder."""
+"""MNIST from the four gzipped IDX files of a folder, which are downloaded where none is given."""
 
 from __future__ import annotations
 
@@ -13,6 +13,7 @@ import torch
 from numpy.typing import NDArray
 
 from immunize_ext.data._labels import check_digits, check_seed, describe_digits, select_digits
+from immunize_ext.data.download import fetch_mnist
 from immunize_ext.data.task import Task
 
 # Mean and standard deviation of the training pixels on a scale of 0 to 1, as the field uses them.
@@ -69,7 +70,10 @@ def read_idx(path: str | Path) -> NDArray[np.uint8]:
     return data.reshape(shape)
 
 
-def _read_part(folder: str | Path, train: bool) -> tuple[NDArray[np.uint8], NDArray[np.int64]]:
+def _read_part(
+    folder: str | Path | None, train: bool
+) -> tuple[NDArray[np.uint8], NDArray[np.int64]]:
+    folder = fetch_mnist() if folder is None else folder
     stem = "train" if train else "t10k"
     images = read_idx(Path(folder) / f"{stem}-images-idx3-ubyte.gz")
     labels = read_idx(Path(folder) / f"{stem}-labels-idx1-ubyte.gz")
@@ -93,12 +97,13 @@ def _check_size(function: str, size: int) -> None:
 
 
 def load_mnist(
-    folder: str | Path, *, train: bool = True, size: int = 28
+    folder: str | Path | None = None, *, train: bool = True, size: int = 28
 ) -> tuple[NDArray[np.float64], NDArray[np.int64]]:
     """Load MNIST images, standardised, and their digits.
 
     Args:
-        folder: Folder with ``train-images-idx3-ubyte.gz`` and the three other files.
+        folder: Folder with ``train-images-idx3-ubyte.gz`` and the three other files;
+            :func:`~immunize_ext.data.fetch_mnist` gets them when omitted.
         train: The 60000 training images, or the 10000 test images.
         size: Side of the images: 28, or 14 or 7 by averaging blocks of pixels.
 
@@ -107,6 +112,7 @@ def load_mnist(
 
     Raises:
         FileNotFoundError: If a file is missing.
+        ConnectionError: If no folder is given and there is no network.
         ValueError: If a file is damaged or ``size`` is not one of the three.
     """
     _check_size("load_mnist", size)
@@ -115,7 +121,7 @@ def load_mnist(
 
 
 def mnist_task(
-    folder: str | Path,
+    folder: str | Path | None,
     positive: Sequence[int],
     negative: Sequence[int],
     *,
@@ -127,7 +133,8 @@ def mnist_task(
     """Make the task of telling some MNIST digits from others, on MNIST's own split.
 
     Args:
-        folder: Folder with the four gzipped IDX files.
+        folder: Folder with the four gzipped IDX files; ``None`` downloads them once
+            (:func:`~immunize_ext.data.fetch_mnist`).
         positive: Digits labelled +1.
         negative: Digits labelled -1.
         size: Side of the images, 28, 14 or 7.
@@ -140,6 +147,7 @@ def mnist_task(
 
     Raises:
         FileNotFoundError: If a file is missing.
+        ConnectionError: If no folder is given and there is no network.
         ValueError: If a file is damaged or an argument is out of range.
 
     Note:

@@ -12,8 +12,11 @@ from immunize_ext.immunizers.closed_form import (
 )
 from immunize_ext.immunizers.condition_number import ConditionNumberImmunizer
 from immunize_ext.immunizers.corridor import project_to_corridor
+from immunize_ext.immunizers.deep_extractor import DeepExtractorImmunizer
 from immunize_ext.immunizers.imma import ImmaImmunizer
 from immunize_ext.immunizers.immunized import Immunized
+from immunize_ext.immunizers.immunized_extractor import ImmunizedExtractor
+from immunize_ext.immunizers.mini_batch import MiniBatchImmunizer
 from immunize_ext.immunizers.multiplicative import MultiplicativeImmunizer, multiplicative_step
 from immunize_ext.immunizers.several_harms import SeveralHarmsImmunizer, several_harms_theta
 from immunize_ext.immunizers.step_bounds import ill_step_bound, well_step_bound
@@ -22,8 +25,11 @@ __all__ = [
     "BaselineImmunizer",
     "ClosedFormImmunizer",
     "ConditionNumberImmunizer",
+    "DeepExtractorImmunizer",
     "ImmaImmunizer",
     "Immunized",
+    "ImmunizedExtractor",
+    "MiniBatchImmunizer",
     "MultiplicativeImmunizer",
     "SeveralHarmsImmunizer",
     "calibrate_strength",

@@ -33,11 +33,11 @@ def probe_after_steps(features: Tensor, targets: Tensor, steps: int) -> Tensor:
 
     Args:
         features: Z, shape ``(n, q)``.
-        targets: Y, shape ``(n,)``.
+        targets: Y, shape ``(n,)`` or ``(n, c)``.
         steps: Number of steps J.
 
     Returns:
-        The head, shape ``(q,)``; differentiable in ``features``, also through L.
+        The head, shape ``(q,)`` or ``(q, c)``; differentiable in ``features``, also through L.
 
     Example:
         >>> z = torch.diag(torch.tensor([1.0, 2.0], dtype=torch.float64))
@@ -45,7 +45,7 @@ def probe_after_steps(features: Tensor, targets: Tensor, steps: int) -> Tensor:
         [0.25, 0.5]
     """
     step = 1.0 / gram_extremes(features).lambda_max
-    head = features.new_zeros(features.shape[1])
+    head = features.new_zeros((features.shape[1], *targets.shape[1:]))
     for _ in range(steps):
         head = head - step * (features.mT @ (features @ head - targets))
     return head

@@ -214,6 +214,42 @@ def relative_immunization_ratio(
     )
 
 
+def feature_log_ratio(features: Tensor, base: Tensor, *, policy: RirPolicy, ridge: float) -> Tensor:
+    """Log of kappa under one model over kappa under another, from features alone.
+
+    Args:
+        features: Features under the immunized model, shape ``(*, n, p)``.
+        base: Features of the same samples under the original model, shape ``(*, n, q)``.
+        policy: Which smallest eigenvalue a condition number means.
+        ridge: Ridge of policy ``"ridge"``, relative to the largest eigenvalue of ``base``, for both
+            models.
+
+    Returns:
+        The logarithm, float64 of shape ``(*,)``; 0 where both are equal.
+    """
+    pair = [features.detach().to(torch.float64), base.detach().to(torch.float64)]
+    # The model may not change the ruler it is measured with: one absolute ridge for both.
+    absolute = ridge * gram_extremes(pair[1]).lambda_max if policy == "ridge" else None
+    kappa, kappa_base = (_feature_log_kappa(x, policy, absolute) for x in pair)
+    return torch.where(kappa == kappa_base, 0.0, kappa - kappa_base)
+
+
+def _feature_log_kappa(x: Tensor, policy: RirPolicy, absolute: Tensor | None) -> Tensor:
+    if absolute is not None:
+        # Eigenvalues of H + a I are those of H plus a; below full rank the smallest one is a.
+        extremes = gram_extremes(x)
+        smallest = extremes.lambda_min.where(extremes.rank == x.shape[-1], 0.0) + absolute
+        value = (extremes.lambda_max + absolute).log() - smallest.log()
+        return value.where(extremes.rank > 0, math.inf)
+    if policy == "official" and x.shape[-2] < x.shape[-1]:
+        # H is singular, so the smallest eigenvalue above the floor is the floor plus a rounding
+        # error (relative 4e-10 where it was measured): no p x p eigenvalue problem is needed.
+        largest = gram_extremes(x).lambda_max
+        value = (largest + OFFICIAL_FLOOR).log() - math.log(OFFICIAL_FLOOR)
+        return value.where(largest > 0.0, math.inf)
+    return log_kappa(x, policy="official" if policy == "official" else "rank_aware")[0]
+
+
 @dataclass(frozen=True)
 class GroupedRatio:
     """RIR of a deep extractor over random groups of samples, each of shape ``(groups,)``.
@@ -250,12 +286,15 @@ def grouped_rir(
     *,
     groups: int = 20,
     group_size: int = 100,
-    policy: Literal["rank_aware", "official"] = "official",
+    policy: RirPolicy = "official",
+    ridge: float = 1e-4,
     seed: int = 0,
 ) -> GroupedRatio:
     """RIR of a deep extractor from random groups of samples (eq 17 and 18).
 
     Ratios are taken per group. Averaging K over groups first would shrink RIR by 30 to 100 times.
+    A ridge relative to the features at hand would make every ratio 1, since it stands after theta;
+    here it is that of the original model's features, in each group, for both models.
 
     Args:
         primary: Features of the primary task under the immunized model, shape ``(n, p)``.
@@ -264,20 +303,30 @@ def grouped_rir(
         harmful_base: Features of the same samples under the original model, shape ``(m, p)``.
         groups: Number of groups.
         group_size: Samples in a group, drawn without replacement.
-        policy: Which smallest eigenvalue a condition number means. A ridge on features of a deep
-            model stands after theta, where it makes every ratio 1, so there is no such policy.
+        policy: Which smallest eigenvalue a condition number means.
+        ridge: Ridge of policy ``"ridge"``, relative to the original model's largest eigenvalue.
         seed: Seed of the draw.
 
     Returns:
         Parts and ratio per group.
 
     Raises:
-        ValueError: If shapes do not fit or there are fewer samples than ``group_size``.
+        ValueError: If shapes do not fit, a number is out of range, the policy is unknown, or there
+            are fewer samples than ``group_size``.
 
     Warns:
         NumericalWarning: If a group has fewer samples than features. Groups are then biased, not
             just noisy, and with ``policy="rank_aware"`` unusable; enlarge ``group_size``.
     """
+    if policy not in get_args(RirPolicy):
+        raise ValueError(
+            f"grouped_rir: policy must be 'ridge', 'rank_aware' or 'official', got {policy!r}"
+        )
+    check_ridge("grouped_rir", ridge)
+    if groups < 1 or group_size < 1:
+        raise ValueError(
+            f"grouped_rir: groups and group_size must be at least 1, got {groups} and {group_size}"
+        )
     for name, first, second in (
         ("primary", primary, primary_base),
         ("harmful", harmful, harmful_base),
@@ -308,7 +357,5 @@ def grouped_rir(
                 for _ in range(groups)
             ]
         ).to(immunized.device)
-        kappa, _ = log_kappa(immunized[chosen], policy=policy)
-        kappa_base, _ = log_kappa(base[chosen], policy=policy)
-        logs.append(torch.where(kappa == kappa_base, 0.0, kappa - kappa_base))
+        logs.append(feature_log_ratio(immunized[chosen], base[chosen], policy=policy, ridge=ridge))
     return GroupedRatio(log_i=logs[0], log_ii=logs[1])

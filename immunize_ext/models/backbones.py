@@ -157,7 +157,13 @@ def _torchvision(
 
 def _remove_classifier(model: nn.Module) -> None:
     """Put an identity in the place of the last linear layer."""
-    last = [name for name, module in model.named_modules() if isinstance(module, nn.Linear)][-1]
+    linear = [name for name, module in model.named_modules() if isinstance(module, nn.Linear)]
+    if not linear:
+        raise ValueError(
+            f"{_NAME}: a model of torchvision must end in a linear classifier, got "
+            f"{type(model).__name__} without one; wrap its features in FeatureExtractor yourself"
+        )
+    last = linear[-1]
     parent, _, attribute = last.rpartition(".")
     setattr(model.get_submodule(parent), attribute, nn.Identity())
 
@@ -194,7 +200,9 @@ def _processor(
             found, _ = mixin.get_image_processor_dict(name)
         except OSError:
             found = {}  # models saved without their processor
-    size = found.get("crop_size") or found.get("size") or getattr(model.config, "image_size", 224)
+    size: Any = (
+        found.get("crop_size") or found.get("size") or getattr(model.config, "image_size", 224)
+    )
     if isinstance(size, dict):
         size = size.get("height") or size.get("shortest_edge") or 224
     mean, std = found.get("image_mean") or _HALF[0], found.get("image_std") or _HALF[1]
@@ -220,9 +228,10 @@ def _read_weights(path: Path) -> dict[str, Tensor]:
     if not path.is_file():
         raise FileNotFoundError(f"{_NAME}: pretrained must name a file of weights, got {path}")
     if path.suffix == ".safetensors":
-        safetensors = require_extra("safetensors.torch", extra="report", purpose=f"{_NAME} {path}")
+        safetensors = require_extra("safetensors", extra="report", purpose=f"{_NAME} {path}")
         try:
-            state: Any = safetensors.load_file(path)
+            with safetensors.safe_open(path, framework="pt") as file:
+                state: Any = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118
         except safetensors.SafetensorError as error:
             raise ValueError(
                 f"{_NAME}: {path} must be a safetensors file, got: {_first_line(error)}"

@@ -80,7 +80,7 @@ class EfficientNetLite0(nn.Module):
     """The network up to its 1280 pooled features; :meth:`logits` gives the ImageNet classes.
 
     Example:
-        >>> EfficientNetLite0()(torch.zeros(1, 3, 32, 32)).shape
+        >>> EfficientNetLite0().eval()(torch.zeros(1, 3, 32, 32)).shape
         torch.Size([1, 1280])
     """
 

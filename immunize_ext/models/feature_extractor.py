@@ -128,7 +128,8 @@ def find_stages(extractor: nn.Module) -> list[str]:
     """Names of the blocks that follow each other in a model, from first to last.
 
     These are the siblings ``layer1``, ``layer2``, ... of a ResNet, or else the outermost list of at
-    least two modules of one class: stages, or transformer blocks.
+    least two modules of one class: stages, or transformer blocks. A list with more weights after it
+    than in it is passed over: its last block would be one in the middle of the model.
 
     Args:
         extractor: The model.
@@ -147,16 +148,23 @@ def find_stages(extractor: nn.Module) -> list[str]:
     for numbered in (True, False):
         for prefix, parent in parents:
             children = [(name, child) for name, child in parent.named_children()]
+            one_class = len({type(child) for _, child in children}) == 1
             if numbered:
                 children = [item for item in children if re.fullmatch(r"layer\d+", item[0])]
-            elif not isinstance(parent, (nn.ModuleList, nn.Sequential)):
-                continue
-            elif len({type(child) for _, child in children}) != 1:
+            elif not (isinstance(parent, (nn.ModuleList, nn.Sequential)) and one_class):
                 continue
             children = [item for item in children if any(True for _ in item[1].parameters())]
-            if len(children) >= 2:
-                return [f"{prefix}.{name}" if prefix else name for name, _ in children]
+            names = [f"{prefix}.{name}" if prefix else name for name, _ in children]
+            if len(names) >= 2 and _is_last(root, names):
+                return names
     return []
+
+
+def _is_last(root: nn.Module, names: list[str]) -> bool:
+    """Whether a list of blocks has at least as many weights as what comes after it."""
+    sizes = [(in_blocks(name, names), value.numel()) for name, value in root.named_parameters()]
+    end = max(i for i, (inside, _) in enumerate(sizes) if inside) + 1
+    return sum(n for inside, n in sizes if inside) >= sum(n for _, n in sizes[end:])
 
 
 def select_blocks(extractor: nn.Module, patterns: Sequence[str]) -> list[str]:

@@ -321,8 +321,8 @@ class TextToImage:
             generator: Where noise and time steps are drawn from; the global one when omitted.
             noise: The noise, like ``latents``; drawn when omitted.
             timesteps: Time steps, shape ``(b,)``, integer; drawn when omitted.
-            parameters: Values to use instead of the denoiser's own parameters, by name; gradients
-                flow into them, the model is not touched.
+            parameters: Values to use instead of the denoiser's own parameters, by name, in any
+                floating dtype; gradients flow into them, the model is not touched.
             reduction: ``"none"`` for one loss a sample, shape ``(b,)``; ``"mean"`` for their mean.
 
         Returns:
@@ -357,7 +357,7 @@ class TextToImage:
         noisy = self.scheduler.add_noise(latents, noise, timesteps)
         target = self._target(latents, noise, timesteps)
         prediction = self._predict(noisy, timesteps, conditioning, parameters)
-        error = _at_least_float(prediction) - _at_least_float(target)
+        error = at_least_float(prediction) - at_least_float(target)
         losses = error.square().flatten(1).mean(1)
         return losses if reduction == "none" else losses.mean()
 
@@ -393,6 +393,7 @@ class TextToImage:
         conditioning: Conditioning,
         parameters: Mapping[str, Tensor] | None,
     ) -> Tensor:
+        noisy = noisy.to(self.dtype)
         count = len(noisy)
         arguments: dict[str, Any] = {
             "encoder_hidden_states": _rows(conditioning.hidden, count).to(noisy.dtype),
@@ -406,9 +407,10 @@ class TextToImage:
         if parameters is None:
             prediction: Tensor = self.unet(noisy, timesteps, **arguments)[0]
         else:
-            prediction = functional_call(
-                self.unet, dict(parameters), (noisy, timesteps), arguments
-            )[0]
+            # Parameters are moved in float32 where the model is kept in half precision.
+            own = {name: self.unet.get_parameter(name).dtype for name in parameters}
+            given = {name: value.to(own[name]) for name, value in parameters.items()}
+            prediction = functional_call(self.unet, given, (noisy, timesteps), arguments)[0]
         return prediction
 
     def _time_ids(self, noisy: Tensor) -> Tensor:
@@ -480,7 +482,8 @@ def _rows(tensor: Tensor, count: int) -> Tensor:
     return tensor if len(tensor) == count else tensor.expand(count, *tensor.shape[1:])
 
 
-def _at_least_float(tensor: Tensor) -> Tensor:
+def at_least_float(tensor: Tensor) -> Tensor:
+    """The tensor in float32, or as it is in float64."""
     return tensor if tensor.dtype == torch.float64 else tensor.to(torch.float32)
 
 

@@ -35,6 +35,7 @@ def write_run(
     *,
     force: bool = False,
     extra: dict[str, Any] | None = None,
+    sections: str = "",
 ) -> Path:
     """Write a run directory: all of it or nothing.
 
@@ -48,6 +49,7 @@ def write_run(
         force: Whether an existing run directory is replaced.
         extra: More entries for ``results.json``: ``seconds``, ``seeds``, ``alternatives``,
             ``notes``.
+        sections: More sections of the page, in HTML.
 
     Returns:
         The run directory.
@@ -60,7 +62,7 @@ def write_run(
     with run_directory(target, force=force) as folder:
         for name, png in draw_png(evaluation).items():
             (folder / f"{name}.png").write_bytes(png)
-        page = render_html(evaluation, results, draw_svg(evaluation))
+        page = render_html(evaluation, results, draw_svg(evaluation), sections=sections)
         (folder / "report.html").write_text(page, encoding="utf-8")
         write_json_lines(folder / "metrics.jsonl", evaluation.metrics())
         evaluation.immunized.save(folder / "immunized.safetensors")

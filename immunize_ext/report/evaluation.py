@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 import platform
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -18,12 +18,19 @@ from torch import Tensor
 
 from immunize_ext import _load
 from immunize_ext._version import __version__
-from immunize_ext.attacks import PROBES, AttackComparison, compare_attack
+from immunize_ext.attacks import (
+    ATTACKERS,
+    PROBES,
+    AttackComparison,
+    LossName,
+    compare_attack,
+)
 from immunize_ext.data.task import Task
 from immunize_ext.immunizers.immunized import Immunized
 from immunize_ext.metrics.hessian import with_ridge
 from immunize_ext.metrics.pencil import log_rir_ceiling
 from immunize_ext.metrics.rir import RelativeImmunizationRatio, relative_immunization_ratio
+from immunize_ext.report._compress import compressed, gram_rows
 
 Progress = Callable[[str, float], None]
 
@@ -73,6 +80,13 @@ class Evaluation:
         """RIR divided by its ceiling, policy ``"ridge"``."""
         return math.exp(min(self.rir["ridge"].log_rir - self.log_ceiling, 0.0))
 
+    @property
+    def has_accuracy(self) -> bool:
+        """Whether both tasks tell two classes apart, so that an accuracy means something."""
+        return all(task.is_classification for task in self.tasks.values()) and not any(
+            _one_class(task) for task in self.tasks.values()
+        )
+
     def accuracy_at(self, role: str, attacker: str, step: int) -> tuple[float, float] | None:
         """Test accuracy after a number of steps, without and with immunization."""
         comparison = self.comparisons[role][attacker]
@@ -108,12 +122,19 @@ class Evaluation:
                     "on these tasks this protection does not work."
                 )
         accuracy = self.accuracy_at("harmful", "gradient_descent", 100)
+        if _one_class(self.tasks["harmful"]):
+            accuracy = None
         if accuracy is not None and accuracy[0] - accuracy[1] < ACCURACY_MARGIN:
             found.append(
                 f"After 100 steps the harmful task's test accuracy is {accuracy[1]:.1%} instead of "
                 f"{accuracy[0]:.1%}: an attacker who only needs the right sign is hardly slowed."
             )
         for role in ROLES:
+            if _one_class(self.tasks[role]):
+                found.append(
+                    f"The {role} task has one class: its attackers learn a constant from images of "
+                    "one kind, which says little about learning to tell classes apart."
+                )
             n, p = self.tasks[role].x_train.shape
             if n < p:
                 found.append(
@@ -217,6 +238,10 @@ ATTACKER_NAMES = {
 }
 
 
+def _one_class(task: Task) -> bool:
+    return bool((task.y_train == task.y_train[0]).all())
+
+
 def _finite_exp(value: float) -> float:
     return math.exp(value) if value < 709.0 else math.inf
 
@@ -267,9 +292,12 @@ def evaluate(
     tolerance: float = 0.1,
     base_budget: int = 2000,
     limit: float = 128.0,
+    attackers: Sequence[str] = (),
+    loss: LossName = "squared",
+    stop_early: bool = False,
     progress: Progress | None = None,
 ) -> Evaluation:
-    """Attack both tasks with every attacker, without and with immunization, and take the metrics.
+    """Attack both tasks, without and with immunization, and take the metrics.
 
     Args:
         immunized: The immunized extractor.
@@ -279,6 +307,11 @@ def evaluate(
         tolerance: How close to the lowest test loss counts as reached.
         base_budget: Steps of an attacker without immunization.
         limit: Largest slow-down looked for.
+        attackers: Names in :data:`immunize_ext.attacks.ATTACKERS` to try beside those that every
+            report shows.
+        loss: What attackers minimise, ``"squared"`` or, for targets -1 and +1, ``"logistic"``. One
+            who cannot minimise it is left out.
+        stop_early: Whether an attack with immunization ends soon after it got there.
         progress: Called with what was done and the share done so far.
 
     Returns:
@@ -291,27 +324,41 @@ def evaluate(
         Deterministic; computed in float64.
     """
     tasks = {"harmful": harmful, "primary": primary}
-    total = len(PROBES) * len(ROLES)
+    unknown = sorted({*attackers} - {*ATTACKERS})
+    if unknown:
+        raise ValueError(
+            f"evaluate: attackers must be among {', '.join(ATTACKERS)}, got {', '.join(unknown)}"
+        )
+    chosen = [
+        name
+        for name in ATTACKERS
+        if (name in PROBES or name in attackers) and ATTACKERS[name].knows(loss)
+    ]
+    total = len(chosen) * len(ROLES)
+    # Losses other than the squared one need every sample.
+    short = {role: compressed(task) if loss == "squared" else task for role, task in tasks.items()}
     comparisons: dict[str, dict[str, AttackComparison]] = {role: {} for role in ROLES}
-    for index, (attacker, role) in enumerate((a, r) for a in PROBES for r in ROLES):
+    for index, (attacker, role) in enumerate((a, r) for a in chosen for r in ROLES):
         comparisons[role][attacker] = compare_attack(
-            tasks[role],
+            tasks[role] if attacker == "sgd_momentum" else short[role],
             immunized.theta,
             immunized.theta0,
             attacker=attacker,
             tolerance=tolerance,
             base_budget=base_budget,
             limit=limit,
-            stop_early=False,
+            stop_early=stop_early,
+            loss=loss,
         )
         if progress is not None:
-            name = ATTACKER_NAMES[attacker].lower()
+            name = ATTACKERS[attacker].label.lower()
             progress(f"attacking the {role} task: {name}", (index + 1) / total)
-    inputs = primary.x_train, harmful.x_train
+    rows_by_role = {role: gram_rows(task.x_train) for role, task in tasks.items()}
+    inputs = rows_by_role["primary"], rows_by_role["harmful"]
     log_ceiling = log_rir_ceiling(*inputs, ridge=ridge)
     spectra = {}
     for role in ROLES:
-        rows = with_ridge(tasks[role].x_train.to(torch.float64), ridge)
+        rows = with_ridge(rows_by_role[role].to(torch.float64), ridge)
         before, after = (
             torch.linalg.svdvals(rows @ theta.to(torch.float64)).square().cpu()
             for theta in (immunized.theta0, immunized.theta)

@@ -7,11 +7,11 @@ from collections.abc import Iterable
 from html import escape
 from typing import Any
 
-from immunize_ext.attacks import AttackComparison
+from immunize_ext.attacks import ATTACKERS, AttackComparison
 from immunize_ext.metrics.convergence import Slowdown
+from immunize_ext.report.document import document, facts
 from immunize_ext.report.evaluation import ATTACKER_NAMES, ROLES, UNAFFECTED, Evaluation
 from immunize_ext.report.plots import CURVES
-from immunize_ext.report.style import PAGE_STYLE
 
 # Between these two ratios of steps, an attacker is as fast as before.
 SAME = 0.95, 1.05
@@ -61,7 +61,22 @@ def headline(evaluation: Evaluation) -> str:
     return "Slower to misuse, not locked"
 
 
-def _verdict(evaluation: Evaluation) -> str:
+def _few_samples(results: dict[str, Any]) -> str:
+    """The cost that shows only where samples are few, in one sentence."""
+    few = results.get("few_samples")
+    if few is None:
+        return ""
+    without, with_ = few["without"], few["with"]
+    start = f" Learnt from only {without['samples']} samples, the best ridge head"
+    if without["error_rate"] is not None:
+        return (
+            f"{start} is wrong on {with_['error_rate']:.1%} of the test samples, on "
+            f"{without['error_rate']:.1%} without immunization."
+        )
+    return f"{start} has a test loss of {with_['loss']:.3g}, {without['loss']:.3g} without."
+
+
+def _verdict(evaluation: Evaluation, results: dict[str, Any]) -> str:
     harm = evaluation.comparisons["harmful"]
     kept = evaluation.comparisons["primary"]
     names = {role: escape(task.name) for role, task in evaluation.tasks.items()}
@@ -72,17 +87,19 @@ def _verdict(evaluation: Evaluation) -> str:
     )
     cost = describe_attack(kept_gd)
     accuracy = evaluation.accuracy_at("primary", "gradient_descent", kept_gd.base.steps)
-    if accuracy is not None:
+    if accuracy is not None and evaluation.has_accuracy:
         cost += (
             f" Its test accuracy at the end is {accuracy[1]:.1%}, {accuracy[0]:.1%} without "
             "immunization."
         )
-    certain = all(unchanged(harm[name].slowdown) for name in UNAFFECTED)
+    cost += _few_samples(results)
+    unaffected = [name for name in UNAFFECTED if name in harm]
+    certain = all(unchanged(harm[name].slowdown) for name in unaffected)
     undone = (
         "is not slowed at all"
         if certain
         else "is not held up by the condition number at all "
-        f"(measured: {', '.join(times(harm[name].slowdown) for name in UNAFFECTED)})"
+        f"(measured: {', '.join(times(harm[name].slowdown) for name in unaffected)})"
     )
     items = (
         (
@@ -137,7 +154,8 @@ def _cards(evaluation: Evaluation) -> str:
 
 def _attack_table(evaluation: Evaluation) -> str:
     rows = []
-    for name, label in ATTACKER_NAMES.items():
+    for name in evaluation.comparisons["harmful"]:
+        label = escape(ATTACKERS[name].label)
         cells = []
         for role in ROLES:
             comparison = evaluation.comparisons[role][name]
@@ -206,7 +224,7 @@ def _spectrum_figures(evaluation: Evaluation, svg: dict[str, str]) -> str:
     return "".join(figures)
 
 
-def _number(value: float) -> str:
+def number(value: float) -> str:
     """Three digits, without an exponent from 0.001 to a million."""
     if not math.isfinite(value):
         return "∞" if value > 0 else "not defined"
@@ -219,7 +237,7 @@ def _number(value: float) -> str:
 
 def _alternatives(rows: Iterable[dict[str, Any]]) -> str:
     body = "".join(
-        f"<tr><th scope=row>{escape(row['name'])}</th><td>{_number(row['rir'])}</td>"
+        f"<tr><th scope=row>{escape(row['name'])}</th><td>{number(row['rir'])}</td>"
         f"<td>{row['share_of_ceiling']:.0%}</td>"
         f'<td class="harmful"><b>{escape(times(Slowdown(*row["harmful"])))}</b></td>'
         f'<td class="primary"><b>{escape(times(Slowdown(*row["primary"])))}</b></td></tr>'
@@ -243,8 +261,8 @@ def _numbers(evaluation: Evaluation, results: dict[str, Any]) -> str:
         "official": "as the published code: smallest of H + ε I above ε = 0.000001",
     }
     rows = "".join(
-        f"<tr><th scope=row>{text}</th><td>{_number(value.rir)}</td><td>{_number(value.i)}</td>"
-        f"<td>{_number(value.ii)}</td><td>{value.rank_harmful_base} → {value.rank_harmful}</td>"
+        f"<tr><th scope=row>{text}</th><td>{number(value.rir)}</td><td>{number(value.i)}</td>"
+        f"<td>{number(value.ii)}</td><td>{value.rank_harmful_base} → {value.rank_harmful}</td>"
         f"<td>{value.rank_primary_base} → {value.rank_primary}</td></tr>"
         for policy, text in explanations.items()
         for value in (evaluation.rir[policy],)
@@ -253,41 +271,48 @@ def _numbers(evaluation: Evaluation, results: dict[str, Any]) -> str:
     return f"""<div class="scroll"><table><thead><tr><th>Smallest eigenvalue meant</th><th>RIR</th>
 <th>(i) harmful</th><th>(ii) primary</th><th>rank, harmful</th><th>rank, primary</th></tr></thead>
 <tbody>{rows}</tbody></table></div>
-<p class="note">With the ridge, no linear extractor can exceed RIR = {_number(ceiling)} on these
+<p class="note">With the ridge, no linear extractor can exceed RIR = {number(ceiling)} on these
 inputs; this one has {evaluation.share_of_ceiling:.1%} of that. A tenfold smaller ridge would raise
 the ceiling {evaluation.ceiling_growth:.3g} times. The other two rows compare eigenvalues in
 directions that the data hardly has; they are there to be compared with publications.</p>"""
 
 
-def _plain(value: Any) -> str:
-    if isinstance(value, float):
-        return f"{value:.6g}"
-    if isinstance(value, dict):
-        return ", ".join(f"{key} {_plain(item)}" for key, item in value.items())
-    return str(value)
+def render_html(
+    evaluation: Evaluation,
+    results: dict[str, Any],
+    svg: dict[str, str],
+    *,
+    sections: str = "",
+) -> str:
+    """Write the page; arguments as :func:`render_body`.
+
+    Returns:
+        A complete HTML document that refers to nothing outside itself.
+    """
+    return document(headline(evaluation), render_body(evaluation, results, svg, sections=sections))
 
 
-def _facts(facts: dict[str, Any]) -> str:
-    rows = "".join(
-        f"<tr><th scope=row>{escape(str(key).replace('_', ' '))}</th>"
-        f"<td>{escape(_plain(value))}</td></tr>"
-        for key, value in facts.items()
-    )
-    return f'<div class="scroll"><table class="facts"><tbody>{rows}</tbody></table></div>'
-
-
-def render_html(evaluation: Evaluation, results: dict[str, Any], svg: dict[str, str]) -> str:
-    """Write the page.
+def render_body(
+    evaluation: Evaluation,
+    results: dict[str, Any],
+    svg: dict[str, str],
+    *,
+    sections: str = "",
+) -> str:
+    """Write what stands in the page.
 
     Args:
         evaluation: What was measured.
         results: The content of ``results.json``.
         svg: The panels of :func:`immunize_ext.report.plots.draw_svg`.
+        sections: More sections in HTML, before what is to be known before quoting.
 
     Returns:
-        A complete HTML document that refers to nothing outside itself.
+        HTML that stands in a document.
     """
     title = headline(evaluation)
+    method = results.get("method_label")
+    kicker = "Immunization report" + ("" if method is None else f" · {escape(method)}")
     sentences = (*results["warnings"], *results.get("notes", ()))
     remarks = "".join(f"<li>{escape(text)}</li>" for text in sentences)
     before_quoting = (
@@ -308,22 +333,11 @@ def render_html(evaluation: Evaluation, results: dict[str, Any], svg: dict[str, 
         for role, task in evaluation.tasks.items()
     )
     run: dict[str, Any] = {key: results[key] for key in ("seconds", "seeds") if key in results}
-    return f"""<!doctype html>
-<html lang="en">
-<head>
-<meta charset="utf-8">
-<meta name="viewport" content="width=device-width, initial-scale=1">
-<meta name="color-scheme" content="light dark">
-<title>{escape(title)} - immunization report</title>
-<style>{PAGE_STYLE}</style>
-</head>
-<body>
-<main>
-<header>
-<p class="kicker">Immunization report</p>
+    return f"""<header>
+<p class="kicker">{kicker}</p>
 <h1>{escape(title)}</h1>
 <div class="cards">{_cards(evaluation)}</div>
-<dl class="verdict">{_verdict(evaluation)}</dl>
+<dl class="verdict">{_verdict(evaluation, results)}</dl>
 </header>
 <section><h2>Attackers, one by one</h2>
 <p>How many times the steps each attacker needs, compared with the same attacker without
@@ -340,15 +354,12 @@ to be reached. Harmful task in orange, task to keep in green.</p>
 they spread, the longer the last ones take.</p>
 <div class="figures">{_spectrum_figures(evaluation, svg)}</div></section>
 {_alternatives(results.get("alternatives", ()))}
+{sections}
 {before_quoting}
 <section><h2>For specialists</h2>
 {_numbers(evaluation, results)}
 <details><summary>Tasks</summary><ul>{tasks}</ul></details>
-<details><summary>Settings</summary>{_facts({"method": results["method"], **results["config"]})}
+<details><summary>Settings</summary>{facts({"method": results["method"], **results["config"]})}
 </details>
-<details><summary>Run and environment</summary>{_facts({**run, **results["environment"]})}</details>
-</section>
-</main>
-</body>
-</html>
-"""
+<details><summary>Run and environment</summary>{facts({**run, **results["environment"]})}</details>
+</section>"""

@@ -169,7 +169,7 @@ def _panels(evaluation: Evaluation) -> dict[str, dict[str, Panel]]:
         "accuracy": {f"accuracy-{role}": _accuracy(role) for role in ROLES},
         "spectra": {f"spectrum-{role}": _spectrum(role) for role in ROLES},
     }
-    if not all(task.is_classification for task in evaluation.tasks.values()):
+    if not evaluation.has_accuracy:
         del figures["accuracy"]
     return figures
 

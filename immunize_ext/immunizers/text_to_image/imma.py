@@ -74,6 +74,10 @@ class DiffusionIMMA(Immunizer):
         """If second order."""
         return self.second_order
 
+    def resumable_after_failure(self) -> bool:
+        """Unless the displacement goes on from step to step."""
+        return self.variant == "unrolled"
+
     def prepare(self, run: Run, leaves: Parameters, step: int) -> None:
         """In the alternating variant: move the attacker's displacement on."""
         if self.variant == "unrolled":
@@ -88,8 +92,9 @@ class DiffusionIMMA(Immunizer):
             with torch.enable_grad(), run.autocast():
                 loss = denoising_loss(run, batch)(here)
             run.inner_losses.append(float(loss.detach()))
-            found = gradient(loss, here)
-            moved = {name: value - self.inner_rate * found[name] for name, value in moved.items()}
+            found = gradient(loss * run.scale, here)
+            rate = self.inner_rate / run.scale
+            moved = {name: value - rate * found[name] for name, value in moved.items()}
         run.memory = moved
 
     def adapted(self, run: Run, parameters: Parameters, step: int) -> Parameters:
@@ -103,7 +108,11 @@ class DiffusionIMMA(Immunizer):
             for inner in range(self.inner_steps)
         ]
         result, met = descend(
-            parameters, losses, rate=self.inner_rate, create_graph=self.second_order
+            parameters,
+            losses,
+            rate=self.inner_rate,
+            create_graph=self.second_order,
+            scale=run.scale,
         )
         run.inner_losses.extend(met)
         return result

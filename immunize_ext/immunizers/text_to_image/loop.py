@@ -12,6 +12,7 @@ share of clamped samples is recorded, and the best iterate is kept, not the last
 
 from __future__ import annotations
 
+import hashlib
 import logging
 import math
 import time
@@ -19,11 +20,14 @@ from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import asdict, dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import Any, ClassVar
 
 import torch
+import torch.utils.checkpoint
 from torch import Tensor, nn
+from torch.func import functional_call
 
 from immunize_ext._extras import require_extra
 from immunize_ext.attacks.text_to_image.meter import Meter
@@ -37,8 +41,13 @@ from immunize_ext.immunizers.text_to_image.parameters import (
     scope_parameters,
 )
 from immunize_ext.immunizers.text_to_image.retain import Retain
-from immunize_ext.immunizers.text_to_image.state import LoopState, load_state, save_state
-from immunize_ext.models.text_to_image import TextToImage
+from immunize_ext.immunizers.text_to_image.state import (
+    LoopState,
+    has_state,
+    load_state,
+    save_state,
+)
+from immunize_ext.models.text_to_image import TextToImage, at_least_float
 
 Progress = Callable[[str, float], None]
 _LOG = logging.getLogger("immunize_ext")
@@ -47,13 +56,21 @@ _LOG = logging.getLogger("immunize_ext")
 OUTER, INNER, RETAIN = 0, 1, 2
 # The probe of the best iterate is drawn once, as if in a step before the first.
 _PROBE_STEP = -1
+_FLOAT16_SCALE = 1024.0
 
 
-class ImmunizationError(RuntimeError):
+class ImmunizationError(ValueError):
     """An immunization that cannot go on: a loss that is not finite, a parameter without gradient.
 
     What was reached before is in the checkpoint, if one was asked for.
+
+    Attributes:
+        immunized: The model with the best parameters probed before the failure.
     """
+
+    def __init__(self, message: str, immunized: ImmunizedPipeline) -> None:
+        super().__init__(message)
+        self.immunized = immunized
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -91,7 +108,7 @@ class Immunizer(ABC):
     prompts: int | None = 2
     loss_clamp: float = 1.0
     gradient_clip: float = 1.0
-    retain_weight: float = 5.0
+    retain_weight: float = 20.0
     retain_batch: int = 32
     probe_every: int = 10
     seed: int = 0
@@ -148,6 +165,10 @@ class Immunizer(ABC):
         """Whether the method differentiates gradients, which only plain attention allows."""
         return False
 
+    def resumable_after_failure(self) -> bool:
+        """Whether a step that failed has left the parameters as they were."""
+        return True
+
     def check(self, concepts: ConceptSet) -> None:
         """Refuse concepts that the method cannot take."""
         del concepts
@@ -174,9 +195,12 @@ class Immunizer(ABC):
             The immunized model with its history; its weights are those of the best probe.
 
         Raises:
+            FileExistsError: If there is a checkpoint in ``out`` and ``resume`` is not given.
             ImmunizationError: If a loss or gradient is not finite, or a parameter gets no gradient
-                in the first step. The model given is untouched, the checkpoint stays.
-            ValueError: If a setting does not fit, or the checkpoint is one of other settings.
+                in the first step. The model given is untouched; the state before the step that
+                failed is in the checkpoint, the best model so far in the error.
+            ValueError: If a setting does not fit, or the checkpoint is one of other settings or
+                of another model.
             MissingExtraError: If accelerate is not installed.
 
         Note:
@@ -197,6 +221,8 @@ class Run:
         merge: The merge, for methods that have one.
         inner_losses: Losses that the adaptations of this step met.
         memory: What a method carries from step to step beside the parameters.
+        scale: Factor on losses while their gradients are computed: those of float16 vanish below
+            6e-8.
     """
 
     def __init__(
@@ -211,9 +237,14 @@ class Run:
         accelerate = require_extra("accelerate", extra="diffusion", purpose="immunizers")
         self.settings, self.model, self.concepts = immunizer, model, concepts
         self.out = None if out is None else Path(out)
+        if self.out is not None and not resume and has_state(self.out):
+            raise FileExistsError(
+                f"{immunizer.method}: {out} holds the checkpoint of another run; resume it, or "
+                "choose another folder"
+            )
         self.resume, self.progress = resume, progress
+        # Precision is not accelerate's business: it fixes one for the life of the process.
         self.accelerator: Any = accelerate.Accelerator(
-            mixed_precision=immunizer.mixed_precision,
             log_with=immunizer.log_with,
             project_dir=None if out is None else str(out),
         )
@@ -221,11 +252,12 @@ class Run:
         for part in (model.unet, model.vae, *model.text_encoders):
             part.requires_grad_(False).eval()
         if immunizer.gradient_checkpointing:
-            model.unet.enable_gradient_checkpointing()
-            # Checkpointing acts in training mode only; there is no dropout in these models.
+            _checkpoint_blocks(model.unet)
+            # Older versions checkpoint in training mode only; there is no dropout in these models.
             model.unet.train()
         self.moved = scope_parameters(model.unet, immunizer.scope, function=immunizer.method)
-        self._in_float32()
+        half = immunizer.mixed_precision == "fp16" or model.dtype == torch.float16
+        self.scale = _FLOAT16_SCALE if half else 1.0
         self.names = list(concepts.names)
         self.pools = [self._pool(concept) for concept in concepts.concepts]
         self.retain = Retain(model, concepts.retain, seed=immunizer.seed)
@@ -267,8 +299,11 @@ class Run:
 
     def autocast(self) -> AbstractContextManager[Any]:
         """The precision that forward passes are computed in."""
-        context: AbstractContextManager[Any] = self.accelerator.autocast()
-        return context
+        precision = self.settings.mixed_precision
+        if precision == "no":
+            return nullcontext()
+        dtype = torch.bfloat16 if precision == "bf16" else torch.float16
+        return torch.autocast(self.accelerator.device.type, dtype=dtype)
 
     def config(self) -> dict[str, Any]:
         """Settings and concepts as plain values."""
@@ -284,7 +319,11 @@ class Run:
         settings = self.settings
         meter = Meter(self.accelerator.device)
         with meter.measure():
-            leaves = {n: p.detach().clone().requires_grad_() for n, p in self.moved.items()}
+            # Steps in half precision would be lost in rounding: what moves is float32 or better.
+            leaves = {
+                name: at_least_float(parameter.detach()).clone().requires_grad_()
+                for name, parameter in self.moved.items()
+            }
             optimizer = torch.optim.Adam(list(leaves.values()), lr=settings.learning_rate)
             state = self._start(leaves, optimizer)
             if settings.log_with is not None:
@@ -298,27 +337,47 @@ class Run:
             with attention:
                 while state.step < settings.steps:
                     self._step(leaves, optimizer, state)
+                # Not in the checkpoint: a run that goes on from here must not know of it.
+                if state.step % settings.probe_every != 0:
+                    self._probe(leaves, state)
             self.accelerator.end_training()
+        return self._result(state, meter.peak_memory)
+
+    def _result(self, state: LoopState, peak_memory: int = 0) -> ImmunizedPipeline:
+        """The clone with the best parameters, in the data types it had."""
         with torch.no_grad():
             for name, parameter in self.moved.items():
                 parameter.copy_(state.best[name])
+        if self.settings.gradient_checkpointing:
+            self.model.unet.disable_gradient_checkpointing()
         self.model.unet.eval()
         return ImmunizedPipeline(
-            self.model, settings.method, self.config(), state.history, meter.peak_memory
+            self.model, self.settings.method, self.config(), state.history, peak_memory
         )
 
     def _start(self, leaves: Parameters, optimizer: torch.optim.Adam) -> LoopState:
         state = LoopState(0, math.inf, {n: p.detach().clone() for n, p in leaves.items()}, [])
         if self.out is not None and self.resume:
             state = load_state(self.out, self._identity(), leaves, optimizer) or state
+        self.memory = state.memory
         return state
 
     def _identity(self) -> dict[str, Any]:
         """What a checkpoint must agree with: all but the number of steps."""
         return {
             "method": self.settings.method,
+            "model": self._digest,
             **{name: value for name, value in self.config().items() if name != "steps"},
         }
+
+    @cached_property
+    def _digest(self) -> str:
+        """Digest of the weights that the run starts from."""
+        digest = hashlib.sha256()
+        for name, parameter in self.moved.items():
+            digest.update(f"{name} {parameter.dtype} {tuple(parameter.shape)}".encode())
+            digest.update(parameter.detach().double().cpu().numpy().tobytes())
+        return digest.hexdigest()[:16]
 
     def _step(self, leaves: Parameters, optimizer: torch.optim.Adam, state: LoopState) -> None:
         settings, step = self.settings, state.step
@@ -331,16 +390,16 @@ class Run:
             objective, parts = self._objective(leaves, step, batch)
             value = float(objective.detach())
             if not math.isfinite(value):
-                raise self._failure(f"the loss became {value}", step)
-            self.accelerator.backward(objective / settings.gradient_accumulation)
+                raise self._failure(f"the loss became {value}", leaves, optimizer, state)
+            self.accelerator.backward(objective * (self.scale / settings.gradient_accumulation))
             for name, part in parts.items():
                 sums[name] += part / settings.gradient_accumulation
         self._share_gradients(leaves)
         if step == 0:
-            self._check_gradients(leaves)
+            self._check_gradients(leaves, optimizer, state)
         size = float(nn.utils.clip_grad_norm_(leaves.values(), settings.gradient_clip))
         if not math.isfinite(size):
-            raise self._failure(f"the gradient's norm became {size}", step)
+            raise self._failure(f"the gradient's norm became {size}", leaves, optimizer, state)
         optimizer.step()
         inner = self.inner_losses
         record = {
@@ -352,17 +411,14 @@ class Run:
             "merge_seconds": (self.merge.seconds - merged) if self.merge else 0.0,
         }
         state.step += 1
-        last = state.step == settings.steps
-        if state.step % settings.probe_every == 0 or last:
-            record["objective"] = self._probe(leaves)
-            if record["objective"] < state.best_objective:
-                state.best_objective = record["objective"]
-                state.best = {n: p.detach().clone() for n, p in leaves.items()}
+        state.memory = self.memory
         state.history.append(record)
+        if state.step % settings.probe_every == 0:
+            self._probe(leaves, state)
         self.accelerator.log(record, step=state.step)
-        due = last or state.step % settings.checkpoint_every == 0
-        if self.out is not None and due and self.accelerator.is_main_process:
-            save_state(self.out, self._identity(), leaves, optimizer, state)
+        last = state.step == settings.steps
+        if last or state.step % settings.checkpoint_every == 0:
+            self._save(leaves, optimizer, state)
         if self.progress is not None:
             words = f"{settings.method}, step {state.step} of {settings.steps}"
             self.progress(words, state.step / settings.steps)
@@ -373,15 +429,15 @@ class Run:
         """What is minimised, and its parts."""
         settings = self.settings
         place = step * settings.gradient_accumulation + batch
+        # Every process draws what it retains for itself, as it does its batches.
+        kept_place = place * self.accelerator.num_processes + self.accelerator.process_index
+        retained = generator_of(settings.seed, kept_place, RETAIN)
         with self.autocast():
             attacked = settings.adapted(self, leaves, place)
             upper = torch.cat(
                 [drawn.losses(self.model, attacked) for drawn in self.draw(step, OUTER, batch)]
             )
-            kept = self.retain.loss(
-                self.retain.draw(settings.retain_batch, generator_of(settings.seed, place, RETAIN)),
-                leaves,
-            )
+            kept = self.retain.loss(self.retain.draw(settings.retain_batch, retained), leaves)
         raised = upper.clamp(max=settings.loss_clamp)
         objective = settings.retain_weight * kept - raised.mean()
         clamped = float((upper.detach() >= settings.loss_clamp).float().mean())
@@ -391,22 +447,37 @@ class Run:
             "clamped": clamped,
         }
 
-    def _probe(self, leaves: Parameters) -> float:
-        """The objective on draws that are always the same."""
+    def _probe(self, leaves: Parameters, state: LoopState) -> None:
+        """The objective on draws that are always the same; the best parameters are kept."""
         inner = list(self.inner_losses)
         here = {name: leaf.detach().clone().requires_grad_() for name, leaf in leaves.items()}
         objective, _ = self._objective(here, _PROBE_STEP, 0)
         self.inner_losses[:] = inner
-        return float(objective.detach())
+        # The mean over processes, so that all of them keep the same iterate.
+        value = float(self.accelerator.reduce(objective.detach(), reduction="mean"))
+        state.history[-1]["objective"] = value
+        if value < state.best_objective:
+            state.best_objective = value
+            state.best = {n: p.detach().clone() for n, p in leaves.items()}
+
+    def _save(self, leaves: Parameters, optimizer: torch.optim.Adam, state: LoopState) -> None:
+        if self.out is not None and self.accelerator.is_main_process:
+            save_state(self.out, self._identity(), leaves, optimizer, state)
 
     def _share_gradients(self, leaves: Parameters) -> None:
         """Average gradients over processes, so that all of them make the same step."""
+        if self.scale != 1.0:
+            for leaf in leaves.values():
+                if leaf.grad is not None:
+                    leaf.grad.div_(self.scale)
         if self.accelerator.num_processes > 1:
             for leaf in leaves.values():
                 grad = torch.zeros_like(leaf) if leaf.grad is None else leaf.grad
                 leaf.grad = self.accelerator.reduce(grad, reduction="mean")
 
-    def _check_gradients(self, leaves: Parameters) -> None:
+    def _check_gradients(
+        self, leaves: Parameters, optimizer: torch.optim.Adam, state: LoopState
+    ) -> None:
         dead = [n for n, p in leaves.items() if p.grad is None or not bool(p.grad.any())]
         # A bias in front of a softmax over one key, say, has a gradient of zero by its nature;
         # a projection without any is a model that does not use what is moved.
@@ -414,16 +485,51 @@ class Run:
         if dead:
             raise self._failure(
                 f"{dead[0]} gets no gradient ({len(dead)} of {len(leaves)} parameters); it has no "
-                "part in the loss",
-                0,
+                "part in the loss, or every sample's loss is above loss_clamp",
+                leaves,
+                optimizer,
+                state,
             )
 
-    def _failure(self, what: str, step: int) -> ImmunizationError:
-        where = "" if self.out is None else f"; the last checkpoint is in {self.out}"
+    def _failure(
+        self, what: str, leaves: Parameters, optimizer: torch.optim.Adam, state: LoopState
+    ) -> ImmunizationError:
+        where = ""
+        if self.out is not None:
+            intact = all(bool(leaf.detach().isfinite().all()) for leaf in leaves.values())
+            if state.step > 0 and intact and self.settings.resumable_after_failure():
+                self._save(leaves, optimizer, state)
+            where = f"; the last checkpoint is in {self.out}"
         return ImmunizationError(
-            f"{self.settings.method}: {what} in step {step + 1}; the model is unchanged{where}; "
-            "lower learning_rate or inner_rate"
+            f"{self.settings.method}: {what} in step {state.step + 1}; the model is unchanged"
+            f"{where}; lower learning_rate or inner_rate",
+            self._result(state),
         )
+
+
+def _checkpoint_blocks(unet: Any) -> None:
+    """Gradient checkpointing that knows which parameters a block had in its forward pass.
+
+    The loop puts parameters into the denoiser for the time of a call. Backward passes, which
+    compute blocks anew, come later, when the denoiser has its own again; so each block keeps those
+    it was called with.
+    """
+
+    def checkpoint(block: nn.Module, *inputs: Any, **more: Any) -> Any:
+        now: dict[str, Tensor] = dict(block.named_parameters())
+
+        def again(*given: Any) -> Any:
+            return functional_call(block, now, given, more)
+
+        return torch.utils.checkpoint.checkpoint(again, *inputs, use_reentrant=False)
+
+    try:
+        unet.enable_gradient_checkpointing(gradient_checkpointing_func=checkpoint)
+    except TypeError:
+        raise ValueError(
+            "Immunizer: gradient_checkpointing must be off with this version of diffusers, which "
+            "takes no checkpointing function; install diffusers 0.33 or newer"
+        ) from None
 
 
 def _flat(config: Mapping[str, Any]) -> dict[str, Any]:

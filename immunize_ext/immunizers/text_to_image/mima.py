@@ -86,6 +86,10 @@ class MIMA(Immunizer):
         """If second order."""
         return self.second_order
 
+    def resumable_after_failure(self) -> bool:
+        """Unless the inner steps are kept."""
+        return self.variant == "algorithm1"
+
     def prepare(self, run: Run, leaves: Parameters, step: int) -> None:
         """In the alternating variant: adapt, merge, and keep that."""
         if self.variant == "alternating":
@@ -109,7 +113,11 @@ class MIMA(Immunizer):
         for index in range(len(run.pools)):
             losses = [denoising_loss(run, draw[index]) for draw in draws]
             copy, met = descend(
-                parameters, losses, rate=self.inner_rate, create_graph=self.second_order
+                parameters,
+                losses,
+                rate=self.inner_rate,
+                create_graph=self.second_order,
+                scale=run.scale,
             )
             run.inner_losses.extend(met)
             copies.append(copy)

@@ -71,6 +71,7 @@ def descend(
     *,
     rate: float,
     create_graph: bool,
+    scale: float = 1.0,
 ) -> tuple[Parameters, list[float]]:
     r"""Unrolled steps of gradient descent, out of place.
 
@@ -82,6 +83,7 @@ def descend(
         rate: alpha.
         create_graph: Whether the gradients themselves stay differentiable. Without it theta'
             depends on theta through the identity alone (first order).
+        scale: Factor on the loss while its gradient is computed, for float16.
 
     Returns:
         theta' after the last step, a function of theta, and the losses met on the way.
@@ -95,12 +97,12 @@ def descend(
     for loss in losses:
         if create_graph:
             value = loss(current)
-            step = gradient(value, current, create_graph=True)
+            step = gradient(value * scale, current, create_graph=True)
         else:
             here = {n: v.detach().requires_grad_() for n, v in current.items()}
             with torch.enable_grad():
                 value = loss(here)
-            step = gradient(value, here)
+            step = gradient(value * scale, here)
         met.append(float(value.detach()))
-        current = {name: value - rate * step[name] for name, value in current.items()}
+        current = {n: value - (rate / scale) * step[n] for n, value in current.items()}
     return current, met

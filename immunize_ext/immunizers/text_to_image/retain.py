@@ -9,7 +9,7 @@ from torch import Tensor
 
 from immunize_ext.data.concepts import Concept
 from immunize_ext.immunizers.text_to_image.batches import Batch, ConceptPool, join
-from immunize_ext.models.text_to_image import TextToImage
+from immunize_ext.models.text_to_image import TextToImage, at_least_float
 
 # Concepts to keep that come without images are shown by what the model itself makes of them.
 _GENERATED = 16
@@ -42,9 +42,6 @@ class Retain:
         ]
         if self.pools:
             self.pools.append(_without_text(model, self.pools))
-        self._before = {
-            name: parameter.detach().clone() for name, parameter in model.unet.named_parameters()
-        }
 
     def draw(self, count: int, generator: torch.Generator) -> Batch | None:
         """A batch over random concepts; ``None`` if there is nothing to keep."""
@@ -58,9 +55,10 @@ class Retain:
         if batch is None:
             return torch.zeros(())
         with torch.no_grad():
-            before = batch.prediction(self.model, self._before)
-        now = batch.prediction(self.model, parameters)
-        return (now.float() - before.float()).square().mean()
+            # The loop never writes into the model, so its own parameters are those before.
+            before = at_least_float(batch.prediction(self.model))
+        now = at_least_float(batch.prediction(self.model, parameters))
+        return (now - before).square().mean()
 
 
 def _without_text(model: TextToImage, pools: Sequence[ConceptPool]) -> ConceptPool:

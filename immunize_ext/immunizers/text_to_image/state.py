@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -26,12 +26,14 @@ class LoopState:
         best_objective: Least objective probed so far.
         best: Parameters there, by name.
         history: One record a step.
+        memory: What a method carries from step to step beside the parameters.
     """
 
     step: int
     best_objective: float
     best: dict[str, Tensor]
     history: list[dict[str, float]]
+    memory: dict[str, Tensor] = field(default_factory=dict)
 
 
 def save_state(
@@ -57,6 +59,7 @@ def save_state(
         tensors[f"best/{name}"] = state.best[name]
         for moment in _MOMENTS:
             tensors[f"{moment}/{name}"] = optimizer.state[leaf][moment]
+    tensors |= {f"memory/{name}": value for name, value in state.memory.items()}
     values = {
         "identity": dict(identity),
         "step": state.step,
@@ -65,6 +68,11 @@ def save_state(
         "history": state.history,
     }
     save_checkpoint(folder / _FILE, tensors, kind=_KIND, values=values)
+
+
+def has_state(folder: Path) -> bool:
+    """Whether there is a checkpoint in a folder."""
+    return (folder / _FILE).is_file()
 
 
 def load_state(
@@ -87,9 +95,9 @@ def load_state(
     Raises:
         ValueError: If it is of other settings, or no checkpoint.
     """
-    file = folder / _FILE
-    if not file.is_file():
+    if not has_state(folder):
         return None
+    file = folder / _FILE
     tensors, values = load_checkpoint(file, kind=_KIND, function="resume")
     for name, wanted in identity.items():
         found = values["identity"].get(name)
@@ -113,4 +121,9 @@ def load_state(
         float("inf") if objective is None else objective,
         best,
         values["history"],
+        {
+            name.partition("/")[2]: tensor.to(best[name.partition("/")[2]].device)
+            for name, tensor in tensors.items()
+            if name.startswith("memory/")
+        },
     )
