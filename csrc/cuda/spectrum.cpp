@@ -20,7 +20,14 @@
 #include <vector>
 
 #include "../checks.h"
-#include "spectrum_large.cuh"
+#include "spectrum_launchers.h"
+
+namespace immunize_ext::spectrum {
+
+IMMUNIZE_EXT_SPECTRUM_LAUNCHERS(extern, float);
+IMMUNIZE_EXT_SPECTRUM_LAUNCHERS(extern, double);
+
+}  // namespace immunize_ext::spectrum
 
 namespace immunize_ext {
 namespace {
