@@ -17,7 +17,7 @@
       Stream);                                                                                     \
   prefix template void launch_large_extremes<T>(                                                   \
       GlobalPtr<const T>, std::int64_t, const LargePlan&, const LargeSpace&, const Policy&,        \
-      const Outputs&, GlobalPtr<int>, Stream);                                                     \
+      const Outputs&, GlobalPtr<int>, const Watch&, Stream);                                       \
   prefix template void launch_large_cluster_gradient<T>(                                           \
       const Incoming&, GlobalPtr<const T>, std::int64_t, const LargePlan&, const LargeSpace&,      \
-      const Policy&, GlobalPtr<T>, Stream)
+      const Policy&, GlobalPtr<T>, const Watch&, Stream)

@@ -44,16 +44,15 @@ def test_equals_the_cpu(side: int, dtype: torch.dtype) -> None:
     assert float(error) <= RTOL[dtype] * float(expected.double().abs().max())
 
 
-@pytest.mark.parametrize("rows", [0, 65535, 65536, 524_281])
+@pytest.mark.parametrize("rows", [1, 65535, 65536, 524_281])
 @pytest.mark.parametrize("side", [8, 130])
 def test_any_number_of_rows(rows: int, side: int) -> None:
     _, gpu = pair(side)
-    grad = normal(max(rows, 1), side, seed=2)[:rows].cuda()
+    grad = normal(rows, side, seed=2).cuda()
     result = gpu.apply(grad)
     assert result.shape == grad.shape
-    if rows:
-        residual = (result[-3:] @ (gpu.factor @ gpu.factor.mT) - grad[-3:]).abs().max()
-        assert float(residual) <= 1e-10 * float(grad[-3:].abs().max())
+    residual = (result[-3:] @ (gpu.factor @ gpu.factor.mT) - grad[-3:]).abs().max()
+    assert float(residual) <= 1e-10 * float(grad[-3:].abs().max())
 
 
 def test_views_and_batches_do_not_matter() -> None:
