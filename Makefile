@@ -15,6 +15,8 @@ TORCH ?= torch==2.13.0
 JOBS ?= 2
 PYTEST_ARGS ?=
 BENCH_ARGS ?=
+CUDA_ARGS ?=
+SANITIZER_TOOLS ?= memcheck racecheck initcheck synccheck
 DEMO_ARGS ?=
 SHELL := /bin/bash
 .SHELLFLAGS := -eu -o pipefail -c
@@ -36,7 +38,7 @@ NATIVE := setup.py pyproject.toml immunize_ext/_version.py \
 PYTHON_SOURCES := immunize_ext python_tests benchmarks csrc setup.py .ci
 CPP_SOURCES := $(sort $(shell find csrc -name '*.h' -o -name '*.cpp' -o -name '*.cu*'))
 
-.PHONY: help build test test-fallback simt cuda lint format docs demo bench doctor sdist clean distclean
+.PHONY: help build test test-fallback simt cuda gpu sanitizer lint format docs demo bench doctor sdist clean distclean
 
 help:  ## this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-14s %s\n", $$1, $$2 }' Makefile
@@ -67,10 +69,19 @@ docs: $(STAMPS)/build $(STAMPS)/test  ## run the examples of docstrings, README 
 
 simt: $(STAMPS)/build $(STAMPS)/test  ## CUDA kernels on the CPU, under the SIMT executor
 	$(BIN)/python csrc/simt/build.py
-	$(BIN)/python -m pytest python_tests/simt $(PYTEST_ARGS)
+	$(BIN)/python -m pytest -n $(JOBS) --dist worksteal python_tests/simt $(PYTEST_ARGS)
 
-cuda: $(STAMPS)/build  ## compile and link the CUDA part (environment of its own, .venv-cuda)
-	$(BIN)/python .ci/cuda_build.py
+cuda: $(STAMPS)/venv  ## compile and link the CUDA part (environment of its own, .venv-cuda)
+	$(BIN)/python .ci/cuda_build.py $(CUDA_ARGS)
+
+# For a machine with a GPU, in the Python environment that is active there: torch for its CUDA
+# release is installed already, and is what the operators are compiled against.
+GPU_PYTHON ?= python3
+gpu:  ## build against the torch at hand, test and measure on the GPU (GPU_PYTHON, a CUDA torch)
+	$(GPU_PYTHON) .ci/gpu.py run
+
+sanitizer:  ## a reduced GPU suite under compute-sanitizer, $(SANITIZER_TOOLS)
+	$(GPU_PYTHON) .ci/gpu.py sanitizer $(SANITIZER_TOOLS)
 
 demo: $(STAMPS)/build $(STAMPS)/demo  ## immunize a small model on real digits and print the report
 	$(BIN)/immunize demo --force $(DEMO_ARGS)

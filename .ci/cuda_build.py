@@ -1,12 +1,15 @@
 """Compiles the CUDA extension against a CUDA build of torch; needs nvcc, but no GPU.
 
 Makes a second virtual environment (5.5 GB, kept), builds the package there for sm_80, sm_90 and
-PTX, imports what was built, and reads what ptxas said about each kernel.  Fails when a kernel
-spills registers or has a stack frame, and when the library lacks code for one of the architectures.
-``docs/cuda_kernels.md`` and ``benchmarks/results/ptxas.json`` are written anew.
+PTX, imports what was built, runs what of it needs no GPU (cuda_compositions.py), and reads what
+ptxas said about each kernel.  Fails when a kernel spills registers or has a stack frame, and when
+the library lacks code for one of the architectures.  ``docs/cuda_kernels.md`` and
+``benchmarks/results/ptxas.json`` are written anew, or with ``--check`` compared: it fails where
+they say something else.
 """
 
 import argparse
+import json
 import os
 import re
 import runpy
@@ -15,6 +18,7 @@ import subprocess
 import sys
 import venv
 from collections.abc import Mapping, Sequence
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -25,10 +29,20 @@ ARCH_LIST = "8.0;9.0+PTX"
 EXPECTED_CODE = {"sm_80", "sm_90", "compute_90"}  # what ARCH_LIST means
 TOOLS = ("setuptools>=77", "wheel", "ninja", "numpy")
 NEEDED_GIGABYTES = 12  # torch with its CUDA libraries, and as much again while pip unpacks
+TABLE = ROOT / "docs" / "cuda_kernels.md"
+RECORD = ROOT / "benchmarks" / "results" / "ptxas.json"
 HEADER = """# What the compiler made of the CUDA kernels
 
 Written by `python .ci/cuda_build.py`: registers, static shared memory, stack and spills of each
 kernel as ptxas ({nvcc}) reports them. Nothing here was measured on a GPU.
+`python .ci/cuda_build.py --check`, a step of `.ci/run` where there is an nvcc, compares this table
+with what the compiler says now.
+
+Where the package launches no kernel of its own on CUDA, a library has the better one: the
+preconditioned gradient beyond a side of 128 or in Woodbury form (cuBLAS: triangular solves and
+products with many right-hand sides; up to 128 `small_precondition` fuses them), the eigenvectors of
+symmetric, possibly indefinite matrices and the second derivatives (cuSOLVER), the solve with the
+factor of Q for d > 128 (cuBLAS). These compositions are run on CPU tensors in the same step.
 
 """
 
@@ -133,19 +147,66 @@ def check_embedded_code(python: Path) -> None:
             fail(f"{library.name} has code for {sorted(found)}, not for {sorted(missing)}")
 
 
-def report(log: str, allow_stack: str | None) -> int:
-    """Write and print the table of kernels; return how many complaints there are."""
+def check_compositions(python: Path) -> None:
+    """Run on CPU tensors what the CUDA build composes of torch operators."""
+    script = ROOT / ".ci" / "cuda_compositions.py"
+    run([str(python), str(script)], {**os.environ, "PYTHONPATH": str(LIBRARY)})
+
+
+Row = Mapping[str, Any]
+
+
+def differences(now: Sequence[Row], committed: Sequence[Row]) -> list[str]:
+    """Return one line for each kernel that two tables do not describe alike.
+
+    Example:
+        >>> one = {"name": "sum", "arch": "sm_90", "registers": 32}
+        >>> differences([{**one, "registers": 40}], [one])
+        ['sum (sm_90) has registers 40, the committed table says 32']
+    """
+    found = []
+    tables = [{(row["name"], row["arch"]): row for row in rows} for rows in (now, committed)]
+    for name, arch in sorted(set().union(*tables)):
+        one, other = (table.get((name, arch)) for table in tables)
+        if one is None or other is None:
+            where = "the committed table" if other is None else "the build"
+            found.append(f"{name} ({arch}) is missing from {where}")
+            continue
+        found += [
+            f"{name} ({arch}) has {key} {one[key]}, the committed table says {other.get(key)}"
+            for key in one
+            if one[key] != other.get(key)
+        ]
+    return found
+
+
+def nvcc_release() -> str:
+    """Return ``nvcc release 13.0, V13.0.88``, as far as nvcc says so."""
+    version = re.search(r"release [^\n]*", run(["nvcc", "--version"]))
+    return f"nvcc {version[0]}" if version else "nvcc"
+
+
+def report(log: str, allow_stack: str | None, check: bool) -> int:
+    """Write or compare, and print, the table of kernels; return how many complaints there are."""
     ptxas: dict[str, Any] = runpy.run_path(str(ROOT / "csrc" / "cuda" / "ptxas_report.py"))
     usages = ptxas["demangle"](ptxas["parse"](log))
     if not usages:
         fail("the build printed nothing about kernels")
-    table = ROOT / "docs" / "cuda_kernels.md"
-    ptxas["write"](usages, ROOT / "benchmarks" / "results" / "ptxas.json", table)
-    version = re.search(r"release [^\n]*", run(["nvcc", "--version"]))
-    header = HEADER.format(nvcc="nvcc " + version[0] if version else "nvcc")
-    table.write_text(header + table.read_text(encoding="utf-8"), encoding="utf-8")
-    print(table.read_text(encoding="utf-8"))
     found: list[str] = ptxas["complaints"](usages, allow_stack)
+    nvcc = nvcc_release()
+    text = HEADER.format(nvcc=nvcc) + ptxas["markdown"](usages)
+    print(text)
+    if not check:
+        ptxas["write"](usages, RECORD, None)
+        TABLE.write_text(text, encoding="utf-8")
+    elif nvcc not in TABLE.read_text(encoding="utf-8"):
+        # Another compiler allocates other registers; what must not happen is checked above.
+        print(f"cuda_build: {TABLE.name} was made by another compiler than {nvcc}; not compared")
+    else:
+        rows = [asdict(usage) for usage in usages]
+        found += differences(rows, json.loads(RECORD.read_text(encoding="utf-8")))
+        if TABLE.read_text(encoding="utf-8") != text:
+            found.append(f"{TABLE.name} is not what the build says; run make cuda and commit it")
     for line in found:
         print(f"cuda_build: {line}", file=sys.stderr)
     return len(found)
@@ -162,6 +223,7 @@ def main() -> None:
         "--allow-stack", metavar="REGEX", help="kernels that may have a stack frame"
     )
     parser.add_argument("--environment-only", action="store_true")
+    parser.add_argument("--check", action="store_true", help="compare the tables, write nothing")
     options = parser.parse_args()
     if shutil.which("nvcc") is None:
         fail("nvcc not found; install the CUDA toolkit that torch was built for")
@@ -171,7 +233,8 @@ def main() -> None:
     log = compile_extension(python)
     check_import(python)
     check_embedded_code(python)
-    if report(log, options.allow_stack) > 0:
+    check_compositions(python)
+    if report(log, options.allow_stack, options.check) > 0:
         sys.exit(1)
 
 

@@ -27,6 +27,8 @@ from ._timing import (
 
 RESULTS = Path("benchmarks/results")
 DEFAULT_BUDGET = Budget()
+# A GPU settles in less time, and the whole run there has to fit into ten minutes with the tests.
+GPU_SECONDS = 4.0
 QUICK_BUDGET = Budget(seconds=0.2, min_rounds=2, max_rounds=2, turn_seconds=0.002)
 
 
@@ -160,6 +162,10 @@ def run_case(case: Case, chosen: Options) -> dict[str, Any]:
         budget = QUICK_BUDGET
     elif chosen.seconds is not None:
         budget = Budget(chosen.seconds, budget.min_rounds, budget.max_rounds)
+    elif chosen.device.type == "cuda":
+        budget = Budget(
+            min(budget.seconds, GPU_SECONDS), min(budget.min_rounds, 3), budget.max_rounds
+        )
     return _results.row_record(
         identifier=case.identifier,
         title=case.title,

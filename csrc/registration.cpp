@@ -3,7 +3,7 @@
 // Symbols: * leading batch dimensions; n x p a matrix (for features: n samples, p features);
 //          t = min(n, p) its thin side; d input width, o output width of a projection;
 //          s concept rows (tokens) over all concepts; L layers; N concepts.
-// Kernels live in cpu/<stem>.cpp and cuda/<stem>.cu, each with its own TORCH_LIBRARY_IMPL block;
+// Kernels live in cpu/<stem>.cpp and cuda/<stem>.cpp, each with its own TORCH_LIBRARY_IMPL block;
 // fake kernels and transform rules live in immunize_ext/ops/_register.py.
 
 #include <torch/library.h>

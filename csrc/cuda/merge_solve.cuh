@@ -332,7 +332,15 @@ inline bool is_small(std::int64_t d, std::int64_t s, Stream stream) {
          small_bytes(d, s) + kPivotBytes <= simt::shared_limit(stream);
 }
 
-inline void launch_solve_small(const SmallProblem& p, const Inverse& inverse, Stream stream) {
+#if defined(IMMUNIZE_EXT_WITH_CUDA) && !defined(__CUDACC__)
+
+void launch_solve_small(const SmallProblem& p, const Inverse& inverse, Stream stream);
+void launch_invert(const Inverse& p, GlobalPtr<const double> t, std::int64_t batch, Stream stream);
+
+#else
+
+IMMUNIZE_EXT_LAUNCHER void launch_solve_small(
+    const SmallProblem& p, const Inverse& inverse, Stream stream) {
   if (p.batch == 0 || inverse.s == 0) {
     return;
   }
@@ -344,7 +352,7 @@ inline void launch_solve_small(const SmallProblem& p, const Inverse& inverse, St
 }
 
 // t: [batch, s, s], symmetric.
-inline void launch_invert(
+IMMUNIZE_EXT_LAUNCHER void launch_invert(
     const Inverse& p, GlobalPtr<const double> t, std::int64_t batch, Stream stream) {
   if (batch == 0 || p.s == 0) {
     return;
@@ -355,5 +363,7 @@ inline void launch_invert(
       SIMT_KERNEL(merge_invert), solve_grid(batch), dim3(kSolveThreads), bytes, stream, p, t,
       batch);
 }
+
+#endif
 
 }  // namespace immunize_ext::merge

@@ -2,9 +2,14 @@
 //
 // Under nvcc each is the plain CUDA thing. Under g++ they come from csrc/simt/, which runs the
 // kernels on the CPU and checks what they do; csrc/simt/README.md says how to write such a kernel.
+//
+// The files with torch in them (csrc/cuda/*.cpp) are compiled by g++ as well, with
+// IMMUNIZE_EXT_WITH_CUDA: nvcc would read torch's headers once for each architecture, which takes
+// longer than the kernels. They see the types and plans of the .cuh files, and call launchers that
+// the .cu files instantiate; kernels are only parsed there.
 #pragma once
 
-#if !defined(__CUDACC__)
+#if !defined(__CUDACC__) && !defined(IMMUNIZE_EXT_WITH_CUDA)
 
 #include "../simt/simt.h"
 
@@ -18,6 +23,10 @@
 #include <type_traits>
 
 #include "../simt/common.h"
+
+#if !defined(__CUDACC__)
+#include "host_parse.h"
+#endif
 
 namespace simt {
 
@@ -113,4 +122,12 @@ void launch(
   extern __shared__ __align__(16) unsigned char simt_dynamic_shared[]; \
   const ::simt::SharedPtr<type> name = reinterpret_cast<type*>(simt_dynamic_shared)
 
+#endif
+
+// IMMUNIZE_EXT_LAUNCHER: host functions that are no templates and launch kernels. Under nvcc one
+// .cu file holds them, for the .cpp files; the executor includes them where it likes.
+#if defined(__CUDACC__)
+#define IMMUNIZE_EXT_LAUNCHER
+#else
+#define IMMUNIZE_EXT_LAUNCHER inline
 #endif

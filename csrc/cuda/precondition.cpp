@@ -1,14 +1,26 @@
 // Gradient times K^-1 on the input side, K = x^T x + ridge I, on a GPU; csrc/cpu/precondition.cpp
-// has the formulas. Two triangular solves and two products in float64 are all there is to it, so
-// cuSOLVER and cuBLAS do it; nothing here waits for the GPU. TF32 does not touch float64.
+// has the formulas. With a small factor of K one kernel does all of it (precondition.cuh). Else two
+// triangular solves and at most two products in float64 are all there is, so cuSOLVER and cuBLAS do
+// them. Nothing here waits for the GPU, and TF32 does not touch float64.
 
 #include <ATen/ATen.h>
-#include <c10/cuda/CUDAGuard.h>
+#include <ATen/cuda/CUDAContext.h>
+#include <c10/core/DeviceGuard.h>
 #include <torch/library.h>
 
 #include <algorithm>
 
 #include "../checks.h"
+#include "precondition_launchers.h"
+
+namespace immunize_ext::precondition {
+
+IMMUNIZE_EXT_PRECONDITION_LAUNCHERS(extern, float);
+IMMUNIZE_EXT_PRECONDITION_LAUNCHERS(extern, double);
+IMMUNIZE_EXT_PRECONDITION_LAUNCHERS(extern, Half);
+IMMUNIZE_EXT_PRECONDITION_LAUNCHERS(extern, BFloat16);
+
+}  // namespace immunize_ext::precondition
 
 namespace immunize_ext {
 namespace {
@@ -19,7 +31,38 @@ using at::Tensor;
 // dimension: from 524,281 on launches have failed, and this bounds the float64 workspace as well.
 constexpr int64_t kRowsAtOnce = 65536;
 
-Tensor precondition(
+template <typename T>
+void solve_small(const Tensor& rows, const Tensor& factor, const Tensor& to) {
+  precondition::launch_small_precondition<T>(
+      static_cast<const T*>(rows.const_data_ptr()), factor.const_data_ptr<double>(),
+      static_cast<T*>(to.mutable_data_ptr()), rows.size(0), static_cast<int>(rows.size(1)),
+      at::cuda::getCurrentCUDAStream());
+}
+
+// Whether the kernel took it.
+bool try_small(const Tensor& grad, const Tensor& factor, const Tensor& to) {
+  if (!grad.is_cuda() || !precondition::is_small(grad.size(1), at::cuda::getCurrentCUDAStream()))
+    return false;
+  const Tensor rows = grad.contiguous(), left = factor.contiguous();
+  switch (grad.scalar_type()) {
+    case at::kFloat:
+      solve_small<float>(rows, left, to);
+      return true;
+    case at::kDouble:
+      solve_small<double>(rows, left, to);
+      return true;
+    case at::kHalf:
+      solve_small<Half>(rows, left, to);
+      return true;
+    case at::kBFloat16:
+      solve_small<BFloat16>(rows, left, to);
+      return true;
+    default:
+      return false;
+  }
+}
+
+Tensor apply_inverse(
     const Tensor& grad,    // [*, o, p]
     const Tensor& factor,  // [p, p] or [n, n] float64, lower
     const Tensor& x,       // [n, p] float64; [0, p] unless woodbury
@@ -39,11 +82,13 @@ Tensor precondition(
     TORCH_CHECK_VALUE(
         ridge > 0.0, op, ": ridge must be positive with fewer samples than features, got ", ridge);
   }
-  const c10::cuda::CUDAGuard guard(grad.device());
+  const c10::OptionalDeviceGuard guard(grad.device());
   Tensor result = at::empty(grad.sizes(), grad.options());
   if (grad.numel() == 0)
     return result;
   const Tensor from = grad.reshape({-1, p}), to = result.view({-1, p});
+  if (!woodbury && try_small(from, factor, to))
+    return result;
   for (int64_t begin = 0; begin < from.size(0); begin += kRowsAtOnce) {
     const int64_t end = std::min(begin + kRowsAtOnce, from.size(0));
     // float64 whatever the type of grad: K is squared in condition and the gradient is small.
@@ -61,7 +106,7 @@ Tensor precondition(
 }  // namespace
 
 TORCH_LIBRARY_IMPL(immunize_ext, CUDA, m) {
-  m.impl("precondition", &precondition);
+  m.impl("precondition", &apply_inverse);
 }
 
 }  // namespace immunize_ext

@@ -9,7 +9,8 @@
 // rotations, products over row chunks), whose order on the stream is the only synchronisation.
 //
 // A sweep in which no pair of columns was further from orthogonal than sqrt(m) eps |b_i| |b_j| ends
-// the work: the device remembers that, and the launches of later sweeps return at once. Every
+// the work: the device remembers that, and the launches of later sweeps return at once. So the host
+// need not know; a caller that may wait (Watch) looks now and then, and saves these launches. Every
 // product is backward stable, the test is relative to both columns, so sigma_i = |b_i| has the
 // accuracy of the small route (with de Rijk, "A one-sided Jacobi algorithm for computing the
 // singular value decomposition on a vector computer", SIAM J. Sci. Stat. Comput. 10, 1989).
@@ -422,6 +423,15 @@ inline std::int64_t large_most_batch(const LargePlan& plan) {
   return batch < 1 ? 1 : batch;
 }
 
+// Lets the host stop early: rotated(context, sweep) tells whether any matrix was rotated in a
+// sweep. Without it every sweep is launched, which a CUDA graph can capture.
+struct Watch {
+  bool (*rotated)(const void* context, int sweep) = nullptr;
+  const void* context = nullptr;
+};
+constexpr int kFirstLook = 6;  // sweeps before the first look, fewer are hardly ever enough
+constexpr int kLookStep = 2;
+
 // B with orthogonal columns, the product of the rotations and sigma, for the matrices that flags
 // ask for.
 template <typename T>
@@ -430,6 +440,7 @@ void launch_large_decomposition(
     std::int64_t batch,
     const LargePlan& plan,
     const LargeSpace& space,
+    const Watch& watch,
     Stream stream) {
   const dim3 block(kLargeThreads);
   simt::launch(
@@ -455,6 +466,10 @@ void launch_large_decomposition(
   const std::int64_t pairs = batch * plan.pairs();
   const double tolerance = plan.tolerance();
   for (int sweep = 0; sweep < kLargeSweeps; ++sweep) {
+    const bool looks = sweep >= kFirstLook && (sweep - kFirstLook) % kLookStep == 0;
+    if (looks && watch.rotated != nullptr && !watch.rotated(watch.context, sweep - 1)) {
+      break;
+    }
     for (int round = 0; round < plan.rounds(); ++round) {
       simt::launch(
           gram, large_grid(pairs * plan.gram_chunks()), block, gram_bytes, stream, plan, space,
@@ -481,12 +496,13 @@ void launch_large_extremes(
     const Policy& policy,
     const Outputs& out,
     GlobalPtr<int> first_bad,
+    const Watch& watch,
     Stream stream) {
   const dim3 block(kLargeThreads);
   simt::launch(
       SIMT_KERNEL(large_ask_all), large_grid(ceil_div64(batch, kLargeThreads)), block, 0, stream,
       plan, space, batch);
-  launch_large_decomposition<T>(a, batch, plan, space, stream);
+  launch_large_decomposition<T>(a, batch, plan, space, watch, stream);
   simt::launch(
       SIMT_KERNEL(large_results), large_grid(batch), block, 0, stream, plan, space, policy, out,
       first_bad);
@@ -501,11 +517,12 @@ void launch_large_cluster_gradient(
     const LargeSpace& space,
     const Policy& policy,
     GlobalPtr<T> grad,
+    const Watch& watch,
     Stream stream) {
   const dim3 block(kLargeThreads);
   simt::launch(
       SIMT_KERNEL(large_ask_clusters), large_grid(batch), block, 0, stream, plan, space, in);
-  launch_large_decomposition<T>(a, batch, plan, space, stream);
+  launch_large_decomposition<T>(a, batch, plan, space, watch, stream);
   simt::launch(
       SIMT_KERNEL(large_cluster_weights), large_grid(batch), block, 0, stream, plan, space, policy,
       in);

@@ -5,14 +5,14 @@
 
 #include "portable.cuh"
 
-#if defined(__CUDACC__)
+#if defined(__CUDACC__) || defined(IMMUNIZE_EXT_WITH_CUDA)
 #include <cuda_bf16.h>
 #include <cuda_fp16.h>
 #endif
 
 namespace immunize_ext {
 
-#if defined(__CUDACC__)
+#if defined(__CUDACC__) || defined(IMMUNIZE_EXT_WITH_CUDA)
 
 using Half = __half;
 using BFloat16 = __nv_bfloat16;

@@ -25,6 +25,16 @@ def _find_operators() -> tuple[frozenset[str], frozenset[str]]:
 # Asked once: a build has the kernels it has, and torch.compile cannot trace the question.
 _OPERATORS, _CUDA_OPERATORS = _find_operators()
 
+# Other devices compose what these fuse from the other operators, without a loss worth a kernel.
+_CPU_ONLY = frozenset(
+    {
+        "gram_regularizer",
+        "gram_regularizer_backward",
+        "symmetric_reference",
+        "symmetric_track",
+    }
+)
+
 
 def has_kernel(tensor: Tensor, *operators: str) -> bool:
     """True if the compiled part has kernels for this tensor's device; warns once where it has not.
@@ -33,7 +43,8 @@ def has_kernel(tensor: Tensor, *operators: str) -> bool:
 
     Args:
         tensor: Where it lives is what counts.
-        operators: The operators of ``torch.ops.immunize_ext`` that must have one; by default all.
+        operators: The operators of ``torch.ops.immunize_ext`` that must have one; by default all
+            that any device but the CPU asks for.
     """
     if not _load.available():
         _load.warn_fallback()
@@ -41,7 +52,7 @@ def has_kernel(tensor: Tensor, *operators: str) -> bool:
     device = tensor.device.type
     if device in ("cpu", "meta"):
         return True
-    if device == "cuda" and _CUDA_OPERATORS.issuperset(operators or _OPERATORS):
+    if device == "cuda" and _CUDA_OPERATORS.issuperset(operators or _OPERATORS - _CPU_ONLY):
         return True
     reason = f"there are no kernels for tensors on {device}"
     _load.warn_fallback(reason + (" in this build" if device == "cuda" else ""))

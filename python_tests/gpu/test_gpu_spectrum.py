@@ -234,6 +234,32 @@ def test_cuda_graph() -> None:
     assert torch.equal(gradient, expected_gradient)
 
 
+def test_the_blocked_route_can_be_captured() -> None:
+    a = gaussian(1, 150, 160).cuda()
+    expected = extremal_singular_values(a)
+    graph = torch.cuda.CUDAGraph()
+    static = torch.zeros_like(a)
+    with torch.cuda.graph(graph):
+        captured = extremal_singular_values(static)
+    static.copy_(a)
+    graph.replay()
+    for one, other in zip(captured, expected, strict=True):
+        assert torch.equal(one, other)
+
+
+@pytest.mark.parametrize("operator", OPERATORS)
+def test_the_backward_pass_of_small_sides_does_not_wait(operator: Operator) -> None:
+    leaf = gaussian(5, 30, 40).cuda().requires_grad_()
+    total = operator(leaf)[0].sum()
+    torch.autograd.grad(total, leaf, retain_graph=True)
+    torch.cuda.synchronize()
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        torch.autograd.grad(total, leaf)
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+
+
 @pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two CUDA devices")
 def test_the_device_of_the_tensor_is_used() -> None:
     a = gaussian(3, 20, 30)

@@ -47,8 +47,9 @@ def test_cuda_tensors_take_kernels_operator_by_operator(monkeypatch: pytest.Monk
     with pytest.warns(FallbackWarning, match="no kernels for tensors on cuda in this build"):
         assert not _dispatch.has_kernel(tensor, "merge_apply", "precondition")
     assert not _dispatch.has_kernel(tensor)  # all of them, and it warns once
-    monkeypatch.setattr(_dispatch, "_CUDA_OPERATORS", _dispatch._OPERATORS)
+    monkeypatch.setattr(_dispatch, "_CUDA_OPERATORS", _dispatch._OPERATORS - _dispatch._CPU_ONLY)
     assert _dispatch.has_kernel(tensor)
+    assert _dispatch._CPU_ONLY <= _dispatch._OPERATORS
 
 
 @pytest.mark.usefixtures("_not_warned_yet")

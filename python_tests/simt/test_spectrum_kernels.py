@@ -348,6 +348,17 @@ def test_large_equals_reference(
     assert_values(result, a)
 
 
+@pytest.mark.parametrize("kappa", [1.0, 1e9])
+def test_watching_the_large_route_changes_nothing(kernels: Any, kappa: float) -> None:
+    slow = with_spectrum(12, 14, np.geomspace(1.0, 1.0 / kappa, 12))
+    a = np.concatenate([slow, np.eye(12, 14)[None]])  # one matrix is done at once
+    whole = run(kernels.large_extremes, a, column_block=2)
+    watched = run(kernels.large_extremes, a, column_block=2, watched=True, seed=4)
+    for name in whole:
+        np.testing.assert_array_equal(watched[name], whole[name])
+    assert_values(watched, a)
+
+
 @pytest.mark.slow
 def test_large_with_its_own_column_blocks(kernels: Any) -> None:
     a = gaussian(1, 66, 70)

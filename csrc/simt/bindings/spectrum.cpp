@@ -2,6 +2,7 @@
 #include "../../cuda/spectrum_large.cuh"
 
 #include <climits>
+#include <tuple>
 
 #include "../numpy.h"
 
@@ -157,21 +158,34 @@ struct LargeBuffers {
   }
 };
 
+// As spectrum.cpp watches, on the buffers of the executor.
+bool rotated_in(const void* context, int sweep) {
+  const auto& [buffers, plan, batch] =
+      *static_cast<const std::tuple<const LargeBuffers*, LargePlan, std::int64_t>*>(context);
+  bool any = false;
+  for (std::int64_t b = 0; b < batch; ++b)
+    any = any || buffers->flags.data()[b * plan.flags() + 2 + sweep] != 0;
+  return any;
+}
+
 template <typename T>
 void define_large(simt::py::module_& m) {
   m.def(
       "large_extremes",
       [](const Array<T>& a, double rank_rtol, double cluster_rtol, bool full_rank, int column_block,
-         std::uint64_t seed) {
+         bool watched, std::uint64_t seed) {
         const std::int64_t batch = a.shape(0), n = a.shape(1), p = a.shape(2);
         const LargePlan plan = large_plan(n, p, column_block);
         const Buffer<const T> in = simt::input("a", a);
         const LargeBuffers buffers(plan, batch);
         const Results results(batch, n, p, false);
+        const std::tuple<const LargeBuffers*, LargePlan, std::int64_t> context{
+            &buffers, plan, batch};
+        const Watch watch = watched ? Watch{rotated_in, &context} : Watch{};
         launch_large_extremes<T>(
             in.ptr(), batch, plan, buffers.space(),
             policy_for(n, p, rank_rtol, cluster_rtol, full_rank, false), results.outputs(),
-            results.first_bad.ptr(), Stream{seed});
+            results.first_bad.ptr(), watch, Stream{seed});
         simt::py::dict out = results.to_dict();
         int sweeps = 0;
         for (int s = 0; s < kLargeSweeps; ++s)
@@ -180,7 +194,7 @@ void define_large(simt::py::module_& m) {
         return out;
       },
       arg("a").noconvert(), arg("rank_rtol"), arg("cluster_rtol"), arg("full_rank") = false,
-      arg("column_block") = kColumnBlock, arg("seed") = 0);
+      arg("column_block") = kColumnBlock, arg("watched") = false, arg("seed") = 0);
   m.def(
       "large_gradient",
       [](const Array<T>& a, const simt::py::dict& forward, const simt::py::dict& grads,
@@ -197,7 +211,7 @@ void define_large(simt::py::module_& m) {
         launch_large_cluster_gradient<T>(
             gradients.incoming(), in.ptr(), batch, plan, buffers.space(),
             policy_for(n, p, rank_rtol, cluster_rtol, full_rank, gradients.of_gram), grad.ptr(),
-            stream);
+            Watch{}, stream);
         return simt::to_numpy(grad, {batch, n, p});
       },
       arg("a").noconvert(), arg("forward"), arg("grads"), arg("rank_rtol"), arg("cluster_rtol"),

@@ -3,10 +3,15 @@
 //
 // Matrices whose thin side fits the shared memory of a block (t <= 116 with 163 KiB, 136 with 227
 // KiB) are decomposed by one block each, larger ones by the blocked route; the choice depends on
-// shape and device alone. Everything runs on the current stream of the tensor's device, allocates
-// through torch's allocator and waits for nothing, but for one thing: the forward operators read
-// one integer back, to raise for NaN and infinity as the CPU operators do. While a CUDA graph is
-// being captured they do not; such matrices then give NaN.
+// shape and device alone. Everything runs on the current stream of the tensor's device and
+// allocates through torch's allocator.
+//
+// What waits for the GPU. The forward operators read one integer back, to raise for NaN and
+// infinity as the CPU operators do. On the blocked route they also look after the sixth sweep and
+// every second one whether the work is done, and the backward pass looks once whether any matrix
+// has a cluster: either saves thousands of launches that would find nothing to do. While a CUDA
+// graph is captured nothing waits: all sweeps are recorded, and matrices that are not finite give
+// NaN.
 
 #include <ATen/ATen.h>
 #include <ATen/cuda/CUDAContext.h>
@@ -20,7 +25,14 @@
 #include <vector>
 
 #include "../checks.h"
-#include "spectrum_large.cuh"
+#include "spectrum_launchers.h"
+
+namespace immunize_ext::spectrum {
+
+IMMUNIZE_EXT_SPECTRUM_LAUNCHERS(extern, float);
+IMMUNIZE_EXT_SPECTRUM_LAUNCHERS(extern, double);
+
+}  // namespace immunize_ext::spectrum
 
 namespace immunize_ext {
 namespace {
@@ -114,6 +126,21 @@ int64_t large_step(const LargePlan& plan, int64_t batch) {
   return std::min({batch, affordable, spectrum::large_most_batch(plan)});
 }
 
+bool is_capturing() {
+  return c10::cuda::currentStreamCaptureStatusMayInitCtx() != c10::cuda::CaptureStatus::None;
+}
+
+// Stops a decomposition when no matrix was rotated in a sweep.
+spectrum::Watch watch(const LargeBuffers& buffers) {
+  if (is_capturing()) {
+    return {};
+  }
+  const auto rotated = [](const void* flags, int sweep) {
+    return static_cast<const Tensor*>(flags)->select(1, 2 + sweep).any().item<bool>();
+  };
+  return {rotated, &buffers.flags};
+}
+
 Tensor small_workspace(const SmallPlan& plan, unsigned grid, const at::TensorOptions& float64) {
   return at::empty({static_cast<int64_t>(grid), plan.work_doubles()}, float64);
 }
@@ -121,7 +148,7 @@ Tensor small_workspace(const SmallPlan& plan, unsigned grid, const at::TensorOpt
 // Raises if a matrix was not finite. first_bad: one batch index for each step of `step` matrices.
 // Waits for the kernels.
 void check_finite_batch(const char* op, const char* name, const Tensor& first_bad, int64_t step) {
-  if (c10::cuda::currentStreamCaptureStatusMayInitCtx() != c10::cuda::CaptureStatus::None) {
+  if (is_capturing()) {
     return;
   }
   const Tensor on_host = first_bad.cpu();
@@ -225,7 +252,7 @@ Results decompose(
       using T = decltype(type);
       spectrum::launch_large_extremes<T>(
           a.matrices.const_data_ptr<T>() + first * a.n * a.p, count, plan, buffers.space(), policy,
-          results.outputs(a, first), first_bad.mutable_data_ptr<int>() + i, stream);
+          results.outputs(a, first), first_bad.mutable_data_ptr<int>() + i, watch(buffers), stream);
     });
   }
   check_finite_batch(op, name, first_bad, step);
@@ -333,6 +360,13 @@ struct IncomingTensors {
     this->thin_gram = flat("thin_gram", thin_gram, at::kDouble, a.thin() * a.thin());
   }
 
+  // Whether any matrix has a repeated extreme with a gradient; waits.
+  bool any_cluster() const {
+    const Tensor max = (multiplicity_max > 1).logical_and(grad_max != 0);
+    const Tensor min = (multiplicity_min > 1).logical_and(grad_min != 0);
+    return max.logical_or(min).any().item<bool>();
+  }
+
   // Pointers from matrix `first` on.
   Incoming pointers(int64_t first) const {
     const bool gram = lambda_max.defined();
@@ -377,6 +411,9 @@ Tensor gradient(const IncomingTensors& in, const Policy& policy, const Tensor& o
             out, stream);
         return;
       }
+      if (!is_capturing() && !in.any_cluster()) {
+        return;
+      }
       const LargePlan plan = spectrum::large_plan(a.n, a.p);
       const int64_t step = large_step(plan, a.batch);
       for (int64_t first = 0; first < a.batch; first += step) {
@@ -384,7 +421,7 @@ Tensor gradient(const IncomingTensors& in, const Policy& policy, const Tensor& o
         const LargeBuffers buffers(plan, count, a.float64());
         spectrum::launch_large_cluster_gradient<T>(
             in.pointers(first), matrices + first * a.n * a.p, count, plan, buffers.space(), policy,
-            out + first * a.n * a.p, stream);
+            out + first * a.n * a.p, watch(buffers), stream);
       }
     });
   }

@@ -21,8 +21,17 @@
 
 #include "../checks.h"
 #include "../merge_problem.h"
-#include "merge.cuh"
+#include "merge_launchers.h"
 #include "merge_solve.cuh"
+
+namespace immunize_ext::merge {
+
+IMMUNIZE_EXT_MERGE_LAUNCHERS(extern, float);
+IMMUNIZE_EXT_MERGE_LAUNCHERS(extern, double);
+IMMUNIZE_EXT_MERGE_LAUNCHERS(extern, Half);
+IMMUNIZE_EXT_MERGE_LAUNCHERS(extern, BFloat16);
+
+}  // namespace immunize_ext::merge
 
 namespace immunize_ext {
 namespace {

@@ -1,0 +1,249 @@
+// Algebraic extremes of symmetric matrices on CUDA: a composition of ATen operators over the whole
+// batch, forward, backward and double backward. Derivations: cpu/symmetric_extremes.cpp.
+//
+// The eigendecomposition is cuSOLVER's, batched for small sides: both extremes, their
+// multiplicities and their vectors follow from one call, and an indefinite matrix has no Cholesky
+// factor or Gram matrix that a kernel of ours could start from. torch waits for the solver's
+// verdict, so these operators wait as well (the backward pass for one number more: which matrices
+// have a cluster) and refuse to be captured into a CUDA graph.
+
+#include <ATen/ATen.h>
+#include <c10/core/DeviceGuard.h>
+#include <c10/cuda/CUDAGraphsC10Utils.h>
+#include <torch/library.h>
+
+#include <cmath>
+#include <tuple>
+#include <vector>
+
+#include "../checks.h"
+
+namespace immunize_ext {
+namespace {
+
+using at::Tensor;
+
+// h / scale, exactly symmetric, in float64.
+struct Scaled {
+  Tensor h;      // [batch, p, p]
+  Tensor scale;  // [batch, 1, 1], a power of two
+};
+
+void refuse_capture(const char* op, const Tensor& h) {
+  TORCH_CHECK_NOT_IMPLEMENTED(
+      !h.is_cuda() ||
+          c10::cuda::currentStreamCaptureStatusMayInitCtx() == c10::cuda::CaptureStatus::None,
+      op,
+      ": cannot be captured into a CUDA graph, since the eigensolver reports to the host; call it "
+      "outside, or take extremal_singular_values for a definite matrix");
+}
+
+double epsilon_of(at::ScalarType dtype) {
+  return dtype == at::kDouble  ? 0x1p-52
+         : dtype == at::kFloat ? 0x1p-23
+         : dtype == at::kHalf  ? 0x1p-10
+                               : 0x1p-7;
+}
+
+Scaled scaled_symmetric(const char* op, const Tensor& h, bool check) {
+  check_floating_matrix(op, "h", h);
+  refuse_capture(op, h);
+  const int64_t p = h.size(-1);
+  IMMUNIZE_CHECK(h.size(-2) == p, op, "h", "have shape [*, p, p]", h.sizes());
+  const Tensor flat = h.to(at::kDouble).reshape({h.numel() / (p * p), p, p});
+  const Tensor largest = flat.abs().amax({1, 2}, /*keepdim=*/true);
+  const auto exponent = std::get<1>(at::frexp(largest));
+  Scaled s;
+  // One less than the exponent of [0.5, 1): finite for the largest number there is. In two factors:
+  // the inverse of a subnormal scale would overflow.
+  s.scale = at::where(
+      largest > 0, at::ldexp(at::ones_like(largest), exponent - 1), at::ones_like(largest));
+  const Tensor first = flat / s.scale, mirrored = first.mT();
+  s.h = first * 0.5 + mirrored * 0.5;
+  if (!check)
+    return s;
+  const Tensor asymmetry = (first - mirrored).abs().amax({1, 2});
+  const double allowed = 8.0 * std::sqrt(static_cast<double>(p)) * epsilon_of(h.scalar_type());
+  const Tensor unequal = asymmetry > (largest / s.scale).view({-1}) * allowed;
+  const Tensor found =
+      at::stack({largest.view({-1}).isfinite().logical_not(), unequal}).to(at::kInt).cpu();
+  const int* bad = found.const_data_ptr<int>();
+  const int64_t batch = flat.size(0);
+  for (int64_t b = 0; b < batch; ++b) {
+    TORCH_CHECK_VALUE(
+        bad[b] == 0, op, ": h must be finite, got NaN or infinity at batch index ", b,
+        "; look for an overflow upstream, float16 features for instance");
+    TORCH_CHECK_VALUE(
+        bad[batch + b] == 0, op, ": h must be symmetric, got entries that differ by ",
+        asymmetry[b].item<double>() * s.scale[b].item<double>(),
+        " from their mirror image at batch index ", b,
+        "; pass (h + h.mT) / 2 if the difference has no meaning");
+  }
+  return s;
+}
+
+// Eigenvalues ascending, vectors as columns, and which of them belong to each extreme.
+struct Decomposed {
+  Tensor lambda, v;    // [batch, p], [batch, p, p], of h / scale
+  Tensor most, least;  // [batch, p], bool
+};
+
+Decomposed eigen(const Tensor& h, double cluster_rtol) {
+  Decomposed d;
+  std::tie(d.lambda, d.v) = at::linalg_eigh(h);
+  const int64_t p = h.size(-1);
+  const Tensor bottom = d.lambda.narrow(1, 0, 1), top = d.lambda.narrow(1, p - 1, 1);
+  const Tensor near = at::maximum(bottom.abs(), top.abs()) * cluster_rtol;
+  d.most = (top - d.lambda) <= near;
+  d.least = (d.lambda - bottom) <= near;
+  return d;
+}
+
+at::IntArrayRef batch_of(const Tensor& h) {
+  return h.sizes().slice(0, h.dim() - 2);
+}
+
+std::vector<int64_t> with_side(at::IntArrayRef batch, int64_t side) {
+  std::vector<int64_t> shape(batch.begin(), batch.end());
+  shape.push_back(side);
+  return shape;
+}
+
+std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> symmetric_extremes(
+    const Tensor& h,  // [*, p, p]
+    double cluster_rtol) {
+  constexpr const char* op = "symmetric_extremes";
+  const c10::OptionalDeviceGuard guard(h.device());
+  const auto shape = batch_of(h);
+  if (h.numel() == 0 && h.dim() >= 2) {
+    check_floating_matrix(op, "h", h);
+    const auto numbers = h.options().dtype(at::kDouble);
+    const auto counts = h.options().dtype(at::kLong);
+    return {
+        at::empty(shape, numbers),
+        at::empty(shape, numbers),
+        at::empty(shape, counts),
+        at::empty(shape, counts),
+        at::empty(with_side(shape, h.size(-1)), numbers),
+        at::empty(with_side(shape, h.size(-1)), numbers)};
+  }
+  const Scaled s = scaled_symmetric(op, h, /*check=*/true);
+  const int64_t p = h.size(-1);
+  const Decomposed d = eigen(s.h, cluster_rtol);
+  const Tensor scale = s.scale.view({-1});
+  return {
+      (d.lambda.select(1, p - 1) * scale).reshape(shape),
+      (d.lambda.select(1, 0) * scale).reshape(shape),
+      d.most.sum(1).reshape(shape),
+      d.least.sum(1).reshape(shape),
+      d.v.select(2, p - 1).reshape(with_side(shape, p)).contiguous(),
+      d.v.select(2, 0).reshape(with_side(shape, p)).contiguous()};
+}
+
+Tensor symmetric_extremes_backward(
+    const Tensor& grad_max,  // [*] float64
+    const Tensor& grad_min,  // [*] float64
+    const Tensor& h,         // [*, p, p]
+    const Tensor& multiplicity_max,
+    const Tensor& multiplicity_min,
+    const Tensor& v_max,  // [*, p]
+    const Tensor& v_min,
+    double cluster_rtol) {
+  constexpr const char* op = "symmetric_extremes_backward";
+  const c10::OptionalDeviceGuard guard(h.device());
+  check_floating_matrix(op, "h", h);
+  for (const Tensor& t : {grad_max, grad_min, multiplicity_max, multiplicity_min, v_max, v_min})
+    check_same_device(op, "a gradient or a saved tensor", t, "h", h);
+  const int64_t p = h.size(-1), batch = h.numel() / (p * p);
+  const auto flat = [batch](const Tensor& t) { return t.to(at::kDouble).reshape({batch}); };
+  const Tensor g_max = flat(grad_max), g_min = flat(grad_min);
+  const Tensor m_max = multiplicity_max.reshape({batch}), m_min = multiplicity_min.reshape({batch});
+  const Tensor x = v_max.reshape({batch, p}), y = v_min.reshape({batch, p});
+  const auto outer = [](const Tensor& v, const Tensor& weight) {
+    return (v * weight.unsqueeze(1)).unsqueeze(2) * v.unsqueeze(1);
+  };
+  Tensor grad = outer(x, g_max) + outer(y, g_min);
+  if (batch > 0) {
+    const Tensor wanted =
+        (m_max > 1).logical_and(g_max != 0).logical_or((m_min > 1).logical_and(g_min != 0));
+    refuse_capture(op, h);
+    const Tensor index = wanted.nonzero().view({-1});
+    if (index.numel() > 0) {
+      const Scaled s =
+          scaled_symmetric(op, h.reshape({batch, p, p}).index_select(0, index), /*check=*/false);
+      const Decomposed d = eigen(s.h, cluster_rtol);
+      const auto mean = [&index](const Tensor& members, const Tensor& g) {
+        const Tensor each = members.to(at::kDouble);
+        return each * (g.index_select(0, index).unsqueeze(1) / each.sum(1, /*keepdim=*/true));
+      };
+      const Tensor weight = mean(d.most, g_max) + mean(d.least, g_min);
+      grad.index_copy_(0, index, at::bmm(d.v * weight.unsqueeze(1), d.v.mT()));
+    }
+  }
+  return grad.reshape(h.sizes()).to(h.scalar_type());
+}
+
+std::tuple<Tensor, Tensor, Tensor> symmetric_extremes_double_backward(
+    const Tensor& cotangent,  // [*, p, p], with respect to grad_h
+    const Tensor& grad_max,
+    const Tensor& grad_min,
+    const Tensor& h,
+    double cluster_rtol) {
+  constexpr const char* op = "symmetric_extremes_double_backward";
+  const c10::OptionalDeviceGuard guard(h.device());
+  check_floating_matrix(op, "h", h);
+  check_same_device(op, "cotangent", cotangent, "h", h);
+  check_shape(op, "cotangent", cotangent, h.sizes());
+  const auto shape = batch_of(h);
+  if (h.numel() == 0)
+    return {
+        at::zeros(shape, h.options().dtype(at::kDouble)),
+        at::zeros(shape, h.options().dtype(at::kDouble)), at::zeros_like(h)};
+  const Scaled s = scaled_symmetric(op, h, /*check=*/false);
+  const int64_t p = h.size(-1), batch = s.h.size(0);
+  const Tensor cotangents = cotangent.to(at::kDouble).reshape({batch, p, p});
+  const Tensor z = (cotangents + cotangents.mT()) * 0.5;
+  const Decomposed d = eigen(s.h, cluster_rtol);
+  Tensor grad = at::zeros_like(z);
+  Tensor along[2];
+  const Tensor grads[2] = {grad_max, grad_min}, members[2] = {d.most, d.least};
+  const int64_t at_end[2] = {p - 1, 0};
+  const char* names[2] = {"lambda_max", "lambda_min"};
+  const Tensor rotated = at::bmm(at::bmm(d.v.mT(), z), d.v);  // v_j^T Z v_i
+  for (int k = 0; k < 2; ++k) {
+    const Tensor g = grads[k].to(at::kDouble).reshape({batch});
+    const Tensor count = members[k].sum(1);
+    const Tensor refused = (count > 1).logical_and(g != 0).nonzero().cpu();
+    if (refused.numel() > 0) {
+      const int64_t b = refused.const_data_ptr<int64_t>()[0];
+      TORCH_CHECK_NOT_IMPLEMENTED(
+          false, op, ": the second derivative of ", names[k], " does not exist at batch index ", b,
+          ", where it is repeated (multiplicity ", count[b].item<int64_t>(),
+          "); use the first derivative there, or a smaller cluster_rtol");
+    }
+    const Tensor diagonal = rotated.diagonal(0, 1, 2);
+    along[k] = (diagonal * members[k].to(at::kDouble)).sum(1) / count.to(at::kDouble);
+    const int64_t i = at_end[k];
+    const Tensor gap = d.lambda.narrow(1, i, 1) - d.lambda;
+    // lambda itself, and what coincides with an extreme that has no weight.
+    const Tensor skip = members[k];
+    const Tensor c = (rotated.select(2, i) / gap.masked_fill(skip, 1.0)).masked_fill(skip, 0.0);
+    const Tensor left = at::bmm(d.v, c.unsqueeze(2)).squeeze(2), v = d.v.select(2, i);
+    const Tensor half = left.unsqueeze(2) * v.unsqueeze(1);
+    // v is of degree 0 in h: its derivative scales with the inverse of h's scale.
+    grad = grad + (half + half.mT()) * (g.view({-1, 1, 1}) / s.scale);
+  }
+  return {
+      along[0].reshape(shape), along[1].reshape(shape),
+      grad.reshape(h.sizes()).to(h.scalar_type())};
+}
+
+}  // namespace
+
+TORCH_LIBRARY_IMPL(immunize_ext, CUDA, m) {
+  m.impl("symmetric_extremes", &symmetric_extremes);
+  m.impl("symmetric_extremes_backward", &symmetric_extremes_backward);
+  m.impl("symmetric_extremes_double_backward", &symmetric_extremes_double_backward);
+}
+
+}  // namespace immunize_ext
