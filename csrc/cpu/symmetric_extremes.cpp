@@ -66,8 +66,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> symmetric_extremes(
   std::vector<SymmetricPair> pairs(batch);
   std::vector<char> settled(batch, 0);
   for_each_matrix(batch, [&](int64_t b) {
-    Workspace work(t, t);
-    const int64_t ld = work.ld();
+    const int64_t ld = padded(t);
     std::vector<double> g(ld * ld);
     loaded[b] = flat.scalar_type() == at::kDouble
                     ? load_symmetric(flat.const_data_ptr<double>() + b * t * t, t, ld, g.data())
@@ -84,6 +83,11 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> symmetric_extremes(
       settled[b] = 1;
       return;
     }
+    settled[b] = t >= kKrylovSide && IMMUNIZE_EXT_SPECTRUM(large_symmetric_extremes(
+                                         g.data(), t, cluster_rtol, Threads{}, pair));
+    if (settled[b])
+      return;
+    Workspace work(t, t);
     settled[b] =
         IMMUNIZE_EXT_SPECTRUM(symmetric_extremes(g.data(), t, cluster_rtol, work, Threads{}, pair));
   });
