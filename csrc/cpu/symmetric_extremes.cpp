@@ -48,7 +48,9 @@ Decomposed eigen(const Tensor& h, double cluster_rtol) {
 
 Tensor mean_projector(const Tensor& v, int64_t begin, int64_t count) {
   const Tensor part = v.slice(1, begin, begin + count);
-  return part.mm(part.mT()).div_(static_cast<double>(count));
+  const Tensor sum = part.mm(part.mT());
+  return (sum + sum.mT())
+      .div_(2.0 * static_cast<double>(count));  // a product need not be symmetric
 }
 
 std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> symmetric_extremes(
