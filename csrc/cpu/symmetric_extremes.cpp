@@ -48,7 +48,9 @@ Decomposed eigen(const Tensor& h, double cluster_rtol) {
 
 Tensor mean_projector(const Tensor& v, int64_t begin, int64_t count) {
   const Tensor part = v.slice(1, begin, begin + count);
-  return part.mm(part.mT()).div_(static_cast<double>(count));
+  const Tensor sum = part.mm(part.mT());
+  return (sum + sum.mT())
+      .div_(2.0 * static_cast<double>(count));  // a product need not be symmetric
 }
 
 std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> symmetric_extremes(
@@ -66,8 +68,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> symmetric_extremes(
   std::vector<SymmetricPair> pairs(batch);
   std::vector<char> settled(batch, 0);
   for_each_matrix(batch, [&](int64_t b) {
-    Workspace work(t, t);
-    const int64_t ld = work.ld();
+    const int64_t ld = padded(t);
     std::vector<double> g(ld * ld);
     loaded[b] = flat.scalar_type() == at::kDouble
                     ? load_symmetric(flat.const_data_ptr<double>() + b * t * t, t, ld, g.data())
@@ -84,6 +85,11 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> symmetric_extremes(
       settled[b] = 1;
       return;
     }
+    settled[b] = t >= kKrylovSide && IMMUNIZE_EXT_SPECTRUM(large_symmetric_extremes(
+                                         g.data(), t, cluster_rtol, Threads{}, pair));
+    if (settled[b])
+      return;
+    Workspace work(t, t);
     settled[b] =
         IMMUNIZE_EXT_SPECTRUM(symmetric_extremes(g.data(), t, cluster_rtol, work, Threads{}, pair));
   });

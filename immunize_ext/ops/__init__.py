@@ -18,6 +18,7 @@ from immunize_ext.ops.spectrum import (
     gram_extremes,
     log_condition_number,
 )
+from immunize_ext.ops.streaming import StreamedGram
 from immunize_ext.ops.symmetric import SymmetricExtremes, symmetric_extremes
 from immunize_ext.ops.tracker import SpectrumTracker
 
@@ -30,6 +31,7 @@ __all__ = [
     "RegularizationFactor",
     "SingularExtremes",
     "SpectrumTracker",
+    "StreamedGram",
     "SymmetricExtremes",
     "as_lora",
     "condition_number",

@@ -407,7 +407,7 @@ def extremal_singular_values(
         rank_rtol: sigma_i counts iff ``sigma_i > rank_rtol * sigma_max``. Default
             ``max(n, p) * eps`` of a's dtype (of float32 for half types).
         cluster_rtol: Singular values within ``cluster_rtol * sigma_max`` of an extreme are one
-            cluster. Default ``max(n, p) * eps``; widen it to smooth the gradient.
+            cluster. Default ``max(n, p, 16) * eps``; widen it to smooth the gradient.
 
     Returns:
         ``sigma_max`` and ``sigma_min`` (*,) in a's dtype; ``rank`` (*,) int64, how many singular
@@ -467,7 +467,7 @@ def gram_extremes(
         rank: As in :func:`extremal_singular_values`. K is p x p, so with ``"full"`` and n < p
             lambda_min is 0.
         rank_rtol: In units of the singular values of x, not of K. Default ``max(n, p) * eps``.
-        cluster_rtol: In the same units. Default ``max(n, p) * eps``.
+        cluster_rtol: In the same units. Default ``max(n, p, 16) * eps``.
 
     Returns:
         ``lambda_max``, ``lambda_min`` and ``squared_frobenius`` (*,) in x's dtype; ``rank``,

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from immunize_ext.ops import composite
-from immunize_ext.ops._arguments import require_floating_matrix, resolution
+from immunize_ext.ops._arguments import cluster_resolution, require_floating_matrix
 from immunize_ext.ops._dispatch import has_kernel
 from immunize_ext.ops._transforms import BatchedFunction
 
@@ -147,7 +147,7 @@ def cluster_tolerance(function: str, h: Tensor, cluster_rtol: float | None) -> f
     if h.shape[-1] != h.shape[-2]:
         raise ValueError(f"{function}: h must have shape (*, p, p), got {tuple(h.shape)}")
     if cluster_rtol is None:
-        return min(h.shape[-1] * resolution(h.dtype), 0.5)
+        return cluster_resolution(h.shape[-1], h.dtype)
     if not (math.isfinite(cluster_rtol) and 0.0 <= cluster_rtol < 1.0):
         raise ValueError(
             f"{function}: cluster_rtol must be in [0, 1), relative to the largest |lambda|, "
@@ -168,7 +168,7 @@ def symmetric_extremes(h: Tensor, *, cluster_rtol: float | None = None) -> Symme
             computed in float64. Both triangles are read; where they differ by rounding their mean
             counts.
         cluster_rtol: Eigenvalues within ``cluster_rtol * max |lambda|`` of an extreme are one
-            cluster. Default ``p * eps`` of h's dtype (of float32 for half types).
+            cluster. Default ``max(p, 16) * eps`` of h's dtype (of float32 for half types).
 
     Returns:
         ``lambda_max`` and ``lambda_min`` (*,) in h's dtype; ``multiplicity_max`` and

@@ -772,3 +772,16 @@ def test_bad_policy_is_refused(route, policy, message):
 def test_column_major_input_is_no_other_matrix():
     a = gaussian(3, 4)
     assert torch.equal(extremes(a)[0], extremes(column_major(a))[0])
+
+
+@pytest.mark.parametrize("side", [2, 3, 4, 6, 8, 16, 33, 64])
+def test_default_tolerance_catches_rotated_multiples(side):
+    """Their values spread over up to 7 eps at any side; a relative distance of 1e-13 is none."""
+    rng = np.random.default_rng(side)
+    for _ in range(20):
+        left, right = (np.linalg.qr(rng.standard_normal((side, side)))[0] for _ in range(2))
+        found = extremal_singular_values(torch.from_numpy(3.0 * left @ right.T))
+        assert (found.multiplicity_max, found.multiplicity_min) == (side, side)
+        apart = np.linspace(1.0, 1.0 + 1e-13 * side * (side - 1), side)
+        found = extremal_singular_values(torch.from_numpy((left * apart) @ right.T))
+        assert (found.multiplicity_max, found.multiplicity_min) == (1, 1)
