@@ -63,7 +63,7 @@ class PublishedRun:
         theta: The extractor, shape ``(p, p)``; the bias, if any, is left out, as the metric does.
         train_loss: Loss on the primary training part.
         iterations: Steps taken.
-        seconds: Wall-clock time of the steps.
+        seconds: CPU time of the steps, which other work on the machine does not change.
         first_well: R_well in the first step, with the given ``width``.
     """
 
@@ -141,7 +141,7 @@ def train(
         return nn.functional.softplus(-targets * scores).mean()
 
     done, first_well = 0, math.nan
-    started = time.perf_counter()
+    started = time.process_time()
     limit = total if iterations is None else min(iterations, total)
     while done < limit:
         orders = [torch.randperm(count, generator=generator) for _ in range(2)]
@@ -168,7 +168,7 @@ def train(
             if settings.schedule == "cosine":
                 scheduler.step()
             done += 1
-    seconds = time.perf_counter() - started
+    seconds = time.process_time() - started
     with torch.no_grad():
         final = loss_of(nn.functional.linear(x, weight, bias), y)
     return PublishedRun(

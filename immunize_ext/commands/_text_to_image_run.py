@@ -69,7 +69,7 @@ def immunizer(config: TextToImageConfig, seed: int) -> Any:
             near = difflib.get_close_matches(name, known, n=1)
             hint = f"did you mean {near[0]}" if near else f"known are {', '.join(known)}"
             raise ValueError(f"--set: {config.method} must know the setting, got {name!r}; {hint}")
-        settings[name] = _as(known[name].type, value, name)
+        settings[name] = _as(str(known[name].type), value, name)
     made = single(**settings, seed=seed)
     return MergeOnly(single=made) if kind is MergeOnly else made
 
@@ -258,6 +258,7 @@ def run_text_to_image(
     progress: Progress,
     *,
     jobs: int = 1,
+    captions: int | None = None,
 ) -> TextToImageRun:
     """Erase, immunize, attack and judge.
 
@@ -266,6 +267,7 @@ def run_text_to_image(
         work: Folder for what a run that is cut off can go on from.
         progress: Called with what is being done and the share done so far.
         jobs: Processes for the attacks.
+        captions: Use only so many captions for C_reg.
 
     Returns:
         The run.
@@ -280,6 +282,8 @@ def run_text_to_image(
 
     started = time.perf_counter()
     task = load_task(config)
+    if captions is not None:
+        task = _with_captions(task, captions)
     found = describe_projections(find_text_projections(task.model.unet))
     progress(found, 0.0)
     if config.erase:
@@ -327,6 +331,16 @@ def run_text_to_image(
     )
 
 
+def _with_captions(task: Task, count: int) -> Task:
+    if not 1 <= count <= len(task.fitted.captions):
+        raise ValueError(
+            f"--captions: must be 1 to {len(task.fitted.captions)}, as many as there are, got "
+            f"{count}"
+        )
+    fewer = dataclasses.replace(task.fitted, captions=task.fitted.captions[:count])
+    return dataclasses.replace(task, fitted=fewer)
+
+
 def _immunized(
     config: TextToImageConfig, task: Task, folder: Path, seed: int, progress: Progress
 ) -> ImmunizedPipeline:
@@ -346,6 +360,7 @@ def _immunized(
 def results_of(run: TextToImageRun) -> dict[str, Any]:
     """What ``results.json`` holds."""
     from immunize_ext.report import environment
+    from immunize_ext.report.attack_runs import SIDES
 
     evaluation = run.evaluation
     mima: dict[str, Any] = {
@@ -377,7 +392,7 @@ def results_of(run: TextToImageRun) -> dict[str, Any]:
                     "steps": list(evaluation.comparison(attack, evaluation.targets[0]).steps),
                     **{
                         side: [s.to_dict() for s in evaluation.target_scores(side, attack)]
-                        for side in ("unprotected", "immunized")  # type: ignore[arg-type]
+                        for side in SIDES
                     },
                 }
                 for attack in evaluation.attacks
@@ -436,6 +451,7 @@ def forget_work(folder: Path) -> None:
 def summary(results: Mapping[str, Any], evaluation: TextToImageEvaluation | None) -> str:
     """What a newcomer needs to see, in plain text."""
     from immunize_ext.commands._tables import text_table
+    from immunize_ext.report.attack_runs import SIDES
     from immunize_ext.report.text_to_image_page import delay_words, headline, label
 
     mima = results["mima"]
@@ -451,7 +467,7 @@ def summary(results: Mapping[str, Any], evaluation: TextToImageEvaluation | None
     for attack in evaluation.attacks:
         before, after = (
             " ".join(f"{s.mean:.2f}" for s in evaluation.target_scores(side, attack))
-            for side in ("unprotected", "immunized")  # type: ignore[arg-type]
+            for side in SIDES
         )
         rows.append([label(attack), before, after, str(evaluation.delay(attack))])
     lines += [text_table(rows), ""]

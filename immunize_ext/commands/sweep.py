@@ -4,13 +4,13 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from immunize_ext.commands import _sweep_kappa
+from immunize_ext.commands import _sweep_kappa, _sweep_mima
 
 if TYPE_CHECKING:
     from immunize_ext.commands._common import Commands
 
 # Modules with ``add_parser(kinds)``, as those of ``COMMANDS``.
-KINDS = (_sweep_kappa,)
+KINDS = (_sweep_kappa, _sweep_mima)
 
 
 def add_parser(commands: Commands) -> None:

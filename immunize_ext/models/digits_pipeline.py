@@ -128,7 +128,7 @@ def caption_words() -> list[str]:
 def _byte_pairs(words: Sequence[str]) -> list[tuple[str, str]]:
     """Byte-pair merges that make every word one token, the most frequent pair first."""
     split = [[*word[:-1], f"{word[-1]}</w>"] for word in words]
-    merges = []
+    merges: list[tuple[str, str]] = []
     while True:
         counts = Counter(pair for pieces in split for pair in pairwise(pieces))
         if not counts:
@@ -288,7 +288,7 @@ def _train(
 ) -> None:
     model = TextToImage(pipeline)
     trained = nn.ModuleList([pipeline.unet, pipeline.text_encoder]).train()
-    parameters = list(trained.parameters())
+    parameters: list[Tensor] = list(trained.parameters())
     optimizer = torch.optim.AdamW(parameters, lr=2e-3)
     # OneCycle divides by its warm-up length, which must not be zero.
     schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, 2e-3, total_steps=max(steps, 4))

@@ -149,6 +149,17 @@ class Evaluation:
                     "which is an artefact and not protection."
                 )
                 break
+        for role, comparisons in self.comparisons.items():
+            for name, comparison in comparisons.items():
+                edges = edge_rates(name)
+                for curve in (comparison.base, comparison.immunized):
+                    if curve.learning_rate in edges:
+                        found.append(
+                            f"{ATTACKERS[name].label} on the {role} task does best at "
+                            f"{curve.learning_rate:g}, the end of the learning rates tried: it may "
+                            "be faster still beyond."
+                        )
+                        break
         if self.ceiling_growth > 10.0:
             found.append(
                 f"The ceiling of RIR grows {self.ceiling_growth:.3g} times when the ridge falls "
@@ -238,6 +249,22 @@ ATTACKER_NAMES = {
 }
 
 
+def edge_rates(attacker: str) -> tuple[float, ...]:
+    """Ends of an attacker's grid of learning rates behind which a better one might lie.
+
+    The largest rates of the two with momentum are where gradient descent stops being stable, so
+    nothing lies beyond them.
+
+    Example:
+        >>> edge_rates("adam"), edge_rates("momentum"), edge_rates("lbfgs")
+        ((0.0001, 3.0), (0.03,), ())
+    """
+    rates = ATTACKERS[attacker].learning_rates
+    if not rates:
+        return ()
+    return rates[:1] if attacker in ("momentum", "sgd_momentum") else (rates[0], rates[-1])
+
+
 def _one_class(task: Task) -> bool:
     return bool((task.y_train == task.y_train[0]).all())
 
@@ -256,6 +283,8 @@ def _attack_facts(comparison: AttackComparison) -> dict[str, Any]:
         "lowest_test_loss_with": float(comparison.immunized.test_loss.min()),
     }
     for key, curve in (("without", comparison.base), ("with", comparison.immunized)):
+        if curve.learning_rate is not None:
+            facts[f"learning_rate_{key}"] = curve.learning_rate
         if curve.test_accuracy is not None:
             facts[f"final_test_accuracy_{key}"] = float(curve.test_accuracy[-1])
     return facts

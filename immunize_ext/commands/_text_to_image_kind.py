@@ -1,0 +1,117 @@
+"""What ``immunize attack`` and ``immunize report`` do with text-to-image runs."""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from immunize_ext.commands._common import progress_bar
+from immunize_ext.commands._kinds import read_results
+from immunize_ext.commands._sweep import write_whole
+from immunize_ext.commands._tables import text_table
+from immunize_ext.commands._text_to_image_config import TextToImageConfig, checked
+from immunize_ext.report import check_target, environment
+from immunize_ext.report.attack_runs import SIDES
+
+ATTACKS = "attacks"
+
+
+def attack(run_folder: str, results: dict[str, Any], arguments: argparse.Namespace) -> int:
+    """Attack the first seed's model of a run again; the results are a file of their own."""
+    from immunize_ext.attacks.text_to_image import ATTACKS as KNOWN
+    from immunize_ext.commands import _text_to_image_run as runs
+    from immunize_ext.immunizers.text_to_image import ImmunizedPipeline
+    from immunize_ext.report.text_to_image_evaluation import evaluate_text_to_image
+    from immunize_ext.report.text_to_image_page import delay_words, label
+
+    folder = Path(run_folder)
+    if results["kind"] != "mima":
+        raise ValueError(f"attack: {run_folder} must be a single run, got a sweep")
+    config = dataclasses.replace(
+        TextToImageConfig(), **checked(results["config"], str(folder / "results.json"))
+    )
+    names = tuple(arguments.attackers)
+    if names == ("all",):
+        names = tuple(KNOWN)
+    steps = sorted({0, *arguments.budgets}) if arguments.budgets else []
+    if any(step < 0 for step in steps):
+        raise ValueError(f"--budgets: must be at least 1 step, got {min(steps)}")
+    config = dataclasses.replace(
+        config,
+        attacks=names,
+        seeds=config.seeds[:1],
+        evaluate_at=tuple(steps) or config.evaluate_at,
+        attack_steps=max(steps, default=config.attack_steps),
+    )
+    runs.check_config(config)
+    with progress_bar(arguments.quiet) as progress:
+        task = runs.load_task(config)
+        if not task.measures:
+            raise ValueError(
+                "attack: nothing can judge this model; the run was made without --clip and --dino"
+            )
+        if config.erase:
+            runs.erase_concepts(task)
+        immunized = ImmunizedPipeline.load(folder / "pipeline")
+        evaluation = evaluate_text_to_image(
+            task.model,
+            immunized.model,
+            task.judged,
+            attacks=[KNOWN[name] for name in names],
+            measures=task.measures,
+            control=task.control,
+            steps=config.attack_steps,
+            evaluate_at=config.steps_to_judge(),
+            seeds=config.seeds,
+            threshold=config.threshold,
+            sampling=task.sampling,
+            kept_images=0,
+            progress=progress,
+        )
+    (folder / ATTACKS).mkdir(exist_ok=True)
+    file = folder / ATTACKS / f"{'+'.join(names)}-{config.attack_steps}.json"
+    if len(names) == len(KNOWN):
+        file = folder / ATTACKS / f"all-{config.attack_steps}.json"
+    write_whole(
+        file,
+        {
+            "kind": "mima-attack",
+            "config": config.to_dict(),
+            "evaluation": evaluation.to_dict(),
+            "environment": environment(),
+        },
+    )
+    rows = [["attack", "without", "immunized", "delay"]]
+    for name in names:
+        before, after = (
+            " ".join(f"{s.mean:.2f}" for s in evaluation.target_scores(side, name))
+            for side in SIDES
+        )
+        rows.append([label(name), before, after, str(evaluation.delay(name))])
+    print(text_table(rows))
+    strongest = evaluation.strongest()
+    print(f"\nstrongest: {label(strongest)}. {delay_words(evaluation.delay(strongest))}")
+    print(f"\nresults: {file}")
+    return 0
+
+
+def compare(folders: Sequence[str], arguments: argparse.Namespace) -> int:
+    """Write one report of several runs or sweeps."""
+    from immunize_ext.report.text_to_image_compare import rows_of, write_comparison
+
+    check_target(arguments.out, force=arguments.force)
+    rows = [row for folder in folders for row in rows_of(Path(folder), read_results(folder))]
+    written = write_comparison(rows, arguments.out, force=arguments.force)
+    table = [["run", "method", "concepts", "MSGR", "kept", "control"]]
+    for row in rows:
+        cells = [row.msgr, row.retained_change, row.control]
+        table.append(
+            [row.name, row.method, str(row.concepts)]
+            + ["-" if value is None else f"{value:.2f}" for value in cells]
+        )
+    print(text_table(table))
+    print(f"\nreport: {written / 'report.html'}")
+    return 0
