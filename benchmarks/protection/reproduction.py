@@ -40,9 +40,8 @@ def number(value: Any) -> str:
 
 
 def _range(entry: Mapping[str, float]) -> str:
-    if entry["min"] == entry["max"]:
-        return f"{number(entry['mean'])}"
-    return f"{number(entry['mean'])} ({number(entry['min'])} to {number(entry['max'])})"
+    mean, least, largest = (number(entry[key]) for key in ("mean", "min", "max"))
+    return mean if least == largest else f"{mean} ({least} to {largest})"
 
 
 def _row(*cells: str) -> str:
@@ -244,6 +243,7 @@ def effects(files: Mapping[str, Any]) -> list[str]:
 
     base = rir("paper: 100 epochs, K^-1 on the input side")
     twice, floor = other["same_model_twice"], other["floor"]
+    same = {"min": twice["least"], "max": twice["largest"]}
     unused, norm, trained = other["unused_code"], other["batch_norm"], other["parameters"]
     rank = floor["100 samples, 768 features"]
     role = floor["House Prices, harmful"]
@@ -256,7 +256,7 @@ def effects(files: Mapping[str, Any]) -> list[str]:
         ),
         (
             "RIR of deep nets compares a model with itself",
-            f"RIR is {number(twice['least'])} to {number(twice['largest'])} in every group, "
+            f"RIR is {_range({'mean': twice['least'], **same})} in every group, "
             "whatever was trained",
         ),
         (

@@ -22,7 +22,7 @@ from immunize_ext.commands._tables import in_words, text_table
 from immunize_ext.immunizers import Immunized
 from immunize_ext.metrics import Slowdown
 from immunize_ext.report import environment
-from immunize_ext.report._compress import compressed
+from immunize_ext.report._compress import NEED_SAMPLES, compressed
 from immunize_ext.report.kappa_compare import attacker_label, measured_attackers, write_comparison
 from immunize_ext.report.kappa_compare import compare as compare_points
 from immunize_ext.report.kappa_points import HEADLINE_BUDGET, Point, point_of
@@ -92,7 +92,7 @@ def _run_attacks(
     jobs = [(name, role, task) for name in names for role, task in tasks]
     for index, (name, role, task) in enumerate(jobs):
         progress(f"{ATTACKERS[name].label.lower()}, {role} task", index / len(jobs))
-        whole = name == "sgd_momentum" or config.loss != "squared"
+        whole = name in NEED_SAMPLES or config.loss != "squared"
         target = task if whole else compressed(task)
         done = compare_attack(
             target,

@@ -17,7 +17,7 @@ from immunize_ext.data import Task
 from immunize_ext.immunizers import Immunized
 from immunize_ext.metrics import log_rir_ceiling, relative_immunization_ratio
 from immunize_ext.report import Evaluation, environment, evaluate, write_run
-from immunize_ext.report._compress import compressed, gram_rows
+from immunize_ext.report._compress import NEED_SAMPLES, compressed, gram_rows
 from immunize_ext.report.evaluation import ROLES
 from immunize_ext.report.kappa_details import kappa_details
 from immunize_ext.report.kappa_sections import kappa_sections
@@ -247,7 +247,7 @@ def _slowdowns(
         for name in chosen_attackers(config):
             if not ATTACKERS[name].knows(config.loss):
                 continue
-            whole = name == "sgd_momentum" or config.loss != "squared"
+            whole = name in NEED_SAMPLES or config.loss != "squared"
             found = compare_attack(
                 task if whole else compressed(task),
                 immunized.theta,

@@ -1,9 +1,18 @@
-"""Fewer rows for the same linear algebra: features replaced by their triangular factor.
+"""Fewer rows for the same linear algebra: features replaced by their singular values and vectors.
 
-With X = Q R, the Gram matrices are equal, X^T X = R^T R, and so are the losses of a linear head up
-to a constant: |X w - y|^2 = |R w - Q^T y|^2 + |y - Q Q^T y|^2. A full-batch attacker on the squared
-loss therefore takes the same steps on p rows as on n, and is judged on the same test part. Only
-who draws samples (SGD, folds, few-sample errors) needs the rows themselves.
+With X = U S V^T over the numerical rank, the Gram matrices of X and of the rows S V^T are equal,
+and for every linear head
+
+    |X w - y|^2 = |S V^T w - U^T y|^2 + |y - U U^T y|^2,
+
+where the last term is the squared residual of one more row, of zeros. A full-batch attacker on the
+squared loss therefore takes the same steps on rank + 1 rows as on n, with the same training losses,
+and is judged on the same test part. Only who draws samples (SGD, folds, few-sample errors) or
+counts them (cross-validation) needs the rows themselves.
+
+A triangular factor would do for regular X. On rank-deficient X its rounding errors lie at the rank
+tolerance, and an attacker who whitens would take them for features; as many rows as the rank cannot
+have more singular values than that.
 """
 
 from __future__ import annotations
@@ -15,24 +24,36 @@ from torch import Tensor
 
 from immunize_ext.data.task import Task
 
+# Attackers who draw samples or count them.
+NEED_SAMPLES = ("sgd_momentum", "closed_form_ridge")
+
+
+def _factors(x: Tensor) -> tuple[Tensor, Tensor]:
+    """U and S V^T over the numerical rank, float64."""
+    x = x.detach().to(torch.float64)
+    q, r = torch.linalg.qr(x)
+    left, sigma, right = torch.linalg.svd(r)
+    counted = sigma > max(x.shape) * torch.finfo(torch.float64).eps * sigma[0]
+    return q @ left[:, counted], sigma[counted, None] * right[counted]
+
 
 def gram_rows(x: Tensor) -> Tensor:
-    """Rows with the Gram matrix of ``x``: its triangular factor where that is much shorter.
+    """Rows with the Gram matrix of ``x``: as many as its rank, where those are far fewer.
 
     Args:
         x: Inputs, shape ``(n, p)``.
 
     Returns:
-        ``x`` itself, or p rows in float64.
+        ``x`` itself, or at most p rows in float64.
 
     Example:
         >>> x = torch.ones(8, 2, dtype=torch.float64)
         >>> gram_rows(x).shape, torch.allclose(gram_rows(x).mT @ gram_rows(x), x.mT @ x)
-        (torch.Size([2, 2]), True)
+        (torch.Size([1, 2]), True)
     """
     if x.shape[0] <= 2 * x.shape[1]:
         return x
-    return torch.linalg.qr(x.detach().to(torch.float64), mode="r").R
+    return _factors(x)[1]
 
 
 class CompressedTask(Task):
@@ -45,9 +66,7 @@ class CompressedTask(Task):
 
 
 def compressed(task: Task) -> Task:
-    """A task whose training part has p rows and the same K (up to its scale).
-
-    Mean training losses differ from the original's by a constant; the test part is the same.
+    """A task with rank + 1 training rows, the same K up to its scale, and the same losses.
 
     Args:
         task: Any task.
@@ -59,14 +78,18 @@ def compressed(task: Task) -> Task:
         >>> x = torch.randn(8, 2, dtype=torch.float64)
         >>> short = compressed(Task("toy", x, x[:, 0], x, x[:, 0]))
         >>> tuple(short.x_train.shape), tuple(short.x_test.shape)
-        ((2, 2), (8, 2))
+        ((3, 2), (8, 2))
     """
     n, p = task.x_train.shape
     if n <= 2 * p:
         return task
-    q, r = torch.linalg.qr(task.x_train.to(torch.float64))
-    # The mean over p rows is then the mean over n.
-    scale = math.sqrt(p / n)
-    y = q.mT @ task.y_train.to(torch.float64)
+    left, right = _factors(task.x_train)
+    y = task.y_train.to(torch.float64)
+    explained = left.mT @ y
+    rest = (y - left @ explained).norm()
+    rows = torch.cat([right, torch.zeros_like(right[:1])])
+    targets = torch.cat([explained, rest[None]])
+    # The mean over these rows is then the mean over all samples.
+    scale = math.sqrt(len(rows) / n)
     test = task.x_test.to(torch.float64), task.y_test.to(torch.float64)
-    return CompressedTask(task.name, scale * r, scale * y, *test)
+    return CompressedTask(task.name, scale * rows, scale * targets, *test)

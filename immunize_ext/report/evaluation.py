@@ -30,7 +30,7 @@ from immunize_ext.immunizers.immunized import Immunized
 from immunize_ext.metrics.hessian import with_ridge
 from immunize_ext.metrics.pencil import log_rir_ceiling
 from immunize_ext.metrics.rir import RelativeImmunizationRatio, relative_immunization_ratio
-from immunize_ext.report._compress import compressed, gram_rows
+from immunize_ext.report._compress import NEED_SAMPLES, compressed, gram_rows
 
 Progress = Callable[[str, float], None]
 
@@ -369,7 +369,7 @@ def evaluate(
     comparisons: dict[str, dict[str, AttackComparison]] = {role: {} for role in ROLES}
     for index, (attacker, role) in enumerate((a, r) for a in chosen for r in ROLES):
         comparisons[role][attacker] = compare_attack(
-            tasks[role] if attacker == "sgd_momentum" else short[role],
+            tasks[role] if attacker in NEED_SAMPLES else short[role],
             immunized.theta,
             immunized.theta0,
             attacker=attacker,

@@ -76,8 +76,7 @@ def kappa_details(evaluation: Evaluation, *, seed: int = 0) -> dict[str, Any]:
                 ).ratio
                 for name in ("gradient_descent", "conjugate_gradients")
             }
-            # The threshold is relative to the least training loss, which compression shifts.
-            for role, task in tasks.items()
+            for role, task in short.items()
         },
         "worst_case": {role: _worst(evaluation, role) for role in ROLES},
         "rfd": {role: _degradation(evaluation, role) for role in ROLES},

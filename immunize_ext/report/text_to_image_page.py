@@ -58,8 +58,9 @@ def delay_words(delay: Delay) -> str:
         )
     if found.censored:
         return (
-            f"Not re-taught within {delay.budget} steps, {delay.unprotected} without immunization: "
-            f"a delay of more than {found.ratio:g} times as far as was looked, not a lock."
+            f"Not re-taught within {delay.budget} steps, where {delay.unprotected} do without "
+            f"immunization: a delay of more than {found.ratio:g} times, not a lock, as far as was "
+            "looked."
         )
     if found.ratio <= 1.0:
         return (

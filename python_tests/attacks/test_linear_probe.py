@@ -116,3 +116,18 @@ def test_refusals() -> None:
     for arguments in ({"tolerance": -0.1}, {"limit": 0.5}):
         with pytest.raises(ValueError, match="tolerance must be at least 0 and limit at least 1"):
             compare_attack(task(), torch.eye(4), **arguments)
+
+
+@pytest.mark.parametrize("attacker", ["whitened", "closed_form_ridge"])
+def test_a_task_that_is_solved_exactly_is_no_protection(attacker: str) -> None:
+    # One class beside a constant feature: the head that reads it makes no error at all.
+    generator = torch.Generator().manual_seed(0)
+    x = torch.randn(60, 5, dtype=torch.float64, generator=generator)
+    x[:, 0] = -0.42421297
+    y = torch.ones(60, dtype=torch.float64)
+    x[:, 4] = 0.0
+    x[40:, 4] = 1e-3  # a direction that training has not: who meets it depends on theta
+    square = torch.randn(5, 5, dtype=torch.float64, generator=generator)
+    theta = torch.diag(torch.logspace(0, 6, 5, dtype=torch.float64)) @ torch.linalg.qr(square).Q
+    task = Task("constant", x[:40], y[:40], x[40:], y[40:])
+    assert str(compare_attack(task, theta, attacker=attacker).slowdown) == "1.0x"
