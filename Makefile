@@ -83,7 +83,7 @@ gpu:  ## build against the torch at hand, test and measure on the GPU (GPU_PYTHO
 sanitizer:  ## a reduced GPU suite under compute-sanitizer, $(SANITIZER_TOOLS)
 	$(GPU_PYTHON) .ci/gpu.py sanitizer $(SANITIZER_TOOLS)
 
-demo: $(STAMPS)/build $(STAMPS)/demo  ## immunize a small model on real digits and print the report
+demo: $(STAMPS)/build $(STAMPS)/demo  ## immunize, attack and report on real digits: both jobs
 	$(BIN)/immunize demo --force $(DEMO_ARGS)
 
 bench: $(STAMPS)/build $(STAMPS)/test  ## every benchmark; the results go to benchmarks/results
@@ -144,7 +144,7 @@ $(STAMPS)/build: $(STAMPS)/package $(NATIVE)
 # The extras of the package that is installed above. torch is named again so that no dependency
 # brings another one.
 $(STAMPS)/demo: $(STAMPS)/package
-	$(PIP) install --quiet "immunize_ext[data,report]" $(TORCH)
+	$(PIP) install --quiet "immunize_ext[data,diffusion,report]" $(TORCH)
 	touch $@
 
 $(STAMPS)/test: $(STAMPS)/package

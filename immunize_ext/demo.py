@@ -80,15 +80,18 @@ class DemoResult:
     seeds: dict[str, int]
     notes: list[str]
 
-    def write(self, target: str | Path, *, force: bool = False) -> Path:
-        """Write the run directory; see :func:`immunize_ext.report.write_run`."""
-        extra = {
+    def extra(self) -> dict[str, Any]:
+        """What ``results.json`` holds beside the evaluation."""
+        return {
             "seconds": self.seconds,
             "seeds": self.seeds,
             "alternatives": self.alternatives,
             "notes": self.notes,
         }
-        return write_run(self.evaluation, target, force=force, extra=extra)
+
+    def write(self, target: str | Path, *, force: bool = False) -> Path:
+        """Write the run directory; see :func:`immunize_ext.report.write_run`."""
+        return write_run(self.evaluation, target, force=force, extra=self.extra())
 
 
 def run_demo(config: DemoConfig, progress: Progress | None = None) -> DemoResult:

@@ -55,7 +55,7 @@ def refused(
 @pytest.mark.usefixtures("small")
 def test_demo_end_to_end(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     target = tmp_path / "runs" / "demo"
-    assert main(["demo", "--out", str(target), "--seed", "1"]) == 0
+    assert main(["demo", "--skip-mima", "--out", str(target), "--seed", "1"]) == 0
     captured = capsys.readouterr()
     assert "harmful task  digits 5 or 9 against 0, 1 or 8" in captured.out
     table = [line.split("  ") for line in captured.out.splitlines() if "Whitens" in line]
@@ -75,7 +75,10 @@ def test_demo_end_to_end(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> 
 
     # The same again: refused, then replaced, with the same numbers.
     assert main(["demo", "--out", str(target), "--quiet"]) == 2
-    assert main(["demo", "--out", str(target), "--quiet", "--force", "--seed", "1"]) == 0
+    assert (
+        main(["demo", "--skip-mima", "--out", str(target), "--quiet", "--force", "--seed", "1"])
+        == 0
+    )
     assert capsys.readouterr().err.count("\n") == 1
     again = json.loads((target / "results.json").read_text())
     for key in ("slowdown", "rir", "config", "alternatives"):
@@ -180,7 +183,7 @@ def test_interruption(
 
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr("immunize_ext.demo.run_demo", interrupt)
-    assert main(["demo", "--quiet"]) == 130
+    assert main(["demo", "--skip-mima", "--quiet"]) == 130
     assert capsys.readouterr().err == "immunize: interrupted; nothing was written\n"
     assert list(tmp_path.iterdir()) == []
 
@@ -192,12 +195,12 @@ def test_defects_keep_their_traceback(tmp_path: Path, monkeypatch: pytest.Monkey
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr("immunize_ext.demo.run_demo", defect)
     with pytest.raises(RuntimeError, match="a defect"):
-        main(["demo", "--quiet"])
+        main(["demo", "--skip-mima", "--quiet"])
 
 
 @pytest.mark.skipif(sys.platform == "win32", reason="no SIGINT to send")
 def test_real_interruption(tmp_path: Path) -> None:
-    command = [sys.executable, "-m", "immunize_ext", "demo"]
+    command = [sys.executable, "-m", "immunize_ext", "demo", "--skip-mima"]
     with subprocess.Popen(
         command, cwd=tmp_path, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
     ) as process:

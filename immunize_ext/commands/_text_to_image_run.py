@@ -83,7 +83,10 @@ def _as(kind: str, value: Any, name: str) -> Any:
         return int(value)
     if kind == "float" and plain:
         return float(value)
-    if (kind == "bool") == isinstance(value, bool) and not plain:
+    if kind == "bool" and isinstance(value, bool):
+        return value
+    named = any(word in kind for word in ("str", "Literal", "Scope"))
+    if named and isinstance(value, str):
         return value
     raise ValueError(f"--set: {name} must be of type {kind}, got {value!r}")
 

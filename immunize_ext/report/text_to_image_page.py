@@ -299,7 +299,21 @@ def page(
     *,
     methods: Sequence[Mapping[str, Any]] = (),
 ) -> str:
-    """The whole page of one run.
+    """The whole page of one run; arguments as :func:`page_body`.
+
+    Returns:
+        A complete HTML document that refers to nothing outside itself.
+    """
+    return document(headline(evaluation), page_body(evaluation, results, methods=methods))
+
+
+def page_body(
+    evaluation: TextToImageEvaluation,
+    results: Mapping[str, Any],
+    *,
+    methods: Sequence[Mapping[str, Any]] = (),
+) -> str:
+    """What stands in the page of one run.
 
     Args:
         evaluation: What was measured.
@@ -307,15 +321,13 @@ def page(
         methods: As for :func:`sections`.
 
     Returns:
-        A complete HTML document that refers to nothing outside itself.
+        HTML that stands in a document.
     """
     settings = {
         **results["config"],
         **{f"immunizer {k}": v for k, v in results["immunizer"].items()},
     }
-    return document(
-        headline(evaluation),
-        f"""<header>
+    return f"""<header>
 <p class="kicker">Immunization report</p>
 <h1>{escape(headline(evaluation))}</h1>
 <div class="cards">{cards(evaluation)}</div>
@@ -325,6 +337,5 @@ def page(
 <section><h2>For specialists</h2>
 <details><summary>Settings</summary>{facts(settings)}</details>
 <details><summary>Run and environment</summary>{
-            facts({**results["seconds"], **results["environment"]})
-        }</details></section>""",
-    )
+        facts({**results["seconds"], **results["environment"]})
+    }</details></section>"""
