@@ -1,7 +1,7 @@
 """Writes the tables of docs/mima.md from committed results, or checks them.
 
-    python -m benchmarks.protection.mima_page --write docs/mima.md
-    python -m benchmarks.protection.mima_page --check docs/mima.md
+python -m benchmarks.protection.mima_page --write docs/mima.md
+python -m benchmarks.protection.mima_page --check docs/mima.md
 """
 
 from __future__ import annotations

@@ -51,6 +51,11 @@ def delay_words(delay: Delay) -> str:
         A delay of 4 times, not a lock: step 80 instead of step 20.
     """
     found = delay.slowdown
+    if found is None and delay.immunized is not None:
+        return (
+            f"Not held up at all: step {delay.immunized}, and not within {delay.budget} steps "
+            "without immunization."
+        )
     if found is None:
         return (
             f"The unprotected model is not re-taught within {delay.budget} steps either, so this "

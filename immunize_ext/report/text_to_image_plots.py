@@ -81,21 +81,24 @@ def _concept_panel(
 
 
 def _bars(axes: Axes, evaluation: TextToImageEvaluation, labels: dict[str, str]) -> None:
-    title(axes, "MSGR at the step where the unprotected model is re-taught")
+    title(axes, "MSGR when the unprotected model is re-taught")
     attacks = list(evaluation.attacks)
     spreads = [evaluation.msgr_at_threshold(attack) for attack in attacks]
     places = [float(place) for place in range(len(attacks))]
     values = [0.0 if spread is None else spread.mean for spread in spreads]
-    axes.barh(places, values, color=COLOURS["--harmful"], height=0.6)
+    axes.barh(places, values, color=COLOURS["--harmful"], height=0.5)
     for place, spread in zip(places, spreads, strict=True):
         if spread is None:
-            axes.text(0.02, place, "never re-taught", va="center", color=COLOURS["--muted"])
+            axes.text(0.01, place, "never re-taught", va="center", color=COLOURS["--muted"])
         else:
             axes.plot(
                 [spread.minimum, spread.maximum], [place, place], color=COLOURS["--ink"], lw=1.2
             )
-    axes.set_yticks(places, [labels.get(attack, attack) for attack in attacks], fontsize=9.5)
-    axes.invert_yaxis()
+    # Above the bars: beside them there is no room for long names.
+    for place, attack in zip(places, attacks, strict=True):
+        axes.text(0.0, place - 0.36, labels.get(attack, attack), fontsize=9.5, va="bottom")
+    axes.set_yticks([])
+    axes.set_ylim(len(attacks) - 0.5, -0.75)
     axes.set_xlim(min(0.0, *values) - 0.02, 1.02)
     axes.set_xlabel("1: nothing learnt, 0: no protection")
     axes.grid(visible=False, axis="y")
