@@ -42,7 +42,7 @@ def write(kappa: DemoResult, mima: TextToImageRun, target: str, *, force: bool) 
     assert mima.evaluation is not None  # digits have a judge
     kappa_results: dict[str, Any] = {**kappa.evaluation.results(), **kappa.extra()}
     mima_results = results_of(mima)
-    first = page_body(mima.evaluation, mima_results)
+    first = page_body(mima.evaluation, mima_results, methods=mima_results["mima"]["methods"])
     second = render_body(kappa.evaluation, kappa_results, draw_svg(kappa.evaluation))
     body = f"""<nav><p>Two jobs, two measurements: <a href="#text-to-image">a text-to-image model
 that is hard to teach erased concepts again</a>, and <a href="#features">features from which one

@@ -22,6 +22,9 @@ if TYPE_CHECKING:
     from immunize_ext.models import TextToImage
     from immunize_ext.report.text_to_image_evaluation import TextToImageEvaluation
 
+# Whatever is claimed for a method has to be more than this.
+BASELINE = "loss_ascent"
+
 DIGIT_TARGETS, DIGIT_CONTROL = ("three", "five", "eight"), "six"
 
 
@@ -245,6 +248,8 @@ class TextToImageRun:
         merge_share: Share of the immunizer's time spent merging, one a seed.
         seconds: Wall-clock time by stage.
         projections: The edited layers in words.
+        baseline: Plain loss ascent under the primary attack, with the same settings of the loop;
+            ``None`` if nothing could judge or the method is that itself.
     """
 
     config: TextToImageConfig
@@ -253,6 +258,7 @@ class TextToImageRun:
     merge_share: list[float]
     seconds: dict[str, float]
     projections: str
+    baseline: TextToImageEvaluation | None = None
 
 
 def run_text_to_image(
@@ -278,9 +284,7 @@ def run_text_to_image(
     Raises:
         ValueError: If a setting is out of range, or ``work`` is of a run with other settings.
     """
-    from immunize_ext.attacks.text_to_image import ATTACKS
     from immunize_ext.models import describe_projections, find_text_projections
-    from immunize_ext.report.text_to_image_evaluation import evaluate_text_to_image
     from immunize_ext.report.text_to_image_pool import pool
 
     started = time.perf_counter()
@@ -292,7 +296,7 @@ def run_text_to_image(
     if config.erase:
         erase_concepts(task)
     seconds = {"load": time.perf_counter() - started, "immunize": 0.0, "attack": 0.0}
-    evaluations, shares, first = [], [], None
+    evaluations, baseline, shares, first = [], [], [], None
     count = len(config.seeds)
     for index, seed in enumerate(config.seeds):
 
@@ -307,31 +311,71 @@ def run_text_to_image(
         if not task.measures:
             continue
         now = time.perf_counter()
-        evaluations.append(
-            evaluate_text_to_image(
-                task.model,
-                immunized.model,
-                task.judged,
-                attacks=[ATTACKS[name] for name in config.attacks],
-                measures=task.measures,
-                control=task.control,
-                new_word_concept=task.new_word,
-                steps=config.attack_steps,
-                evaluate_at=config.steps_to_judge(),
-                seeds=(seed,),
-                threshold=config.threshold,
-                sampling=task.sampling,
-                out=work / "attacks",
-                processes=jobs,
-                progress=part(0.3, 1.0),
-            )
-        )
+        evaluations.append(_attacked(config, task, immunized, seed, work, jobs, part(0.3, 0.9)))
         seconds["attack"] += time.perf_counter() - now
+        if config.method != BASELINE:
+            now = time.perf_counter()
+            simple = dataclasses.replace(
+                config,
+                method=BASELINE,
+                settings=_shared_settings(config),
+                attacks=config.attacks[:1],
+            )
+            folder = work / f"{BASELINE}-{seed}"
+            made = _immunized(simple, task, folder, seed, part(0.9, 0.95))
+            baseline.append(_attacked(simple, task, made, seed, work, jobs, part(0.95, 1.0)))
+            seconds["baseline"] = seconds.get("baseline", 0.0) + time.perf_counter() - now
     assert first is not None
     seconds["total"] = time.perf_counter() - started
     return TextToImageRun(
-        config, first, pool(evaluations) if evaluations else None, shares, seconds, found
+        config,
+        first,
+        pool(evaluations) if evaluations else None,
+        shares,
+        seconds,
+        found,
+        pool(baseline) if baseline else None,
     )
+
+
+def _attacked(
+    config: TextToImageConfig,
+    task: Task,
+    immunized: ImmunizedPipeline,
+    seed: int,
+    work: Path,
+    jobs: int,
+    progress: Progress,
+) -> TextToImageEvaluation:
+    """Attack one immunized model and its twin."""
+    from immunize_ext.attacks.text_to_image import ATTACKS
+    from immunize_ext.report.text_to_image_evaluation import evaluate_text_to_image
+
+    return evaluate_text_to_image(
+        task.model,
+        immunized.model,
+        task.judged,
+        attacks=[ATTACKS[name] for name in config.attacks],
+        measures=task.measures,
+        control=task.control,
+        new_word_concept=task.new_word,
+        steps=config.attack_steps,
+        evaluate_at=config.steps_to_judge(),
+        seeds=(seed,),
+        threshold=config.threshold,
+        sampling=task.sampling,
+        out=work / "attacks",
+        processes=jobs,
+        progress=progress,
+    )
+
+
+def _shared_settings(config: TextToImageConfig) -> dict[str, Any]:
+    """Settings of the outer loop, which the baseline has too: equal steps, batches, retain term."""
+    from immunize_ext.immunizers.text_to_image import LossAscent
+
+    known = {f.name for f in dataclasses.fields(LossAscent)}
+    return {name: value for name, value in config.settings.items() if name in known}
 
 
 def _with_captions(task: Task, count: int) -> Task:
@@ -401,6 +445,11 @@ def results_of(run: TextToImageRun) -> dict[str, Any]:
                 for attack in evaluation.attacks
             },
         }
+    mima["methods"] = [
+        method_row(name, found)
+        for name, found in ((run.config.method, evaluation), (BASELINE, run.baseline))
+        if found is not None
+    ]
     return {
         "kind": "mima",
         "method": run.config.method,
@@ -413,6 +462,23 @@ def results_of(run: TextToImageRun) -> dict[str, Any]:
         "seconds": run.seconds,
         "environment": environment(),
     }
+
+
+def method_row(method: str, evaluation: TextToImageEvaluation) -> dict[str, Any]:
+    """One row of the comparison of methods: one value a seed, under the primary attack."""
+    step, at_threshold = evaluation.threshold_step(), evaluation.msgr_at_threshold()
+    control = evaluation.control_gap()
+    found: dict[str, Any] = {"method": method, "source": "in this run"}
+    found["msgr"] = [] if at_threshold is None else list(at_threshold.values)
+    found["retained_change"] = (
+        list(evaluation.retained_change().values) if evaluation.retained_after else []
+    )
+    found["control"] = (
+        []
+        if control is None
+        else list((control.final if step is None else control.at(step)).values)
+    )
+    return found
 
 
 def write(run: TextToImageRun, target: str | Path, *, force: bool = False) -> Path:
@@ -434,7 +500,7 @@ def write(run: TextToImageRun, target: str | Path, *, force: bool = False) -> Pa
         run.immunized.save(folder / "pipeline")
         if run.evaluation is not None:
             (folder / "curves.png").write_bytes(draw_curves_png(run.evaluation, ATTACK_LABELS))
-            text = page(run.evaluation, results)
+            text = page(run.evaluation, results, methods=results["mima"]["methods"])
             (folder / "report.html").write_text(text, encoding="utf-8")
         write_json(folder / "results.json", results)
     return Path(target)

@@ -51,11 +51,20 @@ def test_a_run_is_complete(run, capsys):
     ):
         assert name in mima
     assert mima["seeds"] == [0, 1]
+    assert [row["method"] for row in mima["methods"]] == ["mima", "loss_ascent"]
+    assert all(len(row["retained_change"]) == 2 for row in mima["methods"])
     assert mima["curves"]["lora"]["steps"] == [0, 1, 2]
     assert len(mima["curves"]["lora"]["immunized"][0]["values"]) == 2
     assert results["evaluation"]["seeds"] == [0, 1]
     page = (run / "report.html").read_text()
-    for words in ("What was protected", "Against whom", "At what cost", "Not against", "Control"):
+    for words in (
+        "What was protected",
+        "Against whom",
+        "At what cost",
+        "Not against",
+        "Control",
+        "Plain loss ascent",
+    ):
         assert words.lower() in page.lower()
     assert "http" not in page.replace("http://www.w3.org", "")
     TextToImage.from_pretrained(run / "pipeline")
