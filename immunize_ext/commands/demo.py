@@ -89,10 +89,9 @@ def run(arguments: argparse.Namespace) -> int:
         seed=arguments.seed,
     )
     share = 1.0 if arguments.skip_mima else 0.1
-    with progress_bar(arguments.quiet) as progress:
-        # At 64 features a second thread only waits for the first.
-        with threads(1):
-            kappa = run_demo(config, lambda text, done: progress(text, share * done))
+    # At these sizes a second thread only waits for the first.
+    with threads(1), progress_bar(arguments.quiet) as progress:
+        kappa = run_demo(config, lambda text, done: progress(text, share * done))
         if arguments.skip_mima:
             progress("writing the report", 1.0)
             written = kappa.write(arguments.out, force=arguments.force)

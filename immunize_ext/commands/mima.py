@@ -33,7 +33,9 @@ def add_run_arguments(parser: CommandParser, out: str) -> None:
     """Add the flags of every text-to-image run."""
     parser.add_argument("--out", default=out, metavar="DIR", help=f"run directory (default: {out})")
     parser.add_argument("--force", action="store_true", help="replace an existing run directory")
-    parser.add_argument("--threads", type=int, metavar="N", help="threads (default: torch's)")
+    parser.add_argument(
+        "--threads", type=int, metavar="N", help="threads (default: 1 for the digits, else torch's)"
+    )
     parser.add_argument("--jobs", type=int, default=1, metavar="N", help="processes for attacks")
     parser.add_argument("--quiet", action="store_true", help="print the table alone")
 
@@ -50,6 +52,7 @@ def execute(config: TextToImageConfig, arguments: argparse.Namespace) -> int:
     import torch
 
     from immunize_ext.commands import _text_to_image_run as runs
+    from immunize_ext.commands._text_to_image_config import DIGITS
     from immunize_ext.report import check_target
 
     # Asked before the work, not after it.
@@ -61,7 +64,8 @@ def execute(config: TextToImageConfig, arguments: argparse.Namespace) -> int:
     require_extra("matplotlib", extra="report", purpose="the plots")
     require_extra("accelerate", extra="diffusion", purpose="the immunizers")
     work = runs.work_folder(arguments.out)
-    count = arguments.threads or torch.get_num_threads()
+    # Layers of the digits are so small that a second thread only waits for the first.
+    count = arguments.threads or (1 if config.model == DIGITS else torch.get_num_threads())
     with threads(count), progress_bar(arguments.quiet) as progress:
         found = runs.run_text_to_image(config, work, progress, jobs=arguments.jobs)
         progress("writing the report", 1.0)
