@@ -109,7 +109,9 @@ def read_cache(file: Path) -> tuple[dict[str, str], torch.Tensor]:
     from safetensors import safe_open
 
     with safe_open(file, framework="pt") as opened:
-        return dict(opened.metadata()), opened.get_tensor("features")
+        return dict(opened.metadata()), opened.get_tensor(
+            "features"
+        ).clone()  # not a map of the file
 
 
 def test_damaged_cache_is_made_anew(root: Path, tmp_path: Path) -> None:
