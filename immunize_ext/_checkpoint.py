@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import os
-import tempfile
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -13,6 +12,7 @@ import torch
 from torch import Tensor
 
 from immunize_ext._extras import require_extra
+from immunize_ext._files import write_file
 
 
 def save_checkpoint(
@@ -41,15 +41,7 @@ def save_checkpoint(
     # A copy each, since safetensors refuses tensors that share memory.
     plain = {name: t.detach().cpu().contiguous().clone() for name, t in tensors.items()}
     payload: bytes = safetensors.save(plain, metadata=metadata)
-    handle, temporary = tempfile.mkstemp(dir=target.parent, prefix=f".{target.name}.")
-    try:
-        with os.fdopen(handle, "wb") as file:
-            file.write(payload)
-        os.chmod(temporary, 0o644)  # mkstemp makes it private
-        os.replace(temporary, target)
-    except BaseException:
-        Path(temporary).unlink(missing_ok=True)
-        raise
+    write_file(target, payload)
 
 
 def load_checkpoint(

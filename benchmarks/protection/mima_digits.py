@@ -18,7 +18,6 @@ import json
 import platform
 import sys
 import time
-from dataclasses import replace
 from pathlib import Path
 
 import torch
@@ -26,7 +25,7 @@ import torch
 from immunize_ext.attacks.text_to_image import ATTACKS
 from immunize_ext.data.concepts import ConceptSet, digit_concept, digit_concepts
 from immunize_ext.data.digit_images import DIGIT_NAMES
-from immunize_ext.immunizers.text_to_image import METHODS, ImmunizedPipeline, MergeOnly, erase
+from immunize_ext.immunizers.text_to_image import METHODS, ImmunizedPipeline, erase
 from immunize_ext.metrics.generation import Sampling
 from immunize_ext.metrics.judge import DigitJudge
 from immunize_ext.metrics.measures import JudgedAccuracy
@@ -43,11 +42,6 @@ METHOD_NAMES = ("mima", "loss_ascent", "joint_training", "merge_only", "imma")
 
 def _digit(name: str):
     return digit_concept(DIGIT_NAMES.index(name))
-
-
-def _immunizer(name: str, seed: int):
-    method = METHODS[name]()
-    return method.with_seed(seed) if isinstance(method, MergeOnly) else replace(method, seed=seed)
 
 
 def main() -> int:
@@ -81,7 +75,7 @@ def main() -> int:
                     # The other erased digits are what a model of one concept has to keep too.
                     others = tuple(c for c in fitted.concepts if c.name != "three")
                     chosen = ConceptSet(chosen.concepts, (*chosen.retain, *others), chosen.captions)
-                immunized = _immunizer(name, seed).fit(model, chosen)
+                immunized = METHODS[name]().with_seed(seed).fit(model, chosen)
                 immunized.save(folder)
             shares.append(immunized.merge_share)
             seconds.append(immunized.seconds / len(immunized.history))
@@ -106,7 +100,7 @@ def main() -> int:
             print(f"{name} {seed} attacked, {time.time() - started:.0f} s", flush=True)
         found = pool(evaluations)
         rows[name] = {
-            "evaluation": found.to_dict(),
+            "evaluation": found.to_dict(losses=False),
             "merge_share": shares,
             "seconds_per_step": seconds,
             "config": immunized.config,

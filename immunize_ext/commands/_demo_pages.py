@@ -6,7 +6,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from immunize_ext.commands._text_to_image_config import TextToImageConfig
-from immunize_ext.commands._text_to_image_run import TextToImageRun, results_of
+from immunize_ext.commands._text_to_image_results import results_of
+from immunize_ext.commands._text_to_image_run import TextToImageRun
 from immunize_ext.report import run_directory
 from immunize_ext.report.document import document
 from immunize_ext.report.html import render_body

@@ -4,15 +4,14 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
-import difflib
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from immunize_ext._extras import require_extra
 from immunize_ext.commands._common import CommandParser, strength
+from immunize_ext.commands._config import read_yaml, suggestion
 
 
 @dataclass(frozen=True)
@@ -141,9 +140,9 @@ def checked(values: dict[str, Any], where: str) -> dict[str, Any]:
     found: dict[str, Any] = {}
     for name, value in values.items():
         if name not in FIELDS:
-            near = difflib.get_close_matches(str(name), FIELDS, n=1)
-            hint = f"did you mean {near[0]}" if near else f"known are {', '.join(FIELDS)}"
-            raise ValueError(f"{where}: keys must be settings, got {name!r}; {hint}")
+            raise ValueError(
+                f"{where}: keys must be settings, got {name!r}; {suggestion(name, FIELDS)}"
+            )
         if value is None:
             if FIELDS[name].default is not None:
                 raise ValueError(f"{where}: {name} must have a value, got nothing")
@@ -171,28 +170,14 @@ def read_config(path: str | Path) -> dict[str, Any]:
         MissingExtraError: If PyYAML is not installed.
         ValueError: If it is not YAML, not a mapping or holds something unknown.
     """
-    file = Path(path)
-    if not file.is_file():
-        raise FileNotFoundError(f"--config: must name a YAML file, got {path}, which is not there")
-    yaml = require_extra("yaml", extra="report", purpose="config files")
-    try:
-        # safe_load builds plain values only; a file cannot run code. Read as a digit pair,
-        # unquoted 4:9 is a base-60 number in YAML 1.1, which the base loader would not see.
-        loaded = yaml.safe_load(file.read_text(encoding="utf-8"))
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
-        raise ValueError(f"--config: {path} must be a YAML file, got: {error}") from error
-    if loaded is None:
-        return {}
-    if not isinstance(loaded, dict):
-        raise ValueError(
-            f"--config: {path} must hold names with values, got a {type(loaded).__name__}"
-        )
+    loaded = read_yaml(path)
+    # Read as a digit pair, unquoted 4:9 is a base-60 number in YAML 1.1.
     tasks = [loaded.get("primary"), *_as_list(loaded.get("harmful"))]
     if any(isinstance(task, int) and task > 9 and not isinstance(task, bool) for task in tasks):
         raise ValueError(
             f"--config: {path} must quote tasks, got a number; YAML reads 4:9 as one, write '4:9'"
         )
-    return checked({str(key).replace("-", "_"): v for key, v in loaded.items()}, f"--config {path}")
+    return checked(loaded, f"--config {path}")
 
 
 def _as_list(value: Any) -> list[Any]:

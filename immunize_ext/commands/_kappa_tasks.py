@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import hashlib
 from functools import lru_cache
 from pathlib import Path
 
 import numpy as np
 import torch
 
+from immunize_ext._digest import tensor_digest
 from immunize_ext.commands._kappa_config import KappaConfig
 from immunize_ext.data import (
     Task,
@@ -181,9 +181,8 @@ def _folder(config: KappaConfig) -> Path:
 
 def fingerprint(tasks: list[Task]) -> str:
     """SHA-256 over all numbers of some tasks: whether a later attack sees the same data."""
-    digest = hashlib.sha256()
-    for task in tasks:
-        for part in (task.x_train, task.y_train, task.x_test, task.y_test):
-            digest.update(str(tuple(part.shape)).encode())
-            digest.update(part.to(torch.float64).contiguous().numpy().tobytes())
-    return digest.hexdigest()
+    return tensor_digest(
+        (f"{index}.{name}", getattr(task, name).to(torch.float64))
+        for index, task in enumerate(tasks)
+        for name in ("x_train", "y_train", "x_test", "y_test")
+    )

@@ -10,7 +10,6 @@ from __future__ import annotations
 import json
 import multiprocessing
 import os
-import tempfile
 from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
 from contextlib import contextmanager
@@ -19,6 +18,7 @@ from typing import Any
 
 import torch
 
+from immunize_ext._files import write_file
 from immunize_ext.commands._common import Progress, threads
 from immunize_ext.report.run_directory import check_target, to_json
 
@@ -33,15 +33,7 @@ _THREAD_VARIABLES = ("OMP_NUM_THREADS", "MKL_NUM_THREADS", "OPENBLAS_NUM_THREADS
 def write_whole(path: Path, value: Any) -> None:
     """Write one JSON document whole or not at all."""
     text = json.dumps(to_json(value), indent=2, allow_nan=False, ensure_ascii=False) + "\n"
-    handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
-    try:
-        with os.fdopen(handle, "w", encoding="utf-8") as file:
-            file.write(text)
-        os.chmod(temporary, 0o644)  # mkstemp makes it private
-        os.replace(temporary, path)
-    except BaseException:
-        Path(temporary).unlink(missing_ok=True)
-        raise
+    write_file(path, text.encode())
 
 
 def open_sweep(target: str | Path, plan: Mapping[str, Any], *, force: bool = False) -> Path:

@@ -46,9 +46,9 @@ def add_parser(kinds: Commands) -> None:
 
 def run(arguments: argparse.Namespace) -> int:
     """Do what is missing, and compare the points."""
-    from immunize_ext.commands import _text_to_image_run as runs
     from immunize_ext.commands._tables import text_table
     from immunize_ext.commands._text_to_image_config import config_from
+    from immunize_ext.commands._text_to_image_task import check_config
     from immunize_ext.report.text_to_image_compare import Row, write_comparison
 
     config = config_from(arguments)
@@ -57,7 +57,7 @@ def run(arguments: argparse.Namespace) -> int:
             raise ValueError(f"--{flag}: must be at least 1, got {getattr(arguments, flag)}")
     points = _points(config, arguments)
     for payload in points.values():
-        runs.check_config(_config(payload))
+        check_config(_config(payload))
     plan = {"kind": "mima-sweep", "points": points}
     folder = open_sweep(arguments.out, plan, force=arguments.force)
     with progress_bar(arguments.quiet) as progress:
@@ -125,12 +125,13 @@ def _config(payload: dict[str, Any]) -> Any:
 
 def point(payload: dict[str, Any]) -> dict[str, Any]:
     """Do one point."""
-    from immunize_ext.commands import _text_to_image_run as runs
+    from immunize_ext.commands._text_to_image_results import results_of
+    from immunize_ext.commands._text_to_image_run import run_text_to_image
     from immunize_ext.report.text_to_image_compare import row_of
 
     config = _config(payload)
     with tempfile.TemporaryDirectory() as work:
-        found = runs.run_text_to_image(
+        found = run_text_to_image(
             config, Path(work), lambda text, share: None, captions=payload.get("captions")
         )
-    return asdict(row_of(payload["name"], runs.results_of(found)))
+    return asdict(row_of(payload["name"], results_of(found)))

@@ -4,15 +4,14 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
-import difflib
 from collections.abc import Mapping
 from contextlib import suppress
 from dataclasses import dataclass, field, fields
-from pathlib import Path
 from typing import Any
 
 from immunize_ext._extras import require_extra
 from immunize_ext.commands._common import CommandParser
+from immunize_ext.commands._config import read_yaml, suggestion
 
 DIGITS = "digits"
 
@@ -113,9 +112,9 @@ def checked(values: Mapping[str, Any], where: str) -> dict[str, Any]:
     found: dict[str, Any] = {}
     for name, value in values.items():
         if name not in _FIELDS:
-            near = difflib.get_close_matches(str(name), _FIELDS, n=1)
-            hint = f"did you mean {near[0]}" if near else f"known are {', '.join(_FIELDS)}"
-            raise ValueError(f"{where}: keys must be settings, got {name!r}; {hint}")
+            raise ValueError(
+                f"{where}: keys must be settings, got {name!r}; {suggestion(name, _FIELDS)}"
+            )
         try:
             found[name] = _converted(name, value)
         except (ValueError, TypeError):
@@ -171,19 +170,7 @@ def read_config(path: str) -> dict[str, Any]:
         FileNotFoundError: If there is no such file.
         ValueError: If it is not YAML, no table, or holds something unknown.
     """
-    file = Path(path)
-    if not file.is_file():
-        raise FileNotFoundError(f"--config: must name a YAML file, got {path}, which is not there")
-    yaml = require_extra("yaml", extra="diffusion", purpose="config files")
-    try:
-        loaded = yaml.safe_load(file.read_text(encoding="utf-8"))
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
-        raise ValueError(f"--config: {path} must be a YAML file, got: {error}") from error
-    if loaded is None:
-        return {}
-    if not isinstance(loaded, dict):
-        raise ValueError(f"--config: {path} must hold names with values, got {loaded!r}")
-    return checked({str(k).replace("-", "_"): v for k, v in loaded.items()}, f"--config {path}")
+    return checked(read_yaml(path), f"--config {path}")
 
 
 def setting(text: str) -> tuple[str, Any]:

@@ -1,4 +1,4 @@
-"""What ``immunize attack`` and ``immunize report`` do with text-to-image runs."""
+"""What ``immunize attack`` and ``immunize report`` do with text-to-image tasks."""
 
 from __future__ import annotations
 
@@ -22,10 +22,10 @@ ATTACKS = "attacks"
 def attack(run_folder: str, results: dict[str, Any], arguments: argparse.Namespace) -> int:
     """Attack the first seed's model of a run again; the results are a file of their own."""
     from immunize_ext.attacks.text_to_image import ATTACKS as KNOWN
-    from immunize_ext.commands import _text_to_image_run as runs
+    from immunize_ext.commands import _text_to_image_task as tasks
     from immunize_ext.immunizers.text_to_image import ImmunizedPipeline
     from immunize_ext.report.text_to_image_evaluation import evaluate_text_to_image
-    from immunize_ext.report.text_to_image_page import delay_words, label
+    from immunize_ext.report.text_to_image_page import label
 
     folder = Path(run_folder)
     if results["kind"] != "mima":
@@ -33,6 +33,12 @@ def attack(run_folder: str, results: dict[str, Any], arguments: argparse.Namespa
     config = dataclasses.replace(
         TextToImageConfig(), **checked(results["config"], str(folder / "results.json"))
     )
+    for flag in ("tasks", "loss", "base_budget", "limit", "data_dir"):
+        if getattr(arguments, flag) is not None:
+            raise ValueError(
+                f"--{flag.replace('_', '-')}: must be left out for a text-to-image run, got "
+                f"{getattr(arguments, flag)!r}; give --attackers and --budgets"
+            )
     names = tuple(arguments.attackers)
     if names == ("all",):
         names = tuple(KNOWN)
@@ -46,15 +52,15 @@ def attack(run_folder: str, results: dict[str, Any], arguments: argparse.Namespa
         evaluate_at=tuple(steps) or config.evaluate_at,
         attack_steps=max(steps, default=config.attack_steps),
     )
-    runs.check_config(config)
+    tasks.check_config(config)
     with progress_bar(arguments.quiet) as progress:
-        task = runs.load_task(config)
+        task = tasks.load_task(config)
         if not task.measures:
             raise ValueError(
                 "attack: nothing can judge this model; the run was made without --clip and --dino"
             )
         if config.erase:
-            runs.erase_concepts(task)
+            tasks.erase_concepts(task)
         immunized = ImmunizedPipeline.load(folder / "pipeline")
         evaluation = evaluate_text_to_image(
             task.model,
@@ -93,7 +99,8 @@ def attack(run_folder: str, results: dict[str, Any], arguments: argparse.Namespa
         rows.append([label(name), before, after, str(evaluation.delay(name))])
     print(text_table(rows))
     strongest = evaluation.strongest()
-    print(f"\nstrongest: {label(strongest)}. {delay_words(evaluation.delay(strongest))}")
+    words = label(strongest)
+    print(f"\nstrongest: {words}. {evaluation.delay(strongest).sentence(words)}")
     print(f"\nresults: {file}")
     return 0
 

@@ -16,8 +16,9 @@ def add_parser(commands: Commands) -> None:
     parser = commands.add_parser(
         "attack",
         help="attack a finished run with other attackers or budgets",
-        description="Attack both tasks of a finished run again. The results are added as a file of "
-        "their own under RUN/attacks; nothing of the run is changed.",
+        description="Attack a finished run again: both tasks of `immunize kappa`, the concepts of "
+        "`immunize mima` and `imma`. The results are added as a file of their own under "
+        "RUN/attacks; nothing of the run is changed.",
     )
     parser.add_argument("run_folder", metavar="RUN", help="run directory")
     parser.add_argument(

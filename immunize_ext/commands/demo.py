@@ -66,7 +66,7 @@ def add_parser(commands: Commands) -> None:
 def run(arguments: argparse.Namespace) -> int:
     """Run both jobs of the package, write one report and print the tables."""
     # Imported here: `immunize doctor` has to work where these do not.
-    from immunize_ext.commands import _demo_pages, _text_to_image_run
+    from immunize_ext.commands import _demo_pages, _text_to_image_results, _text_to_image_run
     from immunize_ext.demo import DemoConfig, run_demo
     from immunize_ext.report import check_target
 
@@ -108,8 +108,8 @@ def run(arguments: argparse.Namespace) -> int:
         written = _demo_pages.write(kappa, mima, arguments.out, force=arguments.force)
     _text_to_image_run.forget_work(work)
     print("Condition number: " + _table(kappa))
-    results = _text_to_image_run.results_of(mima)
-    print("\nText to image: " + _text_to_image_run.summary(results, mima.evaluation))
+    results = _text_to_image_results.results_of(mima)
+    print("\nText to image: " + _text_to_image_results.summary(results, mima.evaluation))
     total = kappa.seconds["total"] + mima.seconds["total"]
     print(f"\nreport: {written / 'report.html'}  ({total:.0f} s)")
     return 0

@@ -37,7 +37,7 @@ def run(arguments: argparse.Namespace) -> int:
     """Erase and write."""
     require_extra("diffusers", extra="diffusion", purpose="text-to-image models")
     from immunize_ext.commands._text_to_image_config import TextToImageConfig
-    from immunize_ext.commands._text_to_image_run import check_config, load_task
+    from immunize_ext.commands._text_to_image_task import check_config, load_task
     from immunize_ext.immunizers.text_to_image import erase
     from immunize_ext.models import describe_projections, find_text_projections
 

@@ -51,12 +51,14 @@ def execute(config: TextToImageConfig, arguments: argparse.Namespace) -> int:
     """Run a configuration and write it."""
     import torch
 
+    from immunize_ext.commands import _text_to_image_results as outcome
     from immunize_ext.commands import _text_to_image_run as runs
     from immunize_ext.commands._text_to_image_config import DIGITS
+    from immunize_ext.commands._text_to_image_task import check_config
     from immunize_ext.report import check_target
 
     # Asked before the work, not after it.
-    runs.check_config(config)
+    check_config(config)
     check_target(arguments.out, force=arguments.force)
     for flag in ("threads", "jobs"):
         if getattr(arguments, flag) is not None and getattr(arguments, flag) < 1:
@@ -69,9 +71,9 @@ def execute(config: TextToImageConfig, arguments: argparse.Namespace) -> int:
     with threads(count), progress_bar(arguments.quiet) as progress:
         found = runs.run_text_to_image(config, work, progress, jobs=arguments.jobs)
         progress("writing the report", 1.0)
-        written = runs.write(found, arguments.out, force=arguments.force)
+        written = outcome.write(found, arguments.out, force=arguments.force)
     runs.forget_work(work)
-    print(runs.summary(runs.results_of(found), found.evaluation))
+    print(outcome.summary(outcome.results_of(found), found.evaluation))
     name = "report.html" if found.evaluation is not None else "results.json"
     print(f"\nreport: {written / name}  ({found.seconds['total']:.0f} s)")
     return 0

@@ -33,6 +33,42 @@ class Delay(NamedTuple):
             return f"unprotected model below {self.threshold:g} within {self.budget} steps"
         return str(self.slowdown)
 
+    def sentence(self, attack: str) -> str:
+        """What it amounts to, in one sentence that claims no more than was measured.
+
+        Args:
+            attack: The attack in words.
+
+        Returns:
+            The sentence.
+
+        Example:
+            >>> steps, before = [10, 20, 80], [0.0, 0.9, 0.9]
+            >>> attack_delay(steps, before, [0.0, 0.1, 0.9]).sentence("LoRA")
+            'A delay of 4 times, not a lock.'
+            >>> attack_delay(steps, [0.0, 0.0, 0.1], [0.0, 0.9, 0.9]).sentence("DreamBooth")
+            'Not held up at all: DreamBooth needs 20 steps, and more than 80 without immunization.'
+        """
+        level = f"{self.threshold:g}"
+        if self.slowdown is None and self.immunized is not None:
+            return (
+                f"Not held up at all: {attack} needs {self.immunized} steps, and more than "
+                f"{self.budget} without immunization."
+            )
+        if self.slowdown is None:
+            return (
+                f"The unprotected model stays below {level} within {self.budget} steps of "
+                f"{attack}: nothing can be said about protection."
+            )
+        if self.slowdown.censored:
+            return (
+                f"A delay of more than {self.slowdown.ratio:.3g} times for {attack}: the immunized "
+                f"model stays below {level} within {self.budget} steps."
+            )
+        if self.slowdown.ratio <= 1.0:
+            return f"No protection against {attack}: it needs no more steps than before."
+        return f"A delay of {self.slowdown.ratio:.3g} times, not a lock."
+
     def to_dict(self) -> dict[str, Any]:
         """Everything, for JSON."""
         ratio = self.slowdown

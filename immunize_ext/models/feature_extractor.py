@@ -7,7 +7,6 @@ frozen with everything that moves in it: weights, batch-norm statistics and drop
 
 from __future__ import annotations
 
-import hashlib
 import re
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
@@ -16,6 +15,8 @@ from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
+
+from immunize_ext._digest import tensor_digest
 
 Pool = Literal["auto", "first", "mean"]
 
@@ -249,13 +250,8 @@ def fingerprint(extractor: nn.Module, *, without: Sequence[str] = ()) -> str:
     Returns:
         64 hexadecimal digits; equal for equal weights only.
     """
-    digest = hashlib.sha256()
-    for name, value in sorted(block_root(extractor).state_dict().items()):
-        if not in_blocks(name, without):
-            plain = value.detach().cpu().contiguous()
-            digest.update(f"{name}|{plain.dtype}|{tuple(plain.shape)}|".encode())
-            digest.update(plain.reshape(-1).view(torch.uint8).numpy().tobytes())
-    return digest.hexdigest()
+    named = sorted(block_root(extractor).state_dict().items())
+    return tensor_digest(item for item in named if not in_blocks(item[0], without))
 
 
 def extract_features(

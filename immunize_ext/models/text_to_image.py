@@ -7,8 +7,6 @@ denoising loss, and images for a prompt. Everything else stays diffusers' busine
 from __future__ import annotations
 
 import copy
-import shutil
-import tempfile
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -19,6 +17,7 @@ from torch import Tensor, nn
 from torch.func import functional_call
 
 from immunize_ext._extras import require_extra
+from immunize_ext._files import new_folder
 
 
 class Conditioning(NamedTuple):
@@ -147,26 +146,13 @@ class TextToImage:
                 f"TextToImage.save: {path} exists; choose another folder, or overwrite a pipeline "
                 "with overwrite=True"
             )
-        target.parent.mkdir(parents=True, exist_ok=True)
-        work = Path(tempfile.mkdtemp(prefix=f".{target.name}-", dir=target.parent))
-        try:
+        with new_folder(target) as writing:
             with _quiet_files():
-                self.pipeline.save_pretrained(work / "new", safe_serialization=True)
+                self.pipeline.save_pretrained(writing, safe_serialization=True)
             for name, text in (extra or {}).items():
-                (work / "new" / name).write_text(text, encoding="utf-8")
-            for file in (work / "new").rglob("*.safetensors"):
+                (writing / name).write_text(text, encoding="utf-8")
+            for file in writing.rglob("*.safetensors"):
                 file.chmod(0o644)  # some versions of safetensors make them private
-            if target.exists():
-                target.rename(work / "old")
-                try:
-                    (work / "new").rename(target)
-                except BaseException:
-                    (work / "old").rename(target)
-                    raise
-            else:
-                (work / "new").rename(target)
-        finally:
-            shutil.rmtree(work, ignore_errors=True)
 
     @property
     def device(self) -> torch.device:

@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import json
 import os
-import shutil
-import tempfile
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
@@ -13,6 +11,7 @@ from typing import Any, Literal, NamedTuple
 import torch
 from torch import Tensor
 
+from immunize_ext._files import new_folder
 from immunize_ext.ops.factor import RegularizationFactor
 from immunize_ext.ops.merge import solve_merge
 
@@ -168,21 +167,16 @@ def save_lora(
         name: tensor.detach().cpu()
         for name, tensor in lora_state_dict(adapter, modules, format=format, prefix=prefix).items()
     }
-    target.parent.mkdir(parents=True, exist_ok=True)
-    temporary = Path(tempfile.mkdtemp(dir=target.parent, prefix=f".{target.name}."))
-    try:
-        metadata = {"format": "pt"}
+    metadata = {"format": "pt"}
+    with new_folder(target) as writing:
         if format == "peft":
-            save_file(state, temporary / "adapter_model.safetensors", metadata=metadata)
+            save_file(state, writing / "adapter_model.safetensors", metadata=metadata)
             config = json.dumps(_peft_config(adapter, modules), indent=2) + "\n"
-            (temporary / "adapter_config.json").write_text(config, encoding="utf-8")
+            (writing / "adapter_config.json").write_text(config, encoding="utf-8")
         else:
-            save_file(state, temporary / "pytorch_lora_weights.safetensors", metadata=metadata)
-        temporary.chmod(0o755)  # mkdtemp makes it private
-        temporary.rename(target)
-    except BaseException:
-        shutil.rmtree(temporary, ignore_errors=True)
-        raise
+            save_file(state, writing / "pytorch_lora_weights.safetensors", metadata=metadata)
+        if target.exists():  # someone was faster
+            raise FileExistsError(f"save_lora: {target} exists; choose another folder or remove it")
     return target
 
 

@@ -8,7 +8,6 @@ a run asked for differently is refused rather than mixed in.
 
 from __future__ import annotations
 
-import hashlib
 import json
 import os
 import re
@@ -25,6 +24,7 @@ import torch
 from torch import Tensor
 
 from immunize_ext._checkpoint import load_checkpoint, save_checkpoint
+from immunize_ext._digest import tensor_digest
 from immunize_ext.attacks.text_to_image import (
     Adaptation,
     AttackCurve,
@@ -109,17 +109,13 @@ class Budget:
 
 def model_digest(model: TextToImage) -> str:
     """Digest of a model's weights: equal for equal models, wherever they were loaded from."""
-    digest = hashlib.sha256()
-    for part in (model.unet, model.vae, *model.text_encoders):
-        for name, tensor in sorted(part.state_dict().items()):
-            digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode())
-            digest.update(_bytes(tensor))
-    return digest.hexdigest()[:16]
-
-
-def _bytes(tensor: Tensor) -> bytes:
-    plain = tensor.detach().cpu().contiguous()
-    return plain.flatten().view(torch.uint8).numpy().tobytes() if plain.numel() else b""
+    parts = {"unet": model.unet, "vae": model.vae}
+    parts |= {f"text{i}": encoder for i, encoder in enumerate(model.text_encoders)}
+    return tensor_digest(
+        (f"{part}.{name}", tensor)
+        for part, module in parts.items()
+        for name, tensor in sorted(module.state_dict().items())
+    )[:16]
 
 
 def _attack_settings(attack: TextToImageAttack) -> dict[str, Any]:
@@ -206,14 +202,12 @@ def _safe(name: str) -> str:
 
 def request_of(job: Job, budget: Budget) -> dict[str, Any]:
     """All that decides the outcome of a run, apart from the model."""
-    images = hashlib.sha256()
-    for concept in job.concepts:
-        images.update(_bytes(concept.images("attack")))
+    images = tensor_digest((concept.name, concept.images("attack")) for concept in job.concepts)
     return {
         "attack": _attack_settings(job.attack),
         "concepts": [concept.name for concept in job.concepts],
         "prompts": job.attack.prompts(job.concepts, job.prompt),
-        "images": images.hexdigest()[:16],
+        "images": images[:16],
         "seed": job.seed,
         "steps": budget.steps,
         "evaluate_at": list(budget.evaluate_at),

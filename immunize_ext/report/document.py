@@ -9,12 +9,13 @@ from typing import Any
 from immunize_ext.report.style import PAGE_STYLE
 
 
-def document(title: str, body: str) -> str:
+def document(title: str, body: str, *, style: str = "") -> str:
     """A complete HTML document that refers to nothing outside itself.
 
     Args:
         title: Plain text.
         body: HTML that stands in ``<main>``.
+        style: Rules beside those that all pages share.
 
     Returns:
         The document.
@@ -26,7 +27,7 @@ def document(title: str, body: str) -> str:
 <meta name="viewport" content="width=device-width, initial-scale=1">
 <meta name="color-scheme" content="light dark">
 <title>{escape(title)} - immunization report</title>
-<style>{PAGE_STYLE}</style>
+<style>{PAGE_STYLE}{style}</style>
 </head>
 <body>
 <main>

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 from immunize_ext._version import __version__
 from immunize_ext.attacks import ATTACKERS
+from immunize_ext.report.document import document
 from immunize_ext.report.drawing import COLOURS, panel_svg, panels_png
 from immunize_ext.report.drawing import title as panel_title
 from immunize_ext.report.html import number
@@ -24,7 +25,6 @@ from immunize_ext.report.kappa_points import (
 )
 from immunize_ext.report.kappa_sections import table
 from immunize_ext.report.run_directory import run_directory, write_json
-from immunize_ext.report.style import PAGE_STYLE
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -203,6 +203,12 @@ def _knob(value: float | str) -> str:
     return f"{value:.4g}" if isinstance(value, (int, float)) else str(value)
 
 
+_STYLE = """
+.figures.wide { grid-template-columns: repeat(auto-fit, minmax(min(100%, 34rem), 1fr)); }
+h3 { font-size: 1.05rem; margin: 1.5rem 0 0.5rem; }
+"""
+
+
 def render_comparison(
     points: Sequence[Point], comparison: dict[str, Any], svg: dict[str, str]
 ) -> str:
@@ -238,20 +244,7 @@ def render_comparison(
         for name, drawing in svg.items()
     )
     detail = _runs_table(points, first) if len(points) <= 200 else ""
-    return f"""<!doctype html>
-<html lang="en">
-<head>
-<meta charset="utf-8">
-<meta name="viewport" content="width=device-width, initial-scale=1">
-<meta name="color-scheme" content="light dark">
-<title>{escape(title)} - comparison of immunization methods</title>
-<style>{PAGE_STYLE}
-.figures.wide {{ grid-template-columns: repeat(auto-fit, minmax(min(100%, 34rem), 1fr)); }}
-h3 {{ font-size: 1.05rem; margin: 1.5rem 0 0.5rem; }}</style>
-</head>
-<body>
-<main>
-<header>
+    body = f"""<header>
 <p class="kicker">Methods at equal cost · {len(points)} runs · {len(tasks)} pairs of tasks</p>
 <h1>{escape(title)}</h1>
 <p>A method is worth what it slows the harm while the task to keep is no slower than before. Each
@@ -269,11 +262,8 @@ within the budget.</p>
 {shown}</section>
 <section><h2>All runs</h2>
 <p>RIR, which the literature reports, does not order the runs by protection.</p>{detail}
-<details><summary>Tasks</summary><ul>{listed}{more}</ul></details></section>
-</main>
-</body>
-</html>
-"""
+<details><summary>Tasks</summary><ul>{listed}{more}</ul></details></section>"""
+    return document(title, body, style=_STYLE)
 
 
 def write_comparison(points: Sequence[Point], target: str | Path, *, force: bool = False) -> Path:

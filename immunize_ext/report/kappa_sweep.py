@@ -11,12 +11,12 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from immunize_ext.report.drawing import COLOURS, panel_svg, panels_png
+from immunize_ext.report.document import document
+from immunize_ext.report.drawing import panel_svg, panels_png
 from immunize_ext.report.drawing import title as panel_title
 from immunize_ext.report.html import number
 from immunize_ext.report.kappa_sections import table
 from immunize_ext.report.run_directory import write_json
-from immunize_ext.report.style import PAGE_STYLE
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -252,20 +252,7 @@ def _page(summary: dict[str, Any], shown: Sequence[str], svg: Sequence[str]) -> 
         for method, drawing in zip(shown, svg, strict=True)
     )
     title = f"{summary['points']} immunizations"
-    ink = COLOURS["--ink"]
-    return f"""<!doctype html>
-<html lang="en">
-<head>
-<meta charset="utf-8">
-<meta name="viewport" content="width=device-width, initial-scale=1">
-<meta name="color-scheme" content="light dark">
-<meta name="theme-color" content="{ink}">
-<title>{title} - immunization sweep</title>
-<style>{PAGE_STYLE}</style>
-</head>
-<body>
-<main>
-<header>
+    body = f"""<header>
 <p class="kicker">Condition-number sweep</p>
 <h1>{title}</h1>
 <p>RIR compares condition numbers before and after: above 1, the harmful task's grew relative to
@@ -276,8 +263,5 @@ whitens the features first, or solves for the head in closed form, is not slowed
 <section><h2>Slow-downs</h2>{_slowdown_table(summary)}</section>
 <section><h2>By pair of tasks</h2>
 <p>Orange: RIR above 1. Purple: below.</p>
-<div class="figures">{figures}</div></section>
-</main>
-</body>
-</html>
-"""
+<div class="figures">{figures}</div></section>"""
+    return document(title, body)

@@ -4,13 +4,12 @@ from __future__ import annotations
 
 import json
 import math
-import os
-import shutil
-import tempfile
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
+
+from immunize_ext._files import new_folder
 
 # What marks a folder as one that we wrote and may replace.
 RESULTS = "results.json"
@@ -72,33 +71,9 @@ def run_directory(target: str | Path, *, force: bool = False) -> Iterator[Path]:
     """
     path = Path(target)
     check_target(path, force=force)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    writing = Path(tempfile.mkdtemp(prefix=f".{path.name}-", suffix=".part", dir=path.parent))
-    try:
-        # mkdtemp makes it private; a run directory has the permissions of any new folder.
-        umask = os.umask(0)
-        os.umask(umask)
-        writing.chmod(0o777 & ~umask)
+    with new_folder(path) as writing:
         yield writing
         check_target(path, force=force)  # someone may have been faster
-        _replace(writing, path)
-    finally:
-        shutil.rmtree(writing, ignore_errors=True)
-
-
-def _replace(writing: Path, path: Path) -> None:
-    if not path.exists():
-        writing.rename(path)
-        return
-    # A folder that is not empty cannot be renamed over: move the old one aside first.
-    aside = writing.with_suffix(".old")
-    path.rename(aside)
-    try:
-        writing.rename(path)
-    except BaseException:
-        aside.rename(path)
-        raise
-    shutil.rmtree(aside, ignore_errors=True)
 
 
 def to_json(value: Any) -> Any:

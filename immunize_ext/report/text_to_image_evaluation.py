@@ -431,24 +431,10 @@ class TextToImageEvaluation:
         strongest attack gets through within the budget.
         """
         delay, strongest = self.delay(), self.strongest()
-        budget, level = delay.budget, f"{self.threshold:g}"
-        if delay.slowdown is None:
-            said = (
-                f"The unprotected model stays below {level} within {budget} steps of "
-                f"{self.attacks[0]}: nothing can be said about protection."
-            )
-        elif delay.slowdown.censored:
-            said = (
-                f"A delay of more than {delay.slowdown.ratio:.3g} times for {self.attacks[0]}: "
-                f"the immunized model stays below {level} within {budget} steps."
-            )
-        elif delay.slowdown.ratio <= 1.0:
-            said = f"No protection against {self.attacks[0]}: it needs no more steps than before."
-        else:
-            said = f"A delay of {delay.slowdown.ratio:.3g} times, not a lock."
+        said = delay.sentence(self.attacks[0])
         reached = self.reached(strongest)
         if reached >= self.threshold and not (strongest == self.attacks[0] and delay.immunized):
-            said += f" Not a lock: {strongest} reaches {reached:.2f} within {budget} steps."
+            said += f" Not a lock: {strongest} reaches {reached:.2f} within {delay.budget} steps."
         elif reached < self.threshold:
             said += f" The strongest attack, {strongest}, reaches {reached:.2f}."
         return said

@@ -8,7 +8,6 @@ from collections.abc import Mapping, Sequence
 from html import escape
 from typing import Any
 
-from immunize_ext.metrics.delay import Delay
 from immunize_ext.metrics.spread import Spread
 from immunize_ext.report.attack_runs import SIDES
 from immunize_ext.report.document import document, facts
@@ -40,42 +39,6 @@ METHOD_LABELS = {
 def label(attack: str) -> str:
     """An attack in words."""
     return ATTACK_LABELS.get(attack, attack.replace("_", " "))
-
-
-def delay_words(delay: Delay) -> str:
-    """What a delay amounts to, in one sentence.
-
-    Example:
-        >>> from immunize_ext.metrics.delay import attack_delay
-        >>> print(delay_words(attack_delay([10, 20, 80], [0.0, 0.9, 0.9], [0.0, 0.1, 0.9])))
-        A delay of 4 times, not a lock: step 80 instead of step 20.
-    """
-    found = delay.slowdown
-    if found is None and delay.immunized is not None:
-        return (
-            f"Not held up at all: step {delay.immunized}, and not within {delay.budget} steps "
-            "without immunization."
-        )
-    if found is None:
-        return (
-            f"The unprotected model is not re-taught within {delay.budget} steps either, so this "
-            "says nothing about protection."
-        )
-    if found.censored:
-        return (
-            f"Not re-taught within {delay.budget} steps, where {delay.unprotected} do without "
-            f"immunization: a delay of more than {found.ratio:g} times, not a lock, as far as was "
-            "looked."
-        )
-    if found.ratio <= 1.0:
-        return (
-            f"No delay at all: step {delay.immunized}, step {delay.unprotected} without "
-            "immunization."
-        )
-    return (
-        f"A delay of {found.ratio:g} times, not a lock: step {delay.immunized} instead of step "
-        f"{delay.unprotected}."
-    )
 
 
 def headline(evaluation: TextToImageEvaluation) -> str:
@@ -131,7 +94,7 @@ def verdict(evaluation: TextToImageEvaluation, results: Mapping[str, Any]) -> st
     """What was protected, against whom, at what cost, and against whom not."""
     method = METHOD_LABELS.get(results["method"], results["method"])
     names = ", ".join(evaluation.targets)
-    strongest = evaluation.strongest()
+    primary, strongest = label(evaluation.attacks[0]), evaluation.strongest()
     reached = evaluation.reached(strongest)
     control = evaluation.control_gap()
     change = evaluation.retained_change() if evaluation.retained_after else None
@@ -152,7 +115,7 @@ def verdict(evaluation: TextToImageEvaluation, results: Mapping[str, Any]) -> st
     else:
         against = f"{label(strongest)} does best of the attacks tried: "
     against += f"it reaches {reached:.0%} {evaluation.measures[0]}. "
-    against += delay_words(evaluation.delay(strongest))
+    against += evaluation.delay(strongest).sentence(label(strongest))
     specific = ""
     if control is not None and evaluation.threshold_step() is not None:
         step = evaluation.threshold_step()
@@ -173,7 +136,7 @@ def verdict(evaluation: TextToImageEvaluation, results: Mapping[str, Any]) -> st
         (
             "Against whom",
             f"Someone who trains the model on a few images of a concept: "
-            f"{label(evaluation.attacks[0])}. {delay_words(evaluation.delay())}{specific}",
+            f"{primary}. {evaluation.delay().sentence(primary)}{specific}",
         ),
         ("At what cost", cost),
         ("Not against", f"{against} Whoever trains longer, harder or other layers gets there."),
@@ -269,7 +232,8 @@ def sections(
     """
     svg = draw_curves_svg(evaluation, ATTACK_LABELS)
     captions = {
-        f"attack-{attack}": delay_words(evaluation.delay(attack)) for attack in evaluation.attacks
+        f"attack-{attack}": evaluation.delay(attack).sentence(label(attack))
+        for attack in evaluation.attacks
     } | {
         "control": "The specificity control: it should be re-taught as fast as before.",
         "new-word": "A good purpose: this should go on as before.",

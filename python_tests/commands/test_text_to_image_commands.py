@@ -17,7 +17,8 @@ pytest.importorskip("yaml")
 
 from immunize_ext.cli import main
 from immunize_ext.commands._text_to_image_config import TextToImageConfig, checked, setting
-from immunize_ext.commands._text_to_image_run import immunizer, work_folder
+from immunize_ext.commands._text_to_image_run import work_folder
+from immunize_ext.commands._text_to_image_task import immunizer
 from immunize_ext.models import TextToImage
 
 TINY = [

@@ -16,8 +16,8 @@ from typing import Any, Literal, NamedTuple
 import torch
 from torch import Tensor, nn
 
+from immunize_ext._meter import Meter, own_randomness
 from immunize_ext.attacks.text_to_image.curves import AttackCurve, Evaluate, Progress
-from immunize_ext.attacks.text_to_image.meter import Meter, own_randomness
 from immunize_ext.attacks.text_to_image.new_tokens import NewToken
 from immunize_ext.attacks.text_to_image.prior import PriorPreservation, prior_preservation_loss
 from immunize_ext.attacks.text_to_image.prompts import attack_prompt

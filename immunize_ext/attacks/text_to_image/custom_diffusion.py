@@ -6,11 +6,11 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 from immunize_ext.attacks.text_to_image.adaptation import Prepared
-from immunize_ext.attacks.text_to_image.layers import linear_layers, parameters_of
 from immunize_ext.attacks.text_to_image.prior import PriorPreservation
 from immunize_ext.attacks.text_to_image.textual_inversion import NewWordAttack
 from immunize_ext.attacks.text_to_image.trainables import Trainables
 from immunize_ext.data.concepts import Concept
+from immunize_ext.models.text_layers import linear_layers, parameters_of
 from immunize_ext.models.text_to_image import TextToImage
 
 

@@ -7,13 +7,13 @@ from dataclasses import dataclass
 from typing import Literal
 
 from immunize_ext.attacks.text_to_image.adaptation import Adaptation, Prepared
-from immunize_ext.attacks.text_to_image.layers import (
+from immunize_ext.attacks.text_to_image.trainables import Trainables
+from immunize_ext.data.concepts import Concept
+from immunize_ext.models.text_layers import (
     attention_blocks,
     linear_layers,
     parameters_of,
 )
-from immunize_ext.attacks.text_to_image.trainables import Trainables
-from immunize_ext.data.concepts import Concept
 from immunize_ext.models.text_to_image import TextToImage
 
 FineTuningScope = Literal["all", "attention", "attn2", "kv"]

@@ -11,9 +11,9 @@ from torch import nn
 
 from immunize_ext._extras import require_extra
 from immunize_ext.attacks.text_to_image.adaptation import Adaptation, Prepared
-from immunize_ext.attacks.text_to_image.layers import AttentionScope, linear_layers
 from immunize_ext.attacks.text_to_image.trainables import Trainables
 from immunize_ext.data.concepts import Concept
+from immunize_ext.models.text_layers import AttentionScope, linear_layers
 from immunize_ext.models.text_to_image import TextToImage
 
 # Marks the parameters of an adapter in a UNet.

@@ -123,5 +123,5 @@ class MergeOnly:
         return ImmunizedPipeline(clone, self.method, settings, history, peak)
 
     def with_seed(self, seed: int) -> MergeOnly:
-        """The same with another seed."""
-        return replace(self, single=replace(self.single, seed=seed))
+        """The same method with another seed."""
+        return replace(self, single=self.single.with_seed(seed))

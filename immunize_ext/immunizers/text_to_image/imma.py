@@ -2,21 +2,20 @@
 
 from __future__ import annotations
 
-import math
 from dataclasses import dataclass
-from typing import ClassVar, Literal
+from typing import ClassVar
 
 import torch
 
 from immunize_ext.data.concepts import ConceptSet
+from immunize_ext.immunizers.text_to_image.adapting import AdaptingImmunizer, denoising_loss
 from immunize_ext.immunizers.text_to_image.batches import join
-from immunize_ext.immunizers.text_to_image.loop import INNER, Immunizer, Run
-from immunize_ext.immunizers.text_to_image.mima import denoising_loss
-from immunize_ext.immunizers.text_to_image.parameters import Parameters, descend, gradient
+from immunize_ext.immunizers.text_to_image.loop import Run
+from immunize_ext.immunizers.text_to_image.parameters import Parameters, gradient
 
 
 @dataclass(frozen=True, kw_only=True)
-class DiffusionIMMA(Immunizer):
+class DiffusionIMMA(AdaptingImmunizer):
     r"""Bi-level immunization of one concept.
 
     .. math:: \max_\theta L(x^u, c; \theta'(\theta)), \qquad
@@ -41,26 +40,9 @@ class DiffusionIMMA(Immunizer):
 
     method: ClassVar[str] = "imma"
 
-    inner_steps: int = 1
-    inner_rate: float = 10.0
-    second_order: bool = False
-    variant: Literal["unrolled", "alternating"] = "unrolled"
+    published: ClassVar[str] = "unrolled"
 
-    def __post_init__(self) -> None:
-        """Refuse settings out of range."""
-        super().__post_init__()
-        if not 1 <= self.inner_steps <= 5:
-            raise ValueError(f"{self.method}: inner_steps must be 1 to 5, got {self.inner_steps}")
-        if not (math.isfinite(self.inner_rate) and self.inner_rate > 0.0):
-            raise ValueError(
-                f"{self.method}: inner_rate must be positive and finite, got {self.inner_rate}"
-            )
-        if self.variant not in ("unrolled", "alternating"):
-            raise ValueError(
-                f"{self.method}: variant must be 'unrolled' or 'alternating', got {self.variant!r}"
-            )
-        if self.variant == "alternating" and self.second_order:
-            raise ValueError(f"{self.method}: the alternating variant must not be second order")
+    variant: str = "unrolled"
 
     def check(self, concepts: ConceptSet) -> None:
         """One concept only: several are what joint training and MIMA are for."""
@@ -70,21 +52,12 @@ class DiffusionIMMA(Immunizer):
                 "with concepts.select([name]), or use JointTraining or MIMA"
             )
 
-    def double_backward(self) -> bool:
-        """If second order."""
-        return self.second_order
-
-    def resumable_after_failure(self) -> bool:
-        """Unless the displacement goes on from step to step."""
-        return self.variant == "unrolled"
-
     def prepare(self, run: Run, leaves: Parameters, step: int) -> None:
         """In the alternating variant: move the attacker's displacement on."""
-        if self.variant == "unrolled":
+        if not self.alternating:
             return
         moved = run.memory or {n: torch.zeros_like(p) for n, p in leaves.items()}
-        for inner in range(self.inner_steps):
-            batch = join(run.draw(step * self.inner_steps + inner, INNER))
+        for batch in map(join, self.inner_draws(run, step)):
             here = {
                 name: (leaf.detach() + moved[name]).requires_grad_()
                 for name, leaf in leaves.items()
@@ -99,20 +72,8 @@ class DiffusionIMMA(Immunizer):
 
     def adapted(self, run: Run, parameters: Parameters, step: int) -> Parameters:
         """Adapt to all concepts in one batch."""
-        if self.variant == "alternating":
+        if self.alternating:
             if not run.memory:  # a probe before the first step
                 return parameters
             return {name: value + run.memory[name] for name, value in parameters.items()}
-        losses = [
-            denoising_loss(run, join(run.draw(step * self.inner_steps + inner, INNER)))
-            for inner in range(self.inner_steps)
-        ]
-        result, met = descend(
-            parameters,
-            losses,
-            rate=self.inner_rate,
-            create_graph=self.second_order,
-            scale=run.scale,
-        )
-        run.inner_losses.extend(met)
-        return result
+        return self.adapt(run, parameters, [join(d) for d in self.inner_draws(run, step)])

@@ -12,25 +12,25 @@ share of clamped samples is recorded, and the best iterate is kept, not the last
 
 from __future__ import annotations
 
-import hashlib
 import logging
 import math
 import time
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from functools import cached_property
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import Any, ClassVar, Self
 
 import torch
 import torch.utils.checkpoint
 from torch import Tensor, nn
 from torch.func import functional_call
 
+from immunize_ext._digest import tensor_digest
 from immunize_ext._extras import require_extra
-from immunize_ext.attacks.text_to_image.meter import Meter
+from immunize_ext._meter import Meter
 from immunize_ext.data.concepts import Concept, ConceptSet
 from immunize_ext.immunizers.text_to_image.batches import Batch, ConceptPool, generator_of
 from immunize_ext.immunizers.text_to_image.concept_merge import ConceptMerge
@@ -139,6 +139,10 @@ class Immunizer(ABC):
                 f"{self.method}: mixed_precision must be 'no', 'bf16' or 'fp16', got "
                 f"{self.mixed_precision!r}"
             )
+
+    def with_seed(self, seed: int) -> Self:
+        """The same method with another seed."""
+        return replace(self, seed=seed)
 
     @abstractmethod
     def adapted(self, run: Run, parameters: Parameters, step: int) -> Parameters:
@@ -373,11 +377,7 @@ class Run:
     @cached_property
     def _digest(self) -> str:
         """Digest of the weights that the run starts from."""
-        digest = hashlib.sha256()
-        for name, parameter in self.moved.items():
-            digest.update(f"{name} {parameter.dtype} {tuple(parameter.shape)}".encode())
-            digest.update(parameter.detach().double().cpu().numpy().tobytes())
-        return digest.hexdigest()[:16]
+        return tensor_digest(self.moved.items())[:16]
 
     def _step(self, leaves: Parameters, optimizer: torch.optim.Adam, state: LoopState) -> None:
         settings, step = self.settings, state.step

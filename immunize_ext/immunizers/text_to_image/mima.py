@@ -14,21 +14,18 @@ theta is the one at theta'. What differs from plain ascent is where it is taken.
 
 from __future__ import annotations
 
-import math
-from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import ClassVar, Literal
+from typing import ClassVar
 
 import torch
-from torch import Tensor
 
-from immunize_ext.immunizers.text_to_image.batches import Batch
-from immunize_ext.immunizers.text_to_image.loop import INNER, Immunizer, Run
-from immunize_ext.immunizers.text_to_image.parameters import Loss, Parameters, descend
+from immunize_ext.immunizers.text_to_image.adapting import AdaptingImmunizer
+from immunize_ext.immunizers.text_to_image.loop import Run
+from immunize_ext.immunizers.text_to_image.parameters import Parameters
 
 
 @dataclass(frozen=True, kw_only=True)
-class MIMA(Immunizer):
+class MIMA(AdaptingImmunizer):
     r"""Multi-concept immunization through differentiable merging.
 
     .. math:: \theta^k = \theta^{k-1} + \beta \nabla_\theta \sum_n L(x^u_n, c_n; \theta'), \qquad
@@ -38,8 +35,7 @@ class MIMA(Immunizer):
     Attributes:
         inner_steps: Adaptation steps of each concept, 1 to 5; discarded after the outer step.
         inner_rate: alpha.
-        second_order: Whether adaptation is differentiated through (``create_graph``); plain
-            attention then takes the place of the fused one.
+        second_order: Whether adaptation is differentiated through (``create_graph``).
         ridge: Of the merge, relative to the mean diagonal of the captions' Gram matrix.
         merge_prompts: Prompts of each concept whose tokens the merge constrains.
         variant: ``"algorithm1"`` as published, or ``"alternating"`` as the released code does it:
@@ -57,42 +53,19 @@ class MIMA(Immunizer):
 
     method: ClassVar[str] = "mima"
 
-    inner_steps: int = 1
-    inner_rate: float = 10.0
-    second_order: bool = False
+    published: ClassVar[str] = "algorithm1"
+
     ridge: float = 1e-4
     merge_prompts: int = 2
-    variant: Literal["algorithm1", "alternating"] = "algorithm1"
-
-    def __post_init__(self) -> None:
-        """Refuse settings out of range."""
-        super().__post_init__()
-        if not 1 <= self.inner_steps <= 5:
-            raise ValueError(f"mima: inner_steps must be 1 to 5, got {self.inner_steps}")
-        if not (math.isfinite(self.inner_rate) and self.inner_rate > 0.0):
-            raise ValueError(f"mima: inner_rate must be positive and finite, got {self.inner_rate}")
-        if self.variant not in ("algorithm1", "alternating"):
-            raise ValueError(
-                f"mima: variant must be 'algorithm1' or 'alternating', got {self.variant!r}"
-            )
-        if self.variant == "alternating" and self.second_order:
-            raise ValueError("mima: the alternating variant must not be second order")
+    variant: str = "algorithm1"
 
     def needs_merge(self) -> bool:
         """Always."""
         return True
 
-    def double_backward(self) -> bool:
-        """If second order."""
-        return self.second_order
-
-    def resumable_after_failure(self) -> bool:
-        """Unless the inner steps are kept."""
-        return self.variant == "algorithm1"
-
     def prepare(self, run: Run, leaves: Parameters, step: int) -> None:
         """In the alternating variant: adapt, merge, and keep that."""
-        if self.variant == "alternating":
+        if self.alternating:
             merged = self._merged(run, leaves, step)
             with torch.no_grad():
                 for name, leaf in leaves.items():
@@ -100,34 +73,15 @@ class MIMA(Immunizer):
 
     def adapted(self, run: Run, parameters: Parameters, step: int) -> Parameters:
         """Adapt to each concept from theta, and merge."""
-        if self.variant == "alternating":
+        if self.alternating:
             return parameters  # adapted already, for good
         return self._merged(run, parameters, step)
 
     def _merged(self, run: Run, parameters: Parameters, step: int) -> Parameters:
         assert run.merge is not None
-        copies = []
-        draws = [
-            run.draw(step * self.inner_steps + inner, INNER) for inner in range(self.inner_steps)
+        draws = self.inner_draws(run, step)
+        copies = [
+            self.adapt(run, parameters, [draw[index] for draw in draws])
+            for index in range(len(run.pools))
         ]
-        for index in range(len(run.pools)):
-            losses = [denoising_loss(run, draw[index]) for draw in draws]
-            copy, met = descend(
-                parameters,
-                losses,
-                rate=self.inner_rate,
-                create_graph=self.second_order,
-                scale=run.scale,
-            )
-            run.inner_losses.extend(met)
-            copies.append(copy)
         return run.merge(parameters, copies)
-
-
-def denoising_loss(run: Run, batch: Batch) -> Loss:
-    """The denoising loss of one batch as a function of the parameters."""
-
-    def loss(parameters: Mapping[str, Tensor]) -> Tensor:
-        return batch.losses(run.model, parameters).mean()
-
-    return loss

@@ -12,7 +12,7 @@ from typing import Literal, get_args
 import torch
 from torch import Tensor, nn
 
-from immunize_ext.models.text_projections import find_text_projections
+from immunize_ext.models.text_layers import attention_blocks, linear_layers, parameters_of
 
 Scope = Literal["kv", "attn2", "all"]
 Parameters = dict[str, Tensor]
@@ -39,19 +39,10 @@ def scope_parameters(unet: nn.Module, scope: Scope, *, function: str) -> dict[st
         raise ValueError(
             f"{function}: scope must be one of {', '.join(get_args(Scope))}, got {scope!r}"
         )
-    projections = find_text_projections(unet)
-    if not projections:
-        raise ValueError(
-            f"{function}: the denoiser must have layers that take text, got none; give a "
-            "text-conditioned model"
-        )
+    blocks = attention_blocks(function, unet, "attn2")  # asks whether the model takes text
     if scope == "all":
         return dict(unet.named_parameters())
-    if scope == "kv":
-        prefixes = tuple(f"{projection.name}." for projection in projections)
-    else:
-        prefixes = tuple(f"{projection.name.rpartition('.')[0]}." for projection in projections)
-    return {n: p for n, p in unet.named_parameters() if n.startswith(prefixes)}
+    return parameters_of(unet, linear_layers(function, unet, "kv") if scope == "kv" else blocks)
 
 
 def gradient(loss: Tensor, parameters: Parameters, *, create_graph: bool = False) -> Parameters:
