@@ -63,6 +63,7 @@ def run_directory(target: str | Path, *, force: bool = False) -> Iterator[Path]:
         FileExistsError: As :func:`check_target`.
 
     Example:
+        >>> import tempfile
         >>> with tempfile.TemporaryDirectory() as folder:
         ...     with run_directory(Path(folder) / "run") as writing:
         ...         _ = (writing / "results.json").write_text("{}")
