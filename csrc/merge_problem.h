@@ -131,6 +131,37 @@ inline void refuse_layer(const char* op, const MergeProblem& p, int64_t layer) {
       "; scale the embeddings down or use float64 weights");
 }
 
+// Raises for a layer whose merged weights their dtype cannot hold. R B is at most s max|R| max|B|;
+// as long as that stays below half a unit in the last place of the largest number, no finite weight
+// can be pushed over it, and the weights need not be looked at.
+inline void refuse_overflow(
+    const char* op,
+    const MergeProblem& p,
+    const std::vector<at::Tensor>& residual,
+    const std::vector<at::Tensor>& merged) {
+  double harmless = 0.0;
+  AT_DISPATCH_FLOATING_TYPES_AND2(at::kHalf, at::kBFloat16, p.dtype, "refuse_overflow", [&] {
+    harmless = static_cast<double>(std::numeric_limits<scalar_t>::max()) / 4.0 *
+               static_cast<double>(std::numeric_limits<scalar_t>::epsilon());
+  });
+  if (p.b.numel() == 0)
+    return;
+  const double largest_b = p.b.abs().amax().to(at::kDouble).item<double>();
+  for (int64_t l = 0; l < p.layers(); ++l) {
+    if (residual[l].numel() == 0)
+      continue;
+    const double largest_r = residual[l].abs().amax().to(at::kDouble).item<double>();
+    if (static_cast<double>(p.s) * largest_r * largest_b <= harmless)
+      continue;
+    // A NaN, as of an infinite B, is not harmless either.
+    TORCH_CHECK_VALUE(
+        merged[l].isfinite().all().item<bool>(), op, ": the merged weights of layer ", l,
+        " overflow ", p.dtype,
+        "; raise the ridge, soften the targets with a finite hardness, or "
+        "use weights of a wider dtype");
+  }
+}
+
 // R (I - E T) is by how much the constraints that were not kept are missed. Whatever exceeds what
 // near-repeats and rounding explain is a contradiction between targets. Each layer is judged by its
 // own size: a large edit of one must not hide the contradiction of another.

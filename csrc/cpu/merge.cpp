@@ -27,6 +27,7 @@
 
 #include "../checks.h"
 #include "../merge_problem.h"
+#include "output_slab.h"
 #include "row_kernels.h"
 
 namespace immunize_ext {
@@ -81,6 +82,29 @@ PivotedCholesky pivoted_cholesky(const double* t, int64_t s, double rank_rtol) {
   return p;
 }
 
+// (L L^T)^-1 for a lower triangle [r, r]: M = L^-1 row by row, then M^T M. The s x s system is
+// small, and LAPACK's inverse changes its last bits with the number of threads.
+Tensor inverse_of_factor(const Tensor& triangle) {
+  const int64_t r = triangle.size(0);
+  const double* l = triangle.const_data_ptr<double>();
+  std::vector<double> m(r * r, 0.0);
+  const Tensor inverse = at::zeros({r, r}, triangle.options());
+  double* out = inverse.mutable_data_ptr<double>();
+  for (int64_t i = 0; i < r; ++i) {
+    double* row = m.data() + i * r;
+    for (int64_t k = 0; k < i; ++k)
+      for (int64_t j = 0; j <= k; ++j)
+        row[j] -= l[i * r + k] * m[k * r + j];
+    row[i] = 1.0;
+    for (int64_t j = 0; j <= i; ++j)
+      row[j] /= l[i * r + i];
+    for (int64_t k = 0; k <= i; ++k)
+      for (int64_t j = 0; j <= i; ++j)
+        out[k * r + j] += row[k] * row[j];
+  }
+  return inverse;
+}
+
 // E (generalised inverse of T) and I - E T, from T = D F F^T D with F [s, r] the pivoted factor.
 // Kept rows alone: E = S^T (S T S^T)^-1 S, S selecting them. Averaging: E = T^+, which meets
 // repeated constraints in the least-squares sense.
@@ -105,7 +129,7 @@ std::tuple<Tensor, Tensor, int64_t> generalised_inverse(
     const Tensor pinv = at::linalg_pinv(factor * scale.unsqueeze(1));  // [r, s]
     e = pinv.mT().mm(pinv);
   } else {
-    const Tensor inverse = at::cholesky_inverse(triangle) / at::outer(kept_scale, kept_scale);
+    const Tensor inverse = inverse_of_factor(triangle) / at::outer(kept_scale, kept_scale);
     e.index_put_({index.unsqueeze(1), index.unsqueeze(0)}, inverse);
   }
   if (rank < s) {
@@ -116,6 +140,35 @@ std::tuple<Tensor, Tensor, int64_t> generalised_inverse(
       defect.index_fill_(1, index, 0.0);
   }
   return {e, defect, rank};
+}
+
+// LAPACK and BLAS that split one solve over their threads change the last bits with their number.
+// Inside a parallel region they use one thread. Two items: for a single one there is no region.
+template <typename Function>
+void on_one_thread(const Function& function) {
+  at::parallel_for(0, 2, 1, [&](int64_t begin, int64_t) {
+    const at::AutoDispatchBelowADInplaceOrView no_autograd;
+    if (begin == 0)
+      function();
+  });
+}
+
+// L^-1 Y, or L^-T Y for upper = true, in groups of right-hand sides that do not depend on the
+// number of threads, each solved by one.
+Tensor solve_in_groups(const Tensor& triangle, const Tensor& right, bool upper) {
+  constexpr int64_t kGroup = 16;
+  const int64_t d = right.size(0), s = right.size(1);
+  const int64_t groups = (s + kGroup - 1) / kGroup;
+  Tensor solution = at::empty({s, d}, right.options()).mT();
+  at::parallel_for(0, std::max<int64_t>(groups, 2), 1, [&](int64_t begin, int64_t end) {
+    const at::AutoDispatchBelowADInplaceOrView no_autograd;
+    for (int64_t k = begin; k < std::min(end, groups); ++k) {
+      const int64_t first = k * kGroup, count = std::min(kGroup, s - first);
+      solution.narrow(1, first, count)
+          .copy_(at::linalg_solve_triangular(triangle, right.narrow(1, first, count), upper));
+    }
+  });
+  return solution;
 }
 
 std::tuple<Tensor, Tensor, Tensor, Tensor> merge_solve(
@@ -146,15 +199,16 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> merge_solve(
   for (int64_t b = 0; b < batch; ++b) {
     // T as the Gram matrix of Z = L^-1 C^T: positive semidefinite whatever the rounding, and twice
     // as many digits of a small angle between constraints as C Q^-1 C^T would keep.
-    const Tensor z = at::linalg_solve_triangular(chol_flat[b], c_flat[b].mT(), /*upper=*/false);
-    Tensor t = z.mT().mm(z);
-    t.diagonal().add_(inverse_flat[b]);
-    t = t.contiguous();
-    a[b] = at::linalg_solve_triangular(chol_flat[b].mT(), z, /*upper=*/true);
-    const auto [e_b, defect_b, rank_b] = generalised_inverse(t, rank_rtol, average);
-    e[b] = e_b;
-    defect[b] = defect_b;
-    rank[b] = rank_b;
+    const Tensor z = solve_in_groups(chol_flat[b], c_flat[b].mT(), /*upper=*/false);
+    a[b] = solve_in_groups(chol_flat[b].mT(), z, /*upper=*/true);
+    on_one_thread([&] {
+      Tensor t = z.mT().mm(z);
+      t.diagonal().add_(inverse_flat[b]);
+      const auto [e_b, defect_b, rank_b] = generalised_inverse(t.contiguous(), rank_rtol, average);
+      e[b] = e_b;
+      defect[b] = defect_b;
+      rank[b] = rank_b;
+    });
   }
   const auto shaped = [&](const Tensor& flat) {
     std::vector<int64_t> shape(batch_shape.begin(), batch_shape.end());
@@ -296,6 +350,21 @@ void apply_block(
   }
 }
 
+int64_t bytes_of(const std::vector<Tensor>& tensors) {
+  int64_t bytes = 0;
+  for (const Tensor& t : tensors)
+    bytes += static_cast<int64_t>(t.nbytes());
+  return bytes;
+}
+
+std::vector<Tensor> empty_like_each(const std::vector<Tensor>& like, OutputSlab& slab) {
+  std::vector<Tensor> result;
+  result.reserve(like.size());
+  for (const Tensor& t : like)
+    result.push_back(slab.empty(t.sizes(), t.options()));
+  return result;
+}
+
 template <typename Function>
 void for_each_block(const std::vector<Block>& blocks, const Function& function) {
   at::parallel_for(0, static_cast<int64_t>(blocks.size()), 1, [&](int64_t begin, int64_t end) {
@@ -315,7 +384,8 @@ std::tuple<std::vector<Tensor>, std::vector<Tensor>> merge_apply(
     bool check) {
   const MergeProblem p =
       make_merge_problem("merge_apply", base, targets, rows, targets_are_values, c, b);
-  std::vector<Tensor> merged = allocate(p.base, p.d, p.dtype);
+  OutputSlab slab(bytes_of(p.base), p.layers());
+  std::vector<Tensor> merged = empty_like_each(p.base, slab);
   std::vector<Tensor> residual = allocate(p.base, p.s, p.accumulate);
   const std::vector<Block> blocks = split_into_blocks(p.batch, p.base);
   AT_DISPATCH_FLOATING_TYPES_AND2(at::kHalf, at::kBFloat16, p.dtype, "merge_apply", [&] {
@@ -328,6 +398,7 @@ std::tuple<std::vector<Tensor>, std::vector<Tensor>> merge_apply(
   for (int64_t l = 0; l < p.layers(); ++l)
     if (!residual[l].isfinite().all().item<bool>())
       refuse_layer("merge_kv", p, l);
+  refuse_overflow("merge_kv", p, residual, merged);
   if (check && defect.any().item<bool>())
     check_contradictions("merge_kv", p, defect, rank_rtol, residual);
   return {merged, residual};
@@ -425,11 +496,13 @@ std::tuple<std::vector<Tensor>, std::vector<Tensor>, Tensor, Tensor> merge_apply
     check_dtype("merge_apply_backward", "grad", g[l], p.dtype);
   }
   std::vector<Tensor> grad_base, grad_targets;
+  const int64_t bytes =
+      (need_base ? bytes_of(p.base) : 0) + (need_targets ? bytes_of(p.targets) : 0);
+  OutputSlab slab(bytes, p.layers() + static_cast<int64_t>(p.targets.size()));
   if (need_base)
-    grad_base = allocate(p.base, p.d, p.dtype);
+    grad_base = empty_like_each(p.base, slab);
   if (need_targets)
-    for (const Tensor& t : p.targets)
-      grad_targets.push_back(at::empty_like(t));
+    grad_targets = empty_like_each(p.targets, slab);
   const auto options = c.options();
   const int64_t size = p.s * p.d;
   Tensor grad_c = at::empty({0}, options), grad_b = at::empty({0}, options);

@@ -266,7 +266,13 @@ def merge_apply(
             )
         if any_true(~torch.isfinite(r.detach())):
             raise ValueError(f"merge_kv: base, concepts or values of layer {layer} must be finite")
-        merged.append((w0 + r @ b).to(weight.dtype).contiguous())
+        narrow = (w0 + r @ b).to(weight.dtype).contiguous()
+        if any_true(~torch.isfinite(narrow.detach())):
+            raise ValueError(
+                f"merge_kv: the merged weights of layer {layer} overflow {weight.dtype}; raise the "
+                "ridge, soften the targets with a finite hardness, or use weights of a wider dtype"
+            )
+        merged.append(narrow)
         residuals.append(r.detach().to(accumulate))
     if layout.check and any_true(defect != 0):
         _refuse_contradictions(layout, defect, residuals, targets)

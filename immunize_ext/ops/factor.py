@@ -39,6 +39,7 @@ class RegularizationFactor:
         ridge: The absolute ridge that was added, in the units of Q.
         samples: Number of rows of C_reg.
         source: C_reg (m, d) where gradients reach it, else None.
+        tag: What the captions and the text encoder were, in the words of whoever saved the factor.
 
     Example:
         >>> import torch
@@ -52,6 +53,7 @@ class RegularizationFactor:
     ridge: float
     samples: int
     source: Tensor | None
+    tag: str | None
 
     def __init__(
         self,
@@ -62,6 +64,7 @@ class RegularizationFactor:
         source: Tensor | None = None,
         given_ridge: Tensor | None = None,
         mean_diagonal: float | None = None,
+        tag: str | None = None,
     ) -> None:
         """Wrap a factor that exists already; :meth:`from_embeddings` computes one.
 
@@ -73,6 +76,7 @@ class RegularizationFactor:
             given_ridge: The ridge as given, 0-dimensional, where gradients shall reach it or,
                 through the mean diagonal, C_reg.
             mean_diagonal: Of C_reg^T C_reg where the ridge given is relative to it.
+            tag: What the captions and the text encoder were.
         """
         self.chol = chol
         self.ridge = ridge
@@ -80,6 +84,7 @@ class RegularizationFactor:
         self.source = source
         self._given_ridge = given_ridge
         self._mean_diagonal = mean_diagonal
+        self.tag = tag
 
     @property
     def dim(self) -> int:
@@ -118,7 +123,7 @@ class RegularizationFactor:
         *,
         ridge: float | Tensor = 0.0,
         relative: bool = True,
-        chunk: int = 4096,
+        chunk: int = 512,
     ) -> RegularizationFactor:
         r"""Factor Q = C_reg^T C_reg + ridge I, streaming over the rows of C_reg.
 
@@ -130,7 +135,8 @@ class RegularizationFactor:
                 tensor.
             relative: If true, ridge is in units of the mean diagonal of C_reg^T C_reg, so that the
                 result does not depend on the scale of C_reg. Otherwise in units of Q.
-            chunk: Rows of C_reg taken at a time; bounds the memory of the float64 copy.
+            chunk: Rows of C_reg taken at a time; bounds the memory of the float64 copy, which is
+                made in one buffer over and over. The last bits of Q depend on it.
 
         Returns:
             The factor. Gradients reach c_reg and ridge where they are tensors that require them.
@@ -141,7 +147,8 @@ class RegularizationFactor:
             ValueError: If c_reg is not a finite (m, d) tensor, is empty, or ridge is negative.
 
         Note:
-            Deterministic. Warns with :class:`~immunize_ext.errors.NumericalWarning` if a positive
+            Deterministic for a given number of threads, on which the BLAS's order of sums depends.
+            Warns with :class:`~immunize_ext.errors.NumericalWarning` if a positive
             ridge is below the resolution of float64 at the largest diagonal of Q.
 
         Source:
@@ -257,29 +264,42 @@ class RegularizationFactor:
             source=None if self.source is None else self.source.to(device),
             given_ridge=None if self._given_ridge is None else self._given_ridge.to(device),
             mean_diagonal=self._mean_diagonal,
+            tag=self.tag,
         )
 
-    def save(self, path: str | os.PathLike[str]) -> None:
+    def save(self, path: str | os.PathLike[str], *, tag: str | None = None) -> None:
         """Write the factor to a safetensors file, whole or not at all.
 
         Args:
             path: Target file; replaced if it exists.
+            tag: Says what the factor belongs to (text encoder, captions), for :meth:`load` to
+                compare; default the factor's own tag.
 
         Raises:
             MissingExtraError: If safetensors is not installed.
             OSError: If the file cannot be written; an existing one is then untouched.
         """
-        values = {"ridge": self.ridge, "samples": self.samples}
+        values = {
+            "ridge": self.ridge,
+            "samples": self.samples,
+            "tag": self.tag if tag is None else tag,
+        }
         save_checkpoint(path, {"chol": self.chol}, kind=_KIND, values=values)
 
     @classmethod
     def load(
-        cls, path: str | os.PathLike[str], *, device: torch.device | str = "cpu"
+        cls,
+        path: str | os.PathLike[str],
+        *,
+        tag: str | None = None,
+        device: torch.device | str = "cpu",
     ) -> RegularizationFactor:
         """Read a factor that :meth:`save` wrote.
 
         Args:
             path: The file.
+            tag: What the factor must belong to. The factor of another text encoder of the same
+                width fits every shape and edits wrongly; with a tag it is refused.
             device: Where the factor shall live.
 
         Returns:
@@ -288,7 +308,7 @@ class RegularizationFactor:
         Raises:
             FileNotFoundError: If there is no such file.
             MissingExtraError: If safetensors is not installed.
-            ValueError: If the file holds something else.
+            ValueError: If the file holds something else, or was saved with another tag or none.
         """
         function = "RegularizationFactor.load"
         tensors, values = load_checkpoint(path, kind=_KIND, function=function, device=device)
@@ -305,7 +325,13 @@ class RegularizationFactor:
                 f"{function}: {os.fspath(path)} must hold a float64 Cholesky factor (d, d), lower "
                 f"triangular with positive diagonal, got {chol.dtype} {tuple(chol.shape)}"
             )
-        return cls(chol, ridge=float(values["ridge"]), samples=int(values["samples"]))
+        found = values.get("tag")
+        if tag is not None and found != tag:
+            raise ValueError(
+                f"{function}: {os.fspath(path)} must hold the factor of {tag!r}, got "
+                f"{'one without a tag' if found is None else repr(found)}; compute it again"
+            )
+        return cls(chol, ridge=float(values["ridge"]), samples=int(values["samples"]), tag=found)
 
     def __repr__(self) -> str:
         return (
@@ -320,7 +346,7 @@ def _stream_gram(function: str, c_reg: Tensor | Iterable[Tensor], chunk: int) ->
         raise ValueError(f"{function}: chunk must be positive, got {chunk}")
     blocks = [c_reg] if isinstance(c_reg, Tensor) else c_reg
     gram: Tensor | None = None
-    samples = 0
+    samples = d = 0
     for block in blocks:
         empty = isinstance(block, Tensor) and block.dim() == 2 and block.shape[0] == 0
         if not empty or block.shape[1] == 0:
@@ -339,8 +365,11 @@ def _stream_gram(function: str, c_reg: Tensor | Iterable[Tensor], chunk: int) ->
                 f"{function}: every block of c_reg must have width {gram.shape[1]}, got "
                 f"{block.shape[1]}"
             )
+        # One buffer for all pieces: fresh memory for each costs more than the conversion [measured].
+        buffer = gram.new_empty(0 if block.dtype == gram.dtype else min(chunk, len(block)), d)
         for rows in block.split(chunk):
-            _add_lower_gram(gram, rows.to(torch.float64))
+            wide = rows if rows.dtype == gram.dtype else buffer[: len(rows)].copy_(rows)
+            _add_lower_gram(gram, wide)
             samples += rows.shape[0]
         # Every entry is squared into the diagonal: one look there instead of a pass over c_reg.
         if not bool(torch.isfinite(gram.diagonal()).all()):

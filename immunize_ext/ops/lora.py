@@ -24,10 +24,13 @@ class MergeAdapter(NamedTuple):
     Attributes:
         down: B (r, d), the same for all layers.
         up: R_l (o_l, r), one a layer.
+        skipped: Layers that ``on_error="skip"`` left out; their up is zero, and they stay out of
+            files.
     """
 
     down: Tensor
     up: list[Tensor]
+    skipped: tuple[int, ...] = ()
 
 
 def as_lora(
@@ -40,6 +43,7 @@ def as_lora(
     hardness: float | Tensor = torch.inf,
     contradictions: Literal["raise", "average"] = "raise",
     names: Sequence[str] | None = None,
+    on_error: Literal["raise", "skip"] = "raise",
 ) -> MergeAdapter:
     r"""Return a merge as an exact low-rank adapter instead of merged weights; no SVD.
 
@@ -54,6 +58,7 @@ def as_lora(
         hardness: As for merge_kv.
         contradictions: As for merge_kv.
         names: As for merge_kv.
+        on_error: As for merge_kv: with ``"skip"`` one bad layer does not cost the others.
 
     Returns:
         The adapter. Its rank is the number of tokens, less those that were dropped as repeats. In
@@ -81,11 +86,12 @@ def as_lora(
     """
     with torch.no_grad():
         solution = solve_merge(
-            base, concepts, embeddings, factor, values, hardness, contradictions, names
+            base, concepts, embeddings, factor, values, hardness, contradictions, names, on_error
         )
         used = (solution.b != 0).any(-1)  # rows of dropped tokens are exact zeros
         down = solution.b[used].to(solution.residual[0].dtype)
-        return MergeAdapter(down, [residual[:, used] for residual in solution.residual])
+        up = [residual[:, used] for residual in solution.residual]
+        return MergeAdapter(down, up, solution.skipped)
 
 
 def lora_state_dict(
@@ -122,7 +128,9 @@ def lora_state_dict(
         raise ValueError(f"lora_state_dict: format must be 'peft' or 'diffusers', got {format!r}")
     root = "base_model.model" if format == "peft" else prefix
     state: dict[str, Tensor] = {}
-    for module, up in zip(modules, adapter.up, strict=True):
+    for layer, (module, up) in enumerate(zip(modules, adapter.up, strict=True)):
+        if layer in adapter.skipped:
+            continue
         # A copy each: safetensors refuses tensors that share memory.
         state[f"{root}.{module}.lora_A.weight"] = adapter.down.clone().contiguous()
         state[f"{root}.{module}.lora_B.weight"] = up.clone().contiguous()
@@ -189,6 +197,6 @@ def _peft_config(adapter: MergeAdapter, modules: Sequence[str]) -> dict[str, Any
         "lora_alpha": rank,
         "lora_dropout": 0.0,
         "bias": "none",
-        "target_modules": list(modules),
+        "target_modules": [m for n, m in enumerate(modules) if n not in adapter.skipped],
         "inference_mode": True,
     }

@@ -17,12 +17,14 @@ derivatives stand in ``_merge_functions``.
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Sequence
 from typing import Literal, NamedTuple
 
 import torch
 from torch import Tensor
 
+from immunize_ext.errors import NumericalWarning
 from immunize_ext.ops import composite
 from immunize_ext.ops._dispatch import has_kernel
 from immunize_ext.ops._merge_functions import (
@@ -75,6 +77,7 @@ class MergeSolution(NamedTuple):
     residual: list[Tensor]  # R, L x (o_l, s), float32 or float64, without derivatives
     b: Tensor  # (s, d) float64
     problem: MergeProblem
+    skipped: tuple[int, ...]  # layers left as they were, with residual 0
 
 
 def solve_merge(
@@ -86,8 +89,11 @@ def solve_merge(
     hardness: float | Tensor,
     contradictions: str,
     names: Sequence[str] | None,
+    on_error: str = "raise",
 ) -> MergeSolution:
     """:func:`merge_kv` with its intermediate results."""
+    if on_error not in ("raise", "skip"):
+        raise ValueError(f"merge_kv: on_error must be 'raise' or 'skip', got {on_error!r}")
     problem = check_merge_problem(base, concepts, embeddings, factor, values, hardness, names)
     if contradictions not in ("raise", "average"):
         raise ValueError(
@@ -105,11 +111,55 @@ def solve_merge(
             rank_rtol=REPEATED_ROW_RTOL,
             check=not average,
         )
+        skipped: tuple[int, ...] = ()
         try:
             merged, residual = _apply(layout, problem, b, defect, base, compiled)
         except ValueError as error:
-            raise name_contradictions(error, problem) from None
-    return MergeSolution(merged, residual, b, problem)
+            named = name_contradictions(error, problem)
+            if on_error == "raise":
+                raise named from None
+            merged, residual, skipped = _apply_one_by_one(
+                layout, problem, b, defect, base, compiled
+            )
+    return MergeSolution(merged, residual, b, problem, skipped)
+
+
+def _apply_one_by_one(
+    layout: MergeLayout,
+    problem: MergeProblem,
+    b: Tensor,
+    defect: Tensor,
+    base: Sequence[Tensor],
+    compiled: bool,
+) -> tuple[list[Tensor], list[Tensor], tuple[int, ...]]:
+    """The part per layer for each layer alone; those that fail stay as they are, with a warning.
+
+    Layers are independent and sums run in a fixed order, so the others get the bits they would
+    have got in one call.
+    """
+    merged: list[Tensor] = []
+    residual: list[Tensor] = []
+    reasons: dict[int, str] = {}
+    accumulate = torch.float64 if base[0].dtype == torch.float64 else torch.float32
+    for layer, weight in enumerate(base):
+        alone = problem._replace(targets=problem.targets[layer :: layout.layers])
+        single = layout._replace(layers=1, targets=len(alone.targets))
+        try:
+            (w,), (r,) = _apply(single, alone, b, defect, [weight], compiled)
+        except ValueError as error:
+            # The kernel saw one layer and calls it number 0.
+            reasons[layer] = str(name_contradictions(error, alone)).removeprefix("merge_kv: ")
+            w = weight.clone()
+            r = weight.new_zeros(weight.shape[0], problem.c.shape[0], dtype=accumulate)
+        merged.append(w)
+        residual.append(r)
+    told = "; ".join(f"layer {layer} (alone: {reason})" for layer, reason in reasons.items())
+    warnings.warn(
+        f"merge_kv: {len(reasons)} of {len(base)} layers were left as they are: {told}",
+        NumericalWarning,
+        stacklevel=4,
+    )
+    return merged, residual, tuple(reasons)
 
 
 def _apply(
@@ -148,6 +198,7 @@ def merge_kv(
     hardness: float | Tensor = torch.inf,
     contradictions: Literal["raise", "average"] = "raise",
     names: Sequence[str] | None = None,
+    on_error: Literal["raise", "skip"] = "raise",
 ) -> list[Tensor]:
     r"""Merge adapted key/value projections in closed form, all layers in one call.
 
@@ -176,6 +227,11 @@ def merge_kv(
         contradictions: What to do with rows of C that repeat earlier ones but ask for something
             else: raise, or meet them in the least-squares sense (the mean, for exact repeats).
         names: Names of the concepts for error messages; default ``concept 0``, ``concept 1``, ...
+        on_error: What to do where a layer cannot be merged (a weight that is not finite, targets
+            that contradict each other there, a result its dtype cannot hold): raise, or return that
+            layer as it is, with a :class:`~immunize_ext.errors.NumericalWarning` that names it and
+            says why. The other layers get the same bits either way. What concerns all layers
+            (embeddings, shapes, the factor) raises always.
 
     Returns:
         The merged weights, one (o_l, d) tensor a layer, dtype of base. A layer whose concepts equal
@@ -184,10 +240,15 @@ def merge_kv(
     Raises:
         ContradictoryTargetsError: If repeated rows ask for different outputs and contradictions is
             ``"raise"``. Rows that repeat and agree are dropped.
-        ValueError: If shapes, dtypes or devices do not fit, or an argument is not finite.
+        ValueError: If shapes, dtypes or devices do not fit, an argument is not finite, or the dtype
+            of base cannot hold the result.
 
     Note:
-        Deterministic: sums over rows run in a fixed order. Arguments are not changed. Derivatives
+        Deterministic: sums over rows run in a fixed order. With compiled operators on a CPU, and
+        without averaging of contradictions, no bit of the result or of the gradients of weights
+        depends on the number of threads, given the factor; gradients of embeddings, C_reg, ridge
+        and hardness pass through LAPACK and may differ in the last ones. Arguments are not
+        changed. Derivatives
         of every order, for base, concepts, values, embeddings, hardness and the factor's C_reg and
         ridge; those nobody asks for cost nothing. Where repeated rows were dropped, the gradient
         reaches the rows that were kept.
@@ -208,5 +269,5 @@ def merge_kv(
         [tensor([[1.6000, 0.4000]], dtype=torch.float64)]
     """
     return solve_merge(
-        base, concepts, embeddings, factor, values, hardness, contradictions, names
+        base, concepts, embeddings, factor, values, hardness, contradictions, names, on_error
     ).merged

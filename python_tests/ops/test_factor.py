@@ -282,6 +282,43 @@ def test_load_refuses_another_format(tmp_path):
         RegularizationFactor.load(path)
 
 
+def test_factor_of_other_captions_is_refused_by_its_tag(tmp_path):
+    """Of the same width it would fit every shape and edit wrongly."""
+    path, untagged = tmp_path / "tagged.safetensors", tmp_path / "untagged.safetensors"
+    factor = from_embeddings(gaussian(20, 5), ridge=1e-3)
+    factor.save(path, tag="CLIP ViT-L/14, 20 captions")
+    factor.save(untagged)
+    loaded = RegularizationFactor.load(path, tag="CLIP ViT-L/14, 20 captions")
+    assert loaded.tag == RegularizationFactor.load(path).tag == "CLIP ViT-L/14, 20 captions"
+    assert torch.equal(loaded.chol, factor.chol)
+    assert RegularizationFactor.load(untagged).tag is None
+    with pytest.raises(ValueError, match="factor of 'OpenCLIP', got 'CLIP ViT-L/14, 20 captions'"):
+        RegularizationFactor.load(path, tag="OpenCLIP")
+    with pytest.raises(ValueError, match="factor of 'OpenCLIP', got one without a tag"):
+        RegularizationFactor.load(untagged, tag="OpenCLIP")
+    loaded.save(path)  # keeps its tag
+    assert RegularizationFactor.load(path).tag == loaded.tag
+
+
+def test_file_of_an_earlier_version_without_tag_loads(tmp_path):
+    path = tmp_path / "factor.safetensors"
+    write(path, torch.eye(3).double())
+    assert RegularizationFactor.load(path).tag is None
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32])
+def test_narrow_captions_are_widened_piece_by_piece(dtype):
+    """One buffer serves all pieces, the last one shorter; captions of width 1 as well."""
+    for m, d in ((1200, 7), (513, 1), (512, 3), (5, 2)):
+        c_reg = gaussian(m, d, dtype=dtype)
+        found = from_embeddings(c_reg, ridge=1e-3).chol
+        truth = from_embeddings(c_reg.double(), ridge=1e-3).chol
+        assert torch.equal(found, truth)
+    columns = gaussian(7, 1200, dtype=dtype).mT
+    truth = from_embeddings(columns.double().contiguous(), ridge=1e-3).chol
+    torch.testing.assert_close(from_embeddings(columns, ridge=1e-3).chol, truth)
+
+
 def test_metadata_is_readable(tmp_path):
     from safetensors import safe_open
 

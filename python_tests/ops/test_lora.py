@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import json
 from pathlib import Path
 from typing import Any
 
@@ -10,7 +11,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from immunize_ext.errors import ContradictoryTargetsError
+from immunize_ext.errors import ContradictoryTargetsError, NumericalWarning
 from immunize_ext.ops import (
     MergeAdapter,
     RegularizationFactor,
@@ -55,6 +56,41 @@ def test_adapter_reproduces_the_merge(dtype: torch.dtype) -> None:
         assert ((w0.double() + delta - w.double()).abs() <= bound).all()
 
 
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_delta_in_float32_keeps_what_rounding_of_the_merged_weights_loses(
+    dtype: torch.dtype,
+) -> None:
+    """Merged half weights answer within their rounding; the adapter within that of float32.
+
+    A stored weight is off by eps/2 |w| at most (eps: spacing relative to 1), so an output by
+    eps/2 sum_k |w_k| |x_k|. The adapter leaves W0 as it is and adds R (B x) in float32: R is a
+    float32 sum of d products, off by d eps32 sum |W_n - W0| |c|.
+    """
+    args = problem([random(o, D, seed=o, dtype=dtype) for o in (6, 9)])
+    adapter, merged = as_lora(*args), merge_kv(*args)
+    exact = merge_kv(
+        [w.double() for w in args[0]], [[w.double() for w in ws] for ws in args[1]], *args[2:]
+    )
+    x = random(D, 7, seed=9)
+    lost = 0.0
+    for layer, (w0, w, truth) in enumerate(zip(args[0], merged, exact, strict=True)):
+        assert w.dtype == dtype
+        assert adapter.up[layer].dtype == adapter.down.dtype == torch.float32
+        right = truth @ x
+        rounding = torch.finfo(dtype).eps / 2 * (truth.abs() @ x.abs())
+        stored = (w.double() @ x - right).abs()
+        assert (stored <= 1.01 * rounding).all()
+        delta = adapter.up[layer].double() @ (adapter.down.double() @ x)
+        kept = (w0.double() @ x + delta - right).abs()
+        spread = sum(
+            (ws[layer].double() - w0.double()).abs() @ e.abs().mT @ part.double().abs() @ x.abs()
+            for ws, e, part in zip(args[1], args[2], adapter.down.split([2, 3]), strict=True)
+        )
+        assert (kept <= 2 * D * torch.finfo(torch.float32).eps * spread).all()
+        lost = max(lost, float(stored.max()))
+        assert float(kept.max()) < 1e-2 * lost
+
+
 def test_repeated_tokens_leave_the_rank() -> None:
     base, concepts, embeddings, factor = problem([random(6, D, seed=6)])
     twice = (base, [concepts[0], concepts[0]], [embeddings[0], embeddings[0]], factor)
@@ -97,6 +133,31 @@ def test_a_failed_save_leaves_nothing(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="different names"):
         save_lora(adapter, ["a", "b"], tmp_path / "adapter", format="peft")
     assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize("format", ["peft", "diffusers"])
+def test_one_bad_layer_does_not_cost_the_adapter(format: Any, tmp_path: Path) -> None:
+    safetensors = pytest.importorskip("safetensors.torch")
+    args = problem([random(o, D, seed=o) for o in (6, 9, 4)])
+    truth = as_lora(*args)
+    args[1][1][2][0, 0] = float("nan")
+    with pytest.raises(ValueError, match=r"\[1\]\[2\] must be finite"):
+        as_lora(*args)
+    with pytest.warns(NumericalWarning, match="1 of 3 layers .* layer 2"):
+        adapter = as_lora(*args, on_error="skip")
+    assert adapter.skipped == (2,)
+    assert torch.equal(adapter.down, truth.down)
+    assert torch.equal(adapter.up[0], truth.up[0])
+    assert torch.equal(adapter.up[1], truth.up[1])
+    assert adapter.up[2].shape == (4, 5)
+    assert not adapter.up[2].any()
+    folder = save_lora(adapter, ["a", "b", "c"], tmp_path / "adapter", format=format)
+    (file,) = folder.glob("*.safetensors")
+    owners = {name.split(".")[-3] for name in safetensors.load_file(file)}
+    assert owners == {"a", "b"}
+    if format == "peft":
+        config = json.loads((folder / "adapter_config.json").read_text())
+        assert config["target_modules"] == ["a", "b"]
 
 
 @pytest.fixture(scope="module")

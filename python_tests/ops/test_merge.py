@@ -31,6 +31,7 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from immunize_ext import reference, testing
+from immunize_ext.errors import NumericalWarning
 from immunize_ext.ops import RegularizationFactor, merge_kv
 from immunize_ext.testing import merge_problem, merge_problem_with_answer, strategies
 
@@ -561,6 +562,38 @@ def test_forward_mode(hardness):
     assert outcome == "supported"
 
 
+@pytest.mark.parametrize("hardness", [INF, 5.0])
+def test_forward_mode_under_vmap_with_a_shared_factor(hardness):
+    """One factor broadcast to many right-hand sides: where torch's rule goes wrong."""
+    problem = small_problem(seed=26)
+    c_reg = problem.c_reg
+
+    def function(base: Tensor, embedding: Tensor, captions: Tensor) -> Tensor:
+        factor = RegularizationFactor.from_embeddings(c_reg, ridge=0.1)
+        moving = RegularizationFactor(
+            factor.chol, ridge=factor.ridge, samples=15, source=captions
+        )
+        concepts = [[2 * base], [base.sin()]]
+        tokens = [embedding, problem.embeddings[1]]
+        return merge_kv([base], concepts, tokens, moving, hardness=hardness)[0]
+
+    bases, tokens = gaussian(4, 3, 5, seed=1), gaussian(4, 2, 5, seed=2)
+    tangents = (gaussian(4, 3, 5, seed=3), gaussian(4, 2, 5, seed=4), gaussian(15, 5, seed=5))
+
+    def directional(base: Tensor, token: Tensor, moved: Tensor, turned: Tensor) -> Tensor:
+        tangent = (moved, turned, tangents[2])
+        return torch.func.jvp(function, (base, token, c_reg), tangent)[1]
+
+    found = torch.func.vmap(directional)(bases, tokens, tangents[0], tangents[1])
+    for k in range(4):
+        leaves = [x.clone().requires_grad_() for x in (bases[k], tokens[k], c_reg)]
+        probe = gaussian(3, 5, seed=6 + k)
+        grads = torch.autograd.grad((function(*leaves) * probe).sum(), leaves)
+        direction = (tangents[0][k], tangents[1][k], tangents[2])
+        truth = sum((g * t).sum() for g, t in zip(grads, direction, strict=True))
+        torch.testing.assert_close((found[k] * probe).sum(), truth, rtol=1e-9, atol=1e-10)
+
+
 def test_forward_mode_of_values_hardness_and_ridge():
     problem = small_problem(seed=14)
 
@@ -907,10 +940,7 @@ def test_layouts(route):
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("values", [False, True])
 def test_layers_do_not_depend_on_the_number_of_threads(dtype, values):
-    """Sums over rows run in a fixed order: 250 rows are several blocks for two threads.
-
-    The shared solve is left to LAPACK, so its results are the input here.
-    """
+    """Sums over rows run in a fixed order: 250 rows are several blocks for two threads."""
     d, rows = 24, [2, 1]
     base = [gaussian(o, d, seed=o, dtype=dtype) for o in (200, 50)]
     wide = torch.float64 if dtype == torch.float64 else torch.float32
@@ -935,6 +965,34 @@ def test_layers_do_not_depend_on_the_number_of_threads(dtype, values):
     for other in results[1:]:
         for found, truth in zip(other, results[0], strict=True):
             assert torch.equal(found, truth)
+
+
+@pytest.mark.parametrize(("d", "rows"), [(24, (2, 1)), (300, (9, 8)), (150, (70, 50))])
+def test_merge_does_not_depend_on_the_number_of_threads(d, rows):
+    """LAPACK's solves and inverses do; the merge, given the factor, does not.
+
+    One group of right-hand sides, several, and an s x s system that LAPACK would split.
+    """
+    problem = merge_problem(
+        np.random.default_rng(7), out=(70, 33), d=d, m=2 * d, rows_per_concept=rows
+    )
+    factor = factor_of(problem)
+    weights = flat_arguments(problem)[:6]
+    results = []
+    before = torch.get_num_threads()
+    try:
+        for threads in (1, 2):
+            torch.set_num_threads(threads)
+            leaves = [w.clone().requires_grad_() for w in weights]
+            merged = merge_kv(
+                leaves[:2], [leaves[2:4], leaves[4:6]], problem.embeddings, factor
+            )
+            grads = torch.autograd.grad(merged, leaves, [w.sin() for w in merged])
+            results.append([*merged, *grads])
+    finally:
+        torch.set_num_threads(before)
+    for found, truth in zip(*results, strict=True):
+        assert torch.equal(found, truth)
 
 
 @every_route
@@ -1122,3 +1180,124 @@ def test_answer_without_meaning_is_refused(route):
     with taking_route(route):
         (merged,) = solve(problem)
     torch.testing.assert_close(merged, problem.answer[0], rtol=1e-9, atol=1e-9)
+
+
+# --- one bad layer --------------------------------------------------------------------------------
+
+
+def half_problem(scale: float, dtype: torch.dtype):
+    """One token, a wanted output of ``scale``: the merged weight is base + scale / 2 there."""
+    base = [torch.ones(2, 4, dtype=dtype), torch.ones(3, 4, dtype=dtype)]
+    token = torch.tensor([[0.0, 2.0, 0.0, 0.0]], dtype=torch.float64)
+    wide = torch.float64 if dtype == torch.float64 else torch.float32
+    values = [torch.ones(2, 1, dtype=wide), torch.full((3, 1), scale, dtype=wide)]
+    return base, None, [token], RegularizationFactor.identity(4), values
+
+
+@every_route
+@pytest.mark.parametrize(
+    ("dtype", "fits", "too_large"),
+    [
+        (torch.float16, 1.3e5, 1.4e5),
+        (torch.bfloat16, 3e38, None),
+        (torch.float32, 3e38, None),
+        (torch.float64, 1e308, None),
+    ],
+)
+def test_weights_that_their_dtype_cannot_hold_are_refused(route, dtype, fits, too_large):
+    base, concepts, tokens, factor, values = half_problem(fits, dtype)
+    with taking_route(route):
+        merged = merge_kv(base, concepts, tokens, factor, values=values)
+        assert float(merged[1][0, 1]) == pytest.approx(fits / 2, rel=2 * torch.finfo(dtype).eps)
+        if too_large is None:
+            return
+        values[1].fill_(too_large)
+        with pytest.raises(ValueError, match="merged weights of layer 1 overflow"):
+            merge_kv(base, concepts, tokens, factor, values=values)
+
+
+@every_route
+def test_overflow_of_the_product_is_refused(route):
+    """R and B fit float32 each, R B does not."""
+    base = [torch.ones(2, 3)]
+    token = torch.tensor([[1e-25, 0.0, 0.0]])
+    with (
+        taking_route(route),
+        pytest.raises(ValueError, match="merged weights of layer 0 overflow"),
+    ):
+        merge_kv(
+            base,
+            None,
+            [token],
+            RegularizationFactor.identity(3),
+            values=[torch.full((2, 1), 1e20)],
+        )
+
+
+@every_route
+@pytest.mark.parametrize("where", ["base", "concepts"])
+def test_one_bad_layer_does_not_cost_the_others(route, where):
+    problem = merge_problem(np.random.default_rng(8), out=(5, 40, 3), d=6, m=20)
+    with taking_route(route):
+        truth = solve(problem)
+        bad = problem.base[1] if where == "base" else problem.concepts[1][1]
+        bad[2, 3] = float("nan")
+        before = problem.base[1].clone()
+        with pytest.raises(ValueError, match=r"layer 1|\[1\]"):
+            solve(problem)
+        with pytest.warns(NumericalWarning, match="1 of 3 layers .* layer 1 .*must be finite"):
+            merged = solve(problem, on_error="skip")
+    assert torch.equal(merged[0], truth[0])
+    assert torch.equal(merged[2], truth[2])
+    assert torch.equal(merged[1].nan_to_num(7.0), before.nan_to_num(7.0))
+    assert merged[1].data_ptr() != problem.base[1].data_ptr()
+
+
+@every_route
+def test_gradients_beside_a_skipped_layer(route):
+    """The others as ever; the skipped layer passes its own gradient to its base."""
+    problem = merge_problem(np.random.default_rng(9), out=(4, 3), d=6, m=20)
+    problem.concepts[0][1][0, 0] = float("inf")
+    leaves = [w.clone().requires_grad_() for w in problem.base]
+    adapted = [layers[0].clone().requires_grad_() for layers in problem.concepts]
+    concepts = [[first, layers[1]] for first, layers in zip(adapted, problem.concepts, strict=True)]
+    upstream = [gaussian(*w.shape, seed=k) for k, w in enumerate(leaves)]
+    with taking_route(route):
+        with pytest.warns(NumericalWarning, match="layer 1"):
+            merged = merge_kv(
+                leaves, concepts, problem.embeddings, factor_of(problem), on_error="skip"
+            )
+        found = torch.autograd.grad(merged, [*leaves, *adapted], upstream)
+        alone = merge_kv(
+            leaves[:1], [[w] for w in adapted], problem.embeddings, factor_of(problem)
+        )
+        truth = torch.autograd.grad(alone, [leaves[0], *adapted], upstream[:1])
+    for grad, right in zip([found[0], *found[2:]], truth, strict=True):
+        assert torch.equal(grad, right)
+    assert torch.equal(found[1], upstream[1])
+
+
+@every_route
+def test_contradiction_in_one_layer_can_be_skipped(route):
+    problem = small_problem(seed=27)
+    tokens = [problem.embeddings[0][:1], problem.embeddings[0][:1]]
+    concepts = [problem.concepts[0], [problem.concepts[0][0], problem.concepts[1][1]]]
+    with taking_route(route):
+        with pytest.warns(NumericalWarning, match="layer 1 .*one token for different values"):
+            merged = merge_kv(
+                problem.base, concepts, tokens, factor_of(problem), on_error="skip"
+            )
+        (truth,) = merge_kv(
+            problem.base[:1], [concepts[0][:1]], tokens[:1], factor_of(problem)
+        )
+    torch.testing.assert_close(merged[0], truth, rtol=1e-12, atol=1e-13)
+    assert torch.equal(merged[1], problem.base[1])
+
+
+def test_what_concerns_all_layers_raises_even_so():
+    problem = small_problem(seed=28)
+    with pytest.raises(ValueError, match="on_error must be 'raise' or 'skip'"):
+        solve(problem, on_error="ignore")
+    problem.embeddings[0][0, 0] = float("nan")
+    with pytest.raises(ValueError, match="embeddings must be finite"):
+        solve(problem, on_error="skip")
