@@ -570,9 +570,7 @@ def test_forward_mode_under_vmap_with_a_shared_factor(hardness):
 
     def function(base: Tensor, embedding: Tensor, captions: Tensor) -> Tensor:
         factor = RegularizationFactor.from_embeddings(c_reg, ridge=0.1)
-        moving = RegularizationFactor(
-            factor.chol, ridge=factor.ridge, samples=15, source=captions
-        )
+        moving = RegularizationFactor(factor.chol, ridge=factor.ridge, samples=15, source=captions)
         concepts = [[2 * base], [base.sin()]]
         tokens = [embedding, problem.embeddings[1]]
         return merge_kv([base], concepts, tokens, moving, hardness=hardness)[0]
@@ -984,9 +982,7 @@ def test_merge_does_not_depend_on_the_number_of_threads(d, rows):
         for threads in (1, 2):
             torch.set_num_threads(threads)
             leaves = [w.clone().requires_grad_() for w in weights]
-            merged = merge_kv(
-                leaves[:2], [leaves[2:4], leaves[4:6]], problem.embeddings, factor
-            )
+            merged = merge_kv(leaves[:2], [leaves[2:4], leaves[4:6]], problem.embeddings, factor)
             grads = torch.autograd.grad(merged, leaves, [w.sin() for w in merged])
             results.append([*merged, *grads])
     finally:
@@ -1268,9 +1264,7 @@ def test_gradients_beside_a_skipped_layer(route):
                 leaves, concepts, problem.embeddings, factor_of(problem), on_error="skip"
             )
         found = torch.autograd.grad(merged, [*leaves, *adapted], upstream)
-        alone = merge_kv(
-            leaves[:1], [[w] for w in adapted], problem.embeddings, factor_of(problem)
-        )
+        alone = merge_kv(leaves[:1], [[w] for w in adapted], problem.embeddings, factor_of(problem))
         truth = torch.autograd.grad(alone, [leaves[0], *adapted], upstream[:1])
     for grad, right in zip([found[0], *found[2:]], truth, strict=True):
         assert torch.equal(grad, right)
@@ -1284,12 +1278,8 @@ def test_contradiction_in_one_layer_can_be_skipped(route):
     concepts = [problem.concepts[0], [problem.concepts[0][0], problem.concepts[1][1]]]
     with taking_route(route):
         with pytest.warns(NumericalWarning, match="layer 1 .*one token for different values"):
-            merged = merge_kv(
-                problem.base, concepts, tokens, factor_of(problem), on_error="skip"
-            )
-        (truth,) = merge_kv(
-            problem.base[:1], [concepts[0][:1]], tokens[:1], factor_of(problem)
-        )
+            merged = merge_kv(problem.base, concepts, tokens, factor_of(problem), on_error="skip")
+        (truth,) = merge_kv(problem.base[:1], [concepts[0][:1]], tokens[:1], factor_of(problem))
     torch.testing.assert_close(merged[0], truth, rtol=1e-12, atol=1e-13)
     assert torch.equal(merged[1], problem.base[1])
 

@@ -17,7 +17,7 @@ from immunize_ext.ops._dispatch import has_kernel
 
 D, ROWS = 512, 2048  # 2 MiB a matrix of bfloat16
 
-# Resident memory of one merge, with and without backward, in a process of its own.  The mark is
+# Resident memory of one merge, with and without backward, in a process of its own. The mark is
 # reset after the inputs are there; a first small merge has loaded whatever is loaded once.
 MEASURE = """
 import ctypes, gc, json, sys
@@ -26,8 +26,8 @@ import torch
 from immunize_ext.ops import RegularizationFactor, merge_kv
 
 torch.set_num_threads(1)
-layers, rows, d, dtype = 16, %d, %d, getattr(torch, sys.argv[1])
-backward = sys.argv[2] == "backward"
+dtype, backward = getattr(torch, sys.argv[1]), sys.argv[2] == "backward"
+layers, rows, d = 16, int(sys.argv[3]), int(sys.argv[4])
 
 def status(key):
     for line in Path("/proc/self/status").read_text().splitlines():
@@ -59,8 +59,9 @@ result = step(base, adapted)
 peak = status("VmHWM") - before
 del result
 gc.collect()
+ctypes.CDLL(None).malloc_trim(0)
 print(json.dumps({"peak": peak, "kept": status("VmRSS") - before}))
-""" % (ROWS, D)
+"""
 
 
 def measure(dtype: str, mode: str) -> dict[str, int]:
@@ -68,9 +69,8 @@ def measure(dtype: str, mode: str) -> dict[str, int]:
         pytest.skip("needs Linux: the peak of the resident memory is reset through /proc")
     if not has_kernel(torch.empty(0), "merge_apply"):
         pytest.skip("the torch-only route widens one layer at a time")
-    done = subprocess.run(
-        [sys.executable, "-c", MEASURE, dtype, mode], capture_output=True, text=True, check=True
-    )
+    command = [sys.executable, "-c", MEASURE, dtype, mode, str(ROWS), str(D)]
+    done = subprocess.run(command, capture_output=True, text=True, check=True)
     found: dict[str, int] = json.loads(done.stdout)
     return found
 
