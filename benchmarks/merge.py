@@ -3,14 +3,15 @@
 ``python -m benchmarks.merge [--quick] [--threads 2] [--out benchmarks/results]``
 
 Rows: all cross-attention K and V matrices of Stable Diffusion 1.4 and SDXL, two concepts, with the
-gradients of all weights, and with those of C and C_reg. Sweeps: concept tokens, captions.
+gradients of all weights, and with those of C and C_reg. Sweeps: concept tokens, captions, concepts,
+text width, matrices.
 """
 
 from __future__ import annotations
 
 import functools
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -352,32 +353,51 @@ def cases(options: Options) -> list[Case]:
 
 
 def sweep_cases(options: Options) -> list[Case]:
-    """Rows for the plots of cost against size."""
+    """Rows for the plots of cost against size: one size varies, the others are those of the row."""
     quick = options.quick
-    widths, d = ((8,), 12) if quick else (SD14_WIDTHS, 768)
-    tokens, fixed_m = ((2, 4), 40) if quick else ((4, 12, 24, 48, 96), 4000)
-    captions, fixed_s = ((40, 80), 4) if quick else ((1000, 4000, 16000), 24)
-    rows = []
-    for s in tokens:
-        sizes = model_sizes(widths, d=d, s=s, m=fixed_m)
-        rows.append(_sweep_case(options, "tokens", "s", s, sizes, "concept tokens s"))
-    for m in captions:
-        sizes = model_sizes(widths, d=d, s=fixed_s, m=m)
-        rows.append(_sweep_case(options, "captions", "m", m, sizes, "caption tokens m"))
-    return rows
+    widths, d, m, per_concept = ((8,), 12, 40, 2) if quick else (SD14_WIDTHS, 768, 4000, 12)
+    middle = 2 * per_concept
+
+    def model(layers: Sequence[int] = widths, d: int = d, **sizes: int) -> Sizes:
+        return model_sizes(layers, d=d, **{"s": middle, "m": m, **sizes})
+
+    by_tokens = {s: model(s=s) for s in ((2, 4) if quick else (4, 12, 24, 48, 96))}
+    by_captions = {count: model(m=count) for count in ((40, 80) if quick else (1000, 4000, 16000))}
+    by_concepts = {
+        count: model(s=per_concept * count, concepts=count)
+        for count in ((2, 3) if quick else (2, 4, 6, 8, 10))
+    }
+    by_width = {width: model(d=width) for width in ((8, 12) if quick else (768, 1024, 2048))}
+    by_layers = {
+        2 * layers: model((8 if quick else 640,) * layers)
+        for layers in ((1, 2) if quick else (4, 16, 64))
+    }
+    return [
+        *_sweep(options, "tokens", "s", "concept tokens s", by_tokens),
+        *_sweep(options, "captions", "m", "caption tokens m", by_captions),
+        *_sweep(options, "concepts", "concepts", "concepts of 12 tokens", by_concepts),
+        *_sweep(options, "width", "d", "text width d", by_width),
+        *_sweep(options, "matrices", "matrices", "matrices of 640 rows", by_layers),
+    ]
 
 
-def _sweep_case(options: Options, prefix: str, x: str, value: int, sizes: Sizes, what: str) -> Case:
-    return Case(
-        f"{prefix}-{value}",
-        f"K/V merge of Stable Diffusion 1.4, {x} = {value}, gradients of all weights",
-        sizes.record(),
-        "float32",
-        "call",
-        _build(sizes, options, False, published=False, cached=True),
-        sweep={"name": f"merge of Stable Diffusion 1.4 against {what}", "x": x, "value": value},
-        budget=Budget(8.0, 3, 30),
-    )
+def _sweep(
+    options: Options, prefix: str, x: str, what: str, by_value: Mapping[int, Sizes]
+) -> list[Case]:
+    model = "K and V projections" if prefix == "matrices" else "Stable Diffusion 1.4"
+    return [
+        Case(
+            f"{prefix}-{value}",
+            f"K/V merge of {model}, {x} = {value}, gradients of all weights",
+            sizes.record(),
+            "float32",
+            "call",
+            _build(sizes, options, False, published=False, cached=True),
+            sweep={"name": f"merge of {model} against {what}", "x": x, "value": value},
+            budget=Budget(8.0, 3, 30),
+        )
+        for value, sizes in by_value.items()
+    ]
 
 
 def main(argv: Sequence[str] | None = None) -> int:
