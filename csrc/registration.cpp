@@ -117,6 +117,8 @@ TORCH_LIBRARY(immunize_ext, m) {
       "Tensor values, Tensor new_vectors, bool ok)");
 
   // --- merge ------------------------------------------------------------------------------------
+  // Q without ridge: c_reg^T c_reg, symmetric to the bit.
+  m.def("merge_gram(Tensor c_reg) -> Tensor");  // [m, d] -> [d, d] float64
   // The part shared by all layers. T = c Q^-1 c^T + diag(inverse_hardness), E its (generalised)
   // inverse, b = E c Q^-1.
   m.def(

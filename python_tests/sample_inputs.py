@@ -233,6 +233,19 @@ def cholesky_of_gram(d: int, *batch: int, seed: int = 40) -> Tensor:
 REPEATED_ROW_RTOL = 1e-12
 
 
+def _merge_gram(device: str) -> list[Sample]:
+    cases = [
+        ("tall", gaussian(9, 5, seed=44)),
+        ("wide", gaussian(3, 14, seed=45)),
+        ("longer than a block", gaussian(300, 25, seed=46)),
+        ("empty", gaussian(0, 3)),
+        ("column major", column_major(gaussian(4, 3, seed=47))),
+        ("float32", gaussian(6, 13, seed=48, dtype=torch.float32)),
+        ("bfloat16", gaussian(6, 4, seed=49, dtype=torch.bfloat16)),
+    ]
+    return [Sample(name, (c_reg.to(device),)) for name, c_reg in cases]
+
+
 def _merge_solve(device: str) -> list[Sample]:
     d, rows = 5, gaussian(3, 5, seed=41)
     repeated = torch.cat([rows, rows[:1]])
@@ -370,6 +383,7 @@ _BUILDERS: dict[str, Callable[[str], list[Sample]]] = {
     "symmetric_extremes_double_backward": _symmetric_double_backward,
     "symmetric_reference": _symmetric_reference,
     "symmetric_track": _symmetric_track,
+    "merge_gram": _merge_gram,
     "merge_solve": _merge_solve,
     "merge_apply": _merge_apply,
     "merge_apply_backward": _merge_apply_backward,

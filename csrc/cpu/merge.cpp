@@ -27,7 +27,6 @@
 
 #include "../checks.h"
 #include "../merge_problem.h"
-#include "output_slab.h"
 #include "row_kernels.h"
 
 namespace immunize_ext {
@@ -350,21 +349,6 @@ void apply_block(
   }
 }
 
-int64_t bytes_of(const std::vector<Tensor>& tensors) {
-  int64_t bytes = 0;
-  for (const Tensor& t : tensors)
-    bytes += static_cast<int64_t>(t.nbytes());
-  return bytes;
-}
-
-std::vector<Tensor> empty_like_each(const std::vector<Tensor>& like, OutputSlab& slab) {
-  std::vector<Tensor> result;
-  result.reserve(like.size());
-  for (const Tensor& t : like)
-    result.push_back(slab.empty(t.sizes(), t.options()));
-  return result;
-}
-
 template <typename Function>
 void for_each_block(const std::vector<Block>& blocks, const Function& function) {
   at::parallel_for(0, static_cast<int64_t>(blocks.size()), 1, [&](int64_t begin, int64_t end) {
@@ -384,8 +368,7 @@ std::tuple<std::vector<Tensor>, std::vector<Tensor>> merge_apply(
     bool check) {
   const MergeProblem p =
       make_merge_problem("merge_apply", base, targets, rows, targets_are_values, c, b);
-  OutputSlab slab(bytes_of(p.base), p.layers());
-  std::vector<Tensor> merged = empty_like_each(p.base, slab);
+  std::vector<Tensor> merged = allocate(p.base, p.d, p.dtype);
   std::vector<Tensor> residual = allocate(p.base, p.s, p.accumulate);
   const std::vector<Block> blocks = split_into_blocks(p.batch, p.base);
   AT_DISPATCH_FLOATING_TYPES_AND2(at::kHalf, at::kBFloat16, p.dtype, "merge_apply", [&] {
@@ -496,13 +479,11 @@ std::tuple<std::vector<Tensor>, std::vector<Tensor>, Tensor, Tensor> merge_apply
     check_dtype("merge_apply_backward", "grad", g[l], p.dtype);
   }
   std::vector<Tensor> grad_base, grad_targets;
-  const int64_t bytes =
-      (need_base ? bytes_of(p.base) : 0) + (need_targets ? bytes_of(p.targets) : 0);
-  OutputSlab slab(bytes, p.layers() + static_cast<int64_t>(p.targets.size()));
   if (need_base)
-    grad_base = empty_like_each(p.base, slab);
+    grad_base = allocate(p.base, p.d, p.dtype);
   if (need_targets)
-    grad_targets = empty_like_each(p.targets, slab);
+    for (const Tensor& t : p.targets)
+      grad_targets.push_back(at::empty_like(t));
   const auto options = c.options();
   const int64_t size = p.s * p.d;
   Tensor grad_c = at::empty({0}, options), grad_b = at::empty({0}, options);

@@ -17,20 +17,22 @@
 
 namespace immunize_ext::spectrum {
 
-// Where the thin side of a (n x p, row-major) lies: its rows if n <= p, its columns otherwise.
+// Where the thin side of a (n x p, row-major) lies: its rows if n <= p, its columns otherwise, or
+// whatever the matrix is if `columns`.
 template <typename T>
 struct Thin {
   const T* a;
   int64_t n, p;
+  bool columns = false;
 
   bool left() const {
-    return n <= p;
+    return !columns && n <= p;
   }
   int64_t side() const {
-    return std::min(n, p);
+    return left() ? n : p;
   }
   int64_t length() const {
-    return std::max(n, p);
+    return left() ? p : n;
   }
 };
 

@@ -30,6 +30,7 @@ _CPU_ONLY = frozenset(
     {
         "gram_regularizer",
         "gram_regularizer_backward",
+        "merge_gram",
         "symmetric_reference",
         "symmetric_track",
     }

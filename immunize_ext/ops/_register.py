@@ -109,6 +109,11 @@ def _fake_symmetric_reference(h: Tensor, cluster_rtol: float) -> tuple[Tensor, .
     )
 
 
+def _fake_merge_gram(c_reg: Tensor) -> Tensor:
+    d = c_reg.shape[-1]
+    return c_reg.new_empty((d, d), dtype=torch.float64)
+
+
 def _fake_merge_solve(
     chol: Tensor, c: Tensor, inverse_hardness: Tensor, rank_rtol: float, average: bool
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
@@ -265,6 +270,7 @@ _FAKES: dict[str, Callable[..., Any]] = {
     "symmetric_extremes_backward": _fake_extremal_singular_values_backward,
     "symmetric_extremes_double_backward": _fake_extremal_singular_values_double_backward,
     "symmetric_reference": _fake_symmetric_reference,
+    "merge_gram": _fake_merge_gram,
     "merge_solve": _fake_merge_solve,
     "merge_apply": _fake_merge_apply,
     "merge_apply_backward": _fake_merge_apply_backward,
@@ -280,6 +286,7 @@ _WITHOUT_DERIVATIVE = {
     "symmetric_extremes_double_backward": "symmetric_extremes",
     "symmetric_reference": "SpectrumTracker",
     "symmetric_track": "SpectrumTracker",
+    "merge_gram": "RegularizationFactor.from_embeddings",
     "merge_solve": "merge_kv",
     "merge_apply_backward": "merge_kv",
     "precondition": "precondition_gradient",

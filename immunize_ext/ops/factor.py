@@ -18,6 +18,7 @@ from immunize_ext.ops._arguments import (
     require_finite,
     require_floating_matrix,
 )
+from immunize_ext.ops._dispatch import has_kernel
 
 _KIND = "immunize_ext.RegularizationFactor/1"
 _EPS = torch.finfo(torch.float64).eps
@@ -135,8 +136,8 @@ class RegularizationFactor:
                 tensor.
             relative: If true, ridge is in units of the mean diagonal of C_reg^T C_reg, so that the
                 result does not depend on the scale of C_reg. Otherwise in units of Q.
-            chunk: Rows of C_reg taken at a time; bounds the memory of the float64 copy, which is
-                made in one buffer over and over. The last bits of Q depend on it.
+            chunk: Rows of C_reg that are copied to float64 at a time where there is no kernel, which
+                needs no copy; the last bits of Q depend on it there.
 
         Returns:
             The factor. Gradients reach c_reg and ridge where they are tensors that require them.
@@ -147,7 +148,8 @@ class RegularizationFactor:
             ValueError: If c_reg is not a finite (m, d) tensor, is empty, or ridge is negative.
 
         Note:
-            Deterministic for a given number of threads, on which the BLAS's order of sums depends.
+            Q is the same for any number of threads where there is a kernel (CPU), its factor for a
+            given number.
             Warns with :class:`~immunize_ext.errors.NumericalWarning` if a positive
             ridge is below the resolution of float64 at the largest diagonal of Q.
 
@@ -346,7 +348,7 @@ def _stream_gram(function: str, c_reg: Tensor | Iterable[Tensor], chunk: int) ->
         raise ValueError(f"{function}: chunk must be positive, got {chunk}")
     blocks = [c_reg] if isinstance(c_reg, Tensor) else c_reg
     gram: Tensor | None = None
-    samples = d = 0
+    samples = 0
     for block in blocks:
         empty = isinstance(block, Tensor) and block.dim() == 2 and block.shape[0] == 0
         if not empty or block.shape[1] == 0:
@@ -365,12 +367,8 @@ def _stream_gram(function: str, c_reg: Tensor | Iterable[Tensor], chunk: int) ->
                 f"{function}: every block of c_reg must have width {gram.shape[1]}, got "
                 f"{block.shape[1]}"
             )
-        # One buffer for all pieces: a wide copy of each would stand beside the one before it.
-        buffer = gram.new_empty(0 if block.dtype == gram.dtype else min(chunk, len(block)), d)
-        for rows in block.split(chunk):
-            wide = rows if rows.dtype == gram.dtype else buffer[: len(rows)].copy_(rows)
-            _add_lower_gram(gram, wide)
-            samples += rows.shape[0]
+        _add_lower_gram(gram, block, chunk)
+        samples += block.shape[0]
         # Every entry is squared into the diagonal: one look there instead of a pass over c_reg.
         if not bool(torch.isfinite(gram.diagonal()).all()):
             require_finite(function, "c_reg", block)
@@ -383,11 +381,18 @@ def _stream_gram(function: str, c_reg: Tensor | Iterable[Tensor], chunk: int) ->
     return gram, samples
 
 
-def _add_lower_gram(gram: Tensor, rows: Tensor) -> None:
-    """Add rows^T rows to gram on and below the block diagonal; torch has no syrk."""
-    for begin in range(0, gram.shape[0], _GRAM_BLOCK):
-        end = begin + _GRAM_BLOCK
-        gram[begin:, begin:end].addmm_(rows[:, begin:].mT, rows[:, begin:end])
+def _add_lower_gram(gram: Tensor, block: Tensor, chunk: int) -> None:
+    """Add block^T block to gram, at least on and below the diagonal, in float64."""
+    if block.device.type == "cpu" and has_kernel(block, "merge_gram"):
+        gram += torch.ops.immunize_ext.merge_gram(block)
+        return
+    # One buffer for all pieces: a wide copy of each would stand beside the one before it.
+    buffer = gram.new_empty(0 if block.dtype == gram.dtype else min(chunk, len(block)), len(gram))
+    for rows in block.split(chunk):
+        wide = rows if rows.dtype == gram.dtype else buffer[: len(rows)].copy_(rows)
+        for begin in range(0, len(gram), _GRAM_BLOCK):  # torch has no syrk
+            end = begin + _GRAM_BLOCK
+            gram[begin:, begin:end].addmm_(wide[:, begin:].mT, wide[:, begin:end])
 
 
 def _factor_or_explain(

@@ -17,6 +17,7 @@ from sample_inputs import EPS, gaussian
 from immunize_ext import reference
 from immunize_ext.errors import NotPositiveDefiniteError, NumericalWarning
 from immunize_ext.ops import RegularizationFactor, merge_kv
+from immunize_ext.ops._dispatch import has_kernel
 from immunize_ext.testing import strategies, text_embeddings
 
 from_embeddings = RegularizationFactor.from_embeddings
@@ -317,6 +318,35 @@ def test_narrow_captions_are_widened_piece_by_piece(dtype):
     columns = gaussian(7, 1200, dtype=dtype).mT
     truth = from_embeddings(columns.double().contiguous(), ridge=1e-3).chol
     torch.testing.assert_close(from_embeddings(columns, ridge=1e-3).chol, truth)
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("shape", [(1, 1), (3, 40), (127, 12), (300, 25), (1000, 97)])
+def test_gram_matrix_of_integers_is_exact(shape, dtype):
+    """Sums of products of small integers have no rounding, so any wrong tile shows."""
+    if not has_kernel(torch.empty(0), "merge_gram"):
+        pytest.skip("the torch-only route takes torch's product")
+    rows = torch.randint(-100, 101, shape, generator=torch.Generator().manual_seed(0)).to(dtype)
+    exact = rows.to(torch.int64)
+    found = torch.ops.immunize_ext.merge_gram(rows)
+    assert torch.equal(found, (exact.mT @ exact).to(torch.float64))
+
+
+def test_gram_matrix_does_not_depend_on_threads():
+    if not has_kernel(torch.empty(0), "merge_gram"):
+        pytest.skip("the torch-only route takes torch's product")
+    rows = gaussian(500, 200, seed=7)
+    before = torch.get_num_threads()
+    try:
+        found = []
+        for threads in (1, 2, 3):
+            torch.set_num_threads(threads)
+            found.append(torch.ops.immunize_ext.merge_gram(rows))
+    finally:
+        torch.set_num_threads(before)
+    assert torch.equal(found[0], found[0].mT)
+    assert torch.equal(found[0], found[1])
+    assert torch.equal(found[0], found[2])
 
 
 def test_metadata_is_readable(tmp_path):
