@@ -136,8 +136,8 @@ class RegularizationFactor:
                 tensor.
             relative: If true, ridge is in units of the mean diagonal of C_reg^T C_reg, so that the
                 result does not depend on the scale of C_reg. Otherwise in units of Q.
-            chunk: Rows of C_reg that are copied to float64 at a time where there is no kernel, which
-                needs no copy; the last bits of Q depend on it there.
+            chunk: Where there is no kernel, rows of C_reg that are copied to float64 at a time; the
+                last bits of Q depend on it there.
 
         Returns:
             The factor. Gradients reach c_reg and ridge where they are tensors that require them.
