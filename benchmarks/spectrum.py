@@ -234,6 +234,8 @@ def svds_contender(x: Tensor) -> Contender:
 # --- square Hessian ---------------------------------------------------------------------------
 
 HESSIAN_KAPPA = 1e4
+# Full decompositions of larger ones take half a minute a call.
+LARGEST_DECOMPOSED = 2048
 
 
 def _log_ratio(extremes: ops.SymmetricExtremes) -> Tensor:
@@ -434,6 +436,7 @@ def cases(options: Options) -> list[Case]:
             Budget(60.0, 5, 100),
         ),
         _tall_case(options),
+        _wide_features_case(options),
         *(_hessian_case(options, side) for side in ((24, 32) if quick else (768, 2048))),
     ]
     return [*rows, *sweep_cases(options)]
@@ -509,6 +512,7 @@ def _tall_case(options: Options) -> Case:
         x = features(options, n, p)
         return [
             *r_ill_contenders(x, (OURS, PUBLISHED, COMPOSITE, BARE, SVDVALS)),
+            _streamed_contender(x.detach(), max(1, n // 12)),
             svds_contender(x.detach()),
         ]
 
@@ -522,6 +526,54 @@ def _tall_case(options: Options) -> Case:
         build,
         targets,
         budget=Budget(40.0, 5, 50),
+    )
+
+
+def _streamed_contender(x: Tensor, rows: int) -> Contender:
+    """R_ill of x from blocks of so many rows, and the gradient block by block."""
+    right = _expected_r_ill(x, published=False)
+    blocks = x.split(rows)
+    states: list[ops.StreamedGram] = []
+
+    def r_ill(extremes: ops.GramExtremes) -> Tensor:
+        return baselines.r_ill_of(baselines.GramValues(*extremes[:4]))
+
+    def forward() -> Tensors:
+        states[:] = [ops.StreamedGram(blocks)]
+        return (r_ill(states[0].extremes),)
+
+    def backward(values: Tensors) -> Tensors:
+        del values
+        _, derivative = states[0].derivative(r_ill)
+        return (torch.cat([2.0 * (block @ derivative) for block in blocks]),)
+
+    def check(values: Tensors, gradients: Tensors) -> float:
+        return max(
+            expected.relative_error(values, right.values),
+            expected.relative_error(gradients, right.gradients),
+        )
+
+    return Contender(
+        "streamed",
+        f"immunize_ext.ops.StreamedGram, blocks of {rows} rows; its kappa is not squared",
+        "ours",
+        forward,
+        backward,
+        check,
+        tolerance=1e-8,
+    )
+
+
+def _wide_features_case(options: Options) -> Case:
+    n, p = (30, 24) if options.quick else (4096, 2048)
+    return Case(
+        "features-4096x2048",
+        "R_ill of features 4096 x 2048, as deep networks give them",
+        {"matrices": 1, "n": n, "p": p},
+        "float64",
+        "matrix",
+        lambda: r_ill_contenders(features(options, n, p), (OURS, PUBLISHED, COMPOSITE)),
+        budget=Budget(30.0, 3, 20),
     )
 
 
@@ -548,11 +600,13 @@ def sweep_cases(options: Options) -> list[Case]:
     quick = options.quick
     samples = (4, 8) if quick else (16, 31, 32, 33, 64, 128, 256, 512)
     counts = (1, 3) if quick else (1, 4, 16, 64, 256)
-    sides = (8, 12) if quick else (128, 256, 512, 1024)
+    sides = (8, 12) if quick else (128, 256, 512, 1024, 2048, 4096)
+    kappas = (1e1, 1e9) if quick else (1e1, 1e3, 1e5, 1e6, 1e7, 1e9, 1e12)
     return [
         *(_samples_case(options, n, 20 if quick else 784) for n in samples),
         *(_matrices_case(options, count, (6, 20) if quick else (64, 784)) for count in counts),
         *(_side_case(options, side) for side in sides),
+        *(_kappa_case(options, kappa, (6, 20) if quick else (64, 784)) for kappa in kappas),
     ]
 
 
@@ -591,6 +645,24 @@ def _matrices_case(options: Options, count: int, shape: tuple[int, int]) -> Case
     )
 
 
+def _kappa_case(options: Options, kappa: float, shape: tuple[int, int]) -> Case:
+    n, p = shape
+    return Case(
+        f"kappa-{kappa:.0e}".replace("+", ""),
+        f"R_ill of features {n} x {p} with condition number {kappa:.0e}",
+        {"matrices": 1, "n": n, "p": p},
+        "float64",
+        "matrix",
+        lambda: [
+            *r_ill_contenders(features(options, n, p, kappa=kappa), (OURS, COMPOSITE, SVDVALS)),
+            svds_contender(features(options, n, p, kappa=kappa)),
+        ],
+        note="beyond about 4e6 the extremes of a Gram matrix are not proven, and ours decomposes",
+        sweep={"name": f"R_ill of features {n} x {p} against kappa", "x": "kappa", "value": kappa},
+        budget=Budget(2.0, 3, 50),
+    )
+
+
 def _side_case(options: Options, side: int) -> Case:
     return Case(
         f"side-{side}",
@@ -598,7 +670,11 @@ def _side_case(options: Options, side: int) -> Case:
         {"matrices": 1, "p": side},
         "float64",
         "matrix",
-        lambda: hessian_contenders(options, side),
+        lambda: [
+            contender
+            for contender in hessian_contenders(options, side)
+            if side <= LARGEST_DECOMPOSED or contender.name not in ("published", "composite")
+        ],
         sweep={"name": "log kappa of a p x p Hessian", "x": "p", "value": side},
         budget=Budget(3.0, 3, 50),
     )

@@ -4,8 +4,8 @@
 
 Digits three, five, eight and six are erased. Every method immunizes against the first three with a
 seed of its own for each of five seeds; six is the specificity control; a new word is taught for
-seven. All methods get the same steps, batches and retain term, and the settings of the package;
-nothing is tuned on these seeds (the settings were chosen on seed 0 of MIMA and of loss ascent).
+seven. All methods get the same steps, batches and retain term; the learning rates of methods and
+attacks were tuned alike on other seeds (``mima_tuning``).
 
 Finished attacks and immunizations are kept in ``--work``, so that an interrupted run goes on. The
 result is ``benchmarks/protection/mima_digits.json``.
@@ -23,25 +23,19 @@ from pathlib import Path
 import torch
 
 from immunize_ext.attacks.text_to_image import ATTACKS
-from immunize_ext.data.concepts import ConceptSet, digit_concept, digit_concepts
-from immunize_ext.data.digit_images import DIGIT_NAMES
-from immunize_ext.immunizers.text_to_image import METHODS, ImmunizedPipeline, erase
+from immunize_ext.immunizers.text_to_image import ImmunizedPipeline
 from immunize_ext.metrics.generation import Sampling
 from immunize_ext.metrics.judge import DigitJudge
 from immunize_ext.metrics.measures import JudgedAccuracy
-from immunize_ext.models import TextToImage
-from immunize_ext.models.digits_pipeline import load_digits_pipeline
 from immunize_ext.report.run_directory import to_json
 from immunize_ext.report.text_to_image_evaluation import evaluate_text_to_image
 from immunize_ext.report.text_to_image_pool import pool
 
-TARGETS, CONTROL, NEW_WORD = ("three", "five", "eight"), "six", "seven"
+from .mima_task import CONTROL, NEW_WORD, TARGETS, digit, mima_task
+from .mima_tuning import tuned, tuned_attack, tuned_method
+
 OUT = Path(__file__).with_name("mima_digits.json")
 METHOD_NAMES = ("mima", "loss_ascent", "joint_training", "merge_only", "imma")
-
-
-def _digit(name: str):
-    return digit_concept(DIGIT_NAMES.index(name))
 
 
 def main() -> int:
@@ -56,39 +50,31 @@ def main() -> int:
     torch.set_num_threads(1)
     started = time.time()
 
-    model = TextToImage(load_digits_pipeline())
-    erased = digit_concepts((*TARGETS, CONTROL))
-    erase(model, erased)
-    fitted = digit_concepts(TARGETS)  # keeps the control as it is, erased
-    judged = ConceptSet(fitted.concepts, erased.retain, fitted.captions)
-
+    task = mima_task()
     rows = json.loads(arguments.out.read_text())["methods"] if arguments.out.is_file() else {}
     for name in arguments.methods:
         evaluations, shares, seconds = [], [], []
+        rate = tuned()["methods"][name]["rate"]
         for seed in range(arguments.seeds):
-            folder = arguments.work / f"{name}-{seed}"
+            folder = arguments.work / f"{name}-{rate:g}-{seed}"
             if folder.is_dir():
                 immunized = ImmunizedPipeline.load(folder)
             else:
-                chosen = fitted.select(["three"]) if name == "imma" else fitted
-                if name == "imma":
-                    # The other erased digits are what a model of one concept has to keep too.
-                    others = tuple(c for c in fitted.concepts if c.name != "three")
-                    chosen = ConceptSet(chosen.concepts, (*chosen.retain, *others), chosen.captions)
-                immunized = METHODS[name]().with_seed(seed).fit(model, chosen)
+                method = tuned_method(name).with_seed(seed)
+                immunized = method.fit(task.model, task.fitted_by(name))
                 immunized.save(folder)
             shares.append(immunized.merge_share)
             seconds.append(immunized.seconds / len(immunized.history))
             print(f"{name} {seed} immunized, {time.time() - started:.0f} s", flush=True)
             evaluations.append(
                 evaluate_text_to_image(
-                    model,
+                    task.model,
                     immunized.model,
-                    judged,
-                    attacks=[ATTACKS[attack] for attack in arguments.attacks],
+                    task.judged,
+                    attacks=[tuned_attack(attack) for attack in arguments.attacks],
                     measures={"accuracy": JudgedAccuracy()},
-                    control=_digit(CONTROL),
-                    new_word_concept=_digit(NEW_WORD),
+                    control=digit(CONTROL),
+                    new_word_concept=digit(NEW_WORD),
                     steps=40,
                     evaluate_at=(0, 10, 20, 40),
                     seeds=(seed,),

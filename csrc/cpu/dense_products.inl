@@ -161,9 +161,10 @@ inline void multiply_right(
   }
 }
 
-// y_c (length p) += sum over rows [begin, end) of u_c[i] a_i for C vectors.
+// y_c (length p) += sum over rows [begin, end) of u_c[i] a_i for C vectors. Not inlined: with a
+// constant number of rows gcc warns of overflow in the remainder loop that it then finds dead.
 template <typename T, int C>
-inline void combine_rows(
+__attribute__((noinline)) void combine_rows(
     const T* a, int64_t p, int64_t begin, int64_t end, const double* const* u, double* const* y) {
   int64_t i = begin;
   for (; i + 4 <= end; i += 4) {

@@ -460,7 +460,8 @@ inline bool is_proven(const End& end, const Deflated& d, double near, double noi
 }
 
 // Improves the rows until the end is proven and its residual is rounding. m: scratch,
-// [side, side]. size: about |h|; near: what lies that close to the extreme may belong to it.
+// [side, side], and in the end the factor that d speaks of. size: about |h|; near: what lies that
+// close to the extreme may belong to it.
 template <typename Run>
 bool converge(
     const double* h,
@@ -470,6 +471,7 @@ bool converge(
     double near,
     const Run& run,
     double* m,
+    Deflated& d,
     End& end) {
   constexpr int most_rounds = 10, most_factors = 7, most_plain = 3;
   const double noise = noise_bound(t, size);
@@ -477,7 +479,6 @@ bool converge(
   double before = std::numeric_limits<double>::infinity(), sigma = 0.0;
   enum class Factor : char { none, beyond, deflated } factor = Factor::none;
   int factors = 0;
-  Deflated d;
   Ritz ritz;
   const auto trust_h = [&] {
     std::copy(end.theta, end.theta + kPanel, end.guess);
@@ -611,13 +612,14 @@ bool large_symmetric_extremes(
   if (!start_ends(h, t, side, run, ends))
     return false;
   std::vector<double> m(side * side);
+  Deflated d;
   double size = std::max(std::abs(ends[0].theta[0]), std::abs(ends[1].theta[0]));
   // The larger end first: its value is the size that the tolerances of both are relative to.
   const int first = std::abs(ends[0].theta[0]) >= std::abs(ends[1].theta[0]) ? 0 : 1;
   for (const int c : {first, 1 - first}) {
     // 1.5: what the first estimate of the size may lack.
     const double near = 1.5 * cluster_rtol * size + noise_bound(t, size);
-    if (!converge(h, t, side, size, near, run, m.data(), ends[c]))
+    if (!converge(h, t, side, size, near, run, m.data(), d, ends[c]))
       return false;
     size = std::max(size, std::abs(ends[c].theta[0]));
   }

@@ -12,8 +12,9 @@
 //   grad_x = (4 g_F x x^T + 2 g_max u_1 u_1^T + 2 g_min u_k u_k^T) x,
 // and for p < n the same with v on the right.
 //
-// Routes: the thin Gram matrix (gram_route.inl) up to its largest side, and a singular value
-// decomposition for what that refuses. Which one a matrix takes depends on this matrix alone.
+// Routes: the thin Gram matrix, reduced (gram_route.inl) or searched (gram_krylov.inl), and a
+// singular value decomposition for what these refuse. Which one a matrix takes depends on this
+// matrix alone.
 
 #include "spectrum_engine.h"
 
@@ -117,6 +118,10 @@ void settle(
   if (thin_gram_out != nullptr)
     for (int64_t i = 0; i < t; ++i)
       std::copy(g.data() + i * ld, g.data() + i * ld + t, thin_gram_out + i * t);
+  out.route = Route::settled;
+  if (t >= kKrylovSide && IMMUNIZE_EXT_SPECTRUM(large_extremes(
+                              thin, g.data(), full_side, policy, wanted, Threads{}, out.extremes)))
+    return;
   out.route = Route::decompose;
   if (t > kLargestSide)
     return;

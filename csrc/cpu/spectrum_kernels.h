@@ -147,6 +147,8 @@ namespace baseline {
 
 #include "gram_route.inl"
 
+#include "gram_krylov.inl"
+
 #include "symmetric_route.inl"
 }  // namespace baseline
 
@@ -173,6 +175,8 @@ namespace avx2 {
 #include "krylov.inl"
 
 #include "gram_route.inl"
+
+#include "gram_krylov.inl"
 
 #include "symmetric_route.inl"
 }  // namespace avx2

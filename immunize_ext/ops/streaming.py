@@ -18,6 +18,7 @@ import torch
 from torch import Tensor
 
 from immunize_ext.ops._arguments import RankPolicy, cluster_resolution, resolution
+from immunize_ext.ops._dispatch import has_kernel
 from immunize_ext.ops.spectrum import GramExtremes, gram_extremes
 
 Blocks = Iterable[Tensor] | Callable[[], Iterable[Tensor]]
@@ -132,6 +133,7 @@ class StreamedGram:
                 factor, rank=rank, rank_rtol=rank_rtol, cluster_rtol=cluster_rtol
             )
         self._full = rank == "full"
+        self._tolerances = (rank_rtol, cluster_rtol)
 
     def derivative(self, objective: Callable[[GramExtremes], Tensor]) -> tuple[Tensor, Tensor]:
         """Value of an objective of the extremes, and its derivative with respect to K.
@@ -163,18 +165,27 @@ class StreamedGram:
             torch.zeros_like(leaf) if grad is None else grad
             for leaf, grad in zip(leaves, found, strict=True)
         )
-        vectors = torch.linalg.svd(self._factor, full_matrices=False).Vh
+        derivative = 2.0 * g_frobenius * (self._factor.mT @ self._factor)
         rank = int(self.extremes.rank)
+        if rank > 0:
+            top, bottom = self._vectors(rank)
+            derivative += g_max / len(top) * (top.mT @ top)
+            if not (self._full and rank < len(derivative)):  # a zero eigenvalue: gradient 0
+                derivative += g_min / len(bottom) * (bottom.mT @ bottom)
+        return value.detach().reshape(()), (derivative + derivative.mT) / 2
+
+    def _vectors(self, rank: int) -> tuple[Tensor, Tensor]:
+        """Orthonormal right singular vectors of either extreme, one a row."""
         most = min(int(self.extremes.multiplicity_max), rank)
         least = min(int(self.extremes.multiplicity_min), rank)
-        derivative = 2.0 * g_frobenius * (self._factor.mT @ self._factor)
-        if rank > 0:
-            top = vectors[:most]
-            derivative += g_max / most * (top.mT @ top)
-            if not (self._full and rank < vectors.shape[1]):  # a zero eigenvalue: gradient 0
-                bottom = vectors[rank - least : rank]
-                derivative += g_min / least * (bottom.mT @ bottom)
-        return value.detach().reshape(()), (derivative + derivative.mT) / 2
+        if most == least == 1 and has_kernel(self._factor, "extremal_singular_values"):
+            found = torch.ops.immunize_ext.extremal_singular_values(
+                self._factor, *self._tolerances, self._full
+            )
+            *_, top, _, bottom = found
+            return top[None], bottom[None]
+        vectors = torch.linalg.svd(self._factor, full_matrices=False).Vh
+        return vectors[:most], vectors[rank - least : rank]
 
     def backward(self, objective: Callable[[GramExtremes], Tensor]) -> Tensor:
         """Backpropagate an objective of the extremes through every block, in a second pass.

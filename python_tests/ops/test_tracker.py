@@ -110,6 +110,29 @@ def test_no_graph_is_kept_from_step_to_step():
     assert all(value.grad_fn is None for value in tracker.state_dict().values())
 
 
+def test_two_hundred_steps_hold_the_memory_of_one():
+    """The tensors alive after each step of training, counted, with their bytes."""
+    tracker = SpectrumTracker()
+    h = gaussian_symmetric(30, 17)
+    direction = gaussian_symmetric(30, 18)
+
+    def alive() -> tuple[int, int]:
+        gc.collect()
+        found = [o for o in gc.get_objects() if type(o) is torch.Tensor]
+        return len(found), sum(t.untyped_storage().nbytes() for t in found)
+
+    counts = []
+    for index in range(200):
+        leaf = (h + 1e-5 * index * direction).requires_grad_()
+        found = tracker(leaf)
+        (found.lambda_max - found.lambda_min).backward()
+        del leaf, found
+        if index in (9, 199):
+            counts.append(alive())
+    assert counts[0] == counts[1]
+    assert tracker.warm_calls > 150
+
+
 def test_second_derivative():
     direction = gaussian_symmetric(6, 9)
     tracker = SpectrumTracker()

@@ -1,0 +1,235 @@
+// Extreme singular triplets of a large matrix: the ends of its thin Gram matrix by Krylov spaces
+// (krylov.inl), the triplets from the matrix itself (gram_route.inl). Torch-free.
+//
+// What is left to G is what gram_route.inl leaves to it: which eigenvalues there are, up to noise.
+// All of them have to lie beyond the rank threshold here, and the extremes have to stand alone;
+// null spaces and clusters are refused, for a reduction or a decomposition to settle.
+//
+// The smallest one is refined with the matrix S. Let the rows of X span the 12 last thin vectors.
+// Then W = X S is formed without squaring a condition number, X W-Ritz vectors of S S^T follow from
+// the 12 x 12 matrix W W^T, and with sigma = |w|, v = w / sigma, the residual r = S v - sigma u
+// tells how far (sigma, u, v) is from a triplet. A step
+//   u <- u - (G - tau)^-1 sigma r
+// with the factor that proved the end multiplies the error by about (lambda - tau) /
+// (lambda_13 - tau), as G v = lambda v would if G had no rounding errors; the rounding is in the
+// factor alone.
+
+// rows [12, t] of length side -> images [12, k] = rows S.
+template <typename T, typename Run>
+void thin_images(
+    const Thin<T>& thin, const double* rows, int64_t side, const Run& run, double* images) {
+  const int64_t k = thin.length();
+  constexpr int64_t block = 4;
+  if (thin.left()) {
+    // Sums over rows of the matrix: each thread takes a block of the vectors.
+    run(kPanel / block, 1, [&](int64_t begin, int64_t end) {
+      for (int64_t c = begin * block; c < end * block; c += block) {
+        const double* from[block];
+        double* to[block];
+        for (int64_t q = 0; q < block; ++q) {
+          from[q] = rows + (c + q) * side;
+          to[q] = images + (c + q) * k;
+          std::fill(to[q], to[q] + k, 0.0);
+        }
+        combine_rows<T, block>(thin.a, thin.p, 0, thin.n, from, to);
+      }
+    });
+    return;
+  }
+  run(thin.n, 64, [&](int64_t begin, int64_t end) {
+    for (int64_t c = 0; c < kPanel; c += block) {
+      const double* from[block];
+      double* to[block];
+      for (int64_t q = 0; q < block; ++q) {
+        from[q] = rows + (c + q) * side;
+        to[q] = images + (c + q) * k;
+      }
+      combine_columns<T, block>(thin.a, thin.p, begin, end, from, to);
+    }
+  });
+}
+
+// to (t) = S v.
+template <typename T>
+void thin_product_of(const Thin<T>& thin, const double* v, double* to) {
+  std::fill(to, to + thin.side(), 0.0);
+  if (thin.left())
+    combine_columns<T, 1>(thin.a, thin.p, 0, thin.n, &v, &to);
+  else
+    combine_rows<T, 1>(thin.a, thin.p, 0, thin.n, &v, &to);
+}
+
+// The rows of the bottom end and their images become Ritz vectors of S S^T, the smallest first.
+// False: no convergence of the small problem.
+inline bool rotate_to_ritz(int64_t side, int64_t k, std::vector<double>& rows, double* images) {
+  constexpr int64_t m = kPanel;
+  double small[m * m], vectors[m * m], values[m];
+  for (int64_t i = 0; i < m; ++i)
+    for (int64_t j = 0; j <= i; ++j)
+      small[i * m + j] = small[j * m + i] = dot(images + i * k, images + j * k, k);
+  if (!small_eigen(small, m, values, vectors))
+    return false;
+  int64_t order[m];
+  for (int64_t i = 0; i < m; ++i)
+    order[i] = i;
+  std::sort(order, order + m, [&](int64_t i, int64_t j) { return values[i] < values[j]; });
+  const std::vector<double> old_rows = rows, old_images(images, images + m * k);
+  std::fill(rows.begin(), rows.end(), 0.0);
+  std::fill(images, images + m * k, 0.0);
+  for (int64_t c = 0; c < m; ++c) {
+    const double* weights = vectors + order[c] * m;
+    double *row = rows.data() + c * side, *image = images + c * k;
+    combine_rows<double, 1>(old_rows.data(), side, 0, m, &weights, &row);
+    combine_rows<double, 1>(old_images.data(), k, 0, m, &weights, &image);
+  }
+  return true;
+}
+
+// sigma, u = end.rows[0] and v = images[0] of the smallest triplet; end and (m, d) as converge left
+// them. False: not accurate.
+template <typename T, typename Run>
+bool refine_smallest(
+    const Thin<T>& thin,
+    int64_t side,
+    double tolerance,
+    const double* m,
+    const Deflated& d,
+    const Run& run,
+    End& end,
+    double* images,
+    double& sigma) {
+  constexpr int most_steps = 8;
+  const int64_t t = thin.side(), k = thin.length(), block = kPanel * side;
+  std::vector<double> memory(3 * block);
+  double *residuals = memory.data(), *in = residuals + block, *out = in + block;
+  for (int step = 0; step < most_steps; ++step) {
+    thin_images(thin, end.rows.data(), side, run, images);
+    if (!rotate_to_ritz(side, k, end.rows, images))
+      return false;
+    std::fill(residuals, residuals + block, 0.0);
+    for (int64_t c = 0; c < std::max<int64_t>(1, d.above); ++c) {
+      double *w = images + c * k, *r = residuals + c * side;
+      const double* u = end.rows.data() + c * side;
+      const double length = norm(w, k);
+      if (!(length > 0.0))
+        return false;
+      for (int64_t i = 0; i < k; ++i)
+        w[i] /= length;
+      thin_product_of(thin, w, r);
+      for (int64_t i = 0; i < t; ++i)
+        r[i] -= length * u[i];
+      if (c == 0) {
+        sigma = length;
+        if (norm(r, t) <= tolerance)
+          return true;
+      }
+      for (int64_t i = 0; i < t; ++i)
+        r[i] *= end.sign * length;
+    }
+    to_panel(residuals, side, in);
+    apply_deflated(m, d, side, in, out, run);
+    from_panel(out, side, residuals);
+    for (int64_t i = 0; i < block; ++i)
+      end.rows[i] -= residuals[i];
+    append(nullptr, 0, t, side, end.rows.data(), in, nullptr);
+  }
+  return false;
+}
+
+// How many of the proven eigenvalues form the extreme, if rounding leaves no doubt; else 0.
+inline int64_t count_near(const End& end, double near, double noise) {
+  int64_t count = 1;
+  for (int64_t i = 1; i < end.above; ++i) {
+    const double distance = end.theta[0] - end.theta[i];
+    if (distance > near + 2.0 * noise)
+      break;
+    if (!(distance <= near - 2.0 * noise))
+      return 0;
+    ++count;
+  }
+  return count;
+}
+
+// As extremes() of gram_route.inl, for large sides.
+template <typename T, typename Run>
+bool large_extremes(
+    const Thin<T>& thin,
+    const double* g,
+    int64_t full_side,
+    Policy policy,
+    Wanted wanted,
+    const Run& run,
+    Extremes& out) {
+  const int64_t t = thin.side(), k = thin.length(), side = padded(t);
+  End ends[2];
+  if (!start_ends(g, t, side, run, ends))
+    return false;
+  std::vector<double> m(side * side);
+  Deflated d;
+  const double c = policy.cluster_rtol;
+  // In units of the eigenvalues: what lies within c sigma_max of sigma_max.
+  const auto near_top = [c](double lambda) { return lambda * c * (2.0 - std::min(c, 1.0)); };
+  // 1.5: what the first estimate of lambda_max may lack.
+  double size = ends[0].theta[0];
+  double near = 1.5 * near_top(size) + 2.0 * noise_bound(t, size);
+  if (!(size > 0.0) || !converge(g, t, side, size, near, run, m.data(), d, ends[0]))
+    return false;
+  size = ends[0].theta[0];
+  const double noise = noise_bound(t, size), sigma_max = std::sqrt(size);
+  out.multiplicity_max = 1;
+  if (wanted.max) {
+    near = near_top(size);
+    out.multiplicity_max = count_near(ends[0], near, noise);
+    if (out.multiplicity_max == 0 || !(size - ends[0].tau > near + 2.0 * noise))
+      return false;
+  }
+  out.rank = t;
+  const bool has_min = wanted.min && !(policy.full_rank && t < full_side);
+  out.multiplicity_min = full_side - t;
+  double sigma_min = 0.0;
+  std::vector<double> images;
+  if (wanted.min) {
+    const auto near_bottom = [&](double lambda) {
+      return c * sigma_max * (2.0 * std::sqrt(std::max(lambda, 0.0)) + c * sigma_max);
+    };
+    near = near_bottom(-ends[1].theta[0]) + 2.0 * noise;
+    if (!converge(g, t, side, size, near, run, m.data(), d, ends[1]))
+      return false;
+    const double lambda_min = -ends[1].theta[0];
+    const double rank_threshold = policy.rank_rtol * policy.rank_rtol * size;
+    if (!(lambda_min > rank_threshold + 2.0 * noise))
+      return false;
+    near = near_bottom(lambda_min);
+    out.multiplicity_min = count_near(ends[1], near, 2.0 * noise);
+    if (out.multiplicity_min == 0 || !(ends[1].theta[0] - ends[1].tau > near + 4.0 * noise))
+      return false;
+    if (has_min) {
+      images.resize(kPanel * k);
+      const double tolerance =
+          4.0 * std::sqrt(static_cast<double>(thin.n + thin.p)) * kEps * sigma_max;
+      if (!refine_smallest(
+              thin, side, tolerance, m.data(), d, run, ends[1], images.data(), sigma_min) ||
+          !(std::abs(sigma_min * sigma_min - lambda_min) <= noise))
+        return false;
+      std::copy(ends[1].rows.data(), ends[1].rows.data() + t, out.thin_min);
+      if (wanted.long_vectors)
+        std::copy(images.data(), images.data() + k, out.long_min);
+    } else {
+      out.multiplicity_min = full_side - t;
+    }
+  }
+  out.sigma_max = sigma_max;
+  if (wanted.max) {
+    std::copy(ends[0].rows.data(), ends[0].rows.data() + t, out.thin_max);
+    if (wanted.long_vectors) {
+      // One vector of the 12 is wanted; the others cost little beside the Gram matrix.
+      images.resize(kPanel * k);
+      thin_images(thin, ends[0].rows.data(), side, run, images.data());
+      out.sigma_max = norm(images.data(), k);
+      for (int64_t i = 0; i < k; ++i)
+        out.long_max[i] = images[i] / out.sigma_max;
+    }
+  }
+  out.sigma_min = has_min ? std::min(sigma_min, out.sigma_max) : 0.0;
+  return true;
+}
