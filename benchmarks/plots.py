@@ -90,7 +90,9 @@ def draw(content: Mapping[str, Any], out: Path) -> list[Path]:
                     curve.sizes, curve.medians, line, color=color, marker="o", ms=3, label=contender
                 )
                 axes.fill_between(curve.sizes, curve.q25, curve.q75, color=color, alpha=0.2, lw=0)
-            axes.set_xscale("log", base=2)
+            sizes = [size for curve in sweep.curves.values() for size in curve.sizes]
+            # Sizes double, condition numbers go by powers of ten.
+            axes.set_xscale("log", base=10 if max(sizes) > 1e6 * min(sizes) else 2)
             axes.set_yscale("log")
             axes.set_xlabel(sweep.x)
             axes.set_ylabel(f"forward + backward, ms per {sweep.per}")

@@ -41,21 +41,23 @@ def tables() -> str:
     """Both tables in Markdown."""
     first = json.loads((HERE / "mima_digits.json").read_text())
     second = json.loads((HERE / "mima_digits_attackers.json").read_text())
+    step = first["methods"]["mima"]["evaluation"]["summary"]["lora"]["delay"]["unprotected"]
     lines = [
-        "| method | MSGR at step 20 | three / five / eight | what is kept | control | new word |",
+        f"| method | MSGR at step {step} | three / five / eight "
+        "| what is kept | control | new word |",
         "|---|---|---|---|---|---|",
     ]
     for name, row in first["methods"].items():
         evaluation = row["evaluation"]
         found = evaluation["summary"]["lora"]
-        step = str(found["delay"]["unprotected"])
-        by_concept = " / ".join(f"{s['at'][step]['mean']:.2f}" for s in found["sgr"].values())
+        at = str(step)
+        by_concept = " / ".join(f"{s['at'][at]['mean']:.2f}" for s in found["sgr"].values())
         change = evaluation["retained_change"]
         lines.append(
             f"| {NAMES[name]} | {_spread(found['msgr_at_threshold'])} | {by_concept} | "
             f"{change['mean']:+.3f} (least {change['min']:+.3f}) | "
-            f"{found['control_sgr']['at'][step]['mean']:+.2f} | "
-            f"{found['new_word_sgr']['at'][step]['mean']:+.2f} |"
+            f"{found['control_sgr']['at'][at]['mean']:+.2f} | "
+            f"{found['new_word_sgr']['at'][at]['mean']:+.2f} |"
         )
     lines += [
         "",
@@ -70,6 +72,23 @@ def tables() -> str:
         lines.append(
             f"| {NAMES[name]} | {_curve(found['unprotected'])} | {_curve(found['immunized'])} |"
         )
+    tuning = json.loads((HERE / "mima_tuning.json").read_text())
+    lines += [
+        "",
+        "| tuned on seeds "
+        + " and ".join(map(str, tuning["seeds"]))
+        + " | rates tried, and what came out | taken |",
+        "|---|---|---|",
+    ]
+    for name, found in tuning["attacks"].items():
+        tried = ", ".join(f"{rate}: {score:.2f}" for rate, score in found["table"].items())
+        lines.append(f"| {NAMES[name]}, accuracy | {tried} | {found['rate']:g} |")
+    for name, found in tuning["methods"].items():
+        tried = ", ".join(
+            f"{rate}: {row['msgr']:.2f} at {row['retained_change']:+.3f}"
+            for rate, row in found["table"].items()
+        )
+        lines.append(f"| {NAMES[name]}, MSGR at what is kept | {tried} | {found['rate']:g} |")
     shares = first["methods"]["mima"]["merge_share"]
     lines += [
         "",

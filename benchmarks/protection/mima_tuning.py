@@ -2,12 +2,12 @@
 
     python -m benchmarks.protection.mima_tuning --work runs/mima_tuning
 
-Every immunizer and every attack gets three rates and two seeds, and none of these seeds is used by
-``mima_digits``. An immunizer takes the rate with the highest mean SGR of its targets under LoRA at
-step 20, among those that cost what has to be kept at most 0.05 accuracy (if none does, the one that
-costs least); IMMA is judged on the one concept that it immunizes. An attack takes the rate that
-brings the *unprotected* model highest, mean over steps 10, 20 and 40. The result is
-``benchmarks/protection/mima_tuning.json``, and ``mima_digits`` reads its rates from there.
+Every attack gets four rates, every immunizer three, all of them two seeds, and none of these seeds
+is used by ``mima_digits``. An attack takes the rate that brings the *unprotected* model highest,
+mean over steps 10, 20 and 40. An immunizer takes the rate with the highest mean SGR of its targets
+at step 20 of LoRA so tuned, among those that cost what has to be kept at most 0.05 accuracy (if
+none does, the one that costs least); IMMA is judged on the one concept that it immunizes. The
+result is ``benchmarks/protection/mima_tuning.json``; ``mima_digits`` reads its rates from there.
 """
 
 from __future__ import annotations
@@ -39,7 +39,7 @@ from .mima_task import MimaTask, mima_task
 OUT = Path(__file__).with_name("mima_tuning.json")
 SEEDS, RESULT_SEEDS = (100, 101), (0, 1, 2, 3, 4)
 METHOD_RATES = (3e-3, 1e-2, 3e-2)
-ATTACK_FACTORS = (1 / 3, 1.0, 3.0)  # of the rate in the registry
+ATTACK_FACTORS = (1 / 3, 1.0, 3.0, 9.0)  # of the rate in the registry
 TUNED_ATTACKS = ("lora", "full_fine_tuning", "textual_inversion", "dreambooth")
 STEP, MOST_LOSS = 20, 0.05
 
@@ -77,7 +77,7 @@ def best_rate(table: dict[float, dict[str, float]]) -> float:
     return min(table, key=lambda rate: (-table[rate]["retained_change"], rate))
 
 
-def tune_method(task: MimaTask, name: str, work: Path) -> dict[str, Any]:
+def tune_method(task: MimaTask, name: str, lora: Any, work: Path) -> dict[str, Any]:
     """One immunizer at all rates."""
     table: dict[float, dict[str, float]] = {}
     for rate in METHOD_RATES:
@@ -94,7 +94,7 @@ def tune_method(task: MimaTask, name: str, work: Path) -> dict[str, Any]:
                 task.model,
                 immunized.model,
                 task.judged_for(name),
-                attacks=[ATTACKS["lora"]],
+                attacks=[lora],
                 measures={"accuracy": JudgedAccuracy()},
                 steps=STEP,
                 evaluate_at=(0, STEP),
@@ -176,7 +176,9 @@ def main(argv: Sequence[str] | None = None) -> int:
         attacks[name] = tune_attack(task, name)
         save()
     for name in arguments.methods:
-        methods[name] = tune_method(task, name, arguments.work)
+        lora: Any = ATTACKS["lora"]
+        lora = replace(lora, learning_rate=attacks["lora"]["rate"])
+        methods[name] = tune_method(task, name, lora, arguments.work)
         save()
     print(f"{time.time() - started:.0f} s")
     return 0

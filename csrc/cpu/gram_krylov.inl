@@ -6,13 +6,15 @@
 // null spaces and clusters are refused, for a reduction or a decomposition to settle.
 //
 // The smallest one is refined with the matrix S. Let the rows of X span the 12 last thin vectors.
-// Then W = X S is formed without squaring a condition number, X W-Ritz vectors of S S^T follow from
-// the 12 x 12 matrix W W^T, and with sigma = |w|, v = w / sigma, the residual r = S v - sigma u
-// tells how far (sigma, u, v) is from a triplet. A step
-//   u <- u - (G - tau)^-1 sigma r
-// with the factor that proved the end multiplies the error by about (lambda - tau) /
-// (lambda_13 - tau), as G v = lambda v would if G had no rounding errors; the rounding is in the
-// factor alone.
+// Then W = X S is formed without squaring a condition number, Ritz vectors of S S^T follow from the
+// 12 x 12 matrix W W^T, and with sigma = |w|, v = w / sigma, the residual r = S v - sigma u tells
+// how far (sigma, u, v) is from a triplet. With F = (G - tau)^-1, of which the factor that proved
+// the end is at hand,
+//   u <- u - F sigma r            multiplies the error of u by (lambda - tau) / (lambda_13 - tau),
+//   v <- v - S^T F (r - X^T X r)  takes back what rounding in w, eps kappa, did to v.
+// Rounding in G touches F alone. The second is Newton's step with (G + lambda)^-1 (gram_route.inl)
+// but for the vectors of X, along which F may be large and v needs no correction: there r is eps
+// kappa sigma_12 at most.
 
 // rows [12, t] of length side -> images [12, k] = rows S.
 template <typename T, typename Run>
@@ -59,6 +61,16 @@ void thin_product_of(const Thin<T>& thin, const double* v, double* to) {
     combine_rows<T, 1>(thin.a, thin.p, 0, thin.n, &v, &to);
 }
 
+// to (k) = S^T u.
+template <typename T>
+void long_product_of(const Thin<T>& thin, const double* u, double* to) {
+  std::fill(to, to + thin.length(), 0.0);
+  if (thin.left())
+    combine_rows<T, 1>(thin.a, thin.p, 0, thin.n, &u, &to);
+  else
+    combine_columns<T, 1>(thin.a, thin.p, 0, thin.n, &u, &to);
+}
+
 // The rows of the bottom end and their images become Ritz vectors of S S^T, the smallest first.
 // False: no convergence of the small problem.
 inline bool rotate_to_ritz(int64_t side, int64_t k, std::vector<double>& rows, double* images) {
@@ -85,6 +97,47 @@ inline bool rotate_to_ritz(int64_t side, int64_t k, std::vector<double>& rows, d
   return true;
 }
 
+// v, a unit vector of length k, loses what rounding did to it. Returns the larger of
+// |S v - sigma u| and |S^T u - sigma v|. panel: scratch, [2, side, 12]; residual: [side], lost.
+template <typename T, typename Run>
+double refine_long_vector(
+    const Thin<T>& thin,
+    int64_t side,
+    double sigma,
+    const double* m,
+    const Deflated& d,
+    const Run& run,
+    const End& end,
+    double* residual,
+    double* panel,
+    double* v) {
+  const int64_t t = thin.side(), k = thin.length(), block = kPanel * side;
+  for (int64_t c = 0; c < kPanel; ++c) {
+    const double* x = end.rows.data() + c * side;
+    const double along = dot(x, residual, side);
+    for (int64_t i = 0; i < side; ++i)
+      residual[i] -= along * x[i];
+  }
+  double *in = panel, *out = panel + block;
+  std::fill(in, in + block, 0.0);
+  for (int64_t i = 0; i < t; ++i)
+    in[i * kPanel] = residual[i];
+  apply_deflated(m, d, side, in, out, run);
+  std::vector<double> solved(side), step(k);
+  for (int64_t i = 0; i < side; ++i)
+    solved[i] = end.sign * out[i * kPanel];
+  long_product_of(thin, solved.data(), step.data());
+  for (int64_t i = 0; i < k; ++i)
+    v[i] -= step[i];
+  const double inverse = 1.0 / norm(v, k);
+  for (int64_t i = 0; i < k; ++i)
+    v[i] *= inverse;
+  thin_product_of(thin, v, residual);
+  for (int64_t i = 0; i < t; ++i)
+    residual[i] -= sigma * end.rows[i];
+  return std::max(sigma * norm(step.data(), k), norm(residual, t));
+}
+
 // sigma, u = end.rows[0] and v = images[0] of the smallest triplet; end and (m, d) as converge left
 // them. False: not accurate.
 template <typename T, typename Run>
@@ -100,7 +153,7 @@ bool refine_smallest(
     double& sigma) {
   constexpr int most_steps = 8;
   const int64_t t = thin.side(), k = thin.length(), block = kPanel * side;
-  std::vector<double> memory(3 * block);
+  std::vector<double> memory(3 * block), residual(side), v(k);
   double *residuals = memory.data(), *in = residuals + block, *out = in + block;
   for (int step = 0; step < most_steps; ++step) {
     thin_images(thin, end.rows.data(), side, run, images);
@@ -122,6 +175,13 @@ bool refine_smallest(
         sigma = length;
         if (norm(r, t) <= tolerance)
           return true;
+        std::copy(r, r + side, residual.data());
+        std::copy(w, w + k, v.data());
+        if (refine_long_vector(thin, side, sigma, m, d, run, end, residual.data(), in, v.data()) <=
+            tolerance) {
+          std::copy(v.begin(), v.end(), images);
+          return true;
+        }
       }
       for (int64_t i = 0; i < t; ++i)
         r[i] *= end.sign * length;

@@ -20,7 +20,7 @@ class KappaConfig:
 
     Attributes:
         data: ``digits``, ``mnist``, ``house``, or a file of features (.npz, .safetensors).
-        data_dir: Folder of the files of ``mnist`` and ``house``.
+        data_dir: Folder of the files of ``mnist`` and ``house``; fetched into a cache when omitted.
         primary: The task to keep: classes ``4,6:2,3,7`` or one class ``4``; nothing for ``house``
             and for a file that is one task.
         harmful: The tasks to make hard, in the same form, or files of features.
@@ -202,7 +202,11 @@ def add_config_arguments(parser: CommandParser, *, leave_out: Sequence[str] = ()
         parser.add_argument(flag, default=argparse.SUPPRESS, help=text + shown, **more)
 
     add("data", "digits, mnist, house, or a file of features (.npz, .safetensors)")
-    add("data_dir", "folder with the files of mnist or house", metavar="DIR")
+    add(
+        "data_dir",
+        "folder with the files of mnist or house; default: a cache, filled from the network once",
+        metavar="DIR",
+    )
     add(
         "primary",
         "the task to keep: classes against classes (4,6:2,3,7), or one class (4), whose images "

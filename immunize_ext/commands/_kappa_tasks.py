@@ -14,6 +14,8 @@ from immunize_ext.data import (
     Task,
     digits_task,
     features_task,
+    fetch_house_prices,
+    fetch_mnist,
     house_prices_task,
     load_digits,
     load_mnist,
@@ -172,8 +174,13 @@ def _cut(task: Task, config: KappaConfig) -> Task:
 
 
 def _folder(config: KappaConfig) -> Path:
+    """The folder of the files: the one given, or the cache, into which they are fetched once."""
     if config.data_dir is None:
-        raise ValueError(f"{config.data} must be given the folder of its files; give --data-dir")
+        fetch = fetch_house_prices if config.data == "house" else fetch_mnist
+        try:
+            return fetch()
+        except ConnectionError as error:
+            raise ConnectionError(f"{error} with --data-dir") from None
     if not Path(config.data_dir).is_dir():
         raise FileNotFoundError(f"data_dir must name a folder, got {config.data_dir}")
     return Path(config.data_dir)

@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+import json
+import re
 from pathlib import Path
+from typing import Any
 
 import pytest
 
 ROOT = Path(__file__).resolve().parents[2]
+FOLDER = ROOT / "benchmarks" / "protection"
 mima_page = pytest.importorskip("benchmarks.protection.mima_page")
 
 
@@ -17,7 +21,9 @@ def test_page_is_what_the_result_files_say(monkeypatch: pytest.MonkeyPatch) -> N
 
 def test_a_changed_number_is_found(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     text = (ROOT / "docs" / "mima.md").read_text(encoding="utf-8")
-    changed = text.replace("| 0.99 (", "| 0.98 (", 1)
+    number = re.search(r"\| MIMA \| (0\.\d\d|1\.00) \(", text)
+    assert number is not None
+    changed = text.replace(number[0], number[0].replace(number[1], "0.12"), 1)
     assert changed != text
     page = tmp_path / "mima.md"
     page.write_text(changed, encoding="utf-8")
@@ -26,3 +32,44 @@ def test_a_changed_number_is_found(tmp_path: Path, monkeypatch: pytest.MonkeyPat
     monkeypatch.setattr("sys.argv", ["mima_page", "--write", str(page)])
     assert mima_page.main() == 0
     assert page.read_text(encoding="utf-8") == text
+
+
+def result(name: str) -> dict[str, Any]:
+    found: dict[str, Any] = json.loads((FOLDER / f"{name}.json").read_text(encoding="utf-8"))
+    return found
+
+
+def test_nothing_was_tuned_on_seeds_of_the_results_and_results_use_what_was_tuned() -> None:
+    tuning = result("mima_tuning")
+    used = set()
+    for name in ("mima_digits", "mima_digits_attackers"):
+        for method, row in result(name)["methods"].items():
+            used |= set(row["evaluation"]["seeds"])
+            config = row["config"]
+            assert config["learning_rate"] == tuning["methods"][method]["rate"]
+            for comparison in row["evaluation"]["comparisons"]:
+                rate = tuning["attacks"][comparison["attack"]]["rate"]
+                for curves in comparison["curves"].values():
+                    assert {curve["config"]["learning_rate"] for curve in curves} == {rate}
+    assert not used & set(tuning["seeds"])
+    counts = [
+        {len(row["table"]) for row in tuning[kind].values()} for kind in ("methods", "attacks")
+    ]
+    assert [len(found) for found in counts] == [1, 1], "all get the same number of rates"
+
+
+def test_the_rate_taken_is_the_best_that_keeps_what_has_to_stay() -> None:
+    mima_tuning = pytest.importorskip("benchmarks.protection.mima_tuning")
+    table = {
+        0.1: {"msgr": 0.5, "retained_change": 0.0},
+        0.2: {"msgr": 0.9, "retained_change": -0.05},
+        0.4: {"msgr": 0.9, "retained_change": 0.01},
+        0.8: {"msgr": 1.0, "retained_change": -0.06},
+    }
+    assert mima_tuning.best_rate(table) == 0.2
+    spoiled = {rate: row | {"retained_change": -rate} for rate, row in table.items()}
+    assert mima_tuning.best_rate({rate: spoiled[rate] for rate in (0.2, 0.1)}) == 0.1
+    for found in result("mima_tuning")["methods"].values():
+        assert (
+            mima_tuning.best_rate({float(r): v for r, v in found["table"].items()}) == found["rate"]
+        )

@@ -223,7 +223,6 @@ def refused(
         (["kappa", "--primary", "4:9"], "harmful must name a task"),
         (["kappa", "--data", "cifar"], "data must be digits, mnist, house"),
         (["kappa", "--data", "missing.npz", "--harmful", "4"], "missing.npz"),
-        (["kappa", "--data", "mnist"], "give --data-dir"),
         (["kappa", "--data", "mnist", "--data-dir", "nowhere"], "must name a folder"),
         (["kappa", "--c", "0.5"], "at least 1"),
         (["kappa", "--ridge", "0"], "ridge must be positive"),
@@ -247,6 +246,21 @@ def test_refusals_are_one_line(
     arguments: list[str], words: str, refused: Callable[..., str]
 ) -> None:
     assert words in refused(*arguments)
+
+
+@pytest.mark.parametrize(("data", "fetch"), [("mnist", "mnist"), ("house", "house_prices")])
+def test_data_without_a_folder_is_fetched_and_without_a_network_said_to_be_missing(
+    data: str, fetch: str, refused: Callable[..., str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    asked = []
+
+    def no_network() -> Path:
+        asked.append(fetch)
+        raise ConnectionError("no answer; give the folder")
+
+    monkeypatch.setattr(f"immunize_ext.commands._kappa_tasks.fetch_{fetch}", no_network)
+    assert "give the folder with --data-dir" in refused("kappa", "--data", data)
+    assert asked == [fetch]
 
 
 @pytest.mark.parametrize(

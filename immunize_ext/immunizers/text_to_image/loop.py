@@ -248,10 +248,22 @@ class Run:
             )
         self.resume, self.progress = resume, progress
         # Precision is not accelerate's business: it fixes one for the life of the process.
-        self.accelerator: Any = accelerate.Accelerator(
-            log_with=immunizer.log_with,
-            project_dir=None if out is None else str(out),
-        )
+        try:
+            self.accelerator: Any = accelerate.Accelerator(
+                log_with=immunizer.log_with,
+                project_dir=None if out is None else str(out),
+            )
+        except ValueError as error:
+            raise ValueError(
+                f"{immunizer.method}: log_with must name a tracker that accelerate knows, with a "
+                f"folder in out if it writes files, got {immunizer.log_with!r}: {error}"
+            ) from None
+        if immunizer.log_with is not None and not self.accelerator.log_with:
+            # accelerate leaves out what it cannot import, and says so in its debug log alone.
+            raise ValueError(
+                f"{immunizer.method}: log_with must name a tracker that is installed, got "
+                f"{immunizer.log_with!r}; pip install it, or leave log_with out"
+            )
         model.pipeline.to(self.accelerator.device)
         for part in (model.unet, model.vae, *model.text_encoders):
             part.requires_grad_(False).eval()

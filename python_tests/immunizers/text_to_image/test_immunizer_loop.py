@@ -337,3 +337,36 @@ def test_two_processes_make_the_same_steps_as_two_accumulated_batches(tmp_path: 
         # The same sums in another order, and two steps of Adam, which divides by their size.
         torch.testing.assert_close(first[name], value, rtol=1e-3, atol=1e-5)
     assert not equal(alone.model, model())
+
+
+def test_a_tracker_gets_the_settings_and_every_step(tmp_path: Path) -> None:
+    """What accelerate's tracker wrote, read back with its own reader."""
+    reader = pytest.importorskip("tensorboard.backend.event_processing.event_accumulator")
+    immunized = MIMA(**SMALL, log_with="tensorboard").fit(model(), concepts(), out=tmp_path)
+    folders = [path.parent for path in tmp_path.rglob("events.out.tfevents.*")]
+    found: dict[str, list[tuple[int, float]]] = {}
+    for folder in folders:
+        events = reader.EventAccumulator(str(folder))
+        events.Reload()
+        for tag in events.Tags()["scalars"]:
+            found[tag] = [(event.step, event.value) for event in events.Scalars(tag)]
+    for name in ("loss", "retain", "clamped", "gradient_norm", "merge_seconds"):
+        logged = [(int(record["step"]), record[name]) for record in immunized.history]
+        assert found[name] == [(step, pytest.approx(value, rel=1e-6)) for step, value in logged]
+    settings = next(tmp_path.rglob("hparams.yml")).read_text(encoding="utf-8")
+    assert "learning_rate: 0.001" in settings
+
+
+@pytest.mark.filterwarnings("ignore:.*no supported trackers:UserWarning")  # ours is an error
+def test_a_tracker_that_cannot_serve_is_refused_by_name(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with pytest.raises(ValueError, match=r"mima: log_with must name a tracker.*'nonsense'"):
+        MIMA(**SMALL, log_with="nonsense").fit(model(), concepts(), out=tmp_path)
+    monkeypatch.setattr("accelerate.tracking.get_available_trackers", list)
+    with pytest.raises(ValueError, match=r"mima: log_with.* installed, got 'tensorboard'"):
+        MIMA(**SMALL, log_with="tensorboard").fit(model(), concepts(), out=tmp_path)
+    monkeypatch.undo()
+    pytest.importorskip("tensorboard")
+    with pytest.raises(ValueError, match="a folder in out"):
+        MIMA(**SMALL, log_with="tensorboard").fit(model(), concepts())
