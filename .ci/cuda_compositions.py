@@ -129,6 +129,58 @@ def symmetric() -> None:
     refused("infinity", "symmetric_extremes", bad, rtol)
 
 
+def large_symmetric() -> None:
+    """Sides where Krylov spaces search and a factorisation proves, with every way to fall back."""
+    t, rtol = 1030, 1030 * torch.finfo(torch.float64).eps
+    basis, _ = torch.linalg.qr(normal(t, t, seed=5))
+
+    def spectrum(low: list[float], high: list[float], start: float, end: float) -> Tensor:
+        inner = torch.linspace(start, end, t - len(low) - len(high), dtype=torch.float64)
+        ends = (torch.tensor(e, dtype=torch.float64) for e in (low, high))
+        first, last = ends
+        return torch.cat([first, inner, last])
+
+    graded = torch.logspace(-4, 0, t, dtype=torch.float64)
+    batches = {
+        "graded, negative, indefinite": [graded, -graded.flip(0), spectrum([-1.0], [], -0.9, 2.0)],
+        "repeated ends, an outlier": [
+            spectrum([0.5] * 3, [3.0] * 2, 1.0, 2.0),
+            spectrum([], [50.0], 1.0, 1.5),
+        ],
+        "a proven one beside a null space and one value": [
+            graded,
+            spectrum([0.0] * 600, [], 1.0, 2.0),
+            torch.ones(t, dtype=torch.float64),
+        ],
+    }
+    name = "symmetric_extremes"
+    call = getattr(torch.ops.immunize_ext, name).default.redispatch
+    for what, spectra in batches.items():
+        h = torch.stack([(basis * values) @ basis.mT for values in spectra])
+        h = (h + h.mT) / 2
+        forward = call(CUDA, h, rtol)
+        for number, values in enumerate(spectra):
+            size = float(values.abs().max())
+            error = max(
+                abs(float(forward[0][number] - values.max())),
+                abs(float(forward[1][number] - values.min())),
+            )
+            if not error <= 8 * t * torch.finfo(torch.float64).eps * size:
+                sys.exit(f"cuda_compositions: {name}, {what}, matrix {number}: off by {error:.1e}")
+            counts = [int((values == end).sum()) for end in (values.max(), values.min())]
+            if [int(forward[2][number]), int(forward[3][number])] != counts:
+                sys.exit(f"cuda_compositions: {name}, {what}, matrix {number}: other counts")
+            for vector, value in ((forward[4], forward[0]), (forward[5], forward[1])):
+                v = vector[number]
+                residual = float((h[number] @ v - value[number] * v).norm())
+                if not residual <= 8 * t * torch.finfo(torch.float64).eps * size:
+                    sys.exit(f"cuda_compositions: {name}, {what}, matrix {number}: other vectors")
+        again = call(CUDA, h, rtol)
+        if not all(torch.equal(a, b) for a, b in zip(forward, again, strict=True)):
+            sys.exit(f"cuda_compositions: {name}, {what}: two calls differ")
+        print(f"  {name}, side {t}: {what}")
+
+
 def precondition() -> None:
     """The library route, with more rows than one call of the library takes."""
     x = normal(8, 20)
@@ -144,4 +196,5 @@ if __name__ == "__main__":
     torch.set_num_threads(1)
     spectrum()
     symmetric()
+    large_symmetric()
     precondition()

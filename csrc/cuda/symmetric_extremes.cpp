@@ -1,11 +1,13 @@
 // Algebraic extremes of symmetric matrices on CUDA: a composition of ATen operators over the whole
 // batch, forward, backward and double backward. Derivations: cpu/symmetric_extremes.cpp.
 //
-// The eigendecomposition is cuSOLVER's, batched for small sides: both extremes, their
-// multiplicities and their vectors follow from one call, and an indefinite matrix has no Cholesky
-// factor or Gram matrix that a kernel of ours could start from. torch waits for the solver's
-// verdict, so these operators wait as well (the backward pass for one number more: which matrices
-// have a cluster) and refuse to be captured into a CUDA graph.
+// Up to a side of 1024 the eigendecomposition is cuSOLVER's, batched for small sides: both
+// extremes, their multiplicities and their vectors follow from one call, and an indefinite matrix
+// has no Cholesky factor or Gram matrix that a kernel of ours could start from. Beyond, Krylov
+// spaces with a proof (symmetric_krylov.h) find the extremes alone; the side was chosen as on the
+// CPU, and has not been measured on hardware. torch waits for the solvers' verdicts, so these
+// operators wait as well (the backward pass for one number more: which matrices have a cluster) and
+// refuse to be captured into a CUDA graph.
 
 #include <ATen/ATen.h>
 #include <c10/core/DeviceGuard.h>
@@ -17,11 +19,14 @@
 #include <vector>
 
 #include "../checks.h"
+#include "symmetric_krylov.h"
 
 namespace immunize_ext {
 namespace {
 
 using at::Tensor;
+
+constexpr int64_t kKrylovSide = 1024;
 
 // h / scale, exactly symmetric, in float64.
 struct Scaled {
@@ -99,6 +104,39 @@ Decomposed eigen(const Tensor& h, double cluster_rtol) {
   return d;
 }
 
+krylov::Extremes decomposed(const Tensor& h, double cluster_rtol) {
+  const Decomposed d = eigen(h, cluster_rtol);
+  const int64_t p = h.size(-1);
+  return {
+      at::ones({h.size(0)}, h.options().dtype(at::kBool)),
+      d.lambda.select(1, p - 1),
+      d.lambda.select(1, 0),
+      d.most.sum(1),
+      d.least.sum(1),
+      d.v.select(2, p - 1),
+      d.v.select(2, 0)};
+}
+
+// By Krylov spaces, and what they cannot prove by decomposition.
+krylov::Extremes searched(const Tensor& h, double cluster_rtol) {
+  krylov::Extremes x = krylov::extremes(h, cluster_rtol);
+  const Tensor rest = x.proven.logical_not().nonzero().view({-1});
+  if (rest.numel() == 0)
+    return x;
+  const krylov::Extremes y = decomposed(h.index_select(0, rest), cluster_rtol);
+  const auto put = [&rest](const Tensor& to, const Tensor& from) {
+    return to.index_copy(0, rest, from);
+  };
+  return {
+      put(x.proven, y.proven),
+      put(x.lambda_max, y.lambda_max),
+      put(x.lambda_min, y.lambda_min),
+      put(x.multiplicity_max, y.multiplicity_max),
+      put(x.multiplicity_min, y.multiplicity_min),
+      put(x.v_max, y.v_max),
+      put(x.v_min, y.v_min)};
+}
+
 at::IntArrayRef batch_of(const Tensor& h) {
   return h.sizes().slice(0, h.dim() - 2);
 }
@@ -129,15 +167,16 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> symmetric_extremes(
   }
   const Scaled s = scaled_symmetric(op, h, /*check=*/true);
   const int64_t p = h.size(-1);
-  const Decomposed d = eigen(s.h, cluster_rtol);
+  const krylov::Extremes x =
+      p < kKrylovSide ? decomposed(s.h, cluster_rtol) : searched(s.h, cluster_rtol);
   const Tensor scale = s.scale.view({-1});
   return {
-      (d.lambda.select(1, p - 1) * scale).reshape(shape),
-      (d.lambda.select(1, 0) * scale).reshape(shape),
-      d.most.sum(1).reshape(shape),
-      d.least.sum(1).reshape(shape),
-      d.v.select(2, p - 1).reshape(with_side(shape, p)).contiguous(),
-      d.v.select(2, 0).reshape(with_side(shape, p)).contiguous()};
+      (x.lambda_max * scale).reshape(shape),
+      (x.lambda_min * scale).reshape(shape),
+      x.multiplicity_max.reshape(shape),
+      x.multiplicity_min.reshape(shape),
+      x.v_max.reshape(with_side(shape, p)).contiguous(),
+      x.v_min.reshape(with_side(shape, p)).contiguous()};
 }
 
 Tensor symmetric_extremes_backward(

@@ -1,0 +1,284 @@
+// Extremes of a batch of large symmetric matrices by block Krylov spaces, found and then proven: a
+// composition of ATen operators, for devices where only the library's own solvers are fast.
+//
+// A full eigendecomposition costs more than ten factorisations. Here a matrix is multiplied with
+// panels of 16 vectors and factorised a few times, as cpu/krylov.inl does; the derivations of the
+// proof stand there. In short, an end at a time, with s = +-1 making it the top of s H:
+//
+// 1. Search. The block Krylov space of H from a fixed start gives both ends roughly; spaces of
+//    (sigma I - s H)^-1, with a Cholesky factorisation that exists beyond the end, give them well.
+// 2. Proof. For the 16 vectors X found and c = 2 |H| factorise B = tau I - s H + c X X^T, with tau
+//    in the first gap below the end. If that exists, s H has as many eigenvalues above tau as
+//    S = I / c - X^T B^-1 X has below zero (Sylvester), and as many Ritz values above tau, by more
+//    than their residuals, are all of them (Kahan). The same factor improves the vectors:
+//    (tau I - s H)^-1 = B^-1 + B^-1 X S^-1 X^T B^-1 (Woodbury).
+//
+// The matrices of a batch go in step; the host waits once a round, to see whether all are proven.
+// Whatever is not (a cluster wider than the block, no gap within reach) is left to the caller.
+#pragma once
+
+#include <ATen/ATen.h>
+#include <ATen/CPUGeneratorImpl.h>
+
+#include <algorithm>
+#include <limits>
+#include <tuple>
+#include <vector>
+
+namespace immunize_ext::krylov {
+
+using at::Tensor;
+
+constexpr int64_t kBlock = 16;
+constexpr int64_t kMostAbove = kBlock - 4;  // eigenvalues above tau: some vectors are to spare
+constexpr int kForwardSteps = 6, kInverseSteps = 5, kPolishingSteps = 4;
+constexpr int kSearches = 3, kShifts = 5, kProofs = 4;
+
+// Of all matrices [n, t, t] of a batch.
+struct Extremes {
+  Tensor proven;                              // [n] bool; where false the rest has no meaning
+  Tensor lambda_max, lambda_min;              // [n] float64
+  Tensor multiplicity_max, multiplicity_min;  // [n] int64
+  Tensor v_max, v_min;                        // [n, t] float64
+};
+
+// The 16 vectors of one end: Ritz values of s H, descending, and |s H x - theta x|.
+struct End {
+  Tensor theta, x, residual;  // [n, 16], [n, t, 16], [n, 16]
+  Tensor proven, above, tau;  // [n]
+};
+
+inline Tensor orthonormal(const Tensor& x) {
+  return std::get<0>(at::linalg_qr(x));
+}
+
+inline Tensor symmetric(const Tensor& m) {
+  return (m + m.mT()) * 0.5;
+}
+
+// factors [n] before matrices or panels.
+inline Tensor along(const Tensor& factors) {
+  return factors.view({-1, 1, 1});
+}
+
+// Rounding in a Rayleigh quotient or a factorisation of a matrix of this size, [n].
+inline Tensor noise_of(int64_t t, const Tensor& size) {
+  return size * (4.0 * static_cast<double>(std::max<int64_t>(t, 16)) *
+                 std::numeric_limits<double>::epsilon());
+}
+
+inline Tensor where_each(const Tensor& chosen, const Tensor& yes, const Tensor& no) {
+  std::vector<int64_t> shape(yes.dim(), 1);
+  shape[0] = -1;
+  return at::where(chosen.view(shape), yes, no);
+}
+
+// Basis [n, t, 16 steps] of the space of x and its images, eigenvalues and vectors of the operator
+// in it.
+template <typename Apply>
+std::tuple<Tensor, Tensor, Tensor> space(const Apply& apply, const Tensor& x, int steps) {
+  std::vector<Tensor> basis{orthonormal(x)}, images;
+  for (int step = 0; step < steps; ++step) {
+    images.push_back(apply(basis.back()));
+    if (step + 1 == steps)
+      break;
+    const Tensor known = at::cat(basis, -1);
+    Tensor next = images.back();
+    // Twice is enough (Parlett 1998, 6.9), and once more for what the normalisation brought up.
+    for (int pass = 0; pass < 2; ++pass)
+      next = next - known.matmul(known.mT().matmul(next));
+    next = orthonormal(next);
+    basis.push_back(orthonormal(next - known.matmul(known.mT().matmul(next))));
+  }
+  const Tensor v = at::cat(basis, -1);
+  const auto [values, vectors] = at::linalg_eigh(symmetric(v.mT().matmul(at::cat(images, -1))));
+  return {v, values, vectors};
+}
+
+// Ritz values, vectors and residuals of s H in the span of x.
+inline void rayleigh_ritz(const Tensor& h, double sign, const Tensor& x, End& end) {
+  const Tensor q = orthonormal(x), image = h.matmul(q) * sign;
+  const Tensor vectors = std::get<1>(at::linalg_eigh(symmetric(q.mT().matmul(image)))).flip({-1});
+  end.x = q.matmul(vectors);
+  const Tensor rotated = image.matmul(vectors);
+  end.theta = (end.x * rotated).sum(1) / end.x.square().sum(1);
+  end.residual = at::linalg_vector_norm(rotated - end.x * end.theta.unsqueeze(1), 2, {1});
+}
+
+inline void take(const Tensor& chosen, const End& found, End& end) {
+  end.theta = where_each(chosen, found.theta, end.theta);
+  end.residual = where_each(chosen, found.residual, end.residual);
+  end.x = where_each(chosen, found.x, end.x);
+}
+
+// Brings the vectors near the end by inverse spaces from beyond it.
+inline void search(const Tensor& h, double sign, const Tensor& noise, End& end) {
+  const Tensor identity = at::eye(h.size(1), h.options());
+  for (int round = 0; round < kSearches; ++round) {
+    const Tensor top = end.theta.select(1, 0);
+    const Tensor spread = top - end.theta.select(1, kBlock - 1);
+    Tensor margin =
+        at::maximum(at::maximum(end.residual.select(1, 0) * 2.0, spread * 0.02), noise * 4.0);
+    // Where definiteness is plausible it is the better guess: zero may be much nearer.
+    Tensor at_zero = (top < 0).logical_and(top + margin > 0);
+    Tensor sigma = (top + margin).masked_fill(at_zero, 0.0), factor, exists;
+    for (int shift = 0; shift < kShifts; ++shift) {
+      const auto [lower, info] = at::linalg_cholesky_ex(along(sigma) * identity - h * sign);
+      factor = lower;
+      exists = info == 0;
+      if (exists.all().item<bool>())
+        break;
+      margin = at::where(exists.logical_or(at_zero), margin, margin * 8.0);
+      sigma = at::where(exists, sigma, top + margin);
+      at_zero = at_zero.logical_and(exists);
+    }
+    factor = where_each(exists, factor, identity.expand_as(h));
+    const auto solve = [&](const Tensor& y) { return at::cholesky_solve(y, factor); };
+    const auto [basis, values, vectors] = space(solve, end.x, kInverseSteps);
+    const int64_t width = values.size(1);
+    End found;
+    rayleigh_ritz(h, sign, basis.matmul(vectors.narrow(2, width - kBlock, kBlock)), found);
+    const Tensor better = (found.residual.select(1, 0) <= end.residual.select(1, 0))
+                              .logical_or(found.theta.select(1, 0) > top);
+    take(exists.logical_and(better), found, end);
+    const Tensor gap = end.theta.select(1, 0) - end.theta.select(1, kBlock - 1);
+    if ((end.residual.select(1, 0) <= gap * 0.05).all().item<bool>())
+      return;
+  }
+}
+
+// Where the Ritz values above tau are all there are, the first one to noise and those that may
+// belong to it as well.
+inline Tensor is_proven(
+    const End& end,
+    const Tensor& above,
+    const Tensor& tau,
+    const Tensor& near,
+    const Tensor& noise) {
+  const Tensor number = at::arange(kBlock, above.options());
+  const Tensor inside = number < above.unsqueeze(1);
+  const Tensor first = end.theta.select(1, 0);
+  const Tensor total = (end.residual.square() * inside).sum(1).sqrt();
+  const Tensor last = end.theta.gather(1, (above - 1).clamp(0, kBlock - 1).unsqueeze(1)).squeeze(1);
+  const Tensor apart = first.unsqueeze(1) - end.theta > near.unsqueeze(1) * 4.0;
+  const Tensor accurate =
+      inside.logical_not().logical_or(apart).logical_or(end.residual <= noise.unsqueeze(1));
+  return (above >= 1)
+      .logical_and(above <= kMostAbove)
+      .logical_and(first - tau > near + noise * 2.0)
+      .logical_and(accurate.all(1))
+      .logical_and(end.residual.select(1, 0) <= noise)
+      .logical_and(last - total > tau + noise);
+}
+
+inline void prove(
+    const Tensor& h,
+    double sign,
+    const Tensor& size,
+    const Tensor& near,
+    const Tensor& noise,
+    End& end) {
+  const int64_t n = h.size(0);
+  const Tensor identity = at::eye(h.size(1), h.options()), small = at::eye(kBlock, h.options());
+  const Tensor number = at::arange(kBlock, h.options().dtype(at::kLong));
+  end.proven = at::zeros({n}, h.options().dtype(at::kBool));
+  end.above = at::zeros({n}, h.options().dtype(at::kLong));
+  end.tau = at::zeros({n}, h.options());
+  for (int round = 0; round < kProofs; ++round) {
+    // tau: the middle of the first gap that no cluster reaches over.
+    const Tensor distance = end.theta.select(1, 0).unsqueeze(1) - end.theta;
+    const Tensor beyond = distance > (near * 2.0 + noise * 4.0).unsqueeze(1);
+    const Tensor next = beyond.to(at::kLong).argmax(1, /*keepdim=*/true);
+    const Tensor tau = end.theta.select(1, 0) - distance.gather(1, next).squeeze(1) * 0.5;
+    const Tensor x = end.x, c = size * 2.0;
+    const auto [lower, info] =
+        at::linalg_cholesky_ex(at::baddbmm(along(tau) * identity - h * sign, x * along(c), x.mT()));
+    Tensor serves = (info == 0).logical_and(beyond.any(1));
+    const Tensor factor = where_each(info == 0, lower, identity.expand_as(h));
+    const Tensor y = at::cholesky_solve(x, factor);
+    auto [weights, vectors] = at::linalg_eigh(symmetric(small / along(c) - x.mT().matmul(y)));
+    // A sign that rounding could have made.
+    serves =
+        serves.logical_and((weights.abs() > weights.abs().amax(1, /*keepdim=*/true) * 1e-9).all(1));
+    const Tensor above = (weights < 0).sum(1);
+    weights = where_each(serves, weights, at::ones_like(weights));
+    const Tensor inverse = (vectors / weights.unsqueeze(1)).matmul(vectors.mT());
+    const auto solve = [&](const Tensor& z) {  // (s H - tau)^-1 z
+      const Tensor solved = at::cholesky_solve(z, factor);
+      return -(solved + y.matmul(inverse.matmul(x.mT().matmul(solved))));
+    };
+    for (const bool polish : {true, false}) {
+      Tensor next_x;
+      if (polish) {
+        const auto [basis, values, inside] = space(solve, end.x, kPolishingSteps);
+        const Tensor largest =
+            values.abs().argsort(1, /*descending=*/true).narrow(1, 0, kBlock).unsqueeze(1);
+        next_x = basis.matmul(inside.gather(2, largest.expand({-1, inside.size(1), -1})));
+      } else {
+        // Rounding in the inverse, not in the space: one step of Newton's method with the residual
+        // of H itself takes it away.
+        const Tensor residual = h.matmul(end.x) * sign - end.x * end.theta.unsqueeze(1);
+        const Tensor moved = (number < above.unsqueeze(1)).unsqueeze(1);
+        next_x = end.x - solve(residual * moved);
+      }
+      End found;
+      rayleigh_ritz(h, sign, next_x, found);
+      take(serves.logical_and(end.proven.logical_not()), found, end);
+      const Tensor proven = serves.logical_and(is_proven(end, above, tau, near, noise))
+                                .logical_and(end.proven.logical_not());
+      end.above = at::where(proven, above, end.above);
+      end.tau = at::where(proven, tau, end.tau);
+      end.proven = end.proven.logical_or(proven);
+      if (end.proven.all().item<bool>())
+        return;
+    }
+  }
+}
+
+// Extremes of h [n, t, t], exactly symmetric, finite, entries up to 2 in magnitude.
+inline Extremes extremes(const Tensor& h, double cluster_rtol) {
+  const int64_t n = h.size(0), t = h.size(1);
+  // Always the same start; nothing of the caller's random state is touched.
+  const Tensor start = at::randn(
+                           {t, kBlock}, at::detail::createCPUGenerator(20250701),
+                           at::TensorOptions().dtype(at::kDouble))
+                           .to(h.device());
+  const auto multiply = [&](const Tensor& x) { return h.matmul(x); };
+  const auto [basis, values, vectors] =
+      space(multiply, start.expand({n, t, kBlock}), kForwardSteps);
+  const int64_t width = values.size(1);
+  End ends[2];
+  rayleigh_ritz(h, 1.0, basis.matmul(vectors.narrow(2, width - kBlock, kBlock)), ends[0]);
+  rayleigh_ritz(h, -1.0, basis.matmul(vectors.narrow(2, 0, kBlock)), ends[1]);
+  const auto size_of = [&] {
+    return at::maximum(ends[0].theta.select(1, 0).abs(), ends[1].theta.select(1, 0).abs());
+  };
+  for (int k = 0; k < 2; ++k) {
+    const double sign = k == 0 ? 1.0 : -1.0;
+    search(h, sign, noise_of(t, size_of()), ends[k]);
+    const Tensor size = size_of(), noise = noise_of(t, size);
+    // 1.5: what the estimate of the size may lack.
+    prove(h, sign, size, size * (1.5 * cluster_rtol) + noise, noise, ends[k]);
+  }
+  const Tensor size = size_of(), near = size * cluster_rtol, noise = noise_of(t, size);
+  const Tensor number = at::arange(kBlock, h.options().dtype(at::kLong));
+  Extremes found;
+  found.proven = at::ones({n}, h.options().dtype(at::kBool));
+  Tensor counts[2];
+  for (int k = 0; k < 2; ++k) {
+    const End& end = ends[k];
+    const Tensor distance = end.theta.select(1, 0).unsqueeze(1) - end.theta;
+    counts[k] = (distance <= near.unsqueeze(1)).logical_and(number < end.above.unsqueeze(1)).sum(1);
+    found.proven = found.proven.logical_and(end.proven)
+                       .logical_and(end.theta.select(1, 0) - end.tau > near + noise * 2.0);
+  }
+  found.multiplicity_max = counts[0];
+  found.multiplicity_min = counts[1];
+  found.lambda_max = ends[0].theta.select(1, 0);
+  found.lambda_min = at::minimum(-ends[1].theta.select(1, 0), found.lambda_max);
+  found.v_max = ends[0].x.select(2, 0);
+  found.v_min = ends[1].x.select(2, 0);
+  return found;
+}
+
+}  // namespace immunize_ext::krylov
