@@ -39,8 +39,16 @@ from .mima_task import MimaTask, mima_task
 OUT = Path(__file__).with_name("mima_tuning.json")
 SEEDS, RESULT_SEEDS = (100, 101), (0, 1, 2, 3, 4)
 METHOD_RATES = (3e-3, 1e-2, 3e-2)
-ATTACK_FACTORS = (1 / 3, 1.0, 3.0, 9.0)  # of the rate in the registry
-TUNED_ATTACKS = ("lora", "full_fine_tuning", "textual_inversion", "dreambooth")
+# A first guess, a third of it, and three and nine times as much.
+ATTACK_RATES = {
+    name: (guess / 3, guess, 3 * guess, 9 * guess)
+    for name, guess in (
+        ("lora", 3e-3),
+        ("full_fine_tuning", 3e-4),
+        ("textual_inversion", 2e-2),
+        ("dreambooth", 1e-3),
+    )
+}
 STEP, MOST_LOSS = 20, 0.05
 
 
@@ -131,7 +139,7 @@ def tune_attack(task: MimaTask, name: str) -> dict[str, Any]:
             task.model,
             [concept],
             evaluate,
-            rates=[factor * attack.learning_rate for factor in ATTACK_FACTORS],
+            rates=ATTACK_RATES[name],
             steps=40,
             seeds=SEEDS,
             reserved_seeds=RESULT_SEEDS,
@@ -143,7 +151,10 @@ def tune_attack(task: MimaTask, name: str) -> dict[str, Any]:
     table = {rate: math.fsum(t[rate] for t in tables) / len(tables) for rate in tables[0]}
     print(f"{name}: {table}", flush=True)
     best = min(table, key=lambda rate: (-table[rate], rate))
-    return {"rate": best, "table": {f"{rate:g}": score for rate, score in table.items()}}
+    return {
+        "rate": float(f"{best:.12g}"),
+        "table": {f"{rate:g}": score for rate, score in table.items()},
+    }
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -151,7 +162,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--work", type=Path, default=Path("runs/mima_tuning"))
     parser.add_argument("--methods", nargs="*", default=sorted(METHODS), choices=sorted(METHODS))
-    parser.add_argument("--attacks", nargs="*", default=TUNED_ATTACKS, choices=sorted(ATTACKS))
+    parser.add_argument(
+        "--attacks", nargs="*", default=list(ATTACK_RATES), choices=sorted(ATTACK_RATES)
+    )
     parser.add_argument("--out", type=Path, default=OUT)
     arguments = parser.parse_args(argv)
     torch.set_num_threads(1)

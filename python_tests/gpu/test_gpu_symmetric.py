@@ -69,6 +69,19 @@ def test_symmetric_extremes_equal_those_of_the_cpu(eigenvalues: list[float]) -> 
     assert_same(symmetric_extremes, symmetric(eigenvalues))
 
 
+@pytest.mark.parametrize(
+    ("low", "high", "inner"),
+    [([], [], (1e-4, 1.0)), ([0.5] * 3, [3.0] * 2, (1.0, 2.0)), ([0.0] * 600, [], (1.0, 2.0))],
+    ids=["graded", "repeated ends", "null space: decomposed"],
+)
+def test_large_sides_equal_those_of_the_cpu(
+    low: list[float], high: list[float], inner: tuple[float, float]
+) -> None:
+    """Beyond a side of 1024 extremes are searched and proven, and decomposed where that fails."""
+    middle = torch.linspace(*inner, 1030 - len(low) - len(high)).tolist()
+    assert_same(symmetric_extremes, symmetric([*low, *middle, *high], batch=1), rtol=1e-7)
+
+
 @pytest.mark.parametrize("scale", [2.0**-400, 2.0**400])
 def test_scales(scale: float) -> None:
     assert_same(symmetric_extremes, scale * symmetric([-3.0, 1.0, 2.0, 4.0]))

@@ -68,7 +68,7 @@ class LoRAAttack(Adaptation):
     """
 
     name: str = "lora"
-    learning_rate: float = 3e-3
+    learning_rate: float = 9e-3
     rank: int = 4
     alpha: float | None = None
     targets: AttentionScope = "attention"
