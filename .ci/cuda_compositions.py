@@ -151,6 +151,7 @@ def large_symmetric() -> None:
             graded,
             spectrum([0.0] * 600, [], 1.0, 2.0),
             torch.ones(t, dtype=torch.float64),
+            torch.zeros(t, dtype=torch.float64),
         ],
     }
     name = "symmetric_extremes"
@@ -181,6 +182,63 @@ def large_symmetric() -> None:
         print(f"  {name}, side {t}: {what}")
 
 
+def large_features() -> None:
+    """Sides where the thin Gram matrix is searched: simple extremes, proven without a kernel."""
+    t, k, eps = 1030, 1060, torch.finfo(torch.float64).eps
+    u, _ = torch.linalg.qr(normal(t, t, seed=5))
+    v, _ = torch.linalg.qr(normal(k, t, seed=6))
+    spectra = [
+        torch.linspace(1.0, 0.1, t, dtype=torch.float64),
+        torch.logspace(0, -3, t, dtype=torch.float64),
+        # Kappa 1e5; graded all the way down, the Gram matrix could not tell the last two apart.
+        torch.cat([torch.logspace(0, -3, t - 1, dtype=torch.float64), torch.tensor([1e-5])]),
+    ]
+    scales = [1.0, 2.0**-300, 2.0**300]
+    a = torch.stack([(u * sigma) @ v.mT * c for sigma, c in zip(spectra, scales, strict=True)])
+    bound = 8 * (t + k) ** 0.5 * eps
+    for tall in (False, True):
+        for gram in (False, True):
+            x = (a.mT if tall else a).contiguous()
+            if gram:
+                x = x[:2]  # the square of 2^300 squared would overflow in |K|_F^2
+            name = "gram_extremes" if gram else "extremal_singular_values"
+            call = getattr(torch.ops.immunize_ext, name).default.redispatch
+            found = list(call(CUDA, x, k * eps, k * eps, False))
+            if gram:
+                thin = x @ x.mT if not tall else x.mT @ x
+                for field, right in ((10, thin), (2, thin.square().sum((1, 2)))):
+                    if not torch.allclose(found[field], right, rtol=1e-12, atol=0):
+                        sys.exit(f"cuda_compositions: {name}, output {field} is off")
+                found = [found[0].sqrt(), found[1].sqrt(), *found[3:10]]
+            for number in range(len(x)):
+                sigma, c = spectra[number], scales[number]
+                what = f"{name}, tall {tall}, matrix {number}"
+                if [int(f[number]) for f in found[2:5]] != [t, 1, 1]:
+                    sys.exit(f"cuda_compositions: {what}: rank or multiplicities")
+                for value, left, right, truth in (
+                    (found[0], found[5], found[6], sigma[0]),
+                    (found[1], found[7], found[8], sigma[-1]),
+                ):
+                    m, s = x[number] / c, value[number] / c
+                    one, two = left[number], right[number]
+                    errors = [
+                        float((s - truth).abs()),
+                        float((m @ two - s * one).norm()),
+                        float((m.mT @ one - s * two).norm()),
+                    ]
+                    if not max(errors) <= bound:
+                        sys.exit(f"cuda_compositions: {what}: {errors} beyond {bound:.1e}")
+            print(f"  {name}, {'1060 x 1030' if tall else '1030 x 1060'}: proven and refined")
+    short = torch.ops.immunize_ext.gram_extremes.default.redispatch(
+        CUDA, a[:1], k * eps, k * eps, True
+    )
+    if float(short[1]) != 0.0 or int(short[5]) != k - t or bool(short[8].any()):
+        sys.exit("cuda_compositions: gram_extremes, full rank of fewer samples than features")
+    bad = torch.stack([a[0], a[0]])
+    bad[1, 3, 4] = torch.nan
+    refused("NaN in large features", "extremal_singular_values", bad, k * eps, k * eps, False)
+
+
 def precondition() -> None:
     """The library route, with more rows than one call of the library takes."""
     x = normal(8, 20)
@@ -197,4 +255,5 @@ if __name__ == "__main__":
     spectrum()
     symmetric()
     large_symmetric()
+    large_features()
     precondition()

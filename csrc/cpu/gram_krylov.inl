@@ -139,19 +139,21 @@ double refine_long_vector(
 }
 
 // sigma, u = end.rows[0] and v = images[0] of the smallest triplet; end and (m, d) as converge left
-// them. False: not accurate.
+// them, m and d lost. size: of G. False: not accurate.
 template <typename T, typename Run>
 bool refine_smallest(
     const Thin<T>& thin,
     int64_t side,
     double tolerance,
-    const double* m,
-    const Deflated& d,
+    const double* g,
+    double size,
+    double* m,
+    Deflated& d,
     const Run& run,
     End& end,
     double* images,
     double& sigma) {
-  constexpr int most_steps = 8;
+  constexpr int most_steps = 8, patience = 2;
   const int64_t t = thin.side(), k = thin.length(), block = kPanel * side;
   std::vector<double> memory(3 * block), residual(side), v(k);
   double *residuals = memory.data(), *in = residuals + block, *out = in + block;
@@ -185,6 +187,12 @@ bool refine_smallest(
       }
       for (int64_t i = 0; i < t; ++i)
         r[i] *= end.sign * length;
+    }
+    if (step == patience) {
+      // tau half way to the next eigenvalue proves well and refines slowly: one close to the end.
+      const double near = std::max(0.02 * (end.theta[0] - d.tau), 4.0 * noise_bound(t, size));
+      if (!deflate(g, t, side, size, end.theta[0] - near, end, run, m, d))
+        return false;
     }
     to_panel(residuals, side, in);
     apply_deflated(m, d, side, in, out, run);
@@ -268,7 +276,8 @@ bool large_extremes(
       const double tolerance =
           4.0 * std::sqrt(static_cast<double>(thin.n + thin.p)) * kEps * sigma_max;
       if (!refine_smallest(
-              thin, side, tolerance, m.data(), d, run, ends[1], images.data(), sigma_min) ||
+              thin, side, tolerance, g, size, m.data(), d, run, ends[1], images.data(),
+              sigma_min) ||
           !(std::abs(sigma_min * sigma_min - lambda_min) <= noise))
         return false;
       std::copy(ends[1].rows.data(), ends[1].rows.data() + t, out.thin_min);

@@ -2,19 +2,21 @@
 // rest).
 //
 // Matrices whose thin side fits the shared memory of a block (t <= 116 with 163 KiB, 136 with 227
-// KiB) are decomposed by one block each, larger ones by the blocked route; the choice depends on
-// shape and device alone. Everything runs on the current stream of the tensor's device and
-// allocates through torch's allocator.
+// KiB) are decomposed by one block each, larger ones by the blocked route. From a side of 1024 on
+// Krylov spaces of the thin Gram matrix are tried first (krylov.h), for simple extremes and full
+// rank; the blocked route takes what they cannot prove. Everything runs on the current stream of
+// the tensor's device and allocates through torch's allocator.
 //
 // What waits for the GPU. The forward operators read one integer back, to raise for NaN and
 // infinity as the CPU operators do. On the blocked route they also look after the sixth sweep and
 // every second one whether the work is done, and the backward pass looks once whether any matrix
 // has a cluster: either saves thousands of launches that would find nothing to do. While a CUDA
 // graph is captured nothing waits: all sweeps are recorded, and matrices that are not finite give
-// NaN.
+// NaN. Krylov spaces wait once a round, and are left out of a capture.
 
 #include <ATen/ATen.h>
 #include <ATen/cuda/CUDAContext.h>
+#include <c10/core/DeviceGuard.h>
 #include <c10/cuda/CUDAGraphsC10Utils.h>
 #include <c10/cuda/CUDAGuard.h>
 #include <torch/library.h>
@@ -25,6 +27,7 @@
 #include <vector>
 
 #include "../checks.h"
+#include "krylov.h"
 #include "spectrum_launchers.h"
 
 namespace immunize_ext::spectrum {
@@ -209,12 +212,72 @@ struct Results {
   }
 };
 
-Results decompose(
-    const char* op, const char* name, const Batch& a, const Policy& policy, bool of_gram) {
-  const Results results(a, of_gram);
-  if (a.batch == 0) {
-    return results;
+void fill_gram(const Batch& a, const Results& results) {
+  const Tensor x = a.matrices.to(at::kDouble);
+  Tensor thin = results.thin_gram;
+  if (a.n <= a.p) {
+    at::bmm_out(thin, x, x.mT());
+  } else {
+    at::bmm_out(thin, x.mT(), x);
   }
+  results.squared_frobenius.copy_(thin.square().sum({1, 2}));
+}
+
+// Fills in what Krylov spaces prove of large features; returns the indices of the rest.
+Tensor search(
+    const char* op,
+    const char* name,
+    const Batch& a,
+    const Policy& policy,
+    const Results& results) {
+  const Tensor wide = a.matrices.to(at::kDouble);
+  const Tensor largest = wide.abs().amax({1, 2});
+  const Tensor bad = largest.isfinite().logical_not().nonzero().cpu();
+  TORCH_CHECK_VALUE(
+      bad.numel() == 0, op, ": ", name, " must be finite, got NaN or infinity at batch index ",
+      bad.numel() == 0 ? 0 : bad.const_data_ptr<int64_t>()[0],
+      "; look for an overflow upstream, float16 features for instance");
+  const auto exponent = std::get<1>(at::frexp(largest));
+  // A power of two that brings the largest entry into [1, 2), as symmetric_extremes has it.
+  const Tensor usable = largest > 0;
+  const Tensor one = at::ones_like(largest);
+  const Tensor scale = at::where(usable, at::ldexp(one, exponent - 1), one);
+  const bool left = a.n <= a.p;
+  Tensor thin = wide / scale.view({-1, 1, 1});
+  if (!left)
+    thin = thin.mT();
+  // What cannot be searched is replaced by what cannot be proven.
+  const Tensor cluster = at::eye(thin.size(1), thin.size(2), thin.options());
+  thin = at::where(usable.view({-1, 1, 1}), thin, cluster);
+  const krylov::Triplets x = krylov::triplets(thin, policy.rank_rtol, policy.cluster_rtol);
+  const Tensor proven = x.proven.logical_and(usable);
+  const auto put = [&](const Tensor& to, const Tensor& from) {
+    to.copy_(krylov::where_each(proven, from, to));
+  };
+  const bool has_min = !(policy.full_rank && policy.full_side > a.thin());
+  const Tensor none = at::zeros_like(largest), count = at::ones_like(results.rank);
+  const Tensor sigma_max = x.sigma_max * scale;
+  const Tensor sigma_min = has_min ? at::minimum(x.sigma_min * scale, sigma_max) : none;
+  put(results.value_max, results.of_gram ? sigma_max.square() : sigma_max);
+  put(results.value_min, results.of_gram ? sigma_min.square() : sigma_min);
+  put(results.rank, count * a.thin());
+  put(results.multiplicity_max, count);
+  put(results.multiplicity_min, has_min ? count : count * (policy.full_side - a.thin()));
+  const double kept = has_min ? 1.0 : 0.0;
+  put(left ? results.u_max : results.v_max, x.thin_max);
+  put(left ? results.v_max : results.u_max, x.long_max);
+  put(left ? results.u_min : results.v_min, x.thin_min * kept);
+  put(left ? results.v_min : results.u_min, x.long_min * kept);
+  return proven.logical_not().nonzero().view({-1});
+}
+
+// By one block each, or by the blocked route.
+void decompose_by_kernels(
+    const char* op,
+    const char* name,
+    const Batch& a,
+    const Policy& policy,
+    const Results& results) {
   const auto stream = at::cuda::getCurrentCUDAStream();
   const auto flag = a.matrices.options().dtype(at::kInt);
   if (spectrum::is_small(a.n, a.p, stream)) {
@@ -229,18 +292,10 @@ Results decompose(
           work.mutable_data_ptr<double>(), grid, first_bad.mutable_data_ptr<int>(), stream);
     });
     check_finite_batch(op, name, first_bad, a.batch);
-    return results;
+    return;
   }
-  if (of_gram) {
-    const Tensor x = a.matrices.to(at::kDouble);
-    Tensor thin = results.thin_gram;
-    if (a.n <= a.p) {
-      at::bmm_out(thin, x, x.mT());
-    } else {
-      at::bmm_out(thin, x.mT(), x);
-    }
-    results.squared_frobenius.copy_(thin.square().sum({1, 2}));
-  }
+  if (results.of_gram)
+    fill_gram(a, results);
   const LargePlan plan = spectrum::large_plan(a.n, a.p);
   const int64_t step = large_step(plan, a.batch);
   const int64_t steps = (a.batch + step - 1) / step;
@@ -256,6 +311,35 @@ Results decompose(
     });
   }
   check_finite_batch(op, name, first_bad, step);
+}
+
+Results decompose(
+    const char* op, const char* name, const Batch& a, const Policy& policy, bool of_gram) {
+  const Results results(a, of_gram);
+  if (a.batch == 0)
+    return results;
+  // What is composed of torch operators runs on any device, and is tested on the CPU.
+  if (a.thin() < krylov::kSide || (a.matrices.is_cuda() && is_capturing())) {
+    decompose_by_kernels(op, name, a, policy, results);
+    return results;
+  }
+  const Tensor rest = search(op, name, a, policy, results);
+  if (rest.numel() == a.batch) {
+    decompose_by_kernels(op, name, a, policy, results);
+    return results;
+  }
+  if (of_gram)
+    fill_gram(a, results);
+  if (rest.numel() > 0) {
+    const Batch unproven{a.matrices.index_select(0, rest), rest.numel(), a.n, a.p};
+    const Results found(unproven, /*of_gram=*/of_gram);
+    decompose_by_kernels(op, name, unproven, policy, found);
+    for (const auto field :
+         {&Results::value_max, &Results::value_min, &Results::rank, &Results::multiplicity_max,
+          &Results::multiplicity_min, &Results::u_max, &Results::v_max, &Results::u_min,
+          &Results::v_min})
+      Tensor(results.*field).index_copy_(0, rest, found.*field);
+  }
   return results;
 }
 
@@ -267,7 +351,7 @@ Forward extremal_singular_values(
     double cluster_rtol,
     bool full_rank) {
   constexpr const char* op = "extremal_singular_values";
-  const c10::cuda::CUDAGuard guard(a.device());
+  const c10::OptionalDeviceGuard guard(a.device());
   const Batch batch = as_batch(op, "a", a);
   const Results r =
       decompose(op, "a", batch, {rank_rtol, cluster_rtol, full_rank, batch.thin()}, false);
@@ -293,7 +377,7 @@ GramForward gram_extremes(
     double cluster_rtol,
     bool full_rank) {
   constexpr const char* op = "gram_extremes";
-  const c10::cuda::CUDAGuard guard(x.device());
+  const c10::OptionalDeviceGuard guard(x.device());
   const Batch batch = as_batch(op, "x", x);
   const Results r = decompose(op, "x", batch, {rank_rtol, cluster_rtol, full_rank, batch.p}, true);
   const auto shape = batch.shape_of(x);

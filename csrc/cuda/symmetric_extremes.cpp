@@ -4,7 +4,7 @@
 // Up to a side of 1024 the eigendecomposition is cuSOLVER's, batched for small sides: both
 // extremes, their multiplicities and their vectors follow from one call, and an indefinite matrix
 // has no Cholesky factor or Gram matrix that a kernel of ours could start from. Beyond, Krylov
-// spaces with a proof (symmetric_krylov.h) find the extremes alone; the side was chosen as on the
+// spaces with a proof (krylov.h) find the extremes alone; the side was chosen as on the
 // CPU, and has not been measured on hardware. torch waits for the solvers' verdicts, so these
 // operators wait as well (the backward pass for one number more: which matrices have a cluster) and
 // refuse to be captured into a CUDA graph.
@@ -19,14 +19,12 @@
 #include <vector>
 
 #include "../checks.h"
-#include "symmetric_krylov.h"
+#include "krylov.h"
 
 namespace immunize_ext {
 namespace {
 
 using at::Tensor;
-
-constexpr int64_t kKrylovSide = 1024;
 
 // h / scale, exactly symmetric, in float64.
 struct Scaled {
@@ -168,7 +166,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> symmetric_extremes(
   const Scaled s = scaled_symmetric(op, h, /*check=*/true);
   const int64_t p = h.size(-1);
   const krylov::Extremes x =
-      p < kKrylovSide ? decomposed(s.h, cluster_rtol) : searched(s.h, cluster_rtol);
+      p < krylov::kSide ? decomposed(s.h, cluster_rtol) : searched(s.h, cluster_rtol);
   const Tensor scale = s.scale.view({-1});
   return {
       (x.lambda_max * scale).reshape(shape),

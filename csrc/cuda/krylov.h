@@ -1,5 +1,6 @@
-// Extremes of a batch of large symmetric matrices by block Krylov spaces, found and then proven: a
-// composition of ATen operators, for devices where only the library's own solvers are fast.
+// Extremes of a batch of large symmetric matrices, and extreme singular triplets of large features
+// by their thin Gram matrix, from block Krylov spaces, found and then proven: a composition of ATen
+// operators, for devices where only the library's own solvers are fast.
 //
 // A full eigendecomposition costs more than ten factorisations. Here a matrix is multiplied with
 // panels of 16 vectors and factorised a few times, as cpu/krylov.inl does; the derivations of the
@@ -21,6 +22,8 @@
 #include <ATen/CPUGeneratorImpl.h>
 
 #include <algorithm>
+#include <array>
+#include <cmath>
 #include <limits>
 #include <tuple>
 #include <vector>
@@ -29,6 +32,8 @@ namespace immunize_ext::krylov {
 
 using at::Tensor;
 
+// From this side on. Chosen as on the CPU; not measured on hardware.
+constexpr int64_t kSide = 1024;
 constexpr int64_t kBlock = 16;
 constexpr int64_t kMostAbove = kBlock - 4;  // eigenvalues above tau: some vectors are to spare
 constexpr int kForwardSteps = 6, kInverseSteps = 5, kPolishingSteps = 4;
@@ -171,6 +176,35 @@ inline Tensor is_proven(
       .logical_and(last - total > tau + noise);
 }
 
+// (s H - tau)^-1 by the factor of B = tau I - s H + c X X^T, and what that says.
+struct Deflated {
+  Tensor serves;  // [n] bool: B has a factor, and no eigenvalue lies at tau
+  Tensor above;   // [n] int64: eigenvalues of s H above tau
+  Tensor factor, x, y, inverse;
+
+  Deflated(const Tensor& h, double sign, const Tensor& size, const Tensor& tau, const Tensor& x)
+      : x(x) {
+    const Tensor identity = at::eye(h.size(1), h.options()), small = at::eye(kBlock, h.options());
+    const Tensor c = size * 2.0;
+    const auto [lower, info] =
+        at::linalg_cholesky_ex(at::baddbmm(along(tau) * identity - h * sign, x * along(c), x.mT()));
+    factor = where_each(info == 0, lower, identity.expand_as(h));
+    y = at::cholesky_solve(x, factor);
+    auto [weights, vectors] = at::linalg_eigh(symmetric(small / along(c) - x.mT().matmul(y)));
+    // Not a sign that rounding could have made.
+    serves = (info == 0).logical_and(
+        (weights.abs() > weights.abs().amax(1, /*keepdim=*/true) * 1e-9).all(1));
+    above = (weights < 0).sum(1);
+    weights = where_each(serves, weights, at::ones_like(weights));
+    inverse = (vectors / weights.unsqueeze(1)).matmul(vectors.mT());
+  }
+
+  Tensor solve(const Tensor& z) const {
+    const Tensor solved = at::cholesky_solve(z, factor);
+    return -(solved + y.matmul(inverse.matmul(x.mT().matmul(solved))));
+  }
+};
+
 inline void prove(
     const Tensor& h,
     double sign,
@@ -179,7 +213,6 @@ inline void prove(
     const Tensor& noise,
     End& end) {
   const int64_t n = h.size(0);
-  const Tensor identity = at::eye(h.size(1), h.options()), small = at::eye(kBlock, h.options());
   const Tensor number = at::arange(kBlock, h.options().dtype(at::kLong));
   end.proven = at::zeros({n}, h.options().dtype(at::kBool));
   end.above = at::zeros({n}, h.options().dtype(at::kLong));
@@ -190,23 +223,9 @@ inline void prove(
     const Tensor beyond = distance > (near * 2.0 + noise * 4.0).unsqueeze(1);
     const Tensor next = beyond.to(at::kLong).argmax(1, /*keepdim=*/true);
     const Tensor tau = end.theta.select(1, 0) - distance.gather(1, next).squeeze(1) * 0.5;
-    const Tensor x = end.x, c = size * 2.0;
-    const auto [lower, info] =
-        at::linalg_cholesky_ex(at::baddbmm(along(tau) * identity - h * sign, x * along(c), x.mT()));
-    Tensor serves = (info == 0).logical_and(beyond.any(1));
-    const Tensor factor = where_each(info == 0, lower, identity.expand_as(h));
-    const Tensor y = at::cholesky_solve(x, factor);
-    auto [weights, vectors] = at::linalg_eigh(symmetric(small / along(c) - x.mT().matmul(y)));
-    // A sign that rounding could have made.
-    serves =
-        serves.logical_and((weights.abs() > weights.abs().amax(1, /*keepdim=*/true) * 1e-9).all(1));
-    const Tensor above = (weights < 0).sum(1);
-    weights = where_each(serves, weights, at::ones_like(weights));
-    const Tensor inverse = (vectors / weights.unsqueeze(1)).matmul(vectors.mT());
-    const auto solve = [&](const Tensor& z) {  // (s H - tau)^-1 z
-      const Tensor solved = at::cholesky_solve(z, factor);
-      return -(solved + y.matmul(inverse.matmul(x.mT().matmul(solved))));
-    };
+    const Deflated d(h, sign, size, tau, end.x);
+    const Tensor serves = d.serves.logical_and(beyond.any(1));
+    const auto solve = [&](const Tensor& z) { return d.solve(z); };
     for (const bool polish : {true, false}) {
       Tensor next_x;
       if (polish) {
@@ -218,15 +237,15 @@ inline void prove(
         // Rounding in the inverse, not in the space: one step of Newton's method with the residual
         // of H itself takes it away.
         const Tensor residual = h.matmul(end.x) * sign - end.x * end.theta.unsqueeze(1);
-        const Tensor moved = (number < above.unsqueeze(1)).unsqueeze(1);
-        next_x = end.x - solve(residual * moved);
+        const Tensor moved = (number < d.above.unsqueeze(1)).unsqueeze(1);
+        next_x = end.x - d.solve(residual * moved);
       }
       End found;
       rayleigh_ritz(h, sign, next_x, found);
       take(serves.logical_and(end.proven.logical_not()), found, end);
-      const Tensor proven = serves.logical_and(is_proven(end, above, tau, near, noise))
+      const Tensor proven = serves.logical_and(is_proven(end, d.above, tau, near, noise))
                                 .logical_and(end.proven.logical_not());
-      end.above = at::where(proven, above, end.above);
+      end.above = at::where(proven, d.above, end.above);
       end.tau = at::where(proven, tau, end.tau);
       end.proven = end.proven.logical_or(proven);
       if (end.proven.all().item<bool>())
@@ -235,8 +254,8 @@ inline void prove(
   }
 }
 
-// Extremes of h [n, t, t], exactly symmetric, finite, entries up to 2 in magnitude.
-inline Extremes extremes(const Tensor& h, double cluster_rtol) {
+// Both ends of h [n, t, t] roughly, the top first.
+inline std::array<End, 2> start_ends(const Tensor& h) {
   const int64_t n = h.size(0), t = h.size(1);
   // Always the same start; nothing of the caller's random state is touched.
   const Tensor start = at::randn(
@@ -247,20 +266,30 @@ inline Extremes extremes(const Tensor& h, double cluster_rtol) {
   const auto [basis, values, vectors] =
       space(multiply, start.expand({n, t, kBlock}), kForwardSteps);
   const int64_t width = values.size(1);
-  End ends[2];
+  std::array<End, 2> ends;
   rayleigh_ritz(h, 1.0, basis.matmul(vectors.narrow(2, width - kBlock, kBlock)), ends[0]);
   rayleigh_ritz(h, -1.0, basis.matmul(vectors.narrow(2, 0, kBlock)), ends[1]);
-  const auto size_of = [&] {
-    return at::maximum(ends[0].theta.select(1, 0).abs(), ends[1].theta.select(1, 0).abs());
-  };
+  return ends;
+}
+
+// About |h|, [n]; not zero, for matrices that are.
+inline Tensor size_of(const std::array<End, 2>& ends) {
+  return at::maximum(ends[0].theta.select(1, 0).abs(), ends[1].theta.select(1, 0).abs())
+      .clamp_min(1e-100);
+}
+
+// Extremes of h [n, t, t], exactly symmetric, finite, entries up to 2 in magnitude.
+inline Extremes extremes(const Tensor& h, double cluster_rtol) {
+  const int64_t n = h.size(0), t = h.size(1);
+  std::array<End, 2> ends = start_ends(h);
   for (int k = 0; k < 2; ++k) {
     const double sign = k == 0 ? 1.0 : -1.0;
-    search(h, sign, noise_of(t, size_of()), ends[k]);
-    const Tensor size = size_of(), noise = noise_of(t, size);
+    search(h, sign, noise_of(t, size_of(ends)), ends[k]);
+    const Tensor size = size_of(ends), noise = noise_of(t, size);
     // 1.5: what the estimate of the size may lack.
     prove(h, sign, size, size * (1.5 * cluster_rtol) + noise, noise, ends[k]);
   }
-  const Tensor size = size_of(), near = size * cluster_rtol, noise = noise_of(t, size);
+  const Tensor size = size_of(ends), near = size * cluster_rtol, noise = noise_of(t, size);
   const Tensor number = at::arange(kBlock, h.options().dtype(at::kLong));
   Extremes found;
   found.proven = at::ones({n}, h.options().dtype(at::kBool));
@@ -279,6 +308,107 @@ inline Extremes extremes(const Tensor& h, double cluster_rtol) {
   found.v_max = ends[0].x.select(2, 0);
   found.v_min = ends[1].x.select(2, 0);
   return found;
+}
+
+// Extreme singular triplets of features, where both are simple and the rank is full.
+struct Triplets {
+  Tensor proven;                // [n] bool; where false the rest has no meaning
+  Tensor sigma_max, sigma_min;  // [n]
+  Tensor thin_max, thin_min;    // [n, t]
+  Tensor long_max, long_min;    // [n, k]
+};
+
+// u = X e_1, and sigma and v of the smallest triplet of s [n, t, k], refined from the features
+// themselves (derivation: cpu/gram_krylov.inl). Returns where it is as accurate as a singular value
+// decomposition.
+inline Tensor refine_smallest(
+    const Tensor& s, const Deflated& d, const Tensor& tolerance, Tensor& x, Triplets& out) {
+  constexpr int kSteps = 6;
+  const Tensor number = at::arange(kBlock, s.options().dtype(at::kLong));
+  Tensor done = at::zeros({s.size(0)}, s.options().dtype(at::kBool));
+  const auto norm = [](const Tensor& rows) { return at::linalg_vector_norm(rows, 2, {1}); };
+  for (int step = 0; step < kSteps; ++step) {
+    Tensor w = s.mT().matmul(x);  // [n, k, 16]
+    const Tensor vectors = std::get<1>(at::linalg_eigh(symmetric(w.mT().matmul(w))));
+    x = x.matmul(vectors);
+    w = w.matmul(vectors);
+    const Tensor lengths = norm(w).clamp_min(1e-100);  // [n, 16]
+    const Tensor v = w / lengths.unsqueeze(1);
+    const Tensor residual = s.matmul(v) - x * lengths.unsqueeze(1);
+    const Tensor sigma = lengths.select(1, 0), u = x.select(2, 0);
+    // Rounding in w, off the span of X, taken back from v.
+    const Tensor first = residual.narrow(2, 0, 1);
+    const Tensor off = first - x.matmul(x.mT().matmul(first));
+    const Tensor change = s.mT().matmul(d.solve(off)).squeeze(2);
+    Tensor better = v.select(2, 0) + change;
+    better = better / norm(better).unsqueeze(1);
+    const Tensor left = s.matmul(better.unsqueeze(2)).squeeze(2) - u * sigma.unsqueeze(1);
+    const Tensor plain = norm(first.squeeze(2)) <= tolerance;
+    const Tensor refined = at::maximum(norm(change) * sigma, norm(left)) <= tolerance;
+    const Tensor settled = done.logical_not().logical_and(plain.logical_or(refined));
+    const Tensor along_v = where_each(plain, v.select(2, 0), better);
+    if (step == 0) {
+      out.sigma_min = sigma;
+      out.thin_min = u;
+      out.long_min = along_v;
+    } else {
+      out.sigma_min = at::where(settled, sigma, out.sigma_min);
+      out.thin_min = where_each(settled, u, out.thin_min);
+      out.long_min = where_each(settled, along_v, out.long_min);
+    }
+    done = done.logical_or(settled);
+    if (done.all().item<bool>())
+      break;
+    const Tensor moved = (number < d.above.unsqueeze(1)).unsqueeze(1);
+    x = orthonormal(x + d.solve(residual * lengths.unsqueeze(1) * moved));
+  }
+  return done;
+}
+
+// s [n, t, k], t <= k, float64, finite, entries up to 2 in magnitude.
+inline Triplets triplets(const Tensor& s, double rank_rtol, double cluster_rtol) {
+  const int64_t t = s.size(1), k = s.size(2);
+  const Tensor g = at::bmm(s, s.mT());
+  std::array<End, 2> ends = start_ends(g);
+  const double c = cluster_rtol;
+  search(g, 1.0, noise_of(t, size_of(ends)), ends[0]);
+  Tensor size = size_of(ends), noise = noise_of(t, size);
+  prove(g, 1.0, size, size * (1.5 * c * (2.0 - c)) + noise * 2.0, noise, ends[0]);
+  size = size_of(ends);
+  noise = noise_of(t, size);
+  const Tensor sigma_max = size.sqrt();
+  search(g, -1.0, noise, ends[1]);
+  const auto near_bottom = [&] {
+    const Tensor lambda = (-ends[1].theta.select(1, 0)).clamp_min(0.0);
+    return (lambda.sqrt() * 2.0 + sigma_max * c) * (sigma_max * c);
+  };
+  prove(g, -1.0, size, near_bottom() + noise * 2.0, noise, ends[1]);
+  const Tensor lambda_min = -ends[1].theta.select(1, 0);
+  const auto alone = [&](const End& end, const Tensor& near) {
+    const Tensor distance = end.theta.select(1, 0) - end.theta.select(1, 1);
+    return end.proven.logical_and(distance > near + noise * 4.0)
+        .logical_and(end.theta.select(1, 0) - end.tau > near + noise * 4.0);
+  };
+  Triplets out;
+  out.proven = alone(ends[0], size * (c * (2.0 - c)))
+                   .logical_and(alone(ends[1], near_bottom()))
+                   .logical_and(lambda_min > size * (rank_rtol * rank_rtol) + noise * 2.0);
+  // A step of the refinement shrinks the error by about (theta_1 - tau) / (theta_17 - tau): a tau
+  // of its own, close to the end.
+  const Tensor end = ends[1].theta.select(1, 0);
+  const Tensor tau = end - at::maximum((end - ends[1].tau) * 0.02, noise * 4.0);
+  const Deflated d(g, -1.0, size, tau, ends[1].x);
+  const double units = 4.0 * std::sqrt(static_cast<double>(t + k));
+  const Tensor tolerance = sigma_max * (units * std::numeric_limits<double>::epsilon());
+  Tensor x = ends[1].x;
+  const Tensor accurate = refine_smallest(s, d, tolerance, x, out);
+  out.proven = out.proven.logical_and(d.serves).logical_and(accurate).logical_and(
+      (out.sigma_min.square() - lambda_min).abs() <= noise);
+  out.thin_max = ends[0].x.select(2, 0);
+  const Tensor along_max = s.mT().matmul(out.thin_max.unsqueeze(2)).squeeze(2);
+  out.sigma_max = at::linalg_vector_norm(along_max, 2, {1}).clamp_min(1e-100);
+  out.long_max = along_max / out.sigma_max.unsqueeze(1);
+  return out;
 }
 
 }  // namespace immunize_ext::krylov
