@@ -10,11 +10,11 @@
 // 12 x 12 matrix W W^T, and with sigma = |w|, v = w / sigma, the residual r = S v - sigma u tells
 // how far (sigma, u, v) is from a triplet. With F = (G - tau)^-1, of which the factor that proved
 // the end is at hand,
-//   u <- u - F sigma r            multiplies the error of u by (lambda - tau) / (lambda_13 - tau),
-//   v <- v - S^T F (r - X^T X r)  takes back what rounding in w, eps kappa, did to v.
-// Rounding in G touches F alone. The second is Newton's step with (G + lambda)^-1 (gram_route.inl)
-// but for the vectors of X, along which F may be large and v needs no correction: there r is eps
-// kappa sigma_12 at most.
+//   u <- u - F sigma r    multiplies the error of u by (lambda - tau) / (lambda_13 - tau),
+//   v <- v - S^T (F (r - X^T X r) + sum_i x_i (x_i . r) / (sigma_i^2 + sigma^2))
+// takes back what rounding in w, eps kappa, did to v. Rounding in G touches F alone. The second is
+// Newton's step with (G + lambda)^-1 (gram_route.inl): off the span of X F is near enough to that,
+// and along X, where F may be large, S^T x_i = sigma_i v_i is known.
 
 // rows [12, t] of length side -> images [12, k] = rows S.
 template <typename T, typename Run>
@@ -97,13 +97,15 @@ inline bool rotate_to_ritz(int64_t side, int64_t k, std::vector<double>& rows, d
   return true;
 }
 
-// v, a unit vector of length k, loses what rounding did to it. Returns the larger of
-// |S v - sigma u| and |S^T u - sigma v|. panel: scratch, [2, side, 12]; residual: [side], lost.
+// v, a unit vector of length k, loses what rounding did to it. images: the v_i, sigmas: sigma_i of
+// the vectors of X. Returns the larger of |S v - sigma u| and |S^T u - sigma v|. panel: scratch,
+// [2, side, 12]; residual: [side], lost.
 template <typename T, typename Run>
 double refine_long_vector(
     const Thin<T>& thin,
     int64_t side,
-    double sigma,
+    const double* sigmas,
+    const double* images,
     const double* m,
     const Deflated& d,
     const Run& run,
@@ -112,11 +114,15 @@ double refine_long_vector(
     double* panel,
     double* v) {
   const int64_t t = thin.side(), k = thin.length(), block = kPanel * side;
+  const double sigma = sigmas[0];
+  double weights[kPanel];
   for (int64_t c = 0; c < kPanel; ++c) {
     const double* x = end.rows.data() + c * side;
     const double along = dot(x, residual, side);
     for (int64_t i = 0; i < side; ++i)
       residual[i] -= along * x[i];
+    // Along u itself only the length of v would change.
+    weights[c] = c == 0 ? 0.0 : along * sigmas[c] / (sigmas[c] * sigmas[c] + sigma * sigma);
   }
   double *in = panel, *out = panel + block;
   std::fill(in, in + block, 0.0);
@@ -127,6 +133,9 @@ double refine_long_vector(
   for (int64_t i = 0; i < side; ++i)
     solved[i] = end.sign * out[i * kPanel];
   long_product_of(thin, solved.data(), step.data());
+  const double* from = weights;
+  double* to = step.data();
+  combine_rows<double, 1>(images, k, 0, kPanel, &from, &to);
   for (int64_t i = 0; i < k; ++i)
     v[i] -= step[i];
   const double inverse = 1.0 / norm(v, k);
@@ -162,31 +171,36 @@ bool refine_smallest(
     if (!rotate_to_ritz(side, k, end.rows, images))
       return false;
     std::fill(residuals, residuals + block, 0.0);
-    for (int64_t c = 0; c < std::max<int64_t>(1, d.above); ++c) {
-      double *w = images + c * k, *r = residuals + c * side;
-      const double* u = end.rows.data() + c * side;
-      const double length = norm(w, k);
-      if (!(length > 0.0))
+    double sigmas[kPanel];
+    for (int64_t c = 0; c < kPanel; ++c) {
+      double* w = images + c * k;
+      sigmas[c] = norm(w, k);
+      if (!(sigmas[c] > 0.0))
         return false;
       for (int64_t i = 0; i < k; ++i)
-        w[i] /= length;
+        w[i] /= sigmas[c];
+    }
+    sigma = sigmas[0];
+    for (int64_t c = 0; c < std::max<int64_t>(1, d.above); ++c) {
+      const double *u = end.rows.data() + c * side, *w = images + c * k;
+      double* r = residuals + c * side;
       thin_product_of(thin, w, r);
       for (int64_t i = 0; i < t; ++i)
-        r[i] -= length * u[i];
+        r[i] -= sigmas[c] * u[i];
       if (c == 0) {
-        sigma = length;
         if (norm(r, t) <= tolerance)
           return true;
         std::copy(r, r + side, residual.data());
         std::copy(w, w + k, v.data());
-        if (refine_long_vector(thin, side, sigma, m, d, run, end, residual.data(), in, v.data()) <=
-            tolerance) {
+        const double error = refine_long_vector(
+            thin, side, sigmas, images, m, d, run, end, residual.data(), in, v.data());
+        if (error <= tolerance) {
           std::copy(v.begin(), v.end(), images);
           return true;
         }
       }
       for (int64_t i = 0; i < t; ++i)
-        r[i] *= end.sign * length;
+        r[i] *= end.sign * sigmas[c];
     }
     if (step == patience) {
       // tau half way to the next eigenvalue proves well and refines slowly: one close to the end.

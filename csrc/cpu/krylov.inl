@@ -473,7 +473,7 @@ bool converge(
     double* m,
     Deflated& d,
     End& end) {
-  constexpr int most_rounds = 10, most_factors = 7, most_plain = 3;
+  constexpr int most_rounds = 10, most_factors = 7, most_plain = 3, most_stuck = 3;
   const double noise = noise_bound(t, size);
   const double target = 2.0 * std::sqrt(static_cast<double>(t)) * kEps * size;
   double before = std::numeric_limits<double>::infinity(), sigma = 0.0;
@@ -508,6 +508,8 @@ bool converge(
     std::copy(in, in + kPanel * side, out);
     solve_panel(m, side, out, run);
   };
+  double least = before;
+  int stuck = 0;
   const auto polished = [&] {
     const double residual = end.residual[0];
     const bool accurate = residual <= target || (residual <= noise && residual > 0.25 * before);
@@ -580,6 +582,11 @@ bool converge(
       if (polished())
         return true;
     }
+    // A gap that rounding closes leaves a residual that nothing brings down.
+    stuck = end.residual[0] > 0.5 * least ? stuck + 1 : 0;
+    least = std::min(least, end.residual[0]);
+    if (stuck == most_stuck)
+      return false;
     steps = end.residual[0] > 1e-6 * size ? kMostSteps : 4;
   }
   return false;

@@ -336,10 +336,13 @@ inline Tensor refine_smallest(
     const Tensor v = w / lengths.unsqueeze(1);
     const Tensor residual = s.matmul(v) - x * lengths.unsqueeze(1);
     const Tensor sigma = lengths.select(1, 0), u = x.select(2, 0);
-    // Rounding in w, off the span of X, taken back from v.
+    // Rounding in w, taken back from v.
     const Tensor first = residual.narrow(2, 0, 1);
-    const Tensor off = first - x.matmul(x.mT().matmul(first));
-    const Tensor change = s.mT().matmul(d.solve(off)).squeeze(2);
+    const Tensor inside = x.mT().matmul(first);  // [n, 16, 1]
+    Tensor weights = inside.squeeze(2) * lengths / (lengths.square() + sigma.square().unsqueeze(1));
+    weights = weights.masked_fill(number.unsqueeze(0) == 0, 0.0);
+    const Tensor change = s.mT().matmul(d.solve(first - x.matmul(inside))).squeeze(2) -
+                          v.matmul(weights.unsqueeze(2)).squeeze(2);
     Tensor better = v.select(2, 0) + change;
     better = better / norm(better).unsqueeze(1);
     const Tensor left = s.matmul(better.unsqueeze(2)).squeeze(2) - u * sigma.unsqueeze(1);
