@@ -43,18 +43,19 @@ def tables() -> str:
     second = json.loads((HERE / "mima_digits_attackers.json").read_text())
     step = first["methods"]["mima"]["evaluation"]["summary"]["lora"]["delay"]["unprotected"]
     lines = [
-        f"| method | MSGR at step {step} | three / five / eight "
+        f"| method | MSGR at step {step} | at steps 20, 40 | three / five / eight at step {step} "
         "| what is kept | control | new word |",
-        "|---|---|---|---|---|---|",
+        "|---|---|---|---|---|---|---|",
     ]
     for name, row in first["methods"].items():
         evaluation = row["evaluation"]
         found = evaluation["summary"]["lora"]
         at = str(step)
         by_concept = " / ".join(f"{s['at'][at]['mean']:.2f}" for s in found["sgr"].values())
+        later = ", ".join(_spread(found["msgr"]["at"][after]) for after in ("20", "40"))
         change = evaluation["retained_change"]
         lines.append(
-            f"| {NAMES[name]} | {_spread(found['msgr_at_threshold'])} | {by_concept} | "
+            f"| {NAMES[name]} | {_spread(found['msgr_at_threshold'])} | {later} | {by_concept} | "
             f"{change['mean']:+.3f} (least {change['min']:+.3f}) | "
             f"{found['control_sgr']['at'][at]['mean']:+.2f} | "
             f"{found['new_word_sgr']['at'][at]['mean']:+.2f} |"
