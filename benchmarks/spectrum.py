@@ -234,6 +234,7 @@ def svds_contender(x: Tensor) -> Contender:
 # --- square Hessian ---------------------------------------------------------------------------
 
 HESSIAN_KAPPA = 1e4
+TRACKED_STEP = 1e-5
 # Full decompositions of larger ones take half a minute a call.
 LARGEST_DECOMPOSED = 2048
 
@@ -249,13 +250,15 @@ def _our_log_condition_number(h: Tensor) -> Tensor:
 def _tracked_log_condition_number(h: Tensor) -> Regularizer:
     """Log kappa of h from the state that a tracker has after the matrix one training step before.
 
-    The step is a congruence (I + E) h (I + E)^T with |E| about 1e-3, as an update of theta makes
-    one. Every call starts from that same state: h itself is never what the tracker saw last.
+    The step is a congruence (I + E) h (I + E)^T with |E| = 2 TRACKED_STEP, as an update of theta
+    makes one. With eigenvalues as dense as these at the bottom, a step ten times as large mixes the
+    last vector with its neighbours and ends in a cold call. Every call starts from that same state:
+    h itself is never what the tracker saw last.
     """
     p = h.shape[0]
     generator = torch.Generator().manual_seed(SEED + p + 1)
     noise = torch.randn(p, p, generator=generator, dtype=torch.float64).to(h.device)
-    step = torch.eye(p, dtype=torch.float64, device=h.device) + 5e-4 * noise / p**0.5
+    step = torch.eye(p, dtype=torch.float64, device=h.device) + TRACKED_STEP * noise / p**0.5
     before = step @ h.detach() @ step.mT
     tracker = ops.SpectrumTracker()
     tracker((before + before.mT) / 2)
@@ -292,7 +295,7 @@ def hessian_contenders(options: Options, p: int) -> list[Contender]:
     # ridge moves lambda_min = 1e-4 by one percent.
     tracked = []
     if h.device.type == "cpu":  # elsewhere every call of the tracker is a cold one
-        label = "immunize_ext, SpectrumTracker after one training step"
+        label = f"immunize_ext, SpectrumTracker after a relative step of {TRACKED_STEP:.0e}"
         tracked = [("tracked", label, "ours", _tracked_log_condition_number(h), 1e-6)]
     ways = [
         ("ours", "immunize_ext, cold", "ours", _our_log_condition_number, 1e-6),
