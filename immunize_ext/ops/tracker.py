@@ -24,6 +24,7 @@ from immunize_ext.ops.symmetric import (
     symmetric_extremes,
 )
 
+_LONGEST_PAUSE = 32
 _STATE = ("vectors", "matrix", "reflectors", "tridiagonal", "ends")
 
 
@@ -56,7 +57,9 @@ class SpectrumTracker:
 
     Equivalent to :func:`~immunize_ext.ops.symmetric_extremes` on every matrix of the trajectory.
     The first call decomposes its matrix. Later calls start from the last vectors, and decompose
-    again only where an extreme was overtaken, became repeated, or moved too far to follow.
+    again only where an extreme was overtaken, became repeated, or moved too far to follow: where
+    the step times the spread of the spectrum over the gap beside the extreme is about 1. A
+    trajectory of such steps costs what ``symmetric_extremes`` does.
 
     Args:
         cluster_rtol: As in :func:`~immunize_ext.ops.symmetric_extremes`.
@@ -91,6 +94,8 @@ class SpectrumTracker:
         self.warm_calls = 0
         self.cold_calls = 0
         self._state: dict[str, Tensor] | None = None
+        self._served = False  # whether the state has served a warm call
+        self._rest, self._pause = 0, 1  # calls to go without a state, and how many next time
 
     def __call__(self, h: Tensor) -> SymmetricExtremes:
         """Extremes of the next matrix of the trajectory.
@@ -115,17 +120,14 @@ class SpectrumTracker:
         if h.device.type != "cpu" or not has_kernel(h, "symmetric_track"):
             self.cold_calls += 1
             return symmetric_extremes(h, cluster_rtol=tolerance)
-        values, multiplicity = self._advance(h.detach(), tolerance)
-        assert self._state is not None
-        largest, smallest = _Tracked.apply(
-            h, values, multiplicity, self._state["vectors"], tolerance
-        )
+        values, multiplicity, vectors = self._advance(h.detach(), tolerance)
+        largest, smallest = _Tracked.apply(h, values, multiplicity, vectors, tolerance)
         return SymmetricExtremes(
             largest.to(h.dtype), smallest.to(h.dtype), multiplicity[0], multiplicity[1]
         )
 
-    def _advance(self, h: Tensor, tolerance: float) -> tuple[Tensor, Tensor]:
-        """Values and multiplicities of h; the state becomes that of h, in new tensors."""
+    def _advance(self, h: Tensor, tolerance: float) -> tuple[Tensor, Tensor, Tensor]:
+        """Values, multiplicities and vectors of h; the state becomes that of h, in new tensors."""
         state = self._state
         if state is not None and state["matrix"].shape == h.shape:
             values, vectors, proven = torch.ops.immunize_ext.symmetric_track(
@@ -133,16 +135,34 @@ class SpectrumTracker:
             )
             if proven:
                 self.warm_calls += 1
+                self._served, self._pause = True, 1
                 self._state = {**state, "vectors": vectors}
-                return values, torch.ones(2, dtype=torch.int64)
-        values, multiplicity, *rest = torch.ops.immunize_ext.symmetric_reference(h, tolerance)
+                return values, torch.ones(2, dtype=torch.int64), vectors
+            if not self._served:
+                # Steps too long to follow. What a warm call starts from costs more than the
+                # extremes alone, so it is made anew after a pause only, each longer than the last.
+                self._state = None
+                self._rest, self._pause = self._pause, min(2 * self._pause, _LONGEST_PAUSE)
         self.cold_calls += 1
+        if self._rest > 0:
+            self._rest -= 1
+            largest, smallest, *counts, v_max, v_min = torch.ops.immunize_ext.symmetric_extremes(
+                h, tolerance
+            )
+            return (
+                torch.stack([largest, smallest]),
+                torch.stack(counts),
+                torch.stack([v_max, v_min]),
+            )
+        values, multiplicity, *rest = torch.ops.immunize_ext.symmetric_reference(h, tolerance)
+        self._served = False
         self._state = dict(zip(_STATE, rest, strict=True))
-        return values, multiplicity
+        return values, multiplicity, self._state["vectors"]
 
     def reset(self) -> None:
         """Forget the trajectory: the next call is cold."""
         self._state = None
+        self._served, self._rest, self._pause = False, 0, 1
 
     def state_dict(self) -> dict[str, Tensor]:
         """Copies of the tensors that a warm call starts from; empty before the first call."""
@@ -155,7 +175,7 @@ class SpectrumTracker:
             ValueError: If the state is neither empty nor that of a tracker.
         """
         if not state:
-            self._state = None
+            self.reset()
             return
         if set(state) != set(_STATE):
             raise ValueError(
@@ -170,4 +190,5 @@ class SpectrumTracker:
                     f"SpectrumTracker: {name} of the state must have shape {shape} and dtype "
                     f"float64, got {tuple(state[name].shape)} and {state[name].dtype}"
                 )
+        self.reset()
         self._state = {name: state[name].detach().clone().contiguous() for name in _STATE}

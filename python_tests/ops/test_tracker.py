@@ -110,6 +110,27 @@ def test_no_graph_is_kept_from_step_to_step():
     assert all(value.grad_fn is None for value in tracker.state_dict().values())
 
 
+def test_steps_too_long_to_follow_cost_no_references():
+    """Every result is right, and what a warm call starts from is made ever more rarely."""
+    tracker = SpectrumTracker()
+    made = []
+    for index in range(60):
+        h = gaussian_symmetric(12, 100 + index).requires_grad_()
+        found, truth = tracker(h), symmetric_extremes(h.detach())
+        torch.testing.assert_close(found.lambda_max, truth.lambda_max, rtol=0, atol=1e-12)
+        torch.testing.assert_close(found.lambda_min, truth.lambda_min, rtol=0, atol=1e-12)
+        (grad,) = torch.autograd.grad(found.lambda_max, h)
+        assert abs(grad.trace() - 1.0) <= 1e-12
+        made.append(bool(tracker.state_dict()))
+    assert tracker.warm_calls == 0
+    assert sum(made) <= 6
+    # It catches up once the steps get short.
+    base, direction = gaussian_symmetric(12, 1), gaussian_symmetric(12, 2)
+    for index in range(80):
+        tracker(base + 1e-6 * index * direction)
+    assert tracker.warm_calls >= 40
+
+
 def test_two_hundred_steps_hold_the_memory_of_one():
     """The tensors alive after each step of training, counted, with their bytes."""
     tracker = SpectrumTracker()
