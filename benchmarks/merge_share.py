@@ -8,9 +8,11 @@ latents instead of 64 x 64, one image a concept, two concepts, nothing to retain
 one layer. A real step does at least as much work beside the same merge, so the share measured here
 is an upper bound for it.
 
-The forward pass of the merge is timed inside the steps. Its backward pass happens inside autograd's
-and is timed alone, at the same sizes and in the same process, between the steps. Needs about 10 GB
-of memory; ``--quick`` runs a small denoiser to see whether everything works, and judges nothing.
+The forward pass of the merge, averaging of the other parameters included, is timed inside the
+steps. Its backward pass happens inside autograd's and is timed alone, at the same sizes and in the
+same process, after the steps: the memory that a step has freed is at hand, as it is for the next
+step. Needs about 10 GB of memory; ``--quick`` runs a small denoiser to see whether everything
+works, and judges nothing.
 """
 
 from __future__ import annotations
@@ -179,8 +181,8 @@ def measure(quick: bool, steps: int) -> dict[str, Any]:
             loss_clamp=1e3,
             second_order=second_order,
         )
-        alone = merge_alone(model, settings, repeats=3 * steps)
         history = settings.fit(model, concepts()).history[1:]  # the first step warms up
+        alone = merge_alone(model, settings, repeats=3 * steps)
         step = statistics.median(record["seconds"] for record in history)
         inside = statistics.median(record["merge_seconds"] for record in history)
         merge = max(inside, alone["forward_seconds"]) + alone["backward_seconds"]

@@ -95,11 +95,20 @@ class ConceptMerge:
         result = {
             name: together[name]
             if name in together
-            else torch.stack([copy[name] for copy in adapted]).mean(0)
+            else _mean([copy[name] for copy in adapted])
             for name in base
         }
         self.seconds += time.perf_counter() - started
         return result
+
+
+def _mean(copies: Sequence[Tensor]) -> Tensor:
+    """The mean, without a stack of all copies in memory: that takes longer than the merge."""
+    total = copies[0]
+    for copy in copies[1:]:
+        total = total + copy
+    # In place: no later step needs the sum. One copy is its own mean, and stays as it is.
+    return total.div_(len(copies)) if len(copies) > 1 else total
 
 
 def own_tokens(
