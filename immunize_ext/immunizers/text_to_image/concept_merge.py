@@ -93,9 +93,7 @@ class ConceptMerge:
         )
         together = dict(zip(layers, merged, strict=True))
         result = {
-            name: together[name]
-            if name in together
-            else _mean([copy[name] for copy in adapted])
+            name: together[name] if name in together else _mean([copy[name] for copy in adapted])
             for name in base
         }
         self.seconds += time.perf_counter() - started
