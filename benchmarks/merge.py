@@ -373,18 +373,31 @@ def sweep_cases(options: Options) -> list[Case]:
         for layers in ((1, 2) if quick else (4, 16, 64))
     }
     return [
-        *_sweep(options, "tokens", "s", "concept tokens s", by_tokens),
-        *_sweep(options, "captions", "m", "caption tokens m", by_captions),
-        *_sweep(options, "concepts", "concepts", "concepts of 12 tokens", by_concepts),
-        *_sweep(options, "width", "d", "text width d", by_width),
-        *_sweep(options, "matrices", "matrices", "matrices of 640 rows", by_layers),
+        *_sweep(options, "Stable Diffusion 1.4", "tokens", "s", "concept tokens s", by_tokens),
+        *_sweep(options, "Stable Diffusion 1.4", "captions", "m", "caption tokens m", by_captions),
+        *_sweep(
+            options,
+            "Stable Diffusion 1.4",
+            "concepts",
+            "concepts",
+            "concepts of 12 tokens",
+            by_concepts,
+        ),
+        *_sweep(options, "Stable Diffusion 1.4", "width", "d", "text width d", by_width),
+        *_sweep(
+            options,
+            "K and V projections",
+            "matrices",
+            "matrices",
+            "matrices of 640 rows",
+            by_layers,
+        ),
     ]
 
 
 def _sweep(
-    options: Options, prefix: str, x: str, what: str, by_value: Mapping[int, Sizes]
+    options: Options, model: str, prefix: str, x: str, what: str, by_value: Mapping[int, Sizes]
 ) -> list[Case]:
-    model = "K and V projections" if prefix == "matrices" else "Stable Diffusion 1.4"
     return [
         Case(
             f"{prefix}-{value}",

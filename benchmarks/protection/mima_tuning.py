@@ -185,6 +185,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         text = json.dumps(to_json(result), indent=1, allow_nan=False) + "\n"
         write_file(arguments.out, text.encode())
 
+    if arguments.methods and "lora" not in {*attacks, *arguments.attacks}:
+        parser.error("methods are tuned against the tuned LoRA; add --attacks lora")
     for name in arguments.attacks:
         attacks[name] = tune_attack(task, name)
         save()

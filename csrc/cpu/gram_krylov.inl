@@ -51,26 +51,6 @@ void thin_images(
   });
 }
 
-// to (t) = S v.
-template <typename T>
-void thin_product_of(const Thin<T>& thin, const double* v, double* to) {
-  std::fill(to, to + thin.side(), 0.0);
-  if (thin.left())
-    combine_columns<T, 1>(thin.a, thin.p, 0, thin.n, &v, &to);
-  else
-    combine_rows<T, 1>(thin.a, thin.p, 0, thin.n, &v, &to);
-}
-
-// to (k) = S^T u.
-template <typename T>
-void long_product_of(const Thin<T>& thin, const double* u, double* to) {
-  std::fill(to, to + thin.length(), 0.0);
-  if (thin.left())
-    combine_rows<T, 1>(thin.a, thin.p, 0, thin.n, &u, &to);
-  else
-    combine_columns<T, 1>(thin.a, thin.p, 0, thin.n, &u, &to);
-}
-
 // The rows of the bottom end and their images become Ritz vectors of S S^T, the smallest first.
 // False: no convergence of the small problem.
 inline bool rotate_to_ritz(int64_t side, int64_t k, std::vector<double>& rows, double* images) {
@@ -267,7 +247,7 @@ bool large_extremes(
   }
   out.rank = t;
   const bool has_min = wanted.min && !(policy.full_rank && t < full_side);
-  out.multiplicity_min = full_side - t;
+  out.multiplicity_min = full_side - t;  // of the value zero, if there is no other
   double sigma_min = 0.0;
   std::vector<double> images;
   if (wanted.min) {
@@ -282,10 +262,11 @@ bool large_extremes(
     if (!(lambda_min > rank_threshold + 2.0 * noise))
       return false;
     near = near_bottom(lambda_min);
-    out.multiplicity_min = count_near(ends[1], near, 2.0 * noise);
-    if (out.multiplicity_min == 0 || !(ends[1].theta[0] - ends[1].tau > near + 4.0 * noise))
+    const int64_t least = count_near(ends[1], near, 2.0 * noise);
+    if (least == 0 || !(ends[1].theta[0] - ends[1].tau > near + 4.0 * noise))
       return false;
     if (has_min) {
+      out.multiplicity_min = least;
       images.resize(kPanel * k);
       const double tolerance =
           4.0 * std::sqrt(static_cast<double>(thin.n + thin.p)) * kEps * sigma_max;
@@ -297,8 +278,6 @@ bool large_extremes(
       std::copy(ends[1].rows.data(), ends[1].rows.data() + t, out.thin_min);
       if (wanted.long_vectors)
         std::copy(images.data(), images.data() + k, out.long_min);
-    } else {
-      out.multiplicity_min = full_side - t;
     }
   }
   out.sigma_max = sigma_max;

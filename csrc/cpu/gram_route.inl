@@ -37,6 +37,26 @@ inline double norm(const double* x, int64_t length) {
   return std::sqrt(square);
 }
 
+// to (t) = S v.
+template <typename T>
+void thin_product_of(const Thin<T>& thin, const double* v, double* to) {
+  std::fill(to, to + thin.side(), 0.0);
+  if (thin.left())
+    combine_columns<T, 1>(thin.a, thin.p, 0, thin.n, &v, &to);
+  else
+    combine_rows<T, 1>(thin.a, thin.p, 0, thin.n, &v, &to);
+}
+
+// to (k) = S^T u.
+template <typename T>
+void long_product_of(const Thin<T>& thin, const double* u, double* to) {
+  std::fill(to, to + thin.length(), 0.0);
+  if (thin.left())
+    combine_rows<T, 1>(thin.a, thin.p, 0, thin.n, &u, &to);
+  else
+    combine_columns<T, 1>(thin.a, thin.p, 0, thin.n, &u, &to);
+}
+
 // w = S^T u and residual = S v - sigma u for C candidates at once; sigma and v = w / sigma.
 template <typename T, int C>
 void measure(const Thin<T>& thin, Candidate* const* candidates) {
@@ -101,29 +121,19 @@ double refine_long(
     Candidate& x,
     double* scratch,
     double* step) {
-  const int64_t t = thin.side(), k = thin.length(), p = thin.p;
+  const int64_t t = thin.side(), k = thin.length();
   std::fill(x.residual + t, x.residual + reduction.ld, 0.0);
   apply_q(reduction, /*transposed=*/true, x.residual);
   solve_shifted(m, x.lambda, scratch, x.residual);
   apply_q(reduction, /*transposed=*/false, x.residual);
-  const double* from = x.residual;
-  std::fill(step, step + k, 0.0);
-  if (thin.left())
-    combine_rows<T, 1>(thin.a, p, 0, thin.n, &from, &step);
-  else
-    combine_columns<T, 1>(thin.a, p, 0, thin.n, &from, &step);
+  long_product_of(thin, x.residual, step);
   const double change = x.sigma * norm(step, k);
   for (int64_t i = 0; i < k; ++i)
     x.w[i] -= step[i];
   const double inverse = 1.0 / norm(x.w, k);
   for (int64_t i = 0; i < k; ++i)
     x.w[i] *= inverse;
-  from = x.w;
-  std::fill(x.residual, x.residual + t, 0.0);
-  if (thin.left())
-    combine_columns<T, 1>(thin.a, p, 0, thin.n, &from, &x.residual);
-  else
-    combine_rows<T, 1>(thin.a, p, 0, thin.n, &from, &x.residual);
+  thin_product_of(thin, x.w, x.residual);
   for (int64_t i = 0; i < t; ++i)
     x.residual[i] -= x.sigma * x.u[i];
   return std::max(change, norm(x.residual, t));

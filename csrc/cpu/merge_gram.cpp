@@ -38,8 +38,7 @@ Tensor merge_gram(const Tensor& c_reg) {  // [m, d]
       c_reg.dim() == 2 && c_reg.size(1) > 0, op, ": c_reg must have shape [m, d] with d >= 1, got ",
       c_reg.sizes());
   const int64_t m = c_reg.size(0), d = c_reg.size(1), ld = padded(d);
-  const bool native = c_reg.scalar_type() == at::kDouble || c_reg.scalar_type() == at::kFloat;
-  const Tensor rows = (native ? c_reg : c_reg.to(at::kFloat)).contiguous();
+  const Tensor rows = readable(c_reg);
   const Tensor gram = at::zeros({ld, ld}, rows.options().dtype(at::kDouble));
   double* g = gram.mutable_data_ptr<double>();
   if (rows.scalar_type() == at::kDouble)

@@ -18,6 +18,12 @@ namespace immunize_ext {
 
 using at::Tensor;
 
+// float32 and float64 pass as they are, half types as float32; contiguous.
+inline Tensor readable(const Tensor& a) {
+  const bool native = a.scalar_type() == at::kDouble || a.scalar_type() == at::kFloat;
+  return (native ? a : a.to(at::kFloat)).contiguous();
+}
+
 // How the torch-free kernels spread work over threads: run(count, grain, f). Within a parallel
 // region it runs in place.
 struct Threads {

@@ -118,17 +118,19 @@ void settle(
   if (thin_gram_out != nullptr)
     for (int64_t i = 0; i < t; ++i)
       std::copy(g.data() + i * ld, g.data() + i * ld + t, thin_gram_out + i * t);
-  out.route = Route::settled;
-  if (t >= kKrylovSide && IMMUNIZE_EXT_SPECTRUM(large_extremes(
-                              thin, g.data(), full_side, policy, wanted, Threads{}, out.extremes)))
-    return;
-  out.route = Route::decompose;
-  if (t > kLargestSide)
-    return;
-  Workspace work(thin.n, thin.p);
-  if (IMMUNIZE_EXT_SPECTRUM(
-          extremes(thin, g.data(), full_side, policy, wanted, work, Threads{}, out.extremes)))
-    out.route = Route::settled;
+  const auto searched = [&] {
+    return t >= kKrylovSide &&
+           IMMUNIZE_EXT_SPECTRUM(
+               large_extremes(thin, g.data(), full_side, policy, wanted, Threads{}, out.extremes));
+  };
+  const auto reduced = [&] {
+    if (t > kLargestSide)
+      return false;
+    Workspace work(thin.n, thin.p);
+    return IMMUNIZE_EXT_SPECTRUM(
+        extremes(thin, g.data(), full_side, policy, wanted, work, Threads{}, out.extremes));
+  };
+  out.route = searched() || reduced() ? Route::settled : Route::decompose;
 }
 
 // The same by a full decomposition.
@@ -158,12 +160,6 @@ void decompose(
     fill_pair(0, x.thin_max, x.long_max);
   if (has_min && wanted.min)
     fill_pair(found.rank - 1, x.thin_min, x.long_min);
-}
-
-// float32 and float64 pass as they are, half types as float32; contiguous.
-Tensor readable(const Tensor& a) {
-  const bool native = a.scalar_type() == at::kDouble || a.scalar_type() == at::kFloat;
-  return (native ? a : a.to(at::kFloat)).contiguous();
 }
 
 double* row_of(const Tensor& t, int64_t b) {

@@ -58,7 +58,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> symmetric_extremes(
     double cluster_rtol) {
   constexpr const char* op = "symmetric_extremes";
   const int64_t t = check_square(op, h), batch = h.numel() / (t * t);
-  const Tensor flat = readable_symmetric(h).view({batch, t, t});
+  const Tensor flat = readable(h).view({batch, t, t});
   const auto options = flat.options().dtype(at::kDouble);
   const Tensor largest = at::empty({batch}, options), smallest = at::empty({batch}, options);
   const Tensor m_max = at::empty({batch}, options.dtype(at::kLong));
@@ -142,7 +142,7 @@ Tensor symmetric_extremes_backward(
     const Tensor& v_min,
     double cluster_rtol) {
   const int64_t t = h.size(-1), batch = h.numel() / (t * t);
-  const Tensor flat = readable_symmetric(h).view({batch, t, t});
+  const Tensor flat = readable(h).view({batch, t, t});
   const Tensor grad = at::empty({batch, t, t}, flat.options());
   const Tensor g_max = grad_max.to(at::kDouble).reshape({batch}).contiguous();
   const Tensor g_min = grad_min.to(at::kDouble).reshape({batch}).contiguous();

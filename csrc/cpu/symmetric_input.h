@@ -86,11 +86,6 @@ Loaded load_symmetric(const T* h, int64_t t, int64_t ld, double* g) {
   return found;
 }
 
-inline Tensor readable_symmetric(const Tensor& h) {
-  const bool native = h.scalar_type() == at::kDouble || h.scalar_type() == at::kFloat;
-  return (native ? h : h.to(at::kFloat)).contiguous();
-}
-
 inline int64_t check_square(const char* op, const Tensor& h) {
   check_floating_matrix(op, "h", h);
   IMMUNIZE_CHECK(h.size(-1) == h.size(-2), op, "h", "have shape [*, p, p]", h.sizes());

@@ -36,7 +36,7 @@ using namespace spectrum;
 Tensor load(const char* op, const Tensor& h, double& scale) {
   TORCH_CHECK_VALUE(h.dim() == 2, op, ": h must have shape [p, p], got ", h.sizes());
   const int64_t t = check_square(op, h);
-  const Tensor flat = readable_symmetric(h);
+  const Tensor flat = readable(h);
   const Tensor out = at::empty({t, t}, flat.options().dtype(at::kDouble));
   double* to = out.mutable_data_ptr<double>();
   const Loaded loaded = flat.scalar_type() == at::kDouble

@@ -61,9 +61,9 @@ inline Tensor symmetric(const Tensor& m) {
   return (m + m.mT()) * 0.5;
 }
 
-// factors [n] before matrices or panels.
-inline Tensor along(const Tensor& factors) {
-  return factors.view({-1, 1, 1});
+// Numbers [n] as factors of matrices or panels.
+inline Tensor per_matrix(const Tensor& numbers) {
+  return numbers.view({-1, 1, 1});
 }
 
 // Rounding in a Rayleigh quotient or a factorisation of a matrix of this size, [n].
@@ -128,7 +128,7 @@ inline void search(const Tensor& h, double sign, const Tensor& noise, End& end) 
     Tensor at_zero = (top < 0).logical_and(top + margin > 0);
     Tensor sigma = (top + margin).masked_fill(at_zero, 0.0), factor, exists;
     for (int shift = 0; shift < kShifts; ++shift) {
-      const auto [lower, info] = at::linalg_cholesky_ex(along(sigma) * identity - h * sign);
+      const auto [lower, info] = at::linalg_cholesky_ex(per_matrix(sigma) * identity - h * sign);
       factor = lower;
       exists = info == 0;
       if (exists.all().item<bool>())
@@ -186,11 +186,11 @@ struct Deflated {
       : x(x) {
     const Tensor identity = at::eye(h.size(1), h.options()), small = at::eye(kBlock, h.options());
     const Tensor c = size * 2.0;
-    const auto [lower, info] =
-        at::linalg_cholesky_ex(at::baddbmm(along(tau) * identity - h * sign, x * along(c), x.mT()));
+    const auto [lower, info] = at::linalg_cholesky_ex(
+        at::baddbmm(per_matrix(tau) * identity - h * sign, x * per_matrix(c), x.mT()));
     factor = where_each(info == 0, lower, identity.expand_as(h));
     y = at::cholesky_solve(x, factor);
-    auto [weights, vectors] = at::linalg_eigh(symmetric(small / along(c) - x.mT().matmul(y)));
+    auto [weights, vectors] = at::linalg_eigh(symmetric(small / per_matrix(c) - x.mT().matmul(y)));
     // Not a sign that rounding could have made.
     serves = (info == 0).logical_and(
         (weights.abs() > weights.abs().amax(1, /*keepdim=*/true) * 1e-9).all(1));
@@ -316,6 +316,7 @@ struct Triplets {
   Tensor sigma_max, sigma_min;  // [n]
   Tensor thin_max, thin_min;    // [n, t]
   Tensor long_max, long_min;    // [n, k]
+  Tensor thin_gram;             // [n, t, t]; always right
 };
 
 // u = X e_1, and sigma and v of the smallest triplet of s [n, t, k], refined from the features
@@ -393,6 +394,7 @@ inline Triplets triplets(const Tensor& s, double rank_rtol, double cluster_rtol)
         .logical_and(end.theta.select(1, 0) - end.tau > near + noise * 4.0);
   };
   Triplets out;
+  out.thin_gram = g;
   out.proven = alone(ends[0], size * (c * (2.0 - c)))
                    .logical_and(alone(ends[1], near_bottom()))
                    .logical_and(lambda_min > size * (rank_rtol * rank_rtol) + noise * 2.0);

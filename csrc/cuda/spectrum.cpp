@@ -28,6 +28,7 @@
 
 #include "../checks.h"
 #include "krylov.h"
+#include "power_of_two.h"
 #include "spectrum_launchers.h"
 
 namespace immunize_ext::spectrum {
@@ -212,14 +213,8 @@ struct Results {
   }
 };
 
-void fill_gram(const Batch& a, const Results& results) {
-  const Tensor x = a.matrices.to(at::kDouble);
-  Tensor thin = results.thin_gram;
-  if (a.n <= a.p) {
-    at::bmm_out(thin, x, x.mT());
-  } else {
-    at::bmm_out(thin, x.mT(), x);
-  }
+void set_gram(const Results& results, const Tensor& thin) {
+  results.thin_gram.copy_(thin);
   results.squared_frobenius.copy_(thin.square().sum({1, 2}));
 }
 
@@ -237,11 +232,7 @@ Tensor search(
       bad.numel() == 0, op, ": ", name, " must be finite, got NaN or infinity at batch index ",
       bad.numel() == 0 ? 0 : bad.const_data_ptr<int64_t>()[0],
       "; look for an overflow upstream, float16 features for instance");
-  const auto exponent = std::get<1>(at::frexp(largest));
-  // A power of two that brings the largest entry into [1, 2), as symmetric_extremes has it.
-  const Tensor usable = largest > 0;
-  const Tensor one = at::ones_like(largest);
-  const Tensor scale = at::where(usable, at::ldexp(one, exponent - 1), one);
+  const Tensor scale = power_of_two_scale(largest), usable = largest > 0;
   const bool left = a.n <= a.p;
   Tensor thin = wide / scale.view({-1, 1, 1});
   if (!left)
@@ -268,6 +259,11 @@ Tensor search(
   put(left ? results.v_max : results.u_max, x.long_max);
   put(left ? results.u_min : results.v_min, x.thin_min * kept);
   put(left ? results.v_min : results.u_min, x.long_min * kept);
+  if (results.of_gram) {
+    // That of the replacement where nothing could be searched, but such matrices are zero.
+    const Tensor square = (scale * scale).masked_fill(usable.logical_not(), 0.0);
+    set_gram(results, x.thin_gram * square.view({-1, 1, 1}));
+  }
   return proven.logical_not().nonzero().view({-1});
 }
 
@@ -294,8 +290,10 @@ void decompose_by_kernels(
     check_finite_batch(op, name, first_bad, a.batch);
     return;
   }
-  if (results.of_gram)
-    fill_gram(a, results);
+  if (results.of_gram) {
+    const Tensor x = a.matrices.to(at::kDouble);
+    set_gram(results, a.n <= a.p ? at::bmm(x, x.mT()) : at::bmm(x.mT(), x));
+  }
   const LargePlan plan = spectrum::large_plan(a.n, a.p);
   const int64_t step = large_step(plan, a.batch);
   const int64_t steps = (a.batch + step - 1) / step;
@@ -328,11 +326,9 @@ Results decompose(
     decompose_by_kernels(op, name, a, policy, results);
     return results;
   }
-  if (of_gram)
-    fill_gram(a, results);
   if (rest.numel() > 0) {
     const Batch unproven{a.matrices.index_select(0, rest), rest.numel(), a.n, a.p};
-    const Results found(unproven, /*of_gram=*/of_gram);
+    const Results found(unproven, of_gram);
     decompose_by_kernels(op, name, unproven, policy, found);
     for (const auto field :
          {&Results::value_max, &Results::value_min, &Results::rank, &Results::multiplicity_max,

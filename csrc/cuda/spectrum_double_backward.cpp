@@ -15,6 +15,7 @@
 #include <tuple>
 
 #include "../checks.h"
+#include "power_of_two.h"
 
 namespace immunize_ext {
 namespace {
@@ -53,9 +54,7 @@ Decomposition decompose(
       bad.numel() == 0, op, ": ", name, " must be finite, got NaN or infinity at batch index ",
       bad.const_data_ptr<int64_t>()[0],
       "; look for an overflow upstream, float16 features for instance");
-  const auto exponent = std::get<1>(at::frexp(largest));
-  // One less than the exponent of [0.5, 1): finite for the largest number there is.
-  d.scale = at::ldexp(at::ones_like(largest), exponent - 1);
+  d.scale = power_of_two_scale(largest);
   d.matrices = flat / d.scale.view({-1, 1, 1});
   std::tie(d.u, d.sigma, d.vh) = at::linalg_svd(d.matrices, /*full_matrices=*/false);
   return d;

@@ -20,6 +20,7 @@
 
 #include "../checks.h"
 #include "krylov.h"
+#include "power_of_two.h"
 
 namespace immunize_ext {
 namespace {
@@ -55,12 +56,8 @@ Scaled scaled_symmetric(const char* op, const Tensor& h, bool check) {
   IMMUNIZE_CHECK(h.size(-2) == p, op, "h", "have shape [*, p, p]", h.sizes());
   const Tensor flat = h.to(at::kDouble).reshape({h.numel() / (p * p), p, p});
   const Tensor largest = flat.abs().amax({1, 2}, /*keepdim=*/true);
-  const auto exponent = std::get<1>(at::frexp(largest));
   Scaled s;
-  // One less than the exponent of [0.5, 1): finite for the largest number there is. In two factors:
-  // the inverse of a subnormal scale would overflow.
-  s.scale = at::where(
-      largest > 0, at::ldexp(at::ones_like(largest), exponent - 1), at::ones_like(largest));
+  s.scale = power_of_two_scale(largest);
   const Tensor first = flat / s.scale, mirrored = first.mT();
   s.h = first * 0.5 + mirrored * 0.5;
   if (!check)

@@ -17,9 +17,14 @@ from collections.abc import Callable, Iterable, Iterator
 import torch
 from torch import Tensor
 
-from immunize_ext.ops._arguments import RankPolicy, cluster_resolution, resolution
+from immunize_ext.ops._arguments import (
+    RankPolicy,
+    cluster_resolution,
+    resolution,
+    spectrum_policy,
+)
 from immunize_ext.ops._dispatch import has_kernel
-from immunize_ext.ops.spectrum import GramExtremes, gram_extremes
+from immunize_ext.ops.spectrum import GramExtremes, gram_extremes_float64
 
 Blocks = Iterable[Tensor] | Callable[[], Iterable[Tensor]]
 _OPERATOR = "StreamedGram"
@@ -128,12 +133,19 @@ class StreamedGram:
                 rank_rtol = min(side * resolution(dtype), 0.5)
             if cluster_rtol is None:
                 cluster_rtol = cluster_resolution(side, dtype)
+            policy = spectrum_policy(_OPERATOR, "blocks", factor, rank, rank_rtol, cluster_rtol)
+            self._full = policy.full_rank
+            # The kernel's right vectors of both extremes, which are all there is to simple ones.
+            self._pair: tuple[Tensor, Tensor] | None = None
+            self.extremes: GramExtremes
+            if has_kernel(factor, "gram_extremes"):
+                *values, _, v_max, _, v_min, _ = torch.ops.immunize_ext.gram_extremes(
+                    factor, *policy
+                )
+                self.extremes, self._pair = GramExtremes(*values), (v_max, v_min)
+            else:
+                self.extremes = gram_extremes_float64(factor, policy)
             self._factor = factor
-            self.extremes: GramExtremes = gram_extremes(
-                factor, rank=rank, rank_rtol=rank_rtol, cluster_rtol=cluster_rtol
-            )
-        self._full = rank == "full"
-        self._tolerances = (rank_rtol, cluster_rtol)
 
     def derivative(self, objective: Callable[[GramExtremes], Tensor]) -> tuple[Tensor, Tensor]:
         """Value of an objective of the extremes, and its derivative with respect to K.
@@ -178,11 +190,8 @@ class StreamedGram:
         """Orthonormal right singular vectors of either extreme, one a row."""
         most = min(int(self.extremes.multiplicity_max), rank)
         least = min(int(self.extremes.multiplicity_min), rank)
-        if most == least == 1 and has_kernel(self._factor, "extremal_singular_values"):
-            found = torch.ops.immunize_ext.extremal_singular_values(
-                self._factor, *self._tolerances, self._full
-            )
-            *_, top, _, bottom = found
+        if most == least == 1 and self._pair is not None:
+            top, bottom = self._pair
             return top[None], bottom[None]
         vectors = torch.linalg.svd(self._factor, full_matrices=False).Vh
         return vectors[:most], vectors[rank - least : rank]

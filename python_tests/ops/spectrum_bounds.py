@@ -8,6 +8,8 @@ error over the gap to its neighbours, and so does a gradient made of it.
 
 from __future__ import annotations
 
+from collections.abc import Callable, Sequence
+
 import torch
 from sample_inputs import EPS
 from torch import Tensor
@@ -34,3 +36,22 @@ def value_rounding(a: Tensor, sigma_max: object) -> Tensor:
 def gradient_rtol(a: Tensor, gap: float) -> float:
     """Relative error of u v^T where the nearest other singular value is gap sigma_max away."""
     return 100 * max(a.shape[-2:]) * EPS / gap
+
+
+def assert_same_bits_alone_and_together(
+    function: Callable[[Tensor], Sequence[Tensor]], matrix: Tensor, other: Tensor
+) -> None:
+    """Neither threads, nor the rest of a batch, nor the random state change a result of matrix."""
+    torch.manual_seed(1)
+    state = torch.get_rng_state()
+    alone = function(matrix)
+    assert torch.equal(torch.get_rng_state(), state)
+    torch.manual_seed(2)
+    threads = torch.get_num_threads()
+    torch.set_num_threads(2)
+    try:
+        together = function(torch.stack([other, matrix]))
+    finally:
+        torch.set_num_threads(threads)
+    for first, second in zip(alone, together, strict=True):
+        assert torch.equal(first, second[1])

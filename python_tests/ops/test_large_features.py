@@ -10,7 +10,11 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 from sample_inputs import EPS, fewer_examples
-from spectrum_bounds import VALUE_UNITS, assert_within
+from spectrum_bounds import (
+    VALUE_UNITS,
+    assert_same_bits_alone_and_together,
+    assert_within,
+)
 from torch import Tensor
 
 from immunize_ext.ops import condition_number, extremal_singular_values, gram_extremes
@@ -127,20 +131,8 @@ def test_float32_features_are_computed_in_float64():
 
 def test_same_bits_whatever_the_threads_the_batch_and_the_random_state():
     """One degenerate element leaves the others as they are."""
-    x = with_singular_values(graded(3))
     other = with_singular_values(SPECTRA["rank 3"][0])
-    torch.manual_seed(1)
-    state = torch.get_rng_state()
-    alone = gram_extremes(x)
-    assert torch.equal(torch.get_rng_state(), state)
-    threads = torch.get_num_threads()
-    torch.set_num_threads(2)
-    try:
-        together = gram_extremes(torch.stack([other, x]))
-    finally:
-        torch.set_num_threads(threads)
-    for first, second in zip(alone, together, strict=True):
-        assert torch.equal(first, second[1])
+    assert_same_bits_alone_and_together(gram_extremes, with_singular_values(graded(3)), other)
 
 
 @pytest.mark.parametrize("scale", [2.0**-450, 2.0**450])

@@ -8,7 +8,11 @@ import numpy as np
 import pytest
 import torch
 from sample_inputs import EPS
-from spectrum_bounds import VALUE_UNITS, assert_within
+from spectrum_bounds import (
+    VALUE_UNITS,
+    assert_same_bits_alone_and_together,
+    assert_within,
+)
 from torch import Tensor
 
 from immunize_ext.ops import symmetric_extremes
@@ -76,21 +80,8 @@ def test_gradients_are_the_mean_projectors(name):
 
 
 def test_same_bits_whatever_the_threads_the_batch_and_the_random_state():
-    h = with_eigenvalues(GRADED)
     other = with_eigenvalues(SPECTRA["wide null space"][0])
-    torch.manual_seed(1)
-    state = torch.get_rng_state()
-    alone = symmetric_extremes(h)
-    assert torch.equal(torch.get_rng_state(), state)
-    torch.manual_seed(2)
-    threads = torch.get_num_threads()
-    torch.set_num_threads(2)
-    try:
-        together = symmetric_extremes(torch.stack([other, h]))
-    finally:
-        torch.set_num_threads(threads)
-    for first, second in zip(alone, together, strict=True):
-        assert torch.equal(first, second[1])
+    assert_same_bits_alone_and_together(symmetric_extremes, with_eigenvalues(GRADED), other)
 
 
 @pytest.mark.parametrize("scale", [2.0**-500, 2.0**500])
