@@ -4,7 +4,7 @@
   whatever the number of samples, its full spectrum in float64 with autograd, a factorisation per
   layer.
 - ``bare_*``: what a careful user would write in a few lines of torch, without the argument checks,
-  the scaling and the clusters of ``immunize_ext.ops.composite`` (which is B).
+  the scaling and the clusters of ``immunize_ext.ops.fallback`` (which is B).
 - ``*_floor``: matrix products and memory traffic that no implementation avoids.
 - ``lobpcg_extremes`` and so on: what else one might reach for.
 

@@ -29,11 +29,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from immunize_ext.data.concepts import Concept, ConceptSet
-from immunize_ext.immunizers.text_to_image import MIMA, ConceptMerge
-from immunize_ext.models.digits_pipeline import load_digits_pipeline
-from immunize_ext.models.text_projections import describe_projections, find_text_projections
-from immunize_ext.models.text_to_image import TextToImage
+from immunize_ext.text_to_image.concepts import Concept, ConceptSet
+from immunize_ext.text_to_image.digits.pipeline import load_digits_pipeline
+from immunize_ext.text_to_image.immunizers import MIMA, ConceptMerge
+from immunize_ext.text_to_image.model import TextToImage
+from immunize_ext.text_to_image.projections import describe_projections, find_text_projections
 
 from ._environment import environment_record
 

@@ -18,9 +18,9 @@ import torch
 from torch import Tensor
 
 from immunize_ext import ops
-from immunize_ext.ops import composite
-from immunize_ext.ops._arguments import spectrum_policy
-from immunize_ext.regularizers import gram_r_ill, gram_r_well
+from immunize_ext.ops import fallback as composite
+from immunize_ext.ops.arguments import spectrum_policy
+from immunize_ext.ops.regularizers import gram_r_ill, gram_r_well
 
 from . import _baselines as baselines
 from . import _expected as expected
@@ -77,7 +77,7 @@ def _from_values(name: str, label: str, role: str, values: Extremes) -> Way:
     )
 
 
-OURS = Way("ours", "immunize_ext.regularizers", "ours", gram_r_well, gram_r_ill)
+OURS = Way("ours", "immunize_ext.ops.regularizers", "ours", gram_r_well, gram_r_ill)
 PUBLISHED = Way(
     "published",
     "A: p x p Gram matrix, eigvalsh in float64 with autograd, one matrix at a time",
@@ -95,7 +95,7 @@ PUBLISHED_SVD = Way(
     published=True,
 )
 COMPOSITE = _from_values(
-    "composite", "B: immunize_ext.ops.composite, torch.linalg alone", "baseline", _composite_values
+    "composite", "B: immunize_ext.ops.fallback, torch.linalg alone", "baseline", _composite_values
 )
 BARE = _from_values(
     "bare",

@@ -13,8 +13,8 @@ from collections.abc import Callable, Sequence
 from immunize_ext._extras import MissingExtraError
 from immunize_ext._version import __version__
 from immunize_ext.commands import COMMANDS
-from immunize_ext.commands._common import USAGE_ERROR, CommandParser
 from immunize_ext.errors import NotPositiveDefiniteError
+from immunize_ext.settings import USAGE_ERROR, CommandParser
 
 INTERRUPTED = 130
 

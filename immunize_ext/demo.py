@@ -11,12 +11,12 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
 
-from immunize_ext.attacks import compare_attack
-from immunize_ext.data import digits_task, parse_digits
-from immunize_ext.immunizers import ClosedFormImmunizer, ConditionNumberImmunizer, Immunized
-from immunize_ext.metrics import relative_immunization_ratio
-from immunize_ext.report import Evaluation, evaluate, write_run
-from immunize_ext.report.evaluation import ROLES, Progress
+from immunize_ext.probing.attacks import compare_attack
+from immunize_ext.probing.data import digits_task, parse_digits
+from immunize_ext.probing.evaluation import ROLES, Evaluation, Progress, evaluate
+from immunize_ext.probing.immunizers import ClosedFormImmunizer, ConditionNumberImmunizer, Immunized
+from immunize_ext.probing.metrics import relative_immunization_ratio
+from immunize_ext.probing.tmp_write import write_run
 
 Method = Literal["closed_form", "condition_number", "condition_number_plain", "whitening"]
 
@@ -90,7 +90,7 @@ class DemoResult:
         }
 
     def write(self, target: str | Path, *, force: bool = False) -> Path:
-        """Write the run directory; see :func:`immunize_ext.report.write_run`."""
+        """Write the run directory; see :func:`immunize_ext.probing.tmp_write.write_run`."""
         return write_run(self.evaluation, target, force=force, extra=self.extra())
 
 

@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from immunize_ext.data.concepts import Concept
+from immunize_ext.text_to_image.concepts import Concept
 
 _TEXT = """a photo of an artwork the digit number style painting three five eight six seven cat dog
 sks handwritten drawing red blue"""

@@ -19,7 +19,7 @@ import torch
 from hypothesis import settings
 from torch import Tensor
 
-from immunize_ext.testing import matrix_from_spectrum
+from immunize_ext.testing.samples import matrix_from_spectrum
 
 # A property that is asked of both routes shares the examples of the profile between them; one that
 # calls many operators an example makes do with a quarter.

@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 
 import immunize_ext.demo
-from immunize_ext import __version__
+from immunize_ext._version import __version__
 from immunize_ext.cli import main
 from immunize_ext.demo import CHOSEN_TASKS, DemoConfig, run_demo
 

@@ -13,15 +13,14 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from immunize_ext.attacks import compare_attack
-from immunize_ext.data import Task
-from immunize_ext.metrics import (
+from immunize_ext.probing.attacks import compare_attack
+from immunize_ext.probing.data import Task
+from immunize_ext.probing.metrics import (
     log_rir_ceiling,
     relative_immunization_ratio,
     spectral_slowdown,
 )
-from immunize_ext.report import environment
-from immunize_ext.report.run_directory import to_json
+from immunize_ext.storage import environment, to_json
 
 # Ridge of the ridge-floored condition numbers and of the ceiling, relative to lambda_max(K).
 RIDGE = 1e-4

@@ -16,7 +16,7 @@ from typing import Literal
 import torch
 from torch import Tensor, nn
 
-from immunize_ext.data import Task
+from immunize_ext.probing.data import Task
 
 FLOOR = 1e-6
 

@@ -17,10 +17,10 @@ from typing import Any
 import numpy as np
 import torch
 
-from immunize_ext.attacks import compare_attack
-from immunize_ext.data import digits_task
-from immunize_ext.immunizers import ClosedFormImmunizer
-from immunize_ext.report import environment
+from immunize_ext.probing.attacks import compare_attack
+from immunize_ext.probing.data import digits_task
+from immunize_ext.probing.immunizers import ClosedFormImmunizer
+from immunize_ext.storage import environment
 
 ATTACKERS = ("gradient_descent", "line_search", "conjugate_gradients", "whitened")
 

@@ -19,9 +19,9 @@ from torch import Tensor
 
 from benchmarks.protection._measures import one_thread, write
 from benchmarks.protection._published import FLOOR
-from immunize_ext.data import house_prices_task, load_digits
-from immunize_ext.metrics import grouped_rir, log_kappa
 from immunize_ext.ops import gram_extremes
+from immunize_ext.probing.data import house_prices_task, load_digits
+from immunize_ext.probing.metrics import grouped_rir, log_kappa
 
 
 def same_model_twice() -> dict[str, float]:

@@ -28,8 +28,8 @@ from benchmarks.protection._measures import (
     write,
 )
 from benchmarks.protection._published import Published, train
-from immunize_ext.data import Task, house_prices_task
-from immunize_ext.immunizers import (
+from immunize_ext.probing.data import Task, house_prices_task
+from immunize_ext.probing.immunizers import (
     BaselineImmunizer,
     ClosedFormImmunizer,
     ConditionNumberImmunizer,

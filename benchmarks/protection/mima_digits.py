@@ -22,14 +22,13 @@ from pathlib import Path
 
 import torch
 
-from immunize_ext.attacks.text_to_image import ATTACKS
-from immunize_ext.immunizers.text_to_image import ImmunizedPipeline
-from immunize_ext.metrics.generation import Sampling
-from immunize_ext.metrics.judge import DigitJudge
-from immunize_ext.metrics.measures import JudgedAccuracy
-from immunize_ext.report.run_directory import to_json
-from immunize_ext.report.text_to_image_evaluation import evaluate_text_to_image
-from immunize_ext.report.text_to_image_pool import pool
+from immunize_ext.storage import to_json
+from immunize_ext.text_to_image.attacks import ATTACKS
+from immunize_ext.text_to_image.digits.judge import DigitJudge
+from immunize_ext.text_to_image.evaluation import evaluate_text_to_image, pool
+from immunize_ext.text_to_image.immunizers import ImmunizedPipeline
+from immunize_ext.text_to_image.metrics.generation import Sampling
+from immunize_ext.text_to_image.metrics.similarity import JudgedAccuracy
 
 from .mima_task import CONTROL, NEW_WORD, TARGETS, digit, mima_task
 from .mima_tuning import tuned, tuned_attack, tuned_method

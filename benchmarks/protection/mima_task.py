@@ -4,11 +4,12 @@ from __future__ import annotations
 
 from typing import NamedTuple
 
-from immunize_ext.data.concepts import Concept, ConceptSet, digit_concept, digit_concepts
-from immunize_ext.data.digit_images import DIGIT_NAMES
-from immunize_ext.immunizers.text_to_image import erase
-from immunize_ext.models import TextToImage
-from immunize_ext.models.digits_pipeline import load_digits_pipeline
+from immunize_ext.text_to_image.concepts import Concept, ConceptSet
+from immunize_ext.text_to_image.digits.concepts import digit_concept, digit_concepts
+from immunize_ext.text_to_image.digits.images import DIGIT_NAMES
+from immunize_ext.text_to_image.digits.pipeline import load_digits_pipeline
+from immunize_ext.text_to_image.immunizers import erase
+from immunize_ext.text_to_image.model import TextToImage
 
 TARGETS, CONTROL, NEW_WORD = ("three", "five", "eight"), "six", "seven"
 IMMA_TARGET = "three"

@@ -24,15 +24,14 @@ from typing import Any
 
 import torch
 
-from immunize_ext._files import write_file
-from immunize_ext.attacks.text_to_image import ATTACKS, TextToImageAttack, tune_learning_rate
-from immunize_ext.data.concepts import Concept
-from immunize_ext.immunizers.text_to_image import METHODS, DiffusionIMMA, ImmunizedPipeline
-from immunize_ext.metrics.generation import Sampling
-from immunize_ext.metrics.measures import JudgedAccuracy
-from immunize_ext.models import TextToImage
-from immunize_ext.report.run_directory import to_json
-from immunize_ext.report.text_to_image_evaluation import evaluate_text_to_image
+from immunize_ext.storage import to_json, write_file
+from immunize_ext.text_to_image.attacks import ATTACKS, TextToImageAttack, tune_learning_rate
+from immunize_ext.text_to_image.concepts import Concept
+from immunize_ext.text_to_image.evaluation import evaluate_text_to_image
+from immunize_ext.text_to_image.immunizers import METHODS, DiffusionIMMA, ImmunizedPipeline
+from immunize_ext.text_to_image.metrics.generation import Sampling
+from immunize_ext.text_to_image.metrics.similarity import JudgedAccuracy
+from immunize_ext.text_to_image.model import TextToImage
 
 from .mima_task import MimaTask, mima_task
 

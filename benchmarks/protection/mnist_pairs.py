@@ -26,8 +26,8 @@ from torch import Tensor
 from benchmarks.protection._measures import PAPER_MNIST, RIDGE, one_thread, spread, write
 from benchmarks.protection._paper_figure import PAPER_FIGURE
 from benchmarks.protection._published import Published, train
-from immunize_ext.data import Task, load_mnist
-from immunize_ext.immunizers import (
+from immunize_ext.probing.data import Task, load_mnist
+from immunize_ext.probing.immunizers import (
     BaselineImmunizer,
     ConditionNumberImmunizer,
     ImmaImmunizer,
@@ -35,7 +35,7 @@ from immunize_ext.immunizers import (
     MultiplicativeImmunizer,
     closed_form_theta,
 )
-from immunize_ext.metrics import log_kappa, log_rir_ceiling
+from immunize_ext.probing.metrics import log_kappa, log_rir_ceiling
 
 STRENGTH = 30.0
 STEPS = 20

@@ -5,16 +5,15 @@ from __future__ import annotations
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from immunize_ext.commands._text_to_image_config import TextToImageConfig
-from immunize_ext.commands._text_to_image_results import results_of
-from immunize_ext.commands._text_to_image_run import TextToImageRun
-from immunize_ext.report import run_directory
-from immunize_ext.report.document import document
-from immunize_ext.report.html import render_body
-from immunize_ext.report.plots import draw_svg
-from immunize_ext.report.run_directory import write_json, write_json_lines
-from immunize_ext.report.text_to_image_page import ATTACK_LABELS, page_body
-from immunize_ext.report.text_to_image_plots import draw_curves_png
+from immunize_ext.probing.plots import draw_svg
+from immunize_ext.probing.report import render_body
+from immunize_ext.report.page import document
+from immunize_ext.storage import run_directory, write_json, write_json_lines
+from immunize_ext.text_to_image.plots import draw_curves_png
+from immunize_ext.text_to_image.report import ATTACK_LABELS, page_body
+from immunize_ext.text_to_image.run import TextToImageRun
+from immunize_ext.text_to_image.tmp_config import TextToImageConfig
+from immunize_ext.text_to_image.tmp_results import results_of
 
 if TYPE_CHECKING:
     from immunize_ext.demo import DemoResult

@@ -5,10 +5,11 @@ from __future__ import annotations
 import argparse
 from typing import TYPE_CHECKING
 
-from immunize_ext.commands._kinds import module_of, read_results
+from immunize_ext.commands._kinds import module_of
+from immunize_ext.storage import read_results
 
 if TYPE_CHECKING:
-    from immunize_ext.commands._common import Commands
+    from immunize_ext.settings import Commands
 
 
 def add_parser(commands: Commands) -> None:

@@ -6,11 +6,12 @@ import argparse
 from typing import TYPE_CHECKING
 
 from immunize_ext._extras import require_extra
-from immunize_ext.commands._common import progress_bar, strength, threads
+from immunize_ext.runtime import progress_bar, threads
+from immunize_ext.settings import strength
 
 if TYPE_CHECKING:
-    from immunize_ext.commands._common import Commands
     from immunize_ext.demo import DemoResult
+    from immunize_ext.settings import Commands
 
 
 def add_parser(commands: Commands) -> None:
@@ -66,9 +67,11 @@ def add_parser(commands: Commands) -> None:
 def run(arguments: argparse.Namespace) -> int:
     """Run both jobs of the package, write one report and print the tables."""
     # Imported here: `immunize doctor` has to work where these do not.
-    from immunize_ext.commands import _demo_pages, _text_to_image_results, _text_to_image_run
+    from immunize_ext.commands import _demo_pages
     from immunize_ext.demo import DemoConfig, run_demo
-    from immunize_ext.report import check_target
+    from immunize_ext.storage import check_target
+    from immunize_ext.text_to_image import run as _text_to_image_run
+    from immunize_ext.text_to_image import tmp_results as _text_to_image_results
 
     # Asked before the work, not after it.
     check_target(arguments.out, force=arguments.force)
@@ -117,8 +120,7 @@ def run(arguments: argparse.Namespace) -> int:
 
 def _table(result: DemoResult) -> str:
     """What a newcomer needs to see, in plain text."""
-    from immunize_ext.commands._tables import attack_table
-    from immunize_ext.report.html import headline
+    from immunize_ext.probing.report import attack_table, headline
 
     evaluation = result.evaluation
     return "\n".join(

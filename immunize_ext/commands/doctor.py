@@ -6,7 +6,7 @@ import argparse
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
-    from immunize_ext.commands._common import Commands
+    from immunize_ext.settings import Commands
 
 
 def add_parser(commands: Commands) -> None:

@@ -4,10 +4,11 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from immunize_ext.commands import _sweep_kappa, _sweep_mima
+from immunize_ext.probing import tmp_sweep as _sweep_kappa
+from immunize_ext.text_to_image import tmp_sweep as _sweep_mima
 
 if TYPE_CHECKING:
-    from immunize_ext.commands._common import Commands
+    from immunize_ext.settings import Commands
 
 # Modules with ``add_parser(kinds)``, as those of ``COMMANDS``.
 KINDS = (_sweep_kappa, _sweep_mima)

@@ -1,6 +1,6 @@
 """Differentiable operators: spectrum, key/value merge, preconditioned gradient."""
 
-from immunize_ext.ops import _register as _register
+from immunize_ext.ops import operators as operators
 from immunize_ext.ops.factor import RegularizationFactor
 from immunize_ext.ops.lora import MergeAdapter, as_lora, lora_state_dict, save_lora
 from immunize_ext.ops.merge import merge_kv

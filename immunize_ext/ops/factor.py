@@ -11,14 +11,10 @@ from functools import cached_property
 import torch
 from torch import Tensor
 
-from immunize_ext._checkpoint import load_checkpoint, save_checkpoint
 from immunize_ext.errors import NotPositiveDefiniteError, NumericalWarning
-from immunize_ext.ops._arguments import (
-    carries_derivative,
-    require_finite,
-    require_floating_matrix,
-)
 from immunize_ext.ops._dispatch import has_kernel
+from immunize_ext.ops.arguments import carries_derivative, require_finite, require_floating_matrix
+from immunize_ext.storage import load_checkpoint, save_checkpoint
 
 _KIND = "immunize_ext.RegularizationFactor/1"
 _EPS = torch.finfo(torch.float64).eps

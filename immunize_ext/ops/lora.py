@@ -11,9 +11,9 @@ from typing import Any, Literal, NamedTuple
 import torch
 from torch import Tensor
 
-from immunize_ext._files import new_folder
 from immunize_ext.ops.factor import RegularizationFactor
 from immunize_ext.ops.merge import solve_merge
+from immunize_ext.storage import new_folder
 
 LoraFormat = Literal["peft", "diffusers"]
 

@@ -25,9 +25,11 @@ import torch
 from torch import Tensor
 
 from immunize_ext.errors import NumericalWarning
-from immunize_ext.ops import composite
+from immunize_ext.ops import fallback as composite
 from immunize_ext.ops._dispatch import has_kernel
-from immunize_ext.ops._merge_functions import (
+from immunize_ext.ops.factor import RegularizationFactor
+from immunize_ext.ops.fallback import MergeLayout
+from immunize_ext.ops.merge_derivatives import (
     FactorSolve,
     FactorSolveDual,
     Inverse,
@@ -35,13 +37,7 @@ from immunize_ext.ops._merge_functions import (
     MergeApplyDual,
     MergeSolve,
 )
-from immunize_ext.ops._merge_problem import (
-    MergeProblem,
-    check_merge_problem,
-    name_contradictions,
-)
-from immunize_ext.ops.composite import MergeLayout
-from immunize_ext.ops.factor import RegularizationFactor
+from immunize_ext.ops.merge_problem import MergeProblem, check_merge_problem, name_contradictions
 
 # Squared sine of the angle, in the metric of Q^-1, below which a row of C counts as a combination
 # of the rows before it: 1e-6 in relative distance. Token embeddings that repeat differ by nothing,

@@ -8,10 +8,10 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from immunize_ext.ops._merge_problem import MergeProblem, check_merge_problem
-from immunize_ext.ops.composite import merge_solve
 from immunize_ext.ops.factor import RegularizationFactor
+from immunize_ext.ops.fallback import merge_solve
 from immunize_ext.ops.merge import REPEATED_ROW_RTOL
+from immunize_ext.ops.merge_problem import MergeProblem, check_merge_problem
 
 # Beyond this condition number of T half of float64's digits are gone, and |W - W0| grows like
 # 1 / distance of the nearly repeated tokens.

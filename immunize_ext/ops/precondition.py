@@ -20,13 +20,9 @@ from torch import Tensor, nn
 from torch.autograd import forward_ad
 
 from immunize_ext.errors import NotPositiveDefiniteError
-from immunize_ext.ops import composite
-from immunize_ext.ops._arguments import (
-    require_finite,
-    require_floating_matrix,
-    require_same_device,
-)
+from immunize_ext.ops import fallback as composite
 from immunize_ext.ops._dispatch import has_kernel
+from immunize_ext.ops.arguments import require_finite, require_floating_matrix, require_same_device
 
 _EPS = torch.finfo(torch.float64).eps
 

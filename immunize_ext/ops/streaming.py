@@ -17,13 +17,8 @@ from collections.abc import Callable, Iterable, Iterator
 import torch
 from torch import Tensor
 
-from immunize_ext.ops._arguments import (
-    RankPolicy,
-    cluster_resolution,
-    resolution,
-    spectrum_policy,
-)
 from immunize_ext.ops._dispatch import has_kernel
+from immunize_ext.ops.arguments import RankPolicy, cluster_resolution, resolution, spectrum_policy
 from immunize_ext.ops.spectrum import GramExtremes, gram_extremes_float64
 
 Blocks = Iterable[Tensor] | Callable[[], Iterable[Tensor]]

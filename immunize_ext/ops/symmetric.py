@@ -12,10 +12,10 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from immunize_ext.ops import composite
-from immunize_ext.ops._arguments import cluster_resolution, require_floating_matrix
+from immunize_ext.ops import fallback as composite
 from immunize_ext.ops._dispatch import has_kernel
-from immunize_ext.ops._transforms import BatchedFunction
+from immunize_ext.ops.arguments import cluster_resolution, require_floating_matrix
+from immunize_ext.ops.derivatives import BatchedFunction
 
 
 class SymmetricExtremes(NamedTuple):

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from immunize_ext.ops._dispatch import has_kernel
-from immunize_ext.ops._transforms import BatchedFunction
+from immunize_ext.ops.derivatives import BatchedFunction
 from immunize_ext.ops.symmetric import (
     SymmetricExtremes,
     _SymmetricExtremesBackward,

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from immunize_ext import reference
 from immunize_ext.ops import extremal_singular_values, gram_extremes
-from immunize_ext.testing import matrix_from_spectrum
+from immunize_ext.testing.samples import matrix_from_spectrum
 
 pytestmark = [
     pytest.mark.gpu,

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from immunize_ext.ops import SpectrumTracker, symmetric_extremes
 from immunize_ext.ops._dispatch import _CUDA_OPERATORS
-from immunize_ext.regularizers import gram_r_ill, gram_r_well, r_ill, r_well
+from immunize_ext.ops.regularizers import gram_r_ill, gram_r_well, r_ill, r_well
 
 pytestmark = [
     pytest.mark.gpu,

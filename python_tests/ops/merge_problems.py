@@ -15,7 +15,7 @@ from torch import Tensor
 
 from immunize_ext import reference
 from immunize_ext.ops import RegularizationFactor, merge_kv
-from immunize_ext.testing import MergeProblem
+from immunize_ext.testing.samples import MergeProblem
 
 
 def numpy_of(tensors: Any) -> Any:

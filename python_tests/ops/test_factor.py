@@ -18,7 +18,8 @@ from immunize_ext import reference
 from immunize_ext.errors import NotPositiveDefiniteError, NumericalWarning
 from immunize_ext.ops import RegularizationFactor, merge_kv
 from immunize_ext.ops._dispatch import has_kernel
-from immunize_ext.testing import strategies, text_embeddings
+from immunize_ext.testing import strategies
+from immunize_ext.testing.samples import text_embeddings
 
 from_embeddings = RegularizationFactor.from_embeddings
 

@@ -24,7 +24,7 @@ from immunize_ext.ops import (
     merge_kv,
     symmetric_extremes,
 )
-from immunize_ext.regularizers import gram_r_ill, gram_r_well, r_ill, r_well
+from immunize_ext.ops.regularizers import gram_r_ill, gram_r_well, r_ill, r_well
 
 SCRIPT = """
 import json, sys, warnings

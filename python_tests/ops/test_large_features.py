@@ -18,7 +18,7 @@ from spectrum_bounds import (
 from torch import Tensor
 
 from immunize_ext.ops import condition_number, extremal_singular_values, gram_extremes
-from immunize_ext.regularizers import gram_r_ill, gram_r_well
+from immunize_ext.ops.regularizers import gram_r_ill, gram_r_well
 
 SIDE, LENGTH = 1030, 1101  # beyond the crossover of the kernel, 1024, and no multiple of its tiles
 LOG_KAPPAS = [0.05, 1, 3, 5, 5.8, 7, 12]

@@ -33,7 +33,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from immunize_ext import reference, testing
 from immunize_ext.errors import NumericalWarning
 from immunize_ext.ops import RegularizationFactor, merge_kv
-from immunize_ext.testing import merge_problem, merge_problem_with_answer, strategies
+from immunize_ext.testing import strategies
+from immunize_ext.testing.samples import merge_problem, merge_problem_with_answer
 
 every_route = pytest.mark.parametrize("route", ROUTES)
 INF = float("inf")

@@ -17,7 +17,8 @@ from torch import Tensor
 from immunize_ext import reference
 from immunize_ext.errors import ContradictoryTargetsError
 from immunize_ext.ops import RegularizationFactor, merge_kv
-from immunize_ext.testing import merge_problem, strategies
+from immunize_ext.testing import strategies
+from immunize_ext.testing.samples import merge_problem
 
 every_route = pytest.mark.parametrize("route", ROUTES)
 INF = float("inf")

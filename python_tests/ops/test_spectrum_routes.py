@@ -10,7 +10,7 @@ import scipy.linalg
 import torch
 
 from immunize_ext.ops import extremal_singular_values, gram_extremes, symmetric_extremes
-from immunize_ext.regularizers import gram_r_ill
+from immunize_ext.ops.regularizers import gram_r_ill
 
 EPS = float(np.finfo(np.float64).eps)
 SHAPES = [(1, 7), (3, 3), (13, 200), (64, 784), (300, 40), (90, 90), (260, 300)]

@@ -1,0 +1,153 @@
+"""Argument checks shared by the operators: one message form, nothing numerical."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from typing import Any, Literal, NamedTuple
+
+import torch
+from torch import Tensor
+from torch.autograd import forward_ad
+
+from immunize_ext.ops.derivatives import BatchedFunction
+
+RankPolicy = Literal["numerical", "full"]
+
+
+class SpectrumPolicy(NamedTuple):
+    """Which singular values count, and which of them are one and the same."""
+
+    rank_rtol: float
+    cluster_rtol: float
+    full_rank: bool
+
+
+def require_floating_matrix(operator: str, name: str, value: Tensor) -> None:
+    """Refuse anything but a real floating-point tensor of shape ``(*, n, p)`` with n, p >= 1."""
+    if not isinstance(value, Tensor):
+        raise TypeError(
+            f"{operator}: {name} must be a torch.Tensor, got {type(value).__name__}; "
+            "convert it with torch.as_tensor"
+        )
+    if not value.dtype.is_floating_point:
+        raise ValueError(
+            f"{operator}: {name} must have a real floating-point dtype, got {value.dtype}; "
+            "convert it with .to(torch.float64)"
+        )
+    if value.dim() < 2 or value.shape[-1] == 0 or value.shape[-2] == 0:
+        raise ValueError(
+            f"{operator}: {name} must have shape (*, n, p) with n >= 1 and p >= 1, "
+            f"got {tuple(value.shape)}"
+        )
+
+
+def require_finite(operator: str, name: str, value: Tensor) -> None:
+    """Refuse NaN and infinity. Reads the tensor on the host."""
+    if any_true(~torch.isfinite(value.detach())):
+        raise ValueError(
+            f"{operator}: {name} must be finite, got NaN or infinity; "
+            "look for an overflow upstream, float16 features for instance"
+        )
+
+
+def require_same_device(operator: str, named: Sequence[tuple[str, Tensor]]) -> None:
+    """Refuse tensors that stand on different devices, naming the first two that differ."""
+    first_name, first = named[0]
+    for name, value in named[1:]:
+        if value.device != first.device:
+            raise ValueError(
+                f"{operator}: {name} must be on the device of {first_name}, {first.device}, "
+                f"got {value.device}; move it with .to({first_name}.device)"
+            )
+
+
+def resolution(dtype: torch.dtype) -> float:
+    """Unit roundoff that default tolerances use; half types count as exact float32 numbers.
+
+    ``max(n, p) * eps(bfloat16)`` exceeds 1 from 128 columns on and would leave no singular value.
+    """
+    half = dtype in (torch.float16, torch.bfloat16)
+    return float(torch.finfo(torch.float32 if half else dtype).eps)
+
+
+def cluster_resolution(side: int, dtype: torch.dtype) -> float:
+    """Default ``cluster_rtol``: what rounding makes of values that are equal.
+
+    The values of a rotated multiple of an orthogonal matrix spread over up to 7 eps at every side
+    from 2 to 64 (the worst of 300 each), so ``side * eps`` is too little below 16: at side 2 it
+    missed every fifth of them. Values that differ by more than 16 eps are left apart.
+    """
+    return min(max(side, 16) * resolution(dtype), 0.5)
+
+
+def spectrum_policy(
+    operator: str,
+    name: str,
+    value: Tensor,
+    rank: str,
+    rank_rtol: float | None,
+    cluster_rtol: float | None,
+) -> SpectrumPolicy:
+    """Check a spectrum operator's arguments and fill in the default tolerances."""
+    require_floating_matrix(operator, name, value)
+    if rank not in ("numerical", "full"):
+        raise ValueError(f"{operator}: rank must be 'numerical' or 'full', got {rank!r}")
+    default = max(value.shape[-2:]) * resolution(value.dtype)
+    for tolerance_name, tolerance in (("rank_rtol", rank_rtol), ("cluster_rtol", cluster_rtol)):
+        if tolerance is not None and not (math.isfinite(tolerance) and 0.0 <= tolerance < 1.0):
+            raise ValueError(
+                f"{operator}: {tolerance_name} must be in [0, 1), relative to sigma_max, "
+                f"got {tolerance}"
+            )
+    # A tolerance of 1 or more would drop sigma_max itself; only huge sides in float32 get there.
+    return SpectrumPolicy(
+        rank_rtol=min(default, 0.5) if rank_rtol is None else float(rank_rtol),
+        cluster_rtol=(
+            cluster_resolution(max(value.shape[-2:]), value.dtype)
+            if cluster_rtol is None
+            else float(cluster_rtol)
+        ),
+        full_rank=rank == "full",
+    )
+
+
+def carries_derivative(tensor: Tensor) -> bool:
+    """True if reverse or forward mode shall differentiate with respect to ``tensor``."""
+    return tensor.requires_grad or forward_ad.unpack_dual(tensor).tangent is not None
+
+
+class _Answer:
+    """Carries a number out of a function that vmap calls; a list would be copied on the way."""
+
+    value = False
+
+
+class _AnyTrue(BatchedFunction):
+    """Asks about the whole vmapped batch: the rule of the base class hands over plain tensors."""
+
+    @staticmethod
+    def forward(mask: Tensor, answer: _Answer) -> Tensor:
+        answer.value = bool(mask.any())
+        return mask.clone()
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+        ctx.mark_non_differentiable(output)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[None, None]:
+        return None, None
+
+
+def any_true(mask: Tensor) -> bool:
+    """Whether any entry is true; under vmap, whether any is for any element of the batch.
+
+    Not for use inside ``torch.compile``, which cannot branch on data in one graph.
+    """
+    try:
+        return bool(mask.any())
+    except RuntimeError:  # a batched tensor of torch.vmap, which cannot be read
+        answer = _Answer()
+        _AnyTrue.apply(mask, answer)
+        return answer.value

@@ -1,0 +1,370 @@
+"""The regularizers of condition-number immunization, as compositions of the spectrum operators.
+
+R_well pulls all singular values of a matrix together, R_ill drives the smallest away from the
+rest. ``r_well`` and ``r_ill`` take the matrix S itself; ``gram_r_well`` and ``gram_r_ill`` take
+features x and act on K = x^T x without forming it. The Frobenius part never goes through singular
+vectors, so it has no singularity at repeated or zero singular values.
+
+For plain CPU tensors ``gram_r_well`` and ``gram_r_ill`` are one fused operator each, since the
+Python of a composition would cost more than its arithmetic. Under ``torch.func``, ``vmap``,
+``torch.compile``, forward mode, and with tensors as normalisers they are the composition.
+
+Gradients, with u, v the singular vectors and D the denominator of R_ill:
+
+- R_well(S) = sigma_max^2 / 2 - |S|_F^2 / (2 p):    sigma_max u_1 v_1^T - S / p
+- R_ill(S)  = 1 / D,
+  D = |S|_F^2 / (2 k) - sigma_min^2 / 2:            (sigma_min u_k v_k^T - S / k) / D^2
+
+and for S = K = x^T x they follow by d sigma_i(K) = 2 sigma_i(x) u_i^T dx v_i and
+d|K|_F^2 = <4 x x^T x, dx>. All of it is formed in float64 and cast to the input's dtype at the end.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.autograd import forward_ad
+
+from immunize_ext.errors import EqualSingularValuesError
+from immunize_ext.ops._dispatch import has_kernel
+from immunize_ext.ops.arguments import RankPolicy, SpectrumPolicy, spectrum_policy
+from immunize_ext.ops.derivatives import BatchedFunction, RequirePositive
+from immunize_ext.ops.spectrum import gram_extremes_float64, singular_extremes_float64
+
+__all__ = ["gram_r_ill", "gram_r_well", "r_ill", "r_well"]
+
+
+# D is a difference of two numbers of its own size or larger; below this fraction of the first,
+# times the larger side, it is rounding: singular values are known to a few max(n, p) eps of the
+# largest, their squares to twice, eigenvalues of a Gram matrix squared to four times that.
+_VANISHING = 4 * torch.finfo(torch.float64).eps
+
+
+def _positive(function: str, name: str, value: float | Tensor | None) -> float | Tensor | None:
+    """The normaliser, checked; a tensor may be one that ``torch.func`` wraps."""
+    message = f"{function}: {name} must be positive"
+    if isinstance(value, Tensor):
+        if torch.compiler.is_compiling():
+            return value
+        checked: Tensor = RequirePositive.apply(value, message)
+        return checked
+    if value is not None and not value > 0:
+        raise ValueError(f"{message}, got {value}")
+    return value
+
+
+def _require_floor(function: str, floor: float | None) -> None:
+    if floor is not None and not 0.0 < floor < 1.0:
+        raise ValueError(
+            f"{function}: floor must be between 0 and 1, a fraction of |S|_F^2 / (2 k), got {floor}"
+        )
+
+
+def _fused(
+    x: Tensor,
+    policy: SpectrumPolicy,
+    *,
+    ill: bool,
+    normaliser: float | Tensor | None,
+    floor: float | None = None,
+) -> Tensor | None:
+    """The fused operator, or None where the composition has to serve."""
+    if (
+        torch.compiler.is_compiling()
+        or type(x) is not Tensor
+        or x.device.type != "cpu"
+        or isinstance(normaliser, Tensor)
+        or torch._C._are_functorch_transforms_active()
+        or forward_ad.unpack_dual(x).tangent is not None
+        or not has_kernel(x)
+    ):
+        return None
+    try:
+        outputs = torch.ops.immunize_ext.gram_regularizer(x, ill, normaliser, floor, *policy)
+    except ValueError:
+        return None  # the composition says what is wrong, and where
+    value: Tensor = outputs[0].to(x.dtype)  # autocast may have widened it
+    return value
+
+
+def _well(sigma_max: Tensor, squared_frobenius: Tensor, p: float | Tensor) -> Tensor:
+    # |S|_F^2 leaves the range of float64 first; infinity minus infinity is not what that means.
+    overflows = torch.isinf(squared_frobenius)
+    value = torch.where(overflows, 0.0, sigma_max).square() / 2
+    return torch.where(overflows, torch.inf, value - squared_frobenius / (2 * p))
+
+
+class _RefuseVanishing(BatchedFunction):
+    """Raise where the mask is set. A function, so that it sees plain tensors under torch.func."""
+
+    @staticmethod
+    def forward(vanishes: Tensor, function: str, argument: str) -> Tensor:
+        found = vanishes.nonzero()
+        if found.shape[0] > 0:
+            raise EqualSingularValuesError.for_matrix(
+                function, argument, batch_index=tuple(found[0].tolist())
+            )
+        return vanishes.clone()
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+        ctx.mark_non_differentiable(output)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[None, None, None]:
+        return None, None, None
+
+
+def _ill(
+    function: str,
+    argument: str,
+    sigma_min: Tensor,
+    squared_frobenius: Tensor,
+    counts: tuple[Tensor, Tensor],
+    k: float | Tensor | None,
+    floor: float | None,
+    vanishing: float,
+) -> Tensor:
+    rank, multiplicity_min = counts
+    # |S|_F^2 leaves the range of float64 first: R_ill is then zero or infinite, with gradient 0.
+    overflows = torch.isinf(squared_frobenius)
+    vanished = (squared_frobenius == 0) & (rank > 0)
+    out_of_range = (overflows | vanished).detach()
+    squared_frobenius = torch.where(out_of_range, 2.0, squared_frobenius)
+    sigma_min = torch.where(out_of_range, 0.0, sigma_min)
+    mean_square = squared_frobenius / (2 * (rank.clamp(min=1) if k is None else k))
+    denominator = mean_square - sigma_min.square() / 2
+    smallest = mean_square.detach() * (vanishing if floor is None else floor)
+    vanishes = denominator.detach() <= smallest
+    if k is None and floor is None:
+        # One cluster of all singular values: what D has left of itself is rounding.
+        vanishes = vanishes | (multiplicity_min >= rank)
+    vanishes = vanishes & ~out_of_range
+    if floor is None and not torch.compiler.is_compiling():
+        vanishes = _RefuseVanishing.apply(vanishes, function, argument)
+    # Where D vanishes the value is held at 1 / smallest, with gradient 0; the zero matrix, which
+    # has no scale to hold it at, gets infinity.
+    value = torch.where(vanishes, smallest, denominator).reciprocal()
+    return torch.where(overflows, 0.0, torch.where(vanished, torch.inf, value))
+
+
+def r_well(
+    s: Tensor,
+    *,
+    p: float | Tensor | None = None,
+    rank_rtol: float | None = None,
+    cluster_rtol: float | None = None,
+) -> Tensor:
+    r"""Condition-number minimiser R_well of each matrix.
+
+    .. math:: R_{well}(S) = \tfrac12 \sigma_{\max}(S)^2 - \tfrac1{2p} \|S\|_F^2
+
+    Non-negative, and zero iff all singular values are equal.
+
+    Args:
+        s: Matrices S (*, n, m), real floating point.
+        p: Normaliser, a number or a tensor (*,). Default min(n, m). Published code uses other
+            widths; with a larger one than min(n, m) the value stays positive, with a smaller one it
+            can be negative.
+        rank_rtol: As in :func:`~immunize_ext.ops.extremal_singular_values`.
+        cluster_rtol: As in :func:`~immunize_ext.ops.extremal_singular_values`.
+
+    Returns:
+        R_well (*,) in s's dtype.
+
+    Raises:
+        ValueError: As :func:`~immunize_ext.ops.extremal_singular_values`, or if p is not positive.
+
+    Note:
+        Deterministic. Gradient sigma_max u v^T - S / p, averaged over a repeated sigma_max, so
+        that multiples of an orthogonal matrix have gradient 0. Double backward where sigma_max is
+        simple.
+
+    Source:
+        Nenov, Haider, Balazs 2024, eq. for r(S); Zheng et al., ICML 2025, eq. 3.
+
+    Example:
+        >>> import torch
+        >>> from immunize_ext.ops.regularizers import r_well
+        >>> s = torch.diag(torch.tensor([3.0, 2.0, 1.0], dtype=torch.float64)).requires_grad_()
+        >>> value = r_well(s)
+        >>> value.backward()
+        >>> round(value.item(), 6), [round(g, 6) for g in s.grad.diagonal().tolist()]
+        (2.166667, [2.0, -0.666667, -0.333333])
+    """
+    policy = spectrum_policy("r_well", "s", s, "numerical", rank_rtol, cluster_rtol)
+    p = _positive("r_well", "p", p)
+    extremes = singular_extremes_float64(s, policy)
+    squared_frobenius = s.to(torch.float64).square().sum(dim=(-2, -1))
+    width = min(s.shape[-2:]) if p is None else p
+    return _well(extremes.sigma_max, squared_frobenius, width).to(s.dtype)
+
+
+def r_ill(
+    s: Tensor,
+    *,
+    k: float | Tensor | None = None,
+    rank: RankPolicy = "numerical",
+    rank_rtol: float | None = None,
+    cluster_rtol: float | None = None,
+    floor: float | None = None,
+) -> Tensor:
+    r"""Condition-number maximiser R_ill of each matrix.
+
+    .. math:: R_{ill}(S) = \Bigl(\tfrac1{2k} \|S\|_F^2 - \tfrac12 \sigma_{\min}(S)^2\Bigr)^{-1}
+
+    Args:
+        s: Matrices S (*, n, m), real floating point.
+        k: Normaliser, a number or a tensor (*,). Default the numerical rank of S.
+        rank: Which sigma_min: the smallest that counts, or with ``"full"`` the min(n, m)-th.
+        rank_rtol: As in :func:`~immunize_ext.ops.extremal_singular_values`.
+        cluster_rtol: As in :func:`~immunize_ext.ops.extremal_singular_values`.
+        floor: Smallest denominator D allowed, as a fraction of |S|_F^2 / (2k). Below it the value
+            is held at 1 / (floor |S|_F^2 / (2k)) with gradient 0; between 0 and 1. Default: a
+            matrix where D is rounding raises.
+
+    Returns:
+        R_ill (*,) in s's dtype.
+
+    Raises:
+        EqualSingularValuesError: If all singular values are equal (D = 0, R_ill infinite) or k is
+            too large, and no floor is given. Under ``torch.compile``, where nothing can be read on
+            the host, the value is held at a floor of a few max(n, m) eps instead.
+        ValueError: As :func:`~immunize_ext.ops.extremal_singular_values`, or if k is not positive.
+
+    Note:
+        Deterministic. Gradient (sigma_min u v^T - S / k) / D^2, averaged over a repeated sigma_min.
+        Double backward where sigma_min is simple.
+
+    Source:
+        Zheng et al., ICML 2025, eq. 12 and 13.
+
+    Example:
+        >>> import torch
+        >>> from immunize_ext.ops.regularizers import r_ill
+        >>> s = torch.diag(torch.tensor([3.0, 2.0, 1.0], dtype=torch.float64)).requires_grad_()
+        >>> value = r_ill(s)
+        >>> value.backward()
+        >>> round(value.item(), 6), [round(g, 5) for g in s.grad.diagonal().tolist()]
+        (0.545455, [-0.29752, -0.19835, 0.19835])
+    """
+    policy = spectrum_policy("r_ill", "s", s, rank, rank_rtol, cluster_rtol)
+    k = _positive("r_ill", "k", k)
+    _require_floor("r_ill", floor)
+    extremes = singular_extremes_float64(s, policy)
+    squared_frobenius = s.to(torch.float64).square().sum(dim=(-2, -1))
+    counts = (extremes.rank, extremes.multiplicity_min)
+    vanishing = _VANISHING * max(s.shape[-2:])
+    value = _ill("r_ill", "s", extremes.sigma_min, squared_frobenius, counts, k, floor, vanishing)
+    return value.to(s.dtype)
+
+
+def gram_r_well(
+    x: Tensor,
+    *,
+    p: float | Tensor | None = None,
+    rank_rtol: float | None = None,
+    cluster_rtol: float | None = None,
+) -> Tensor:
+    r"""R_well of the Gram matrix K = x^T x, without forming it.
+
+    .. math:: R_{well}(K) = \tfrac12 \lambda_{\max}(K)^2 - \tfrac1{2p} \|K\|_F^2
+
+    Args:
+        x: Features (*, n, p), real floating point.
+        p: Normaliser, a number or a tensor (*,). Default the number of features.
+        rank_rtol: As in :func:`~immunize_ext.ops.gram_extremes`.
+        cluster_rtol: As in :func:`~immunize_ext.ops.gram_extremes`.
+
+    Returns:
+        R_well(K) (*,) in x's dtype.
+
+    Raises:
+        ValueError: As :func:`~immunize_ext.ops.gram_extremes`, or if p is not positive.
+
+    Note:
+        Deterministic. Derivatives as in :func:`r_well`.
+
+    Source:
+        Zheng et al., ICML 2025, eq. 3 and 9, theorem 4.2.
+
+    Example:
+        >>> import torch
+        >>> from immunize_ext.ops.regularizers import gram_r_well, r_well
+        >>> x = torch.tensor([[1.0, 2.0, 0.0], [0.0, 1.0, 1.0]], dtype=torch.float64)
+        >>> torch.allclose(gram_r_well(x), r_well(x.mT @ x))
+        True
+    """
+    policy = spectrum_policy("gram_r_well", "x", x, "numerical", rank_rtol, cluster_rtol)
+    p = _positive("gram_r_well", "p", p)
+    fused = _fused(x, policy, ill=False, normaliser=p)
+    if fused is not None:
+        return fused
+    extremes = gram_extremes_float64(x, policy)
+    width = x.shape[-1] if p is None else p
+    return _well(extremes.lambda_max, extremes.squared_frobenius, width).to(x.dtype)
+
+
+def gram_r_ill(
+    x: Tensor,
+    *,
+    k: float | Tensor | None = None,
+    rank: RankPolicy = "numerical",
+    rank_rtol: float | None = None,
+    cluster_rtol: float | None = None,
+    floor: float | None = None,
+) -> Tensor:
+    r"""R_ill of the Gram matrix K = x^T x, without forming it.
+
+    .. math:: R_{ill}(K) = \Bigl(\tfrac1{2k} \|K\|_F^2
+              - \tfrac12 \lambda_{\min}(K)^2\Bigr)^{-1}
+
+    Args:
+        x: Features (*, n, p), real floating point.
+        k: Normaliser, a number or a tensor (*,). Default the numerical rank of x.
+        rank: Which lambda_min: the smallest that counts, or with ``"full"`` the p-th.
+        rank_rtol: As in :func:`~immunize_ext.ops.gram_extremes`.
+        cluster_rtol: As in :func:`~immunize_ext.ops.gram_extremes`.
+        floor: As in :func:`r_ill`.
+
+    Returns:
+        R_ill(K) (*,) in x's dtype.
+
+    Raises:
+        EqualSingularValuesError: As :func:`r_ill`.
+        ValueError: As :func:`~immunize_ext.ops.gram_extremes`, or if k is not positive.
+
+    Note:
+        Deterministic. Derivatives as in :func:`r_ill`.
+
+    Source:
+        Zheng et al., ICML 2025, eq. 9 and 12, theorem 4.2.
+
+    Example:
+        >>> import torch
+        >>> from immunize_ext.ops.regularizers import gram_r_ill, r_ill
+        >>> x = torch.tensor([[1.0, 2.0, 0.0], [0.0, 1.0, 1.0]], dtype=torch.float64)
+        >>> torch.allclose(gram_r_ill(x), r_ill(x.mT @ x))
+        True
+    """
+    policy = spectrum_policy("gram_r_ill", "x", x, rank, rank_rtol, cluster_rtol)
+    k = _positive("gram_r_ill", "k", k)
+    _require_floor("gram_r_ill", floor)
+    fused = _fused(x, policy, ill=True, normaliser=k, floor=floor)
+    if fused is not None:
+        return fused
+    extremes = gram_extremes_float64(x, policy)
+    counts = (extremes.rank, extremes.multiplicity_min)
+    value = _ill(
+        "gram_r_ill",
+        "x",
+        extremes.lambda_min,
+        extremes.squared_frobenius,
+        counts,
+        k,
+        floor,
+        2 * _VANISHING * max(x.shape[-2:]),
+    )
+    return value.to(x.dtype)

@@ -1,0 +1,1 @@
+"""Condition-number immunization of features, and the probes that attack it."""

@@ -1,0 +1,34 @@
+"""Data sets, as tasks that immunizers, attackers and metrics take.
+
+Only the digits come along (with scikit-learn); the others read local files, which
+:func:`fetch_mnist` and :func:`fetch_house_prices` download where there is a network.
+"""
+
+from __future__ import annotations
+
+from immunize_ext.probing.data.digits import digits_task, load_digits, parse_digits
+from immunize_ext.probing.data.download import fetch_house_prices, fetch_mnist
+from immunize_ext.probing.data.features import features_task
+from immunize_ext.probing.data.house_prices import house_prices_task
+from immunize_ext.probing.data.image_folder import ImageFolder, folder_features, image_folder_task
+from immunize_ext.probing.data.mnist import load_mnist, mnist_task, read_idx
+from immunize_ext.probing.data.samples import Samples
+from immunize_ext.probing.data.task import Task
+
+__all__ = [
+    "ImageFolder",
+    "Samples",
+    "Task",
+    "digits_task",
+    "features_task",
+    "fetch_house_prices",
+    "fetch_mnist",
+    "folder_features",
+    "house_prices_task",
+    "image_folder_task",
+    "load_digits",
+    "load_mnist",
+    "mnist_task",
+    "parse_digits",
+    "read_idx",
+]

@@ -1,0 +1,132 @@
+"""Any feature matrix from a file: ``.npz`` of numpy or ``.safetensors``."""
+
+from __future__ import annotations
+
+import zipfile
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from immunize_ext._extras import require_extra
+from immunize_ext.probing.data.digits import check_seed
+from immunize_ext.probing.data.task import Task
+
+_PARTS = ("x_train", "y_train", "x_test", "y_test")
+
+
+_WHOLE = ("x", "y")
+
+
+def _read_npz(path: Path) -> dict[str, Tensor]:
+    found = {}
+    try:
+        # Without allow_pickle, so that a file cannot run code.
+        with np.load(path) as arrays:
+            for name in arrays.files:
+                if name in _PARTS + _WHOLE:
+                    found[name] = torch.from_numpy(np.ascontiguousarray(arrays[name]))
+    except (zipfile.BadZipFile, ValueError, TypeError, EOFError, AttributeError) as error:
+        raise ValueError(
+            f"features_task: path must name an .npz file of numeric arrays, got {path}: {error}"
+        ) from error
+    return found
+
+
+def _read_safetensors(path: Path) -> dict[str, Tensor]:
+    safetensors = require_extra("safetensors", extra="report", purpose="features in .safetensors")
+    found = {}
+    try:
+        with safetensors.safe_open(path, framework="pt") as tensors:
+            for name in tensors.keys():  # noqa: SIM118 (not a mapping)
+                if name in _PARTS + _WHOLE:
+                    found[name] = tensors.get_tensor(name)
+    except safetensors.SafetensorError as error:
+        raise ValueError(
+            f"features_task: path must name a whole safetensors file, got {path}: {error}"
+        ) from error
+    return found
+
+
+def features_task(
+    path: str | Path,
+    *,
+    name: str | None = None,
+    train_fraction: float = 0.6,
+    seed: int = 0,
+    dtype: torch.dtype = torch.float64,
+) -> Task:
+    """Load a task from a file of features and targets, of a backbone for instance.
+
+    The file holds either ``x_train``, ``y_train``, ``x_test`` and ``y_test``, or ``x`` and ``y``,
+    which are shuffled and split. Other entries are left alone. Integers become floating point;
+    nothing is standardised.
+
+    Args:
+        path: File whose name ends in ``.npz`` or ``.safetensors``; features are ``(n, p)``, targets
+            ``(n,)``, -1 and +1 for a classification task.
+        name: Name of the task; that of the file when omitted.
+        train_fraction: Share of the samples to train on, for a file of ``x`` and ``y``.
+        seed: Seed of that split.
+        dtype: dtype of the task's tensors.
+
+    Returns:
+        The task.
+
+    Raises:
+        FileNotFoundError: If there is no such file.
+        MissingExtraError: If a safetensors file is given and safetensors is not installed.
+        ValueError: If the file is of another kind, damaged or lacks an entry, an entry does not
+            fit, or an argument is out of range.
+
+    Note:
+        Deterministic given ``seed``; torch's global random state is neither read nor changed. No
+        code in the file is run.
+
+    Example:
+        >>> import tempfile
+        >>> with tempfile.TemporaryDirectory() as folder:
+        ...     path = Path(folder) / "toy.npz"
+        ...     np.savez(path, x=np.eye(5), y=np.array([1, -1, 1, -1, 1]))
+        ...     task = features_task(path)
+        >>> task.name, tuple(task.x_train.shape), task.is_classification
+        ('toy', (3, 5), True)
+    """
+    path = Path(path)
+    check_seed("features_task", seed)
+    readers = {".npz": _read_npz, ".safetensors": _read_safetensors}
+    if path.suffix not in readers:
+        raise ValueError(
+            f"features_task: path must end in {' or '.join(readers)}, got {path.name!r}"
+        )
+    if not path.is_file():
+        raise FileNotFoundError(f"features_task: path must name a file, got {path}")
+    found = readers[path.suffix](path)
+    wrong = [key for key, value in found.items() if value.is_complex()]
+    if wrong:
+        raise ValueError(f"features_task: {wrong[0]} must be real, got {found[wrong[0]].dtype}")
+    title = path.stem if name is None else name
+    if all(part in found for part in _PARTS):
+        return Task(title, *(found[part].to(dtype) for part in _PARTS))
+    if not all(part in found for part in _WHOLE):
+        raise ValueError(
+            f"features_task: the file must hold {', '.join(_PARTS)}, or {' and '.join(_WHOLE)}, "
+            f"got {', '.join(sorted(found)) or 'none of them'}"
+        )
+    x, y = found["x"].to(dtype), found["y"].to(dtype)
+    if x.dim() != 2 or y.shape != x.shape[:1]:
+        raise ValueError(
+            f"features_task: y must have shape (n,) for x of shape (n, p), got {tuple(y.shape)} "
+            f"and {tuple(x.shape)}"
+        )
+    # Asked first, so that NaN is refused here and not by round.
+    cut = round(train_fraction * len(y)) if 0.0 < train_fraction < 1.0 else 0
+    if not 0 < cut < len(y):
+        raise ValueError(
+            f"features_task: train_fraction must leave samples to train and to test on, got "
+            f"{train_fraction} of {len(y)} samples"
+        )
+    order = torch.randperm(len(y), generator=torch.Generator().manual_seed(seed))
+    x, y = x[order], y[order]
+    return Task(title, x[:cut], y[:cut], x[cut:], y[cut:])

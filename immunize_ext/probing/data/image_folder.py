@@ -1,0 +1,272 @@
+"""Folders of images, one folder a class, and their features under a backbone, kept in a cache.
+
+Features are computed once for a list of files, a backbone and its weights: the name of the cache
+file is a hash of all three, so another backbone, other weights, a file more or a file changed in
+size gives another cache file and never the wrong features.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+
+from immunize_ext._extras import require_extra
+from immunize_ext.probing.data.digits import check_seed
+from immunize_ext.probing.data.samples import Samples
+from immunize_ext.probing.data.task import Task
+from immunize_ext.probing.extractors.feature_extractor import (
+    FeatureExtractor,
+    Preprocessing,
+    extract_features,
+    fingerprint,
+)
+from immunize_ext.storage import load_checkpoint, save_checkpoint
+
+SUFFIXES = (".png", ".jpg", ".jpeg", ".bmp", ".webp")
+
+
+_KIND = "immunize_ext.features/1"
+
+
+class ImageFolder:
+    """Images of a folder with one subfolder for each class, read when they are asked for.
+
+    Attributes:
+        root: The folder.
+        classes: Names of the subfolders, in alphabetical order.
+        files: Paths relative to ``root``, class by class, in alphabetical order.
+        labels: Class of each file, int64.
+        preprocessing: How images become inputs.
+    """
+
+    def __init__(self, root: str | Path, preprocessing: Preprocessing | None = None) -> None:
+        """Look for the images.
+
+        Args:
+            root: The folder; images are looked for in its subfolders, at any depth.
+            preprocessing: How images become inputs; ImageNet's when omitted.
+
+        Raises:
+            FileNotFoundError: If there is no such folder.
+            ValueError: If a subfolder has no image, or there is no subfolder.
+        """
+        self.root = Path(root)
+        if not self.root.is_dir():
+            raise FileNotFoundError(f"ImageFolder: root must name a folder, got {root}")
+        self.preprocessing = preprocessing or Preprocessing()
+        found = sorted(p for p in self.root.iterdir() if p.is_dir() and p.name[0] != ".")
+        self.classes = [folder.name for folder in found]
+        if not self.classes:
+            raise ValueError(
+                f"ImageFolder: root must have a folder for each class, got none in {root}"
+            )
+        self.files: list[Path] = []
+        labels = []
+        for label, folder in enumerate(found):
+            images = sorted(p for p in folder.rglob("*") if p.suffix.lower() in SUFFIXES)
+            if not images:
+                raise ValueError(
+                    f"ImageFolder: every class must have images ({', '.join(SUFFIXES)}), got none "
+                    f"in {folder}"
+                )
+            self.files += [image.relative_to(self.root) for image in images]
+            labels += [label] * len(images)
+        self.labels = torch.tensor(labels, dtype=torch.int64)
+
+    def __len__(self) -> int:
+        """Number of images."""
+        return len(self.files)
+
+    def __getitem__(self, index: int) -> tuple[Tensor, int]:
+        """Input ``(3, size, size)``, float32, and class of an image.
+
+        Raises:
+            ValueError: If the file is no image.
+        """
+        image = read_image(self.root / self.files[index], self.preprocessing.size)
+        return self.preprocessing(image), int(self.labels[index])
+
+
+def read_image(path: str | Path, size: int) -> Tensor:
+    """Read an image, resize its shorter side and cut out the middle.
+
+    Args:
+        path: An image file.
+        size: Height and width of the result.
+
+    Returns:
+        Shape ``(3, size, size)``, float32 in [0, 1].
+
+    Raises:
+        FileNotFoundError: If there is no such file.
+        MissingExtraError: If Pillow is not installed.
+        ValueError: If the file is no image.
+    """
+    pillow = require_extra("PIL.Image", extra="diffusion", purpose="reading images")
+    if not Path(path).is_file():
+        raise FileNotFoundError(f"read_image: path must name an image, got {path}")
+    try:
+        with pillow.open(path) as file:
+            image = file.convert("RGB")
+    except (OSError, ValueError, SyntaxError) as error:
+        reason = " ".join(str(error).split())
+        raise ValueError(f"read_image: {path} must be an image, got: {reason}") from error
+    scale = size / min(image.size)
+    width, height = (max(size, round(side * scale)) for side in image.size)
+    image = image.resize((width, height), pillow.Resampling.BICUBIC)
+    left, top = (width - size) // 2, (height - size) // 2
+    image = image.crop((left, top, left + size, top + size))
+    pixels = torch.frombuffer(bytearray(image.tobytes()), dtype=torch.uint8)
+    return pixels.reshape(size, size, 3).permute(2, 0, 1).to(torch.float32) / 255.0
+
+
+def folder_features(
+    root: str | Path,
+    extractor: nn.Module,
+    *,
+    cache: str | Path | None = None,
+    preprocessing: Preprocessing | None = None,
+    batch_size: int = 64,
+    progress: Callable[[int], None] | None = None,
+) -> tuple[Tensor, Tensor, list[str]]:
+    """Features of all images of a folder, from the cache where they are there.
+
+    Args:
+        root: Folder with one subfolder for each class.
+        extractor: The backbone (:func:`immunize_ext.probing.extractors.backbones.load_backbone`).
+        cache: Folder of the cache; ``root/.features`` when omitted.
+        preprocessing: How images become inputs; that of the extractor when omitted.
+        batch_size: Images that go through the backbone at once.
+        progress: Called after each batch with the number of images so far; not at all where the
+            cache has the features.
+
+    Returns:
+        Features ``(n, p)``, float32; classes ``(n,)``, int64; names of the classes.
+
+    Raises:
+        FileNotFoundError: If there is no such folder.
+        MissingExtraError: If Pillow or safetensors is not installed.
+        ValueError: If a file is no image, a class has none, or features are not finite.
+
+    Note:
+        A cache file is written whole or not at all, and one that cannot be read is made anew.
+    """
+    if preprocessing is None and isinstance(extractor, FeatureExtractor):
+        preprocessing = extractor.preprocessing
+    folder = ImageFolder(root, preprocessing)
+    path = Path(folder.root / ".features" if cache is None else cache) / (
+        f"{cache_key(folder, extractor)}.safetensors"
+    )
+    if path.is_file():
+        try:
+            tensors, _ = load_checkpoint(path, kind=_KIND, function="folder_features")
+        except ValueError:
+            tensors = {}
+        features = tensors.get("features")
+        if features is not None and features.dim() == 2 and len(features) == len(folder):
+            return features, folder.labels, folder.classes
+    batches = Samples(folder, name="root").batches(batch_size)
+    features = extract_features(extractor, batches, dtype=torch.float32, progress=progress)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    files = [file.as_posix() for file in folder.files]
+    save_checkpoint(path, {"features": features}, kind=_KIND, values={"files": files})
+    return features, folder.labels, folder.classes
+
+
+def cache_key(folder: ImageFolder, extractor: nn.Module) -> str:
+    """What features depend on, as 64 hexadecimal digits: files with sizes, backbone, weights."""
+    files = [[file.as_posix(), (folder.root / file).stat().st_size] for file in folder.files]
+    about = {
+        "files": files,
+        "backbone": getattr(extractor, "name", type(extractor).__name__),
+        "pool": getattr(extractor, "pool", ""),
+        "weights": fingerprint(extractor),
+        "preprocessing": repr(folder.preprocessing),
+    }
+    return hashlib.sha256(json.dumps(about, sort_keys=True).encode()).hexdigest()
+
+
+def image_folder_task(
+    root: str | Path,
+    extractor: nn.Module,
+    positive: Sequence[str],
+    negative: Sequence[str],
+    *,
+    cache: str | Path | None = None,
+    preprocessing: Preprocessing | None = None,
+    train_fraction: float = 0.6,
+    seed: int = 0,
+    batch_size: int = 64,
+    dtype: torch.dtype = torch.float64,
+) -> Task:
+    """Make the task of telling some classes of a folder from others, on a backbone's features.
+
+    Args:
+        root: Folder with one subfolder for each class.
+        extractor: The backbone.
+        positive: Classes labelled +1.
+        negative: Classes labelled -1.
+        cache: Folder of the cache; ``root/.features`` when omitted.
+        preprocessing: How images become inputs; that of the extractor when omitted.
+        train_fraction: Share of the images of each class to train on.
+        seed: Seed of the split and the order.
+        batch_size: Images that go through the backbone at once.
+        dtype: dtype of the task's tensors.
+
+    Returns:
+        The task; inputs are features, not standardised.
+
+    Raises:
+        FileNotFoundError: If there is no such folder.
+        MissingExtraError: If Pillow or safetensors is not installed.
+        ValueError: If a class is unknown or on both sides, a file is no image, or a part would be
+            empty.
+
+    Note:
+        Deterministic given ``seed``; torch's global random state is neither read nor changed.
+    """
+    name = "image_folder_task"
+    check_seed(name, seed)
+    sides = list(positive), list(negative)
+    both = sorted(set(sides[0]) & set(sides[1]))
+    if both or not all(sides):
+        raise ValueError(
+            f"{name}: positive and negative must each name classes and share none, got {sides[0]} "
+            f"and {sides[1]}"
+        )
+    if not 0.0 < train_fraction < 1.0:
+        raise ValueError(f"{name}: train_fraction must be between 0 and 1, got {train_fraction}")
+    classes = ImageFolder(root).classes
+    unknown = [c for c in sides[0] + sides[1] if c not in classes]
+    if unknown:
+        raise ValueError(f"{name}: classes must be among {', '.join(classes)}, got {unknown[0]!r}")
+    features, labels, classes = folder_features(
+        root, extractor, cache=cache, preprocessing=preprocessing, batch_size=batch_size
+    )
+    generator = torch.Generator().manual_seed(seed)
+    parts: dict[str, list[Tensor]] = {"train": [], "test": []}
+    for chosen in sides[0] + sides[1]:
+        rows = torch.nonzero(labels == classes.index(chosen))[:, 0]
+        rows = rows[torch.randperm(len(rows), generator=generator)]
+        cut = round(train_fraction * len(rows))
+        if not 0 < cut < len(rows):
+            raise ValueError(
+                f"{name}: train_fraction must leave images of {chosen!r} to train and to test on, "
+                f"got {train_fraction} of {len(rows)}"
+            )
+        parts["train"].append(rows[:cut])
+        parts["test"].append(rows[cut:])
+    tensors = []
+    ones = torch.tensor([classes.index(c) for c in sides[0]])
+    for part in ("train", "test"):
+        rows = torch.cat(parts[part])
+        rows = rows[torch.randperm(len(rows), generator=generator)]
+        tensors.append(features[rows].to(dtype))
+        tensors.append(torch.where(torch.isin(labels[rows], ones), 1.0, -1.0).to(dtype))
+    title = f"{Path(root).name}: {' or '.join(sides[0])} against {' or '.join(sides[1])}"
+    return Task(title, *tensors)

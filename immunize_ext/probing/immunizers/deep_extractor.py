@@ -1,0 +1,564 @@
+"""The objectives for deep extractors, as terms of the features of two batches.
+
+    condition_number    lambda_P R_well(H_P) + lambda_H R_ill(H_H)
+    r_ill, r_well       one of them alone
+    kappa_difference    kappa(H_P) - kappa(H_H)
+    kappa_log_ratio     log kappa(H_P) - log kappa(H_H)
+    imma                minus the harmful loss of a linear probe after a few steps, relative to the
+                        loss of the best constant
+
+H = F^T F of a batch's features F. Each is added to the loss of the primary task.
+"""
+
+from __future__ import annotations
+
+import copy
+import math
+from collections.abc import Callable
+from dataclasses import asdict, dataclass
+from typing import Any, Literal, get_args
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional
+
+from immunize_ext.ops.precondition import Preconditioner
+from immunize_ext.ops.regularizers import gram_r_ill, gram_r_well
+from immunize_ext.ops.spectrum import gram_extremes
+from immunize_ext.probing.data.samples import Samples, Source
+from immunize_ext.probing.extractors.feature_extractor import (
+    block_root,
+    block_state,
+    find_stages,
+    fingerprint,
+    freeze_except,
+    select_blocks,
+)
+from immunize_ext.probing.immunizers.imma import probe_after_steps
+from immunize_ext.probing.immunizers.immunized import ImmunizedExtractor, same_state
+from immunize_ext.probing.immunizers.loop import check_settings, plain_settings
+
+DeepObjective = Literal[
+    "condition_number", "r_ill", "r_well", "kappa_difference", "kappa_log_ratio", "imma"
+]
+
+
+Role = Literal["primary", "harmful"]
+
+
+@dataclass(frozen=True)
+class Features:
+    """Features of the two batches, and the harmful labels."""
+
+    primary: Tensor
+    harmful: Tensor
+    harmful_labels: Tensor
+
+
+@dataclass(frozen=True)
+class Term:
+    """One term of an objective.
+
+    Attributes:
+        name: What its lambda is called: ``"well"``, ``"ill"`` or ``"weight"``.
+        value: Its value.
+        role: The task whose features alone it depends on; ``None`` where it needs both.
+    """
+
+    name: str
+    value: Callable[[Features], Tensor]
+    role: Role | None = None
+
+
+def log_kappa_of(features: Tensor) -> Tensor:
+    """Log of the condition number of F^T F, differentiable."""
+    extremes = gram_extremes(features)
+    return extremes.lambda_max.log() - extremes.lambda_min.log()
+
+
+def probe_targets(labels: Tensor, classes: int, dtype: torch.dtype) -> Tensor:
+    """Centred targets of a squared-loss probe: one column per class, or the real labels."""
+    if labels.dtype.is_floating_point:
+        targets = labels.to(dtype)[:, None]
+    else:
+        targets = functional.one_hot(labels.to(torch.int64), classes).to(dtype)
+    return targets - targets.mean(0)
+
+
+def _imma(features: Features, classes: int, steps: int) -> Tensor:
+    targets = probe_targets(features.harmful_labels, classes, features.harmful.dtype)
+    centred = features.harmful - features.harmful.mean(0)
+    probe = probe_after_steps(centred, targets, steps)
+    residual = (centred @ probe - targets).square().mean()
+    # A batch of one class has nothing to learn: the ratio is 0 there, and so is its gradient.
+    return -residual / targets.square().mean().clamp_min(torch.finfo(targets.dtype).tiny)
+
+
+def terms_of(objective: DeepObjective, *, classes: int, inner_steps: int) -> list[Term]:
+    """The terms of an objective.
+
+    Args:
+        objective: Which (module docstring).
+        classes: Number of harmful classes, for IMMA.
+        inner_steps: Steps of the probe, for IMMA.
+
+    Returns:
+        One term, or two for ``"condition_number"``.
+    """
+    well = Term("well", lambda f: gram_r_well(f.primary), "primary")
+    ill = Term("ill", lambda f: gram_r_ill(f.harmful), "harmful")
+    if objective == "condition_number":
+        return [well, ill]
+    if objective in ("r_ill", "r_well"):
+        return [ill if objective == "r_ill" else well]
+    if objective == "imma":
+        return [Term("weight", lambda f: _imma(f, classes, inner_steps), "harmful")]
+    if objective == "kappa_log_ratio":
+        return [Term("weight", lambda f: log_kappa_of(f.primary) - log_kappa_of(f.harmful))]
+    return [Term("weight", lambda f: log_kappa_of(f.primary).exp() - log_kappa_of(f.harmful).exp())]
+
+
+Callback = Callable[[int, int, dict[str, float]], None]
+
+
+_NAME = "DeepExtractorImmunizer"
+
+
+@dataclass(frozen=True)
+class DeepExtractorImmunizer:
+    """Immunize blocks of a deep extractor by SGD with momentum.
+
+    Attributes:
+        blocks: Which blocks change: how many of the last ones
+            (:func:`immunize_ext.probing.extractors.feature_extractor.find_stages`), or patterns of module
+            names. The paper takes the last two of a ResNet18 and the last one of a ViT.
+        objective: ``"condition_number"`` (the method of the paper), ``"r_ill"``, ``"r_well"``,
+            ``"kappa_difference"``, ``"kappa_log_ratio"`` or ``"imma"`` (its baselines).
+        steps: Number of updates, counted from the very start where a run is resumed.
+        batch_size: Samples of each task in a step; what does not fill a batch is left out.
+        learning_rate: Of the blocks.
+        head_learning_rate: Of the head; that of the blocks when ``None``.
+        momentum: Nesterov momentum; 0 for plain SGD.
+        head_weight_decay: Of the head; blocks have none.
+        lambda_well: lambda_P, or ``None`` to give R_well ``share`` times the gradient norm of the
+            primary loss.
+        lambda_ill: lambda_H, the same for R_ill.
+        weight: Weight of the one term of the other objectives; the same when ``None``.
+        share: See ``lambda_well``.
+        rebalance_every: Steps after which lambdas left open are balanced anew; ``None``: once.
+        precondition: Name of a linear layer in the blocks, or ``"last"`` for the last one there:
+            the gradients of R_well and R_ill are multiplied by K^-1 there, K of that layer's own
+            inputs. ``None``: plain gradients.
+        precondition_ridge: Ridge on that K, in units of its mean diagonal.
+        inner_steps: Steps of the probe for ``"imma"``.
+        label_smoothing: Of the cross-entropy of the primary task.
+        seed: Seed of the batches and of a head that is made here.
+
+    Example:
+        >>> generator = torch.Generator().manual_seed(0)
+        >>> scales = torch.tensor([3.0, 2.0, 1.0, 0.5, 1.0, 1.0])
+        >>> x = torch.randn(80, 6, generator=generator) * scales
+        >>> h = torch.randn(80, 6, generator=generator) * scales.flip(0)
+        >>> y = (x[:, 0] > 0).long()
+        >>> body = nn.Sequential(nn.Linear(6, 6), nn.Tanh(), nn.Linear(6, 4))
+        >>> immunizer = DeepExtractorImmunizer(("2",), steps=50, batch_size=16, learning_rate=0.01)
+        >>> immunized = immunizer.fit((x, y), (h, y), body)
+        >>> len(immunized.history), immunized.rir((x, y), (h, y), group_size=40).mean_rir() > 1
+        (50, True)
+    """
+
+    blocks: int | tuple[str, ...] = 1
+    objective: DeepObjective = "condition_number"
+    steps: int = 200
+    batch_size: int = 64
+    learning_rate: float = 1e-3
+    head_learning_rate: float | None = None
+    momentum: float = 0.9
+    head_weight_decay: float = 2e-5
+    lambda_well: float | None = None
+    lambda_ill: float | None = None
+    weight: float | None = None
+    share: float = 1.0
+    rebalance_every: int | None = None
+    precondition: str | None = None
+    precondition_ridge: float = 1e-2
+    inner_steps: int = 5
+    label_smoothing: float = 0.1
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        head_rate = self.learning_rate if self.head_learning_rate is None else 1.0
+        check_settings(
+            _NAME,
+            {
+                "blocks": self.blocks if isinstance(self.blocks, int) else 1,
+                "steps": self.steps,
+                "batch_size": self.batch_size,
+                "learning_rate": self.learning_rate,
+                "head_learning_rate": self.head_learning_rate or head_rate,
+                "share": self.share,
+                "rebalance_every": self.rebalance_every or 1,
+                "precondition_ridge": self.precondition_ridge,
+                "inner_steps": self.inner_steps,
+            },
+            {"objective": get_args(DeepObjective)},
+            {"objective": self.objective},
+        )
+        for name in ("lambda_well", "lambda_ill", "weight", "head_weight_decay"):
+            value = getattr(self, name)
+            if value is not None and not (math.isfinite(value) and value >= 0.0):
+                raise ValueError(f"{_NAME}: {name} must be finite and not negative, got {value}")
+        for name in ("momentum", "label_smoothing"):
+            if not 0.0 <= getattr(self, name) < 1.0:
+                raise ValueError(
+                    f"{_NAME}: {name} must be at least 0 and below 1, got {getattr(self, name)}"
+                )
+        if self.batch_size < 2:
+            raise ValueError(
+                f"{_NAME}: batch_size must be at least 2, since one sample has one singular value, "
+                f"got {self.batch_size}"
+            )
+        preconditioned = ("condition_number", "r_ill", "r_well")
+        if self.precondition is not None and self.objective not in preconditioned:
+            raise ValueError(
+                f"{_NAME}: precondition must be None for objective {self.objective!r}, which mixes "
+                f"both tasks or has no K, got {self.precondition!r}"
+            )
+
+    def fit(
+        self,
+        primary: Source,
+        harmful: Source,
+        theta0: nn.Module,
+        *,
+        head: nn.Module | None = None,
+        resume: ImmunizedExtractor | None = None,
+        callback: Callback | None = None,
+    ) -> ImmunizedExtractor:
+        """Immunize against ``harmful`` while keeping ``primary``.
+
+        Args:
+            primary: Samples of the task to keep: a pair of tensors or a map-style data set.
+                Integer labels mean classes (cross-entropy), real ones regression (squared loss).
+            harmful: Samples of the task to make hard. Labels are used by ``"imma"`` alone.
+            theta0: The extractor, yielding features ``(n, p)`` in float32 or float64; copied, not
+                changed.
+            head: The head of the primary task, trained further; copied. A linear one is made when
+                omitted.
+            resume: What an earlier run with fewer steps handed back; the result is that of one run
+                of ``steps``, to the bit.
+            callback: Called after each step with the step, the number of steps and its record.
+
+        Returns:
+            The immunized extractor with theta_0. ``history`` has a record for each step, of its
+            batches before the update: ``step``, ``loss``, ``log_kappa_primary``,
+            ``log_kappa_harmful``, and for each term its value and ``lambda_*``.
+
+        Raises:
+            ValueError: If blocks, layer, labels or features do not fit, ``resume`` is of another
+                run, or anything stops being finite.
+            EqualSingularValuesError: If all eigenvalues of a batch's H_H are equal.
+
+        Note:
+            Deterministic given ``seed``, on the CPU also over threads of one count; torch's global
+            random state is neither read nor changed. R_well and R_ill are computed in float64.
+
+        Source:
+            Zheng et al., ICML 2025, section 5.3; optimizer as in the released code.
+        """
+        samples = Samples(primary, name="primary"), Samples(harmful, name="harmful")
+        extractor = copy.deepcopy(theta0)
+        blocks = self._chosen_blocks(extractor)
+        original = block_state(extractor, blocks)
+        parameters = freeze_except(extractor, blocks)
+        device = next(iter(parameters.values())).device
+        history: list[dict[str, float]] = []
+        lambdas: dict[str, float] = {}
+        if resume is not None:
+            self._check_resume(resume, extractor, blocks, original)
+            block_root(extractor).load_state_dict(
+                block_state(resume.extractor, blocks), strict=False
+            )
+            history = [dict(record) for record in resume.history]
+            lambdas = dict(resume.config["lambdas"])
+            head = resume.head
+        run = _Run(self, extractor, parameters, blocks, samples, device)
+        trained_head = run.make_head(head)
+        optimizer = self._optimizer(parameters, trained_head)
+        named = {**parameters, **{f"head.{n}": p for n, p in trained_head.named_parameters()}}
+        if resume is not None:
+            for name, buffer in resume.momentum.items():
+                optimizer.state[named[name]]["momentum_buffer"] = buffer.to(device).clone()
+        for step in range(len(history), self.steps):
+            record, lambdas = run.step(step, trained_head, optimizer, lambdas)
+            history.append(record)
+            if callback is not None:
+                callback(step + 1, self.steps, record)
+        momentum = {
+            name: optimizer.state[value]["momentum_buffer"].detach().clone()
+            for name, value in named.items()
+            if optimizer.state.get(value, {}).get("momentum_buffer") is not None
+        }
+        run.close()
+        extractor.requires_grad_(False)
+        config = {**plain_settings(asdict(self)), "lambdas": lambdas}
+        return ImmunizedExtractor(
+            method=self.objective,
+            extractor=extractor,
+            theta0=original,
+            head=trained_head.eval(),
+            blocks=blocks,
+            config=config,
+            history=history,
+            momentum=momentum,
+        )
+
+    def _chosen_blocks(self, extractor: nn.Module) -> list[str]:
+        if not isinstance(self.blocks, int):
+            return select_blocks(extractor, self.blocks)
+        stages = find_stages(extractor)
+        if len(stages) < self.blocks:
+            raise ValueError(
+                f"{_NAME}.fit: blocks must be at most the {len(stages)} blocks found in "
+                f"{type(block_root(extractor)).__name__}, got {self.blocks}; name modules instead"
+            )
+        return stages[-self.blocks :]
+
+    def _check_resume(
+        self,
+        resume: ImmunizedExtractor,
+        extractor: nn.Module,
+        blocks: list[str],
+        original: dict[str, Tensor],
+    ) -> None:
+        """Refuse to go on with other settings, another model or fewer steps."""
+        mine = plain_settings(asdict(self))
+        other = [k for k, v in mine.items() if k != "steps" and resume.config.get(k) != v]
+        if other:
+            raise ValueError(
+                f"{_NAME}.fit: resume must have the same {other[0]}, got "
+                f"{resume.config.get(other[0])!r} and now {mine[other[0]]!r}; only steps may grow"
+            )
+        if len(resume.history) > self.steps:
+            raise ValueError(
+                f"{_NAME}.fit: steps must be at least the {len(resume.history)} of resume, got "
+                f"{self.steps}"
+            )
+        frozen = [fingerprint(model, without=blocks) for model in (extractor, resume.extractor)]
+        if frozen[0] != frozen[1] or not same_state(original, resume.theta0):
+            raise ValueError(
+                f"{_NAME}.fit: theta0 must be the extractor that resume started from, got other "
+                "weights; load the same backbone"
+            )
+
+    def _optimizer(self, parameters: dict[str, nn.Parameter], head: nn.Module) -> torch.optim.SGD:
+        rate = self.learning_rate if self.head_learning_rate is None else self.head_learning_rate
+        groups: list[dict[str, Any]] = [{"params": list(parameters.values())}]
+        head_parameters = list(head.parameters())
+        if head_parameters:
+            groups.append(
+                {"params": head_parameters, "lr": rate, "weight_decay": self.head_weight_decay}
+            )
+        return torch.optim.SGD(
+            groups, lr=self.learning_rate, momentum=self.momentum, nesterov=self.momentum > 0.0
+        )
+
+
+class _Run:
+    """One run: batches, features, gradients."""
+
+    def __init__(
+        self,
+        settings: DeepExtractorImmunizer,
+        extractor: nn.Module,
+        parameters: dict[str, nn.Parameter],
+        blocks: list[str],
+        samples: tuple[Samples, Samples],
+        device: torch.device,
+    ) -> None:
+        self.settings = settings
+        self.extractor = extractor
+        self.parameters = parameters
+        self.samples = samples
+        self.device = device
+        classes = _classes(samples[1], "harmful") if settings.objective == "imma" else 0
+        self.terms = terms_of(settings.objective, classes=classes, inner_steps=settings.inner_steps)
+        self.rows: list[Tensor] = []
+        self.layer = None if settings.precondition is None else self._linear(blocks)
+        self._hook: Any = None
+        if self.layer is not None:
+            module = block_root(extractor).get_submodule(self.layer)
+            self._hook = module.register_forward_pre_hook(
+                lambda _, inputs: self.rows.append(inputs[0].detach().flatten(0, -2))
+            )
+
+    def close(self) -> None:
+        """Take the hook off the model."""
+        if self._hook is not None:
+            self._hook.remove()
+
+    def _linear(self, blocks: list[str]) -> str:
+        """Name of the linear layer whose gradient is preconditioned."""
+        wanted = self.settings.precondition
+        root = block_root(self.extractor)
+        linear = [
+            name
+            for block in blocks
+            for name, module in root.named_modules()
+            if (name == block or name.startswith(f"{block}.")) and isinstance(module, nn.Linear)
+        ]
+        if wanted == "last" and linear:
+            return linear[-1]
+        if wanted not in linear:
+            raise ValueError(
+                f"{_NAME}.fit: precondition must name a linear layer in {', '.join(blocks)}, got "
+                f"{wanted!r}; there are {', '.join(linear) or 'none'}"
+            )
+        return str(wanted)
+
+    def make_head(self, head: nn.Module | None) -> nn.Module:
+        """A copy of the head, or a linear one that fits features and labels."""
+        if head is not None:
+            return copy.deepcopy(head).to(self.device).requires_grad_(True).eval()
+        inputs, labels = self.samples[0].batch([0])
+        with torch.no_grad():
+            features = self.extractor(inputs.to(self.device))
+        self.rows.clear()
+        if features.dim() != 2:
+            raise ValueError(
+                f"{_NAME}.fit: theta0 must yield features (n, p), got {tuple(features.shape)}; "
+                "wrap it in FeatureExtractor"
+            )
+        outputs = 1 if labels.dtype.is_floating_point else _classes(self.samples[0], "primary")
+        p = features.shape[1]
+        generator = torch.Generator().manual_seed(self.settings.seed)
+        made = nn.Linear(p, outputs, device="meta", dtype=features.dtype).to_empty(device="cpu")
+        with torch.no_grad():
+            made.weight.copy_(torch.randn(outputs, p, generator=generator) / math.sqrt(p))
+            made.bias.zero_()
+        return made.to(self.device).eval()
+
+    def step(
+        self,
+        step: int,
+        head: nn.Module,
+        optimizer: torch.optim.SGD,
+        lambdas: dict[str, float],
+    ) -> tuple[dict[str, float], dict[str, float]]:
+        """One update; its record and the lambdas in force."""
+        self.rows.clear()
+        (x, y), (x_harmful, y_harmful) = (
+            tuple(t.to(self.device) for t in batch.batch(self._indices(step, role)))
+            for role, batch in enumerate(self.samples)
+        )
+        features = Features(self.extractor(x), self.extractor(x_harmful), y_harmful)
+        loss = self._loss(head(features.primary), y)
+        blocks, head_parameters = list(self.parameters.values()), list(head.parameters())
+        every = torch.autograd.grad(
+            loss, blocks + head_parameters, retain_graph=True, allow_unused=True
+        )
+        gradients = [_or_zero(g, p) for g, p in zip(every, blocks + head_parameters, strict=True)]
+        total, norm = gradients[: len(blocks)], _norm(gradients[: len(blocks)])
+        record = {
+            "step": float(step),
+            "loss": float(loss.detach()),
+            "log_kappa_primary": float(log_kappa_of(features.primary.detach())),
+            "log_kappa_harmful": float(log_kappa_of(features.harmful.detach())),
+        }
+        every_steps = self.settings.rebalance_every
+        fresh = not lambdas or (every_steps is not None and step % every_steps == 0)
+        lambdas = {} if fresh else dict(lambdas)
+        for term in self.terms:
+            given = getattr(self.settings, _SETTINGS[term.name])
+            value = term.value(features)
+            record[_VALUES.get(term.name, self.settings.objective)] = float(value.detach())
+            if given != 0.0:
+                parts = self._term_gradient(term, value, blocks)
+                if term.name not in lambdas:
+                    size = _norm(parts)
+                    balanced = self.settings.share * norm / size if size > 0.0 else 0.0
+                    lambdas[term.name] = balanced if given is None else given
+                total = [a + lambdas[term.name] * b for a, b in zip(total, parts, strict=True)]
+            lambdas.setdefault(term.name, 0.0)
+            record[f"lambda_{term.name}"] = lambdas[term.name]
+        if not all(math.isfinite(v) for v in record.values()) or not math.isfinite(_norm(total)):
+            raise ValueError(
+                f"{_NAME}.fit: step sizes must keep the features finite, got NaN or infinity at "
+                f"step {step} of {self.settings.steps}; lower learning_rate or share"
+            )
+        for parameter, gradient in zip(
+            blocks + head_parameters, total + gradients[len(blocks) :], strict=True
+        ):
+            parameter.grad = gradient
+        optimizer.step()
+        optimizer.zero_grad()
+        return record, lambdas
+
+    def _term_gradient(self, term: Term, value: Tensor, blocks: list[nn.Parameter]) -> list[Tensor]:
+        """Gradient of a term with respect to the blocks, preconditioned where that is asked for."""
+        found = torch.autograd.grad(value, blocks, retain_graph=True, allow_unused=True)
+        if all(gradient is None for gradient in found):
+            raise ValueError(
+                f"{_NAME}.fit: blocks must have a part in the features, got none of "
+                f"{', '.join(list(self.parameters)[:2])}, ...; choose other blocks"
+            )
+        gradients = [_or_zero(g, p) for g, p in zip(found, blocks, strict=True)]
+        if self.layer is not None and term.role is not None:
+            rows = self.rows[("primary", "harmful").index(term.role)]
+            factor = Preconditioner.from_features(rows, ridge=self.settings.precondition_ridge)
+            index = list(self.parameters).index(f"{self.layer}.weight")
+            gradients[index] = factor.apply(gradients[index])
+        return gradients
+
+    def _loss(self, output: Tensor, labels: Tensor) -> Tensor:
+        if labels.dtype.is_floating_point:
+            return (output.reshape(len(labels), -1).squeeze(1) - labels).square().mean()
+        return functional.cross_entropy(
+            output, labels.to(torch.int64), label_smoothing=self.settings.label_smoothing
+        )
+
+    def _indices(self, step: int, role: int) -> Tensor:
+        """Which samples a step sees: a function of step and seed, so that runs can go on."""
+        count, size = len(self.samples[role]), self.settings.batch_size
+        batches = max(1, count // size)
+        epoch, place = divmod(step, batches)
+        generator = torch.Generator().manual_seed(
+            (self.settings.seed * 2_000_003 + 2 * epoch + role) % 2**63
+        )
+        order = torch.randperm(count, generator=generator)
+        return order[place * size : (place + 1) * size]
+
+
+_SETTINGS = {"well": "lambda_well", "ill": "lambda_ill", "weight": "weight"}
+
+
+_VALUES = {"well": "r_well", "ill": "r_ill"}
+
+
+def _or_zero(gradient: Tensor | None, parameter: Tensor) -> Tensor:
+    return torch.zeros_like(parameter) if gradient is None else gradient
+
+
+def _norm(gradients: list[Tensor]) -> float:
+    return math.sqrt(sum(float(g.to(torch.float64).square().sum()) for g in gradients))
+
+
+def _classes(samples: Samples, name: str) -> int:
+    """Number of classes: what the data set says, or one more than the largest label."""
+    source = samples.source
+    if samples.tensors is not None:
+        labels = samples.tensors[1]
+        if labels.dtype.is_floating_point:
+            return 1
+        if int(labels.min()) < 0:
+            raise ValueError(
+                f"{_NAME}.fit: {name} labels must be classes from 0 on, got {int(labels.min())}"
+            )
+        return int(labels.max()) + 1
+    classes = getattr(source, "classes", None)
+    if classes is None:
+        raise ValueError(
+            f"{_NAME}.fit: {name} must say its classes, got a {type(source).__name__} without the "
+            "attribute 'classes'; set it to the list of class names, or give a head"
+        )
+    return len(classes)

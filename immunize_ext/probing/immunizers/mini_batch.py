@@ -1,0 +1,291 @@
+"""Algorithm 1 on mini-batches, with K^{-1} through the preconditioned-gradient layer.
+
+    H_P = theta^T K_P theta,  K_P = B_P^T B_P of the batch at hand (H_H alike)
+    grad = grad_theta L + lambda_P K_P^{-1} grad_theta R_well(H_P)
+                        + lambda_H K_H^{-1} grad_theta R_ill(H_H)
+
+and one step of Adam or SGD on theta and the head. Where batches are smaller than the number of
+features, H has the rank of the batch, and K^{-1} needs a ridge: of the batch by the Woodbury
+identity, or of the full data by one Cholesky factor that is kept. This is how the papers train;
+full-data K (``ConditionNumberImmunizer``) sees all directions in every step, and knows its step
+bounds.
+"""
+
+from __future__ import annotations
+
+import copy
+import math
+from collections.abc import Callable, Iterator
+from dataclasses import asdict, dataclass
+from typing import Literal
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional
+
+from immunize_ext.ops.precondition import Preconditioner, precondition_gradient
+from immunize_ext.ops.regularizers import gram_r_ill, gram_r_well
+from immunize_ext.probing.data.task import Task
+from immunize_ext.probing.immunizers.corridor import check_corridor
+from immunize_ext.probing.immunizers.immunized import Immunized
+from immunize_ext.probing.immunizers.loop import LinearProblem, check_settings, plain_settings
+
+Callback = Callable[[int, int, dict[str, float]], None]
+
+
+_NAME = "MiniBatchImmunizer"
+
+
+@dataclass(frozen=True)
+class MiniBatchImmunizer:
+    """Algorithm 1 on mini-batches.
+
+    Attributes:
+        epochs: Passes over the larger training part.
+        batch_size: Samples of each task in a step.
+        learning_rate: For theta and the head.
+        optimizer: ``"adam"``, as the released code trains linear extractors, or ``"sgd"``.
+        momentum: Nesterov momentum of ``"sgd"``; 0 for none.
+        loss: Of the primary task: ``"squared"``, or ``"logistic"`` for labels of -1 and +1.
+        lambda_well: lambda_P, or ``None`` to give R_well the gradient norm of the primary loss in
+            the first step.
+        lambda_ill: lambda_H, or ``None`` to give R_ill the gradient norm of R_well there.
+        preconditioner: Whose K^{-1}: ``"batch"``, ``"full"`` data, or ``"none"``.
+        precondition_ridge: Ridge on that K, in units of its mean diagonal.
+        ridge: Ridge of the condition numbers in the history, relative to the largest eigenvalue.
+        record_every: Steps between two records of the history, which look at all data.
+        seed: Seed of the batches and of the head omega.
+        corridor: The least and the largest kappa_P, held exactly after each step; ``None`` leaves
+            kappa_P free.
+
+    Example:
+        >>> from immunize_ext.probing.data import digits_task
+        >>> immunizer = MiniBatchImmunizer(epochs=3)
+        >>> immunized = immunizer.fit(digits_task((3,), (8,)), digits_task((4,), (9,)))
+        >>> immunized.method, immunized.history[-1]["log_rir"] > 0
+        ('mini_batch', True)
+    """
+
+    epochs: int = 100
+    batch_size: int = 64
+    learning_rate: float = 5e-3
+    optimizer: Literal["adam", "sgd"] = "adam"
+    momentum: float = 0.0
+    loss: Literal["squared", "logistic"] = "squared"
+    lambda_well: float | None = None
+    lambda_ill: float | None = None
+    preconditioner: Literal["batch", "full", "none"] = "batch"
+    precondition_ridge: float = 1e-2
+    ridge: float = 1e-2
+    record_every: int = 20
+    seed: int = 0
+    corridor: tuple[float, float] | None = None
+
+    def __post_init__(self) -> None:
+        check_settings(
+            _NAME,
+            {
+                "epochs": self.epochs,
+                "batch_size": self.batch_size,
+                "learning_rate": self.learning_rate,
+                "precondition_ridge": self.precondition_ridge,
+                "record_every": self.record_every,
+            },
+            {
+                "preconditioner": ("batch", "full", "none"),
+                "optimizer": ("adam", "sgd"),
+                "loss": ("squared", "logistic"),
+            },
+            {
+                "preconditioner": self.preconditioner,
+                "optimizer": self.optimizer,
+                "loss": self.loss,
+            },
+        )
+        if self.batch_size < 2:
+            raise ValueError(
+                f"{_NAME}: batch_size must be at least 2, since one sample has one singular value, "
+                f"got {self.batch_size}"
+            )
+        if not 0.0 <= self.momentum < 1.0:
+            raise ValueError(
+                f"{_NAME}: momentum must be at least 0 and below 1, got {self.momentum}"
+            )
+        for name in ("lambda_well", "lambda_ill"):
+            value = getattr(self, name)
+            # A lambda of 0 leaves its regularizer out.
+            if value is not None and not (math.isfinite(value) and value >= 0.0):
+                raise ValueError(f"{_NAME}: {name} must be finite and not negative, got {value}")
+        check_corridor(_NAME, self.corridor)
+
+    def fit(
+        self,
+        primary: Task,
+        harmful: Task,
+        theta0: Tensor | None = None,
+        *,
+        head: nn.Module | None = None,
+        callback: Callback | None = None,
+    ) -> Immunized:
+        """Immunize against ``harmful`` while keeping ``primary``.
+
+        Args:
+            primary: The task to keep; its training part is used.
+            harmful: The task to make hard; its training inputs alone are used.
+            theta0: Where to start, shape ``(p, p)``; the identity when omitted.
+            head: Head of the primary task, from features ``(n, p)`` to ``(n,)`` or ``(n, 1)``; a
+                copy is trained along, in float64. A linear one without bias when omitted.
+            callback: Called with the step, the number of steps and the record for each record.
+
+        Returns:
+            The last iterate. ``history`` has a record for the start, every ``record_every`` steps
+            and the end: ``step``, ``log_kappa_primary``, ``log_kappa_harmful``, ``log_rir`` (of all
+            data) and, of the batch at hand, ``loss``, ``r_well``, ``r_ill``.
+
+        Raises:
+            ValueError: If shapes or labels do not fit or theta stops being finite.
+            EqualSingularValuesError: If all eigenvalues of a batch's H_H are equal.
+
+        Note:
+            Deterministic given ``seed``; computed in float64; torch's global random state is
+            neither read nor changed. The smaller training part is gone through more often.
+
+        Source:
+            Zheng et al., ICML 2025, Algorithm 1, on the batches of the released code.
+        """
+        problem = LinearProblem.of(_NAME, primary, harmful, theta0, self.ridge, self.corridor)
+        if self.loss == "logistic" and not primary.is_classification:
+            raise ValueError(
+                f"{_NAME}.fit: primary must have labels of -1 and +1 for loss='logistic', got "
+                "others; use loss='squared'"
+            )
+        x, y, x_harmful = (
+            t.to(torch.float64) for t in (primary.x_train, primary.y_train, harmful.x_train)
+        )
+        theta = problem.settled(problem.start).clone().requires_grad_()
+        p = theta.shape[0]
+        generator = torch.Generator().manual_seed(self.seed)
+        omega = torch.randn(p, dtype=torch.float64, generator=generator) / math.sqrt(p)
+        trained = _linear_head(omega) if head is None else copy.deepcopy(head)
+        trained = trained.to(device=y.device, dtype=torch.float64).requires_grad_(True)
+        weights = list(trained.parameters())
+        optimizer = self._optimizer([theta, *weights])
+        kept = None
+        if self.preconditioner == "full":
+            kept = [self._factor(rows) for rows in (x, x_harmful)]
+        batches = [
+            _batches(rows.shape[0], self.batch_size, generator, y.device) for rows in (x, x_harmful)
+        ]
+        largest = max(x.shape[0], x_harmful.shape[0])
+        total = self.epochs * math.ceil(largest / self.batch_size)
+        lambdas: tuple[float, float] | None = None
+        for step in range(total):
+            chosen, chosen_harmful = (next(draw) for draw in batches)
+            rows = x[chosen], x_harmful[chosen_harmful]
+            loss = self._loss(trained(rows[0] @ theta), y[chosen])
+            gradients, values = self._regularizers(theta, rows, kept)
+            grad_theta, *grad_weights = torch.autograd.grad(loss, [theta, *weights])
+            if lambdas is None:
+                lambdas = self._balance(grad_theta, gradients)
+            if step % self.record_every == 0:
+                measured = {"loss": float(loss.detach()), "r_well": values[0], "r_ill": values[1]}
+                problem.record(theta, **measured)
+                problem.history[-1]["step"] = float(step)
+                if callback is not None:
+                    callback(step, total, problem.history[-1])
+            theta.grad = grad_theta + lambdas[0] * gradients[0] + lambdas[1] * gradients[1]
+            for weight, gradient in zip(weights, grad_weights, strict=True):
+                weight.grad = gradient
+            optimizer.step()
+            with torch.no_grad():
+                theta.copy_(problem.settled(theta.detach()))
+        problem.record(theta, loss=float(loss.detach()), r_well=values[0], r_ill=values[1])
+        problem.history[-1]["step"] = float(total)
+        if callback is not None:
+            callback(total, total, problem.history[-1])
+        assert lambdas is not None  # there is at least one step
+        config = {
+            **plain_settings(asdict(self)),
+            "lambda_well": lambdas[0],
+            "lambda_ill": lambdas[1],
+        }
+        return Immunized("mini_batch", theta.detach(), problem.start, config, problem.history)
+
+    def _optimizer(self, parameters: list[Tensor]) -> torch.optim.Optimizer:
+        if self.optimizer == "adam":
+            return torch.optim.Adam(parameters, lr=self.learning_rate)
+        return torch.optim.SGD(
+            parameters,
+            lr=self.learning_rate,
+            momentum=self.momentum,
+            nesterov=self.momentum > 0.0,
+        )
+
+    def _loss(self, output: Tensor, labels: Tensor) -> Tensor:
+        if output.numel() != len(labels) or output.shape[0] != len(labels):
+            raise ValueError(
+                f"{_NAME}.fit: head must yield ({len(labels)},) or ({len(labels)}, 1) for a batch, "
+                f"got {tuple(output.shape)}"
+            )
+        output = output.reshape(-1)
+        if self.loss == "squared":
+            return (output - labels).square().mean()
+        return functional.softplus(-labels * output).mean()
+
+    def _factor(self, rows: Tensor) -> Preconditioner:
+        return Preconditioner.from_features(rows, ridge=self.precondition_ridge)
+
+    def _regularizers(
+        self, theta: Tensor, rows: tuple[Tensor, Tensor], kept: list[Preconditioner] | None
+    ) -> tuple[list[Tensor], list[float]]:
+        """Preconditioned gradients and values of R_well of the first rows, R_ill of the second."""
+        gradients, values = [], []
+        functions: tuple[Callable[[Tensor], Tensor], ...] = (gram_r_well, gram_r_ill)
+        for index, function in enumerate(functions):
+            leaf = theta.detach().requires_grad_()
+            extractor = leaf
+            if self.preconditioner != "none":
+                factor = self._factor(rows[index]) if kept is None else kept[index]
+                # theta^T is what nn.Linear stores, (out, in); K^{-1} acts on its input side.
+                extractor = precondition_gradient(leaf.mT, factor).mT
+            value = function(rows[index] @ extractor)
+            gradients.append(torch.autograd.grad(value, leaf)[0])
+            values.append(float(value.detach()))
+        return gradients, values
+
+    def _balance(self, grad_loss: Tensor, gradients: list[Tensor]) -> tuple[float, float]:
+        """Choose the lambdas that were left open by gradient norms of the first step."""
+        sizes = [float(gradient.norm()) for gradient in (grad_loss, *gradients)]
+        well, ill = self.lambda_well, self.lambda_ill
+        if well is None:
+            # All eigenvalues of H_P equal, or a perfect head: nothing to balance.
+            well = sizes[0] / sizes[1] if sizes[1] > 0.0 else 0.0
+        if ill is None:
+            reference = well * sizes[1] if well > 0.0 else sizes[0]
+            ill = reference / sizes[2] if sizes[2] > 0.0 else 0.0
+        return well, ill
+
+
+def _linear_head(omega: Tensor) -> nn.Module:
+    """A head without bias that starts from omega."""
+    # On the meta device, so that no random number is drawn for weights that are replaced.
+    head = nn.Linear(len(omega), 1, bias=False, device="meta", dtype=omega.dtype)
+    head = head.to_empty(device=omega.device)
+    with torch.no_grad():
+        head.weight.copy_(omega[None])
+    return head
+
+
+def _batches(
+    count: int, size: int, generator: torch.Generator, device: torch.device
+) -> Iterator[Tensor]:
+    """Shuffled batches without end; what is left over by the last whole batch comes along too.
+
+    A single sample left over joins the batch before: alone, it has one singular value, and R_ill is
+    infinite.
+    """
+    while True:
+        batches = list(torch.randperm(count, generator=generator).to(device).split(size))
+        if len(batches) > 1 and len(batches[-1]) == 1:
+            batches[-2:] = [torch.cat(batches[-2:])]
+        yield from batches

@@ -1,0 +1,78 @@
+"""Whether a protection is real: condition-number ratios, their exact ceiling, convergence, cost."""
+
+from __future__ import annotations
+
+from immunize_ext.probing.metrics.convergence import (
+    AttackerSteps,
+    WorstCase,
+    conjugate_gradient_steps,
+    gradient_descent_steps,
+    line_search_norm_ratio,
+    norm_ratio,
+    spectral_slowdown,
+    worst_case,
+)
+from immunize_ext.probing.metrics.cost import (
+    FewSampleError,
+    RelativeDegradation,
+    few_sample_error,
+    relative_degradation,
+)
+from immunize_ext.probing.metrics.hessian import with_ridge
+from immunize_ext.probing.metrics.pencil import Pencil, log_rir_ceiling, pencil
+from immunize_ext.probing.metrics.rir import (
+    CeilingRow,
+    DeepRatio,
+    GroupedEstimate,
+    GroupedRatio,
+    RelativeImmunizationRatio,
+    ceiling_table,
+    deep_rir,
+    grouped_linear_rir,
+    grouped_rir,
+    log_kappa,
+    relative_immunization_ratio,
+)
+from immunize_ext.probing.metrics.subspaces import (
+    SubspaceAngles,
+    leading_subspace_angles,
+    principal_angles,
+)
+from immunize_ext.quantities import Slowdown, Spread, slowdown, steps_to_threshold
+
+__all__ = [
+    "AttackerSteps",
+    "CeilingRow",
+    "DeepRatio",
+    "FewSampleError",
+    "GroupedEstimate",
+    "GroupedRatio",
+    "Pencil",
+    "RelativeDegradation",
+    "RelativeImmunizationRatio",
+    "Slowdown",
+    "Spread",
+    "SubspaceAngles",
+    "WorstCase",
+    "ceiling_table",
+    "conjugate_gradient_steps",
+    "deep_rir",
+    "few_sample_error",
+    "gradient_descent_steps",
+    "grouped_linear_rir",
+    "grouped_rir",
+    "leading_subspace_angles",
+    "line_search_norm_ratio",
+    "log_kappa",
+    "log_rir_ceiling",
+    "norm_ratio",
+    "pencil",
+    "principal_angles",
+    "relative_degradation",
+    "relative_immunization_ratio",
+    "slowdown",
+    "spectral_slowdown",
+    "steps_to_threshold",
+    "with_ridge",
+    "worst_case",
+]

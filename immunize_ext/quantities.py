@@ -1,0 +1,143 @@
+"""A number over several seeds: its mean and how far it scatters."""
+
+from __future__ import annotations
+
+import math
+import statistics
+from collections.abc import Iterable
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+
+@dataclass(frozen=True)
+class Spread:
+    """Values of one quantity, one a seed, with what a report says about them.
+
+    Attributes:
+        values: The values, in the order of the seeds. NaN marks a seed without a value.
+
+    Example:
+        >>> spread = Spread.of([0.8, 0.9, 1.0])
+        >>> print(spread)
+        0.90 +- 0.10 (0.80 to 1.00, 3 seeds)
+    """
+
+    values: tuple[float, ...]
+
+    @classmethod
+    def of(cls, values: Iterable[float]) -> Spread:
+        """Take the values as they come."""
+        return cls(tuple(float(value) for value in values))
+
+    @property
+    def known(self) -> tuple[float, ...]:
+        """The values that are numbers."""
+        return tuple(value for value in self.values if not math.isnan(value))
+
+    @property
+    def mean(self) -> float:
+        """Mean of the known values; NaN if there is none."""
+        return math.fsum(self.known) / len(self.known) if self.known else math.nan
+
+    @property
+    def sd(self) -> float:
+        """Standard deviation with n - 1 in the denominator; NaN for fewer than two finite values.
+
+        One seed has no spread: 0 would claim that it is known to be small.
+        """
+        if len(self.known) < 2 or not all(map(math.isfinite, self.known)):
+            return math.nan
+        return statistics.stdev(self.known)
+
+    @property
+    def minimum(self) -> float:
+        """Least known value; NaN if there is none."""
+        return min(self.known, default=math.nan)
+
+    @property
+    def maximum(self) -> float:
+        """Largest known value; NaN if there is none."""
+        return max(self.known, default=math.nan)
+
+    def __str__(self) -> str:
+        if not self.known:
+            return "no value"
+        count = len(self.known)
+        seeds = "seed" if count == 1 else "seeds"
+        scatter = "" if math.isnan(self.sd) else f" +- {self.sd:.2f}"
+        extent = f"{self.minimum:.2f} to {self.maximum:.2f}, "
+        return f"{self.mean:.2f}{scatter} ({extent if count > 1 else ''}{count} {seeds})"
+
+    def to_dict(self) -> dict[str, Any]:
+        """Values and summary, for JSON."""
+        return {
+            "values": list(self.values),
+            "mean": self.mean,
+            "sd": self.sd,
+            "min": self.minimum,
+            "max": self.maximum,
+        }
+
+
+class Slowdown(NamedTuple):
+    """How many times more steps an attacker needs.
+
+    Attributes:
+        ratio: Steps with immunization divided by steps without; a lower bound if ``censored``.
+        censored: Whether the budget ran out before the attacker got there.
+
+    Example:
+        >>> print(Slowdown(3.456, False), Slowdown(128.0, True))
+        3.5x >128x
+    """
+
+    ratio: float
+    censored: bool
+
+    def __str__(self) -> str:
+        if self.censored:
+            return f">{self.ratio:.0f}x"
+        digits = 2 if self.ratio < 0.995 else 1 if self.ratio < 9.95 else 0
+        return f"{self.ratio:.{digits}f}x"
+
+
+def steps_to_threshold(losses: Tensor, threshold: float) -> int | None:
+    """First step at which a loss is at most a threshold.
+
+    Args:
+        losses: Loss before the first step and after each, shape ``(steps + 1,)``.
+        threshold: What has to be reached.
+
+    Returns:
+        The step, 0 if the start is good enough; ``None`` if no step reaches it.
+
+    Example:
+        >>> steps_to_threshold(torch.tensor([4.0, 2.0, 1.0]), 2.5)
+        1
+    """
+    reached = torch.nonzero(losses <= threshold)
+    return int(reached[0]) if len(reached) else None
+
+
+def slowdown(steps: int | None, base_steps: int, budget: int) -> Slowdown:
+    """Ratio of two numbers of steps, or a lower bound of it where the budget ran out.
+
+    Args:
+        steps: Steps with immunization; ``None`` if the attacker did not get there.
+        base_steps: Steps without.
+        budget: Steps that the attacker was given with immunization.
+
+    Returns:
+        The ratio. An attacker who needs no step at all counts as needing one.
+
+    Example:
+        >>> slowdown(None, 10, 1280)
+        Slowdown(ratio=128.0, censored=True)
+    """
+    base = max(base_steps, 1)
+    if steps is None:
+        return Slowdown(budget / base, True)
+    return Slowdown(max(steps, 1) / base, False)

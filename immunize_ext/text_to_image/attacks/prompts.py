@@ -1,0 +1,93 @@
+"""How an attacker words what it wants.
+
+An immunization learned with one prompt may not hold for another, so an attack can train and
+generate with:
+
+- ``"canonical"``: the concept's first prompt, which immunizers see too;
+- ``"paraphrase"``: its second one;
+- ``"rare_token"``: the canonical prompt with a word that means nothing in place of the name;
+- ``"name_left_out"``: the canonical prompt without the name;
+- any other text: that text, ``{}`` in it standing for the concept's name.
+"""
+
+from __future__ import annotations
+
+import re
+from typing import Literal
+
+from immunize_ext.text_to_image.concepts import Concept
+
+PromptVariant = Literal["canonical", "paraphrase", "rare_token", "name_left_out"]
+
+
+PROMPT_VARIANTS: tuple[PromptVariant, ...] = (
+    "canonical",
+    "paraphrase",
+    "rare_token",
+    "name_left_out",
+)
+
+
+# The word that DreamBooth made usual: in CLIP's vocabulary, and without a meaning there.
+RARE_TOKEN = "sks"
+
+
+def replace_name(prompt: str, name: str, replacement: str) -> str:
+    """Put other words where a concept's name stands in a prompt.
+
+    Args:
+        prompt: The prompt.
+        name: The concept's name; ``_`` and ``-`` in it match spaces too, capitals do not matter.
+        replacement: What stands there instead; nothing if empty.
+
+    Returns:
+        The prompt, with single spaces.
+
+    Raises:
+        ValueError: If the name is not in the prompt.
+
+    Example:
+        >>> replace_name("An artwork of Van Gogh", "van_gogh", "sks")
+        'An artwork of sks'
+        >>> replace_name("a photo of a three", "three", "")
+        'a photo of a'
+    """
+    words = [re.escape(word) for word in re.split(r"[\s_-]+", name.strip())]
+    pattern = re.compile(r"(?<!\w)" + r"[\s_-]+".join(words) + r"(?!\w)", re.IGNORECASE)
+    if not name.strip() or not pattern.search(prompt):
+        raise ValueError(
+            f"replace_name: prompt must contain the concept's name {name!r}, got {prompt!r}; "
+            "give the attack a prompt of its own"
+        )
+    return " ".join(pattern.sub(lambda _: replacement, prompt).split())
+
+
+def attack_prompt(concept: Concept, variant: str) -> str:
+    """The prompt that an attack trains and generates with.
+
+    Args:
+        concept: What it wants.
+        variant: One of :data:`PROMPT_VARIANTS`, or a text of its own (module docstring).
+
+    Returns:
+        The prompt.
+
+    Raises:
+        ValueError: If the concept has no second prompt to paraphrase with, or its name is not in
+            its prompt.
+    """
+    canonical = concept.prompts[0]
+    if variant == "canonical":
+        return canonical
+    if variant == "paraphrase":
+        if len(concept.prompts) < 2:
+            raise ValueError(
+                f"attack_prompt: concept {concept.name!r} must have a second prompt to paraphrase "
+                "with, got one prompt; add one to the concept or give the attack a text"
+            )
+        return concept.prompts[1]
+    if variant == "rare_token":
+        return replace_name(canonical, concept.name, RARE_TOKEN)
+    if variant == "name_left_out":
+        return replace_name(canonical, concept.name, "")
+    return variant.replace("{}", concept.name)

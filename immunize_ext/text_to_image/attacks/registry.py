@@ -1,0 +1,68 @@
+"""The attacks by name, with settings that re-learn an erased digit of the embedded pipeline.
+
+The rates are those that served best, or nearly so, in ``benchmarks.protection.mima_tuning``. On
+another model tune them first (``tune_learning_rate``): the rates usual for Stable Diffusion are
+smaller (LoRA 1e-4, DreamBooth and full fine-tuning 5e-6, Textual Inversion 5e-4, Custom Diffusion
+1e-5).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Protocol
+
+from immunize_ext.text_to_image.attacks.curves import AttackCurve, Evaluate, Progress
+from immunize_ext.text_to_image.attacks.dreambooth import DreamBoothAttack, DreamBoothLoRAAttack
+from immunize_ext.text_to_image.attacks.fine_tuning import FineTuningAttack
+from immunize_ext.text_to_image.attacks.lora import LoRAAttack
+from immunize_ext.text_to_image.attacks.textual_inversion import (
+    CustomDiffusionAttack,
+    TextualInversionAttack,
+)
+from immunize_ext.text_to_image.concepts import Concept
+from immunize_ext.text_to_image.model import TextToImage
+
+
+class TextToImageAttack(Protocol):
+    """What an attack on a text-to-image model can do; own ones need no base class."""
+
+    @property
+    def name(self) -> str:
+        """Name in curves and reports."""
+
+    def prompts(self, concepts: Sequence[Concept], prompt: str | None = None) -> dict[str, str]:
+        """What it trains and generates each concept with."""
+
+    def run(
+        self,
+        model: TextToImage,
+        concepts: Sequence[Concept],
+        *,
+        steps: int,
+        evaluate_at: Sequence[int] | None = None,
+        evaluate: Evaluate | None = None,
+        seed: int = 0,
+        prompt: str | None = None,
+        progress: Progress | None = None,
+    ) -> AttackCurve:
+        """Attack a clone of the model, and measure it on the way."""
+
+
+_ALL: tuple[TextToImageAttack, ...] = (
+    LoRAAttack(),
+    LoRAAttack(name="lora_attn2", targets="attn2"),
+    FineTuningAttack(),
+    FineTuningAttack(name="attn2_fine_tuning", scope="attn2", learning_rate=1e-3),
+    FineTuningAttack(name="kv_fine_tuning", scope="kv", learning_rate=3e-3),
+    DreamBoothAttack(),
+    DreamBoothAttack(name="dreambooth_without_prior", prior=None),
+    DreamBoothLoRAAttack(),
+    TextualInversionAttack(),
+    CustomDiffusionAttack(),
+)
+
+
+ATTACKS: dict[str, TextToImageAttack] = {attack.name: attack for attack in _ALL}
+
+
+"""Attack by name."""

@@ -1,0 +1,90 @@
+"""Adapted weights on disk: one safetensors file, loaded back into a clone of the model."""
+
+from __future__ import annotations
+
+import os
+
+import torch
+
+from immunize_ext.storage import load_checkpoint, save_checkpoint
+from immunize_ext.text_to_image.attacks.adaptation import Adapted
+from immunize_ext.text_to_image.attacks.lora import inject
+from immunize_ext.text_to_image.attacks.trainables import NewToken, freeze
+from immunize_ext.text_to_image.model import TextToImage
+
+_KIND = "immunize_ext text-to-image adaptation 1"
+
+
+def save_adaptation(path: str | os.PathLike[str], adapted: Adapted) -> None:
+    """Write what an attack trained, and how, to one file; whole or not at all.
+
+    Args:
+        path: Target file.
+        adapted: What :meth:`Adaptation.adapt` gave.
+
+    Raises:
+        MissingExtraError: If safetensors is not installed.
+        OSError: If the file cannot be written.
+    """
+    save_checkpoint(
+        path,
+        adapted.weights,
+        kind=_KIND,
+        values={
+            "names": sorted(adapted.weights),
+            "tokens": list(adapted.tokens),
+            "lora": adapted.lora,
+            "config": adapted.curve.config,
+        },
+    )
+
+
+def load_adaptation(model: TextToImage, path: str | os.PathLike[str]) -> TextToImage:
+    """Put saved weights into a clone of the model they were trained on.
+
+    Args:
+        model: The model that was attacked; it is not changed.
+        path: A file that :func:`save_adaptation` wrote.
+
+    Returns:
+        The adapted clone. Its outputs are those of the model that was saved.
+
+    Raises:
+        FileNotFoundError: If there is no such file.
+        ValueError: If the file is of another kind, or it does not hold exactly the weights that
+            have a place in the model, in their shapes.
+    """
+    tensors, values = load_checkpoint(path, kind=_KIND, function="load_adaptation")
+    clone = model.clone()
+    freeze([clone.unet, clone.vae, *clone.text_encoders])
+    tokens = [NewToken(clone, token) for token in values["tokens"]]
+    rows = {name: row for token in tokens for name, row in token.named().items()}
+    expected = set(rows) | set(values["names"])
+    if values["lora"] is not None:
+        expected |= {f"unet.{name}" for name in inject(clone.unet, values["lora"])}
+    places = {f"unet.{name}": p for name, p in clone.unet.named_parameters()} | rows
+    for index, encoder in enumerate(clone.text_encoders):
+        prefix = f"text_encoder.{index}."
+        places |= {f"{prefix}{name}": p for name, p in encoder.named_parameters()}
+    unknown = sorted(set(tensors) - set(places))
+    missing = sorted(expected - set(tensors))
+    if unknown or missing or not tensors:
+        what = f"no place for {unknown[0]}" if unknown else f"nothing for {(missing or ['it'])[0]}"
+        raise ValueError(
+            f"load_adaptation: path must hold weights of this model, got {what} in "
+            f"{os.fspath(path)}; load it into the model that was attacked"
+        )
+    for name, tensor in tensors.items():
+        if tensor.shape != places[name].shape or not bool(torch.isfinite(tensor).all()):
+            raise ValueError(
+                f"load_adaptation: {name} must have shape {tuple(places[name].shape)} and be "
+                f"finite, got {tuple(tensor.shape)} in {os.fspath(path)}"
+            )
+    with torch.no_grad():
+        for name, tensor in tensors.items():
+            places[name].copy_(tensor)
+    for token in tokens:
+        token.settle()
+    for module in (clone.unet, *clone.text_encoders):
+        module.eval()
+    return clone

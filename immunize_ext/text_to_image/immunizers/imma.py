@@ -1,0 +1,79 @@
+"""IMMA: immunization against one concept, a bad start for whoever adapts to it."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import ClassVar
+
+import torch
+
+from immunize_ext.text_to_image.concepts import ConceptSet
+from immunize_ext.text_to_image.immunizers.adapting import AdaptingImmunizer, denoising_loss
+from immunize_ext.text_to_image.immunizers.batches import join
+from immunize_ext.text_to_image.immunizers.loop import Run
+from immunize_ext.text_to_image.immunizers.parameters import Parameters, gradient
+
+
+@dataclass(frozen=True, kw_only=True)
+class DiffusionIMMA(AdaptingImmunizer):
+    r"""Bi-level immunization of one concept.
+
+    .. math:: \max_\theta L(x^u, c; \theta'(\theta)), \qquad
+              \theta' = \theta - \alpha \nabla L(x^l, c; \theta)
+
+    Attributes:
+        inner_steps: Adaptation steps, 1 to 5.
+        inner_rate: alpha.
+        second_order: Whether adaptation is differentiated through (variant ``"unrolled"`` only).
+        variant: ``"unrolled"``: adaptation starts from theta in every step and is discarded.
+            ``"alternating"``, as the released code does it: the adaptation is a displacement of
+            its own that goes on from step to step, and theta is moved with it in place.
+
+    Source:
+        IMMA (ECCV 2024); its released code for the alternating variant.
+
+    Example:
+        >>> from immunize_ext.text_to_image.immunizers import DiffusionIMMA
+        >>> DiffusionIMMA(variant="alternating").method
+        'imma'
+    """
+
+    method: ClassVar[str] = "imma"
+
+    published: ClassVar[str] = "unrolled"
+
+    variant: str = "unrolled"
+
+    def check(self, concepts: ConceptSet) -> None:
+        """One concept only: several are what joint training and MIMA are for."""
+        if len(concepts.concepts) != 1:
+            raise ValueError(
+                f"imma: concepts must hold exactly one, got {len(concepts.concepts)}; choose one "
+                "with concepts.select([name]), or use JointTraining or MIMA"
+            )
+
+    def prepare(self, run: Run, leaves: Parameters, step: int) -> None:
+        """In the alternating variant: move the attacker's displacement on."""
+        if not self.alternating:
+            return
+        moved = run.memory or {n: torch.zeros_like(p) for n, p in leaves.items()}
+        for batch in map(join, self.inner_draws(run, step)):
+            here = {
+                name: (leaf.detach() + moved[name]).requires_grad_()
+                for name, leaf in leaves.items()
+            }
+            with torch.enable_grad(), run.autocast():
+                loss = denoising_loss(run, batch)(here)
+            run.inner_losses.append(float(loss.detach()))
+            found = gradient(loss * run.scale, here)
+            rate = self.inner_rate / run.scale
+            moved = {name: value - rate * found[name] for name, value in moved.items()}
+        run.memory = moved
+
+    def adapted(self, run: Run, parameters: Parameters, step: int) -> Parameters:
+        """Adapt to all concepts in one batch."""
+        if self.alternating:
+            if not run.memory:  # a probe before the first step
+                return parameters
+            return {name: value + run.memory[name] for name, value in parameters.items()}
+        return self.adapt(run, parameters, [join(d) for d in self.inner_draws(run, step)])

@@ -1,0 +1,97 @@
+"""What a text-to-image immunizer hands back."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from immunize_ext.text_to_image.model import TextToImage
+
+_KIND = "immunize_ext.ImmunizedPipeline/1"
+
+
+_FILE = "immunized.json"
+
+
+@dataclass(frozen=True)
+class ImmunizedPipeline:
+    """An immunized text-to-image model and how it came about.
+
+    Attributes:
+        model: The immunized model, a model of its own.
+        method: Name of the immunizer.
+        config: Every setting, seeds and concepts included, as plain values.
+        history: One record a step: ``loss`` (mean denoising loss on the concepts after adaptation,
+            what is raised), ``retain``, ``inner_loss``, ``gradient_norm``, ``clamped`` (share of
+            samples whose loss is at the clamp and gives no gradient), ``seconds``,
+            ``merge_seconds`` and, where the step was probed, ``objective``.
+        peak_memory: Most bytes held at once while immunizing.
+    """
+
+    model: TextToImage
+    method: str
+    config: dict[str, Any]
+    history: list[dict[str, float]] = field(default_factory=list)
+    peak_memory: int = 0
+
+    @property
+    def seconds(self) -> float:
+        """Time of all steps."""
+        return sum(record["seconds"] for record in self.history)
+
+    @property
+    def merge_share(self) -> float:
+        """Share of the steps' time that went into merging, forward alone."""
+        return sum(record["merge_seconds"] for record in self.history) / max(self.seconds, 1e-12)
+
+    def save(self, path: str | Path, *, overwrite: bool = False) -> None:
+        """Write the pipeline in diffusers' layout with the record beside it: all or nothing.
+
+        Args:
+            path: The folder; plain diffusers loads it.
+            overwrite: Whether a pipeline that is there already is replaced.
+
+        Raises:
+            FileExistsError: As :meth:`~immunize_ext.text_to_image.model.TextToImage.save`.
+            OSError: If it cannot be written; an existing one is then untouched.
+        """
+        record = {
+            "kind": _KIND,
+            "method": self.method,
+            "config": self.config,
+            "history": self.history,
+            "peak_memory": self.peak_memory,
+        }
+        self.model.save(path, overwrite=overwrite, extra={_FILE: json.dumps(record, indent=1)})
+
+    @classmethod
+    def load(cls, path: str | Path) -> ImmunizedPipeline:
+        """Read what :meth:`save` wrote. Runs no code from the files.
+
+        Args:
+            path: The folder.
+
+        Returns:
+            The immunized pipeline.
+
+        Raises:
+            FileNotFoundError: If there is no such folder, or it holds no pipeline.
+            ValueError: If it is a pipeline that no immunizer of this package wrote.
+        """
+        file = Path(path) / _FILE
+        if not file.is_file():
+            raise FileNotFoundError(
+                f"ImmunizedPipeline.load: {path} must hold {_FILE}, got none; give the folder that "
+                "ImmunizedPipeline.save wrote"
+            )
+        try:
+            record = json.loads(file.read_text(encoding="utf-8"))
+        except ValueError:
+            record = {}
+        if not isinstance(record, dict) or record.pop("kind", None) != _KIND:
+            raise ValueError(
+                f"ImmunizedPipeline.load: {file} must hold {_KIND}, got something else"
+            )
+        return cls(model=TextToImage.from_pretrained(path), **record)

@@ -1,0 +1,659 @@
+"""State of the outer loop on disk: one safetensors file, from which a run goes on bit for bit."""
+
+from __future__ import annotations
+
+import logging
+import math
+import time
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import asdict, dataclass, field, replace
+from functools import cached_property
+from pathlib import Path
+from typing import Any, ClassVar, Self
+
+import torch
+import torch.utils.checkpoint
+from torch import Tensor, nn
+from torch.func import functional_call
+
+from immunize_ext._extras import require_extra
+from immunize_ext.runtime import Meter
+from immunize_ext.storage import load_checkpoint, save_checkpoint, tensor_digest
+from immunize_ext.text_to_image.concepts import Concept, ConceptSet
+from immunize_ext.text_to_image.immunizers.batches import Batch, ConceptPool, Retain, generator_of
+from immunize_ext.text_to_image.immunizers.concept_merge import ConceptMerge
+from immunize_ext.text_to_image.immunizers.immunized import ImmunizedPipeline
+from immunize_ext.text_to_image.immunizers.parameters import Parameters, Scope, scope_parameters
+from immunize_ext.text_to_image.model import TextToImage, at_least_float
+
+_KIND = "immunize_ext.LoopState/1"
+
+
+_FILE = "checkpoint.safetensors"
+
+
+_MOMENTS = ("exp_avg", "exp_avg_sq")
+
+
+@dataclass
+class LoopState:
+    """Where a run is.
+
+    Attributes:
+        step: Steps done.
+        best_objective: Least objective probed so far.
+        best: Parameters there, by name.
+        history: One record a step.
+        memory: What a method carries from step to step beside the parameters.
+    """
+
+    step: int
+    best_objective: float
+    best: dict[str, Tensor]
+    history: list[dict[str, float]]
+    memory: dict[str, Tensor] = field(default_factory=dict)
+
+
+def save_state(
+    folder: Path,
+    identity: Mapping[str, Any],
+    leaves: Mapping[str, Tensor],
+    optimizer: torch.optim.Adam,
+    state: LoopState,
+) -> None:
+    """Write a checkpoint; the one before stays until the new one is complete.
+
+    Args:
+        folder: Where; made if it is not there.
+        identity: Settings that a resumed run must share.
+        leaves: The parameters now.
+        optimizer: Its moments are kept.
+        state: The rest.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    tensors: dict[str, Tensor] = {}
+    for name, leaf in leaves.items():
+        tensors[f"now/{name}"] = leaf
+        tensors[f"best/{name}"] = state.best[name]
+        for moment in _MOMENTS:
+            tensors[f"{moment}/{name}"] = optimizer.state[leaf][moment]
+    tensors |= {f"memory/{name}": value for name, value in state.memory.items()}
+    values = {
+        "identity": dict(identity),
+        "step": state.step,
+        # JSON has no infinity; a run that was never probed has no best objective.
+        "best_objective": None if state.best_objective == float("inf") else state.best_objective,
+        "history": state.history,
+    }
+    save_checkpoint(folder / _FILE, tensors, kind=_KIND, values=values)
+
+
+def has_state(folder: Path) -> bool:
+    """Whether there is a checkpoint in a folder."""
+    return (folder / _FILE).is_file()
+
+
+def load_state(
+    folder: Path,
+    identity: Mapping[str, Any],
+    leaves: Mapping[str, Tensor],
+    optimizer: torch.optim.Adam,
+) -> LoopState | None:
+    """Read a checkpoint into parameters and optimizer.
+
+    Args:
+        folder: Where it is.
+        identity: Settings that it must share.
+        leaves: The parameters, written into.
+        optimizer: The optimizer, written into.
+
+    Returns:
+        The state; ``None`` if there is no checkpoint.
+
+    Raises:
+        ValueError: If it is of other settings, or no checkpoint.
+    """
+    if not has_state(folder):
+        return None
+    file = folder / _FILE
+    tensors, values = load_checkpoint(file, kind=_KIND, function="resume")
+    for name, wanted in identity.items():
+        found = values["identity"].get(name)
+        # JSON gives lists for tuples.
+        if found != (list(wanted) if isinstance(wanted, tuple) else wanted):
+            raise ValueError(
+                f"resume: {file} must be of a run with {name} = {wanted!r}, got {found!r}; use the "
+                "same settings or another folder"
+            )
+    with torch.no_grad():
+        for name, leaf in leaves.items():
+            leaf.copy_(tensors[f"now/{name}"])
+            optimizer.state[leaf] = {
+                "step": torch.tensor(float(values["step"])),
+                **{m: tensors[f"{m}/{name}"].to(leaf.device).clone() for m in _MOMENTS},
+            }
+    best = {name: tensors[f"best/{name}"].to(leaf.device) for name, leaf in leaves.items()}
+    objective = values["best_objective"]
+    return LoopState(
+        values["step"],
+        float("inf") if objective is None else objective,
+        best,
+        values["history"],
+        {
+            name.partition("/")[2]: tensor.to(best[name.partition("/")[2]].device)
+            for name, tensor in tensors.items()
+            if name.startswith("memory/")
+        },
+    )
+
+
+Progress = Callable[[str, float], None]
+
+
+_LOG = logging.getLogger("immunize_ext")
+
+
+# Purposes of the draws of one step; see batches.generator_of.
+OUTER, INNER, RETAIN = 0, 1, 2
+
+
+# The probe of the best iterate is drawn once, as if in a step before the first.
+_PROBE_STEP = -1
+
+
+_FLOAT16_SCALE = 1024.0
+
+
+class ImmunizationError(ValueError):
+    """An immunization that cannot go on: a loss that is not finite, a parameter without gradient.
+
+    What was reached before is in the checkpoint, if one was asked for.
+
+    Attributes:
+        immunized: The model with the best parameters probed before the failure.
+    """
+
+    def __init__(self, message: str, immunized: ImmunizedPipeline) -> None:
+        super().__init__(message)
+        self.immunized = immunized
+
+
+@dataclass(frozen=True, kw_only=True)
+class Immunizer(ABC):
+    """Settings of the outer loop; methods add their own.
+
+    The defaults suit the embedded digits pipeline. Stable Diffusion takes smaller ones (published:
+    3e-5 for re-learning, 2e-5 for personalization, inner 5e-6, 500 steps).
+
+    Attributes:
+        steps: Outer steps.
+        learning_rate: Of Adam, which moves the parameters.
+        scope: What is moved: ``"attn2"`` (whole cross-attention blocks), ``"kv"`` or ``"all"``.
+        batch_size: Images of each concept in a step.
+        prompts: Prompts of each concept that are drawn from; all of them when ``None``.
+        loss_clamp: Largest loss of a sample that is still raised.
+        gradient_clip: Largest norm of the gradient.
+        retain_weight: w.
+        retain_batch: Images of the retain term in a step.
+        probe_every: Steps between probes of the objective; the best of them is kept.
+        seed: Seed of all draws.
+        mixed_precision: ``"no"``, ``"bf16"`` or ``"fp16"``; the moved parameters stay float32.
+        gradient_accumulation: Batches summed into one step.
+        gradient_checkpointing: Less memory for more time in the denoiser.
+        log_with: A tracker that accelerate knows ("tensorboard", "wandb", ...), or ``None``.
+        checkpoint_every: Steps between checkpoints, where a folder for them is given.
+    """
+
+    method: ClassVar[str]
+
+    steps: int = 60
+    learning_rate: float = 1e-2
+    scope: Scope = "attn2"
+    batch_size: int = 8
+    prompts: int | None = 2
+    loss_clamp: float = 1.0
+    gradient_clip: float = 1.0
+    retain_weight: float = 20.0
+    retain_batch: int = 32
+    probe_every: int = 10
+    seed: int = 0
+    mixed_precision: str = "no"
+    gradient_accumulation: int = 1
+    gradient_checkpointing: bool = False
+    log_with: str | None = None
+    checkpoint_every: int = 20
+
+    def __post_init__(self) -> None:
+        """Refuse settings out of range."""
+        for name in ("steps", "batch_size", "probe_every", "gradient_accumulation"):
+            if getattr(self, name) < 1:
+                raise ValueError(
+                    f"{self.method}: {name} must be at least 1, got {getattr(self, name)}"
+                )
+        for name in ("learning_rate", "loss_clamp", "gradient_clip"):
+            value = getattr(self, name)
+            if not (math.isfinite(value) and value > 0.0):
+                raise ValueError(f"{self.method}: {name} must be positive and finite, got {value}")
+        if not (math.isfinite(self.retain_weight) and self.retain_weight >= 0.0):
+            raise ValueError(
+                f"{self.method}: retain_weight must be finite and at least 0, got "
+                f"{self.retain_weight}"
+            )
+        if self.mixed_precision not in ("no", "bf16", "fp16"):
+            raise ValueError(
+                f"{self.method}: mixed_precision must be 'no', 'bf16' or 'fp16', got "
+                f"{self.mixed_precision!r}"
+            )
+
+    def with_seed(self, seed: int) -> Self:
+        """The same method with another seed."""
+        return replace(self, seed=seed)
+
+    @abstractmethod
+    def adapted(self, run: Run, parameters: Parameters, step: int) -> Parameters:
+        """What an attacker makes of the parameters, as a function of them.
+
+        Args:
+            run: The run.
+            parameters: theta, by name.
+            step: The step; seeds what is drawn.
+
+        Returns:
+            theta', by name.
+        """
+
+    def prepare(self, run: Run, leaves: Parameters, step: int) -> None:
+        """What changes the parameters before the step, if anything does."""
+        del run, leaves, step
+
+    def needs_merge(self) -> bool:
+        """Whether the method merges concepts."""
+        return False
+
+    def double_backward(self) -> bool:
+        """Whether the method differentiates gradients, which only plain attention allows."""
+        return False
+
+    def resumable_after_failure(self) -> bool:
+        """Whether a step that failed has left the parameters as they were."""
+        return True
+
+    def check(self, concepts: ConceptSet) -> None:
+        """Refuse concepts that the method cannot take."""
+        del concepts
+
+    def fit(
+        self,
+        model: TextToImage,
+        concepts: ConceptSet,
+        *,
+        out: str | Path | None = None,
+        resume: bool = False,
+        progress: Progress | None = None,
+    ) -> ImmunizedPipeline:
+        """Immunize a clone of a model against concepts.
+
+        Args:
+            model: The model; it is not changed. Concepts to be re-learned should be erased in it.
+            concepts: What to immunize against, what to keep, captions for the merge.
+            out: Folder for checkpoints; none are written without it.
+            resume: Whether to go on from the checkpoint in ``out``, if there is one.
+            progress: Called with what was done and the share done so far.
+
+        Returns:
+            The immunized model with its history; its weights are those of the best probe.
+
+        Raises:
+            FileExistsError: If there is a checkpoint in ``out`` and ``resume`` is not given.
+            ImmunizationError: If a loss or gradient is not finite, or a parameter gets no gradient
+                in the first step. The model given is untouched; the state before the step that
+                failed is in the checkpoint, the best model so far in the error.
+            ValueError: If a setting does not fit, or the checkpoint is one of other settings or
+                of another model.
+            MissingExtraError: If accelerate is not installed.
+
+        Note:
+            Deterministic on the CPU for a given number of threads; a run that was stopped and goes
+            on gives the same bits as one that was not.
+        """
+        self.check(concepts)
+        return Run(self, model.clone(), concepts, out, resume, progress).run()
+
+
+class Run:
+    """One immunization under way.
+
+    Attributes:
+        model: The clone.
+        names: Names of the concepts.
+        pools: One a concept.
+        merge: The merge, for methods that have one.
+        inner_losses: Losses that the adaptations of this step met.
+        memory: What a method carries from step to step beside the parameters.
+        scale: Factor on losses while their gradients are computed: those of float16 vanish below
+            6e-8.
+    """
+
+    def __init__(
+        self,
+        immunizer: Immunizer,
+        model: TextToImage,
+        concepts: ConceptSet,
+        out: str | Path | None,
+        resume: bool,
+        progress: Progress | None,
+    ) -> None:
+        accelerate = require_extra("accelerate", extra="diffusion", purpose="immunizers")
+        self.settings, self.model, self.concepts = immunizer, model, concepts
+        self.out = None if out is None else Path(out)
+        if self.out is not None and not resume and has_state(self.out):
+            raise FileExistsError(
+                f"{immunizer.method}: {out} holds the checkpoint of another run; resume it, or "
+                "choose another folder"
+            )
+        self.resume, self.progress = resume, progress
+        # Precision is not accelerate's business: it fixes one for the life of the process.
+        try:
+            self.accelerator: Any = accelerate.Accelerator(
+                log_with=immunizer.log_with,
+                project_dir=None if out is None else str(out),
+            )
+        except ValueError as error:
+            raise ValueError(
+                f"{immunizer.method}: log_with must name a tracker that accelerate knows, with a "
+                f"folder in out if it writes files, got {immunizer.log_with!r}: {error}"
+            ) from None
+        if immunizer.log_with is not None and not self.accelerator.log_with:
+            # accelerate leaves out what it cannot import, and says so in its debug log alone.
+            raise ValueError(
+                f"{immunizer.method}: log_with must name a tracker that is installed, got "
+                f"{immunizer.log_with!r}; pip install it, or leave log_with out"
+            )
+        model.pipeline.to(self.accelerator.device)
+        for part in (model.unet, model.vae, *model.text_encoders):
+            part.requires_grad_(False).eval()
+        if immunizer.gradient_checkpointing:
+            _checkpoint_blocks(model.unet)
+            # Older versions checkpoint in training mode only; there is no dropout in these models.
+            model.unet.train()
+        self.moved = scope_parameters(model.unet, immunizer.scope, function=immunizer.method)
+        half = immunizer.mixed_precision == "fp16" or model.dtype == torch.float16
+        self.scale = _FLOAT16_SCALE if half else 1.0
+        self.names = list(concepts.names)
+        self.pools = [self._pool(concept) for concept in concepts.concepts]
+        self.retain = Retain(model, concepts.retain, seed=immunizer.seed)
+        self.merge = self._merge() if immunizer.needs_merge() else None
+        self.inner_losses: list[float] = []
+        self.memory: Parameters = {}
+
+    def _in_float32(self) -> None:
+        """Hold the moved parameters in float32: steps in half precision would be lost."""
+        for name, parameter in self.moved.items():
+            if parameter.dtype in (torch.float16, torch.bfloat16):
+                owner, _, last = name.rpartition(".")
+                module = self.model.unet.get_submodule(owner)
+                setattr(module, last, nn.Parameter(parameter.float(), requires_grad=False))
+                self.moved[name] = getattr(module, last)
+
+    def _pool(self, concept: Concept) -> ConceptPool:
+        prompts: Sequence[str] = concept.prompts[: self.settings.prompts]
+        return ConceptPool(self.model, concept, concept.images("immunize"), prompts)
+
+    def _merge(self) -> ConceptMerge:
+        settings: Any = self.settings
+        return ConceptMerge(
+            self.model,
+            self.concepts.concepts,
+            self.concepts.captions,
+            ridge=settings.ridge,
+            prompts_per_concept=settings.merge_prompts,
+        )
+
+    def draw(self, step: int, purpose: int, batch: int = 0) -> list[Batch]:
+        """A batch of every concept, the same in every repetition of the step."""
+        rank = self.accelerator.process_index
+        processes = self.accelerator.num_processes
+        settings = self.settings
+        place = (step * settings.gradient_accumulation + batch) * processes + rank
+        generator = generator_of(settings.seed, place, purpose)
+        return [pool.draw(settings.batch_size, generator) for pool in self.pools]
+
+    def autocast(self) -> AbstractContextManager[Any]:
+        """The precision that forward passes are computed in."""
+        precision = self.settings.mixed_precision
+        if precision == "no":
+            return nullcontext()
+        dtype = torch.bfloat16 if precision == "bf16" else torch.float16
+        return torch.autocast(self.accelerator.device.type, dtype=dtype)
+
+    def config(self) -> dict[str, Any]:
+        """Settings and concepts as plain values."""
+        return {
+            **asdict(self.settings),
+            "concepts": self.names,
+            "retain": [concept.name for concept in self.concepts.retain],
+            "captions": len(self.concepts.captions),
+        }
+
+    def run(self) -> ImmunizedPipeline:
+        """Run to the end."""
+        settings = self.settings
+        meter = Meter(self.accelerator.device)
+        with meter.measure():
+            # Steps in half precision would be lost in rounding: what moves is float32 or better.
+            leaves = {
+                name: at_least_float(parameter.detach()).clone().requires_grad_()
+                for name, parameter in self.moved.items()
+            }
+            optimizer = torch.optim.Adam(list(leaves.values()), lr=settings.learning_rate)
+            state = self._start(leaves, optimizer)
+            if settings.log_with is not None:
+                self.accelerator.init_trackers("immunize", config=_flat(self.config()))
+            attention: AbstractContextManager[Any] = nullcontext()
+            if settings.double_backward():
+                _LOG.info(
+                    "%s: attention by plain products, which differentiate twice", settings.method
+                )
+                attention = self.model.math_attention()
+            with attention:
+                while state.step < settings.steps:
+                    self._step(leaves, optimizer, state)
+                # Not in the checkpoint: a run that goes on from here must not know of it.
+                if state.step % settings.probe_every != 0:
+                    self._probe(leaves, state)
+            self.accelerator.end_training()
+        return self._result(state, meter.peak_memory)
+
+    def _result(self, state: LoopState, peak_memory: int = 0) -> ImmunizedPipeline:
+        """The clone with the best parameters, in the data types it had."""
+        with torch.no_grad():
+            for name, parameter in self.moved.items():
+                parameter.copy_(state.best[name])
+        if self.settings.gradient_checkpointing:
+            self.model.unet.disable_gradient_checkpointing()
+        self.model.unet.eval()
+        return ImmunizedPipeline(
+            self.model, self.settings.method, self.config(), state.history, peak_memory
+        )
+
+    def _start(self, leaves: Parameters, optimizer: torch.optim.Adam) -> LoopState:
+        state = LoopState(0, math.inf, {n: p.detach().clone() for n, p in leaves.items()}, [])
+        if self.out is not None and self.resume:
+            state = load_state(self.out, self._identity(), leaves, optimizer) or state
+        self.memory = state.memory
+        return state
+
+    def _identity(self) -> dict[str, Any]:
+        """What a checkpoint must agree with: all but the number of steps."""
+        return {
+            "method": self.settings.method,
+            "model": self._digest,
+            **{name: value for name, value in self.config().items() if name != "steps"},
+        }
+
+    @cached_property
+    def _digest(self) -> str:
+        """Digest of the weights that the run starts from."""
+        return tensor_digest(self.moved.items())[:16]
+
+    def _step(self, leaves: Parameters, optimizer: torch.optim.Adam, state: LoopState) -> None:
+        settings, step = self.settings, state.step
+        started, merged = time.perf_counter(), self.merge.seconds if self.merge else 0.0
+        self.inner_losses.clear()
+        optimizer.zero_grad(set_to_none=True)
+        settings.prepare(self, leaves, step)
+        sums = {"loss": 0.0, "retain": 0.0, "clamped": 0.0}
+        for batch in range(settings.gradient_accumulation):
+            objective, parts = self._objective(leaves, step, batch)
+            value = float(objective.detach())
+            if not math.isfinite(value):
+                raise self._failure(f"the loss became {value}", leaves, optimizer, state)
+            self.accelerator.backward(objective * (self.scale / settings.gradient_accumulation))
+            for name, part in parts.items():
+                sums[name] += part / settings.gradient_accumulation
+        self._share_gradients(leaves)
+        if step == 0:
+            self._check_gradients(leaves, optimizer, state)
+        size = float(nn.utils.clip_grad_norm_(leaves.values(), settings.gradient_clip))
+        if not math.isfinite(size):
+            raise self._failure(f"the gradient's norm became {size}", leaves, optimizer, state)
+        optimizer.step()
+        inner = self.inner_losses
+        record = {
+            "step": float(step + 1),
+            **sums,
+            "inner_loss": sum(inner) / len(inner) if inner else 0.0,
+            "gradient_norm": size,
+            "seconds": time.perf_counter() - started,
+            "merge_seconds": (self.merge.seconds - merged) if self.merge else 0.0,
+        }
+        state.step += 1
+        state.memory = self.memory
+        state.history.append(record)
+        if state.step % settings.probe_every == 0:
+            self._probe(leaves, state)
+        self.accelerator.log(record, step=state.step)
+        last = state.step == settings.steps
+        if last or state.step % settings.checkpoint_every == 0:
+            self._save(leaves, optimizer, state)
+        if self.progress is not None:
+            words = f"{settings.method}, step {state.step} of {settings.steps}"
+            self.progress(words, state.step / settings.steps)
+
+    def _objective(
+        self, leaves: Parameters, step: int, batch: int
+    ) -> tuple[Tensor, dict[str, float]]:
+        """What is minimised, and its parts."""
+        settings = self.settings
+        place = step * settings.gradient_accumulation + batch
+        # Every process draws what it retains for itself, as it does its batches.
+        kept_place = place * self.accelerator.num_processes + self.accelerator.process_index
+        retained = generator_of(settings.seed, kept_place, RETAIN)
+        with self.autocast():
+            attacked = settings.adapted(self, leaves, place)
+            upper = torch.cat(
+                [drawn.losses(self.model, attacked) for drawn in self.draw(step, OUTER, batch)]
+            )
+            kept = self.retain.loss(self.retain.draw(settings.retain_batch, retained), leaves)
+        raised = upper.clamp(max=settings.loss_clamp)
+        objective = settings.retain_weight * kept - raised.mean()
+        clamped = float((upper.detach() >= settings.loss_clamp).float().mean())
+        return objective, {
+            "loss": float(upper.detach().mean()),
+            "retain": float(kept.detach()),
+            "clamped": clamped,
+        }
+
+    def _probe(self, leaves: Parameters, state: LoopState) -> None:
+        """The objective on draws that are always the same; the best parameters are kept."""
+        inner = list(self.inner_losses)
+        here = {name: leaf.detach().clone().requires_grad_() for name, leaf in leaves.items()}
+        objective, _ = self._objective(here, _PROBE_STEP, 0)
+        self.inner_losses[:] = inner
+        # The mean over processes, so that all of them keep the same iterate.
+        value = float(self.accelerator.reduce(objective.detach(), reduction="mean"))
+        state.history[-1]["objective"] = value
+        if value < state.best_objective:
+            state.best_objective = value
+            state.best = {n: p.detach().clone() for n, p in leaves.items()}
+
+    def _save(self, leaves: Parameters, optimizer: torch.optim.Adam, state: LoopState) -> None:
+        if self.out is not None and self.accelerator.is_main_process:
+            save_state(self.out, self._identity(), leaves, optimizer, state)
+
+    def _share_gradients(self, leaves: Parameters) -> None:
+        """Average gradients over processes, so that all of them make the same step."""
+        if self.scale != 1.0:
+            for leaf in leaves.values():
+                if leaf.grad is not None:
+                    leaf.grad.div_(self.scale)
+        if self.accelerator.num_processes > 1:
+            for leaf in leaves.values():
+                grad = torch.zeros_like(leaf) if leaf.grad is None else leaf.grad
+                leaf.grad = self.accelerator.reduce(grad, reduction="mean")
+
+    def _check_gradients(
+        self, leaves: Parameters, optimizer: torch.optim.Adam, state: LoopState
+    ) -> None:
+        dead = [n for n, p in leaves.items() if p.grad is None or not bool(p.grad.any())]
+        # A bias in front of a softmax over one key, say, has a gradient of zero by its nature;
+        # a projection without any is a model that does not use what is moved.
+        dead = [name for name in dead if name.endswith("weight")]
+        if dead:
+            raise self._failure(
+                f"{dead[0]} gets no gradient ({len(dead)} of {len(leaves)} parameters); it has no "
+                "part in the loss, or every sample's loss is above loss_clamp",
+                leaves,
+                optimizer,
+                state,
+            )
+
+    def _failure(
+        self, what: str, leaves: Parameters, optimizer: torch.optim.Adam, state: LoopState
+    ) -> ImmunizationError:
+        where = ""
+        if self.out is not None:
+            intact = all(bool(leaf.detach().isfinite().all()) for leaf in leaves.values())
+            if state.step > 0 and intact and self.settings.resumable_after_failure():
+                self._save(leaves, optimizer, state)
+            where = f"; the last checkpoint is in {self.out}"
+        return ImmunizationError(
+            f"{self.settings.method}: {what} in step {state.step + 1}; the model is unchanged"
+            f"{where}; lower learning_rate or inner_rate",
+            self._result(state),
+        )
+
+
+def _checkpoint_blocks(unet: Any) -> None:
+    """Gradient checkpointing that knows which parameters a block had in its forward pass.
+
+    The loop puts parameters into the denoiser for the time of a call. Backward passes, which
+    compute blocks anew, come later, when the denoiser has its own again; so each block keeps those
+    it was called with.
+    """
+
+    def checkpoint(block: nn.Module, *inputs: Any, **more: Any) -> Any:
+        now: dict[str, Tensor] = dict(block.named_parameters())
+
+        def again(*given: Any) -> Any:
+            return functional_call(block, now, given, more)
+
+        return torch.utils.checkpoint.checkpoint(again, *inputs, use_reentrant=False)
+
+    try:
+        unet.enable_gradient_checkpointing(gradient_checkpointing_func=checkpoint)
+    except TypeError:
+        raise ValueError(
+            "Immunizer: gradient_checkpointing must be off with this version of diffusers, which "
+            "takes no checkpointing function; install diffusers 0.33 or newer"
+        ) from None
+
+
+def _flat(config: Mapping[str, Any]) -> dict[str, Any]:
+    """Values that any tracker can show."""
+    return {
+        name: value if isinstance(value, (int, float, str, bool)) else str(value)
+        for name, value in config.items()
+    }

@@ -1,0 +1,497 @@
+"""A text-to-image pipeline as training loops see it.
+
+The loops need four things of a pipeline: what the text becomes, what an image becomes, the
+denoising loss, and images for a prompt. Everything else stays diffusers' business.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any, Literal, NamedTuple
+
+import torch
+from torch import Tensor, nn
+from torch.func import functional_call
+
+from immunize_ext._extras import require_extra
+from immunize_ext.storage import new_folder
+
+
+class Conditioning(NamedTuple):
+    """What prompts become.
+
+    Attributes:
+        hidden: Text features that the K and V projections receive, shape ``(b, t, d)``.
+        pooled: Pooled text features, shape ``(b, d2)``, of models that take them (SDXL).
+        mask: True for tokens of the prompt itself, False for special tokens and padding, shape
+            ``(b, t)``.
+    """
+
+    hidden: Tensor
+    pooled: Tensor | None
+    mask: Tensor
+
+    def select(self, index: Tensor) -> Conditioning:
+        """Rows of a batch, in the order of ``index``."""
+        index = index.to(self.hidden.device)
+        pooled = None if self.pooled is None else self.pooled[index]
+        return Conditioning(self.hidden[index], pooled, self.mask[index])
+
+
+class TextToImage:
+    """A thin view on a diffusers text-to-image pipeline (Stable Diffusion 1, 2 or XL).
+
+    Args:
+        pipeline: The pipeline; not copied.
+
+    Attributes:
+        pipeline: The pipeline itself.
+        unet: The denoiser.
+        text_encoders: One or two text encoders.
+        tokenizers: Their tokenizers.
+        vae: The autoencoder.
+        scheduler: The noise schedule for training, DDPM with the pipeline's own settings.
+
+    Raises:
+        ValueError: If the pipeline lacks one of these parts.
+    """
+
+    def __init__(self, pipeline: Any) -> None:
+        diffusers = require_extra("diffusers", extra="diffusion", purpose="text-to-image models")
+        for part in ("unet", "text_encoder", "tokenizer", "vae", "scheduler"):
+            if getattr(pipeline, part, None) is None:
+                raise ValueError(
+                    f"TextToImage: pipeline must have {part}, got {type(pipeline).__name__} "
+                    "without it; give a Stable Diffusion 1, 2 or XL pipeline"
+                )
+        self.pipeline = pipeline
+        self.unet: Any = pipeline.unet
+        self.vae: Any = pipeline.vae
+        names = [""] + (["_2"] if getattr(pipeline, "text_encoder_2", None) is not None else [])
+        self.text_encoders: list[Any] = [getattr(pipeline, f"text_encoder{n}") for n in names]
+        self.tokenizers: list[Any] = [getattr(pipeline, f"tokenizer{n}") for n in names]
+        self.scheduler: Any = diffusers.DDPMScheduler.from_config(pipeline.scheduler.config)
+
+    @classmethod
+    def from_pipeline(cls, pipeline: Any) -> TextToImage:
+        """View a pipeline; the same as the constructor."""
+        return cls(pipeline)
+
+    @classmethod
+    def from_pretrained(cls, path: str | Path, *, dtype: torch.dtype | None = None) -> TextToImage:
+        """Load a pipeline from a folder.
+
+        Args:
+            path: A folder in diffusers' layout. Nothing is downloaded, no code of it is run.
+            dtype: Data type to load the weights in; as saved when omitted.
+
+        Returns:
+            The view on it.
+
+        Raises:
+            FileNotFoundError: If there is no such folder, or it holds no pipeline.
+        """
+        diffusers = require_extra("diffusers", extra="diffusion", purpose="text-to-image models")
+        folder = Path(path)
+        if not (folder / "model_index.json").is_file():
+            raise FileNotFoundError(
+                f"TextToImage.from_pretrained: {path} must be a folder with model_index.json; "
+                "give the folder that DiffusionPipeline.save_pretrained wrote"
+            )
+        options: dict[str, Any] = {} if dtype is None else {"torch_dtype": dtype}
+        with _quiet_files():
+            pipeline = diffusers.DiffusionPipeline.from_pretrained(
+                folder, local_files_only=True, use_safetensors=True, **options
+            )
+        return cls(pipeline)
+
+    def clone(self) -> TextToImage:
+        """Copy every part, attention processors and hooks included."""
+        kind = type(self.pipeline)
+        modules, settings = kind._get_signature_keys(kind)
+        parts: dict[str, Any] = {
+            name: copy.deepcopy(getattr(self.pipeline, name, None)) for name in modules
+        }
+        for name in settings:
+            if name in self.pipeline.config:
+                parts[name] = self.pipeline.config[name]
+        parts = {name: value for name, value in parts.items() if name != "self"}
+        return type(self)(kind(**parts))
+
+    def save(
+        self,
+        path: str | Path,
+        *,
+        overwrite: bool = False,
+        extra: Mapping[str, str] | None = None,
+    ) -> None:
+        """Write the pipeline in diffusers' layout: all of it, or nothing.
+
+        Args:
+            path: The folder to write; its parents are made.
+            overwrite: Whether a pipeline that is there already is replaced.
+            extra: Text files to put beside it, by their path in the folder.
+
+        Raises:
+            FileExistsError: If the folder exists and is not to be replaced, or holds something
+                that is no pipeline.
+            OSError: If it cannot be written; an existing one is then untouched.
+        """
+        target = Path(path)
+        if target.exists() and not (overwrite and (target / "model_index.json").is_file()):
+            raise FileExistsError(
+                f"TextToImage.save: {path} exists; choose another folder, or overwrite a pipeline "
+                "with overwrite=True"
+            )
+        with new_folder(target) as writing:
+            with _quiet_files():
+                self.pipeline.save_pretrained(writing, safe_serialization=True)
+            for name, text in (extra or {}).items():
+                (writing / name).write_text(text, encoding="utf-8")
+            for file in writing.rglob("*.safetensors"):
+                file.chmod(0o644)  # some versions of safetensors make them private
+
+    @property
+    def device(self) -> torch.device:
+        """Device of the denoiser."""
+        return next(self.unet.parameters()).device
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """Data type of the denoiser's weights."""
+        return next(self.unet.parameters()).dtype
+
+    def conditioning(self, prompts: Sequence[str]) -> Conditioning:
+        """What the denoiser sees of prompts, through the pipeline's own encoding.
+
+        Args:
+            prompts: One or more prompts.
+
+        Returns:
+            The features; differentiable in the text encoders' parameters.
+
+        Raises:
+            ValueError: If there is no prompt.
+        """
+        texts = list(prompts)
+        if not texts:
+            raise ValueError("TextToImage.conditioning: prompts must hold at least one, got none")
+        encoded = self.pipeline.encode_prompt(
+            prompt=texts,
+            device=self.device,
+            num_images_per_prompt=1,
+            do_classifier_free_guidance=False,
+        )
+        hidden = encoded[0]
+        pooled = encoded[2] if len(encoded) > 2 else None
+        return Conditioning(hidden, pooled, self._mask(texts, hidden.shape[1]).to(hidden.device))
+
+    def _mask(self, texts: list[str], length: int) -> Tensor:
+        tokens = self.tokenizers[0](
+            texts,
+            padding="max_length",
+            max_length=length,
+            truncation=True,
+            return_special_tokens_mask=True,
+            return_tensors="pt",
+        )
+        # CLIP pads with its end of text: padding shows in the attention mask only.
+        return (tokens["special_tokens_mask"] == 0) & (tokens["attention_mask"] == 1)
+
+    def token_features(
+        self,
+        prompts: Sequence[str],
+        *,
+        positions: Literal["tokens", "last", "all"] = "tokens",
+        drop_shared_prefix: bool = False,
+    ) -> Tensor:
+        """Text features as the K and V projections receive them, one row a token.
+
+        Args:
+            prompts: One or more prompts.
+            positions: ``"tokens"`` for every token of the prompts, without special tokens and
+                padding; ``"last"`` for the last of each prompt; ``"all"`` for every position.
+            drop_shared_prefix: Leave out the leading tokens that all prompts begin with. Text
+                encoders that look backwards only give them the same features in each prompt.
+
+        Returns:
+            The rows in the order of the prompts, shape ``(s, d)``, detached.
+
+        Raises:
+            ValueError: If no row is left.
+        """
+        texts = list(prompts)
+        with torch.no_grad():
+            hidden, _, mask = self.conditioning(texts)
+        if positions == "all":
+            mask = torch.ones_like(mask)
+        elif positions == "last":
+            order = torch.arange(mask.shape[1], device=mask.device)
+            last = torch.where(mask, order, -1).amax(1, keepdim=True)
+            mask = mask & (order == last)
+        if drop_shared_prefix and len(texts) > 1:
+            mask = mask.clone()
+            mask[:, : self._shared_prefix(texts)] = False
+        rows = hidden[mask]
+        if len(rows) == 0:
+            raise ValueError(
+                f"TextToImage.token_features: prompts must have tokens of their own, got {texts!r}"
+            )
+        return rows
+
+    def _shared_prefix(self, texts: list[str]) -> int:
+        """Number of leading positions, special tokens included, that are the same in all."""
+        ids = [self.tokenizers[0](text)["input_ids"] for text in texts]
+        count = 0
+        for column in zip(*ids, strict=False):
+            if len(set(column)) > 1:
+                break
+            count += 1
+        return count
+
+    @torch.no_grad()
+    def latents(self, images: Tensor) -> Tensor:
+        """Latents of images: the mean of the autoencoder's distribution, scaled for the denoiser.
+
+        Args:
+            images: Shape ``(b, c, h, w)``, in [-1, 1].
+
+        Returns:
+            The latents, in the denoiser's data type.
+
+        Raises:
+            ValueError: If the shape or the range is another.
+        """
+        if images.ndim != 4:
+            raise ValueError(
+                f"TextToImage.latents: images must have shape (b, c, h, w), got "
+                f"{tuple(images.shape)}"
+            )
+        if (
+            images.numel()
+            and not -1.0 - 1e-3 <= float(images.min()) <= float(images.max()) <= 1.001
+        ):
+            raise ValueError(
+                "TextToImage.latents: images must lie in [-1, 1], got "
+                f"[{float(images.min()):.4g}, {float(images.max()):.4g}]"
+            )
+        weight = next(self.vae.parameters())
+        encoded = self.vae.encode(images.to(weight.device, weight.dtype))
+        z = encoded.latent_dist.mode() if hasattr(encoded, "latent_dist") else encoded.latents
+        config: Any = self.vae.config
+        shift = getattr(config, "shift_factor", None) or 0.0
+        return ((z - shift) * config.scaling_factor).to(self.device, self.dtype)
+
+    def noise_loss(
+        self,
+        latents: Tensor,
+        conditioning: Conditioning,
+        *,
+        generator: torch.Generator | None = None,
+        noise: Tensor | None = None,
+        timesteps: Tensor | None = None,
+        parameters: Mapping[str, Tensor] | None = None,
+        reduction: Literal["mean", "none"] = "mean",
+    ) -> Tensor:
+        """The denoising loss: mean squared error of the predicted noise (or velocity).
+
+        ``mean over (c, h, w) of (prediction(x_t, t, text) - target)^2`` with
+        ``x_t = sqrt(abar_t) x + sqrt(1 - abar_t) noise``.
+
+        Args:
+            latents: Clean latents x, shape ``(b, c, h, w)``.
+            conditioning: The text of each, or of one prompt for all.
+            generator: Where noise and time steps are drawn from; the global one when omitted.
+            noise: The noise, like ``latents``; drawn when omitted.
+            timesteps: Time steps, shape ``(b,)``, integer; drawn when omitted.
+            parameters: Values to use instead of the denoiser's own parameters, by name, in any
+                floating dtype; gradients flow into them, the model is not touched.
+            reduction: ``"none"`` for one loss a sample, shape ``(b,)``; ``"mean"`` for their mean.
+
+        Returns:
+            The loss, in float32 or better.
+
+        Raises:
+            ValueError: If shapes do not fit, or the schedule predicts something unknown.
+        """
+        count = len(latents)
+        if len(conditioning.hidden) not in (1, count):
+            raise ValueError(
+                f"TextToImage.noise_loss: conditioning must have 1 or {count} rows, got "
+                f"{len(conditioning.hidden)}"
+            )
+        if noise is None:
+            noise = _draw_normal(latents, generator)
+        if timesteps is None:
+            timesteps = torch.randint(
+                0,
+                self.scheduler.config.num_train_timesteps,
+                (count,),
+                generator=generator,
+                device=generator.device if generator is not None else "cpu",
+            )
+        timesteps = timesteps.to(latents.device)
+        if noise.shape != latents.shape or timesteps.shape != (count,):
+            raise ValueError(
+                f"TextToImage.noise_loss: noise and timesteps must have shapes "
+                f"{tuple(latents.shape)} and ({count},), got {tuple(noise.shape)} and "
+                f"{tuple(timesteps.shape)}"
+            )
+        noisy = self.scheduler.add_noise(latents, noise, timesteps)
+        target = self._target(latents, noise, timesteps)
+        prediction = self._predict(noisy, timesteps, conditioning, parameters)
+        error = at_least_float(prediction) - at_least_float(target)
+        losses = error.square().flatten(1).mean(1)
+        return losses if reduction == "none" else losses.mean()
+
+    def predict(
+        self,
+        noisy: Tensor,
+        timesteps: Tensor,
+        conditioning: Conditioning,
+        *,
+        parameters: Mapping[str, Tensor] | None = None,
+    ) -> Tensor:
+        """What the denoiser predicts for noisy latents, shape as ``noisy``; see ``noise_loss``."""
+        return self._predict(noisy, timesteps, conditioning, parameters)
+
+    def _target(self, latents: Tensor, noise: Tensor, timesteps: Tensor) -> Tensor:
+        kind = self.scheduler.config.prediction_type
+        if kind == "epsilon":
+            return noise
+        if kind == "v_prediction":
+            velocity: Tensor = self.scheduler.get_velocity(latents, noise, timesteps)
+            return velocity
+        if kind == "sample":
+            return latents
+        raise ValueError(
+            "TextToImage.noise_loss: prediction_type must be epsilon, v_prediction or sample, got "
+            f"{kind!r}"
+        )
+
+    def _predict(
+        self,
+        noisy: Tensor,
+        timesteps: Tensor,
+        conditioning: Conditioning,
+        parameters: Mapping[str, Tensor] | None,
+    ) -> Tensor:
+        noisy = noisy.to(self.dtype)
+        count = len(noisy)
+        arguments: dict[str, Any] = {
+            "encoder_hidden_states": _rows(conditioning.hidden, count).to(noisy.dtype),
+            "return_dict": False,
+        }
+        if conditioning.pooled is not None:
+            arguments["added_cond_kwargs"] = {
+                "text_embeds": _rows(conditioning.pooled, count).to(noisy.dtype),
+                "time_ids": self._time_ids(noisy),
+            }
+        if parameters is None:
+            prediction: Tensor = self.unet(noisy, timesteps, **arguments)[0]
+        else:
+            # Parameters are moved in float32 where the model is kept in half precision.
+            own = {name: self.unet.get_parameter(name).dtype for name in parameters}
+            given = {name: value.to(own[name]) for name, value in parameters.items()}
+            prediction = functional_call(self.unet, given, (noisy, timesteps), arguments)[0]
+        return prediction
+
+    def _time_ids(self, noisy: Tensor) -> Tensor:
+        """SDXL's size conditioning: original size, crop corner, target size, in pixels."""
+        scale = int(getattr(self.pipeline, "vae_scale_factor", 1))
+        height, width = (side * scale for side in noisy.shape[-2:])
+        row = torch.tensor([height, width, 0, 0, height, width], dtype=noisy.dtype)
+        return row.to(noisy.device).expand(len(noisy), 6)
+
+    @torch.no_grad()
+    def generate(
+        self,
+        prompts: Sequence[str],
+        *,
+        steps: int = 20,
+        guidance: float = 1.5,
+        seed: int = 0,
+    ) -> Tensor:
+        """Images for prompts, by the pipeline itself.
+
+        Args:
+            prompts: One prompt an image.
+            steps: Denoising steps.
+            guidance: Classifier-free guidance scale.
+            seed: Image i starts from seed ``seed + i``, whatever else is in the batch.
+
+        Returns:
+            Shape ``(b, c, h, w)``, float32 in [0, 1].
+
+        Note:
+            The global random generator is not used; the pipeline's progress bar is off meanwhile.
+        """
+        texts = list(prompts)
+        generators = [torch.Generator().manual_seed(seed + index) for index in range(len(texts))]
+        bars = dict(getattr(self.pipeline, "_progress_bar_config", {}))
+        training = {m: m.training for part in self._modules() for m in part.modules()}
+        self.pipeline.set_progress_bar_config(disable=True)
+        try:
+            for part in self._modules():
+                part.eval()
+            images = self.pipeline(
+                texts,
+                num_inference_steps=steps,
+                guidance_scale=guidance,
+                generator=generators,
+                output_type="pt",
+            ).images
+        finally:
+            self.pipeline.set_progress_bar_config(**bars)
+            for module, mode in training.items():
+                module.training = mode
+        return images.to(torch.float32)
+
+    def _modules(self) -> list[nn.Module]:
+        return [self.unet, self.vae, *self.text_encoders]
+
+    @contextmanager
+    def math_attention(self) -> Iterator[None]:
+        """Attention by plain matrix products in the block: it alone can be differentiated twice.
+
+        Source:
+            pytorch/pytorch#116350: flash and memory-efficient attention have no double backward.
+        """
+        with torch.nn.attention.sdpa_kernel(torch.nn.attention.SDPBackend.MATH):
+            yield
+
+
+def _rows(tensor: Tensor, count: int) -> Tensor:
+    return tensor if len(tensor) == count else tensor.expand(count, *tensor.shape[1:])
+
+
+def at_least_float(tensor: Tensor) -> Tensor:
+    """The tensor in float32, or as it is in float64."""
+    return tensor if tensor.dtype == torch.float64 else tensor.to(torch.float32)
+
+
+def _draw_normal(like: Tensor, generator: torch.Generator | None) -> Tensor:
+    device = generator.device if generator is not None else "cpu"
+    return torch.randn(like.shape, generator=generator, device=device).to(like)
+
+
+@contextmanager
+def _quiet_files() -> Iterator[None]:
+    """No progress bars of the libraries that read and write models in the block."""
+    from diffusers.utils import logging as diffusers_logging
+    from transformers.utils import logging as transformers_logging
+
+    diffusers_on = diffusers_logging.is_progress_bar_enabled()
+    transformers_on = transformers_logging.is_progress_bar_enabled()
+    diffusers_logging.disable_progress_bar()
+    transformers_logging.disable_progress_bar()
+    try:
+        yield
+    finally:
+        if diffusers_on:
+            diffusers_logging.enable_progress_bar()
+        if transformers_on:
+            transformers_logging.enable_progress_bar()

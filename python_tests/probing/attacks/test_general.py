@@ -1,0 +1,163 @@
+"""Attackers for any loss against what theory says of them."""
+
+import itertools
+from collections.abc import Iterator
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from immunize_ext.probing.attacks import ATTACKERS
+from immunize_ext.probing.attacks.losses import LOSSES
+from immunize_ext.probing.attacks.probes import (
+    conjugate_gradients,
+    descent,
+    gradient_descent,
+    lbfgs,
+    line_search,
+    line_search_descent,
+    nesterov,
+    nonlinear_conjugate_gradients,
+    standardised_descent,
+    whitened_descent,
+    whitened_general,
+)
+
+seeds = st.integers(0, 2**31 - 1)
+SQUARED, LOGISTIC = LOSSES["squared"], LOSSES["logistic"]
+
+
+def problem(seed: int, n: int = 15, p: int = 4) -> tuple[torch.Tensor, torch.Tensor]:
+    generator = torch.Generator().manual_seed(seed)
+    z = torch.randn(n, p, dtype=torch.float64, generator=generator)
+    y = torch.randn(n, dtype=torch.float64, generator=generator)
+    return z, torch.where(y > 0, 1.0, -1.0).double()
+
+
+def take(iterates: Iterator[torch.Tensor], count: int) -> torch.Tensor:
+    return torch.stack(list(itertools.islice(iterates, count)))
+
+
+@given(seed=seeds)
+def test_squared_loss_gives_the_special_forms(seed: int) -> None:
+    z, y = problem(seed)
+    for general, special in (
+        (descent, gradient_descent),
+        (line_search, line_search_descent),
+        (whitened_general, whitened_descent),
+    ):
+        found, expected = take(general(z, y, SQUARED), 12), take(special(z, y), 12)
+        torch.testing.assert_close(found, expected, rtol=1e-7, atol=1e-9)
+    found = take(nonlinear_conjugate_gradients(z, y, SQUARED), 5)
+    torch.testing.assert_close(found, take(conjugate_gradients(z, y), 5), rtol=1e-5, atol=1e-7)
+
+
+@given(seed=seeds)
+def test_nesterov_keeps_to_its_bound(seed: int) -> None:
+    z, y = problem(seed)
+    best = torch.linalg.lstsq(z, y[:, None]).solution[:, 0]
+    lipschitz = torch.linalg.eigvalsh(z.mT @ z)[-1]
+    for step, w in enumerate(take(nesterov(z, y, SQUARED), 60)):
+        excess = float(SQUARED.total(z @ w, y) - SQUARED.total(z @ best, y))
+        assert excess <= float(2.0 * lipschitz * best.square().sum()) / (step + 1) ** 2 + 1e-12
+
+
+def newton(z: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
+    """Minimum of the logistic loss plus nothing; only for data that is not separable."""
+    w = torch.zeros(z.shape[1], dtype=z.dtype)
+    for _ in range(100):
+        half = torch.sigmoid(z @ w)
+        hessian = z.mT @ (half * (1 - half))[:, None].mul(z)
+        w = w - 0.7 * torch.linalg.solve(hessian, z.mT @ LOGISTIC.slope(z @ w, y))
+    return w
+
+
+@pytest.mark.parametrize(
+    ("probe", "steps"),
+    [
+        (descent, 3000),
+        (line_search, 600),
+        (nesterov, 800),
+        (nonlinear_conjugate_gradients, 60),
+        (lbfgs, 60),
+        (standardised_descent, 3000),
+        (whitened_general, 3000),
+    ],
+)
+def test_logistic_minimum_is_reached(probe: object, steps: int) -> None:
+    generator = torch.Generator().manual_seed(1)
+    z = torch.randn(60, 3, dtype=torch.float64, generator=generator)
+    z = z @ torch.diag(torch.tensor([3.0, 1.0, 0.5], dtype=torch.float64))
+    noise = torch.randn(60, dtype=torch.float64, generator=generator)
+    y = torch.where(z @ torch.ones(3).double() + 2.0 * noise > 0, 1.0, -1.0).double()
+    last = next(itertools.islice(probe(z, y, LOGISTIC), steps, None))  # type: ignore[operator]
+    torch.testing.assert_close(last, newton(z, y), rtol=1e-4, atol=1e-5)
+
+
+@given(seed=seeds)
+@settings(max_examples=30)
+def test_line_searches_never_raise_the_loss(seed: int) -> None:
+    z, y = problem(seed)
+    for probe in (line_search, nonlinear_conjugate_gradients, lbfgs):
+        for loss in (SQUARED, LOGISTIC):
+            totals = [float(loss.total(z @ w, y)) for w in take(probe(z, y, loss), 15)]
+            assert all(b <= a * (1 + 1e-10) + 1e-12 for a, b in itertools.pairwise(totals))
+
+
+@given(seed=seeds)
+def test_lbfgs_reaches_the_least_squares_solution(seed: int) -> None:
+    z, y = problem(seed)
+    last = take(lbfgs(z, y, SQUARED), 60)[-1]
+    assert float((z.mT @ (z @ last - y)).norm()) <= 1e-6 * float(z.norm() * y.norm())
+
+
+@given(seed=seeds, exponent=st.integers(0, 5))
+def test_whitening_does_not_see_theta_under_the_logistic_loss(seed: int, exponent: int) -> None:
+    z, y = problem(seed)
+    theta = torch.diag(torch.logspace(0, exponent, 4, dtype=torch.float64))
+    plain = take(whitened_general(z, y, LOGISTIC), 20) @ z.mT
+    immunized = take(whitened_general(z @ theta, y, LOGISTIC), 20) @ (z @ theta).mT
+    torch.testing.assert_close(immunized, plain, rtol=1e-6, atol=1e-7)
+
+
+@given(seed=seeds, exponent=st.integers(0, 5))
+def test_standardising_does_not_see_a_diagonal_theta(seed: int, exponent: int) -> None:
+    z, y = problem(seed)
+    theta = torch.diag(torch.logspace(0, exponent, 4, dtype=torch.float64))
+    plain = take(standardised_descent(z, y, SQUARED), 20) @ z.mT
+    immunized = take(standardised_descent(z @ theta, y, SQUARED), 20) @ (z @ theta).mT
+    torch.testing.assert_close(immunized, plain, rtol=1e-7, atol=1e-8)
+
+
+CASES = [(name, loss) for name in ATTACKERS for loss in LOSSES if ATTACKERS[name].knows(loss)]
+
+
+@pytest.mark.parametrize(("name", "loss"), CASES)
+@pytest.mark.parametrize("scale", [1e-6, 1e5])
+def test_no_scale_of_the_features_helps_the_defender(name: str, loss: str, scale: float) -> None:
+    z, y = problem(3)
+    rates = ATTACKERS[name].learning_rates[:3]
+    plain = take(ATTACKERS[name].run(z, y, LOSSES[loss], rates), 12)
+    scaled = take(ATTACKERS[name].run(scale * z, y, LOSSES[loss], rates), 12)
+    torch.testing.assert_close(scale * scaled, plain, rtol=1e-6, atol=1e-9)
+
+
+@pytest.mark.parametrize(("name", "loss"), CASES)
+@pytest.mark.parametrize("shape", [(12, 4), (4, 12), (1, 1), (70, 2)])
+def test_every_attacker_starts_at_zero_and_stays_finite(
+    name: str, loss: str, shape: tuple[int, int]
+) -> None:
+    z, y = problem(0, *shape)
+    rates = ATTACKERS[name].learning_rates[:2]
+    weights = take(ATTACKERS[name].run(z, y, LOSSES[loss], rates), 30)
+    assert weights.shape == (30, shape[1], max(1, len(rates)))
+    assert not weights[0].any()
+    assert torch.isfinite(weights).all()
+
+
+@pytest.mark.parametrize(("name", "loss"), CASES)
+def test_every_attacker_survives_features_that_are_zero(name: str, loss: str) -> None:
+    zeros, ones = torch.zeros(5, 3, dtype=torch.float64), torch.ones(5, dtype=torch.float64)
+    rates = ATTACKERS[name].learning_rates[:2]
+    assert not take(ATTACKERS[name].run(zeros, ones, LOSSES[loss], rates), 4).any()

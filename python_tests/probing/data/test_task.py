@@ -1,0 +1,76 @@
+"""Task: what it accepts, what it refuses, how it is cut."""
+
+import pytest
+import torch
+
+from immunize_ext.probing.data import Task, parse_digits
+
+
+def make(**changes: torch.Tensor) -> Task:
+    parts = {
+        "x_train": torch.randn(6, 3, dtype=torch.float64),
+        "y_train": torch.tensor([1.0, -1.0] * 3, dtype=torch.float64),
+        "x_test": torch.randn(2, 3, dtype=torch.float64),
+        "y_test": torch.tensor([1.0, -1.0], dtype=torch.float64),
+    }
+    return Task("toy", **{**parts, **changes})
+
+
+def test_properties() -> None:
+    task = make()
+    assert task.num_features == 3
+    assert task.is_classification
+    assert not make(y_test=torch.tensor([0.5, 1.0], dtype=torch.float64)).is_classification
+
+
+def test_to_converts_every_tensor() -> None:
+    task = make().to(dtype=torch.float32)
+    assert {t.dtype for t in (task.x_train, task.y_train, task.x_test, task.y_test)} == {
+        torch.float32
+    }
+
+
+def test_folds_partition_the_training_part() -> None:
+    task = make()
+    folds = task.folds(3)
+    tested = torch.cat([fold.x_test for fold in folds])
+    assert sorted(map(tuple, tested.tolist())) == sorted(map(tuple, task.x_train.tolist()))
+    for fold in folds:
+        rows = set(map(tuple, fold.x_train.tolist()))
+        assert rows.isdisjoint(map(tuple, fold.x_test.tolist()))
+        # The test part of the task is in no fold.
+        assert rows.isdisjoint(map(tuple, task.x_test.tolist()))
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"x_train": torch.randn(6)}, "x_train must be a floating-point matrix"),
+        ({"x_train": torch.ones(6, 3, dtype=torch.int64)}, "x_train must be a floating-point"),
+        ({"x_test": torch.randn(0, 3)}, "x_test must be a floating-point matrix"),
+        ({"y_train": torch.ones(5, dtype=torch.float64)}, "y_train must be a vector of 6"),
+        ({"y_train": torch.ones(6)}, "y_train must be a vector of 6 values of torch.float64"),
+        ({"x_test": torch.randn(2, 4, dtype=torch.float64)}, "x_test must have 3 features"),
+        ({"y_test": torch.tensor([1.0, torch.nan], dtype=torch.float64)}, "must be finite"),
+    ],
+)
+def test_refusals(changes: dict[str, torch.Tensor], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        make(**changes)
+
+
+@pytest.mark.parametrize("count", [0, 1, 7])
+def test_folds_refuses(count: int) -> None:
+    with pytest.raises(ValueError, match="count must be between 2 and 6"):
+        make().folds(count)
+
+
+def test_parse_digits() -> None:
+    assert parse_digits("3:8") == ((3,), (8,))
+    assert parse_digits("4, 6:2,3,7") == ((4, 6), (2, 3, 7))
+
+
+@pytest.mark.parametrize("text", ["", "3", "3:8:9", "a:b", "3:", "3:12", "3:3", "1,2:2"])
+def test_parse_digits_refuses(text: str) -> None:
+    with pytest.raises(ValueError, match="parse_digits: "):
+        parse_digits(text)

@@ -1,0 +1,309 @@
+"""``immunize kappa``, ``attack`` and ``report`` from end to end, and every refusal in one line."""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+
+from immunize_ext.cli import main
+from immunize_ext.probing.immunizers import Immunized
+from immunize_ext.probing.tmp_methods import METHODS
+from immunize_ext.storage import KINDS
+
+pytest.importorskip("sklearn")
+pytest.importorskip("matplotlib")
+pytest.importorskip("yaml")
+pytest.importorskip("safetensors")
+
+QUICK = ["--base-budget", "50", "--limit", "4"]
+
+
+@pytest.fixture(scope="module")
+def features(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Three classes of five features: milliseconds a run."""
+    generator = np.random.default_rng(0)
+    x = generator.normal(size=(150, 5)) * np.array([3.0, 2.0, 1.0, 0.5, 0.3])
+    y = np.repeat([0, 1, 2], 50)
+    x[y == 1] += 1.0
+    x[y == 2, 1] -= 2.0
+    path = tmp_path_factory.mktemp("data") / "features.npz"
+    np.savez(path, x=x, y=y)
+    return path
+
+
+def tasks_of(features: Path) -> list[str]:
+    return ["--data", str(features), "--primary", "0:1", "--harmful", "0:2"]
+
+
+@pytest.fixture(scope="module")
+def finished(features: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    target = tmp_path_factory.mktemp("runs") / "one"
+    arguments = ["kappa", *tasks_of(features), "--out", str(target), "--c", "10", "--quiet"]
+    assert main([*arguments, *QUICK]) == 0
+    return target
+
+
+def results_of(folder: Path) -> dict[str, Any]:
+    found: dict[str, Any] = json.loads((folder / "results.json").read_text())
+    return found
+
+
+def test_run_directory_holds_what_the_kind_promises(finished: Path) -> None:
+    results = results_of(finished)
+    assert results["kind"] == "kappa"
+    assert results["kind"] in KINDS
+    assert results["method"] == "closed-form"
+    assert set(results["rir"]) == {"official", "ridge", "rank_aware"}
+    # The closed form is on the ceiling, and kappa_P is c (issue 6: to 1e-6).
+    assert results["share_of_ceiling"] == pytest.approx(1.0, abs=1e-6)
+    kappa_primary = results["condition_numbers"]["ridge"]["log_kappa_primary"][1]
+    assert np.exp(kappa_primary) == pytest.approx(10.0, rel=1e-6)
+    assert results["rir"]["ridge"] == pytest.approx(results["i"] / results["ii"])
+    for role in ("harmful", "primary"):
+        assert results["slowdown"][role]["whitened"] == 1.0
+        assert results["slowdown"][role]["closed_form_ridge"] == 1.0
+    for key in (
+        "ceiling",
+        "environment",
+        "ceiling_table",
+        "subspace_angles",
+        "norm_ratio",
+        "worst_case",
+        "few_samples",
+        "rfd",
+        "grouped_rir",
+        "spectral_slowdown",
+    ):
+        assert results[key]
+    assert set(results["seconds"]) == {"load", "immunize", "attack", "measure", "total"}
+    assert results["worst_case"]["harmful"]["all_attackers"]["slowdown_of_a_free_choice"] <= 1.0
+
+
+def test_theta_and_page_are_there(finished: Path) -> None:
+    immunized = Immunized.load(finished / "immunized.safetensors")
+    assert immunized.theta.shape == (5, 5)
+    page = (finished / "report.html").read_text()
+    for words in ("What was protected", "At what cost", "is not slowed at all", "ceiling of RIR"):
+        assert words in page
+    assert "Learnt from only" in page
+
+
+@pytest.mark.parametrize("method", [name for name in METHODS if name != "closed-form"])
+def test_every_method_runs(method: str, features: Path, tmp_path: Path) -> None:
+    more = ["--steps", "3"] if METHODS[method].knob != "c" else []
+    arguments = ["kappa", *tasks_of(features), "--method", method, *more, *QUICK, "--quiet"]
+    assert main([*arguments, "--out", str(tmp_path / "run")]) == 0
+    assert results_of(tmp_path / "run")["method"] == method
+
+
+def test_mini_batches_and_several_harms(features: Path, tmp_path: Path) -> None:
+    batches = ["--method", "condition-number", "--batch", "16", "--steps", "2"]
+    run = ["kappa", "--data", str(features), "--primary", "0:1", *QUICK, "--quiet"]
+    assert main([*run, "--harmful", "0:2", *batches, "--out", str(tmp_path / "a")]) == 0
+    assert results_of(tmp_path / "a")["method_label"] == "condition-number, batches of 16"
+    several = ["--harmful", "0:2", "1:2", "--method", "several-harms"]
+    assert main([*run, *several, "--out", str(tmp_path / "b")]) == 0
+    listed = results_of(tmp_path / "b")["harmful_tasks"]
+    assert [task["name"] for task in listed] == ["features, 0:2", "features, 1:2"]
+
+
+def test_flags_override_the_config_file(features: Path, tmp_path: Path) -> None:
+    config = tmp_path / "run.yaml"
+    config.write_text(
+        f"data: {features}\nprimary: '0:1'\nharmful: '0:2'\nmethod: whitening\n"
+        "base-budget: 50\nlimit: 4\nseed: 7\n"
+    )
+    run = ["kappa", "--config", str(config), "--seed", "3", "--quiet"]
+    assert main([*run, "--out", str(tmp_path / "run")]) == 0
+    request = results_of(tmp_path / "run")["request"]
+    assert (request["seed"], request["method"], request["base_budget"]) == (3, "whitening", 50)
+
+
+def test_one_digit_alone_has_a_constant_label(tmp_path: Path) -> None:
+    run = ["kappa", "--primary", "4", "--harmful", "9", *QUICK, "--quiet"]
+    assert main([*run, "--out", str(tmp_path / "run")]) == 0
+    results = results_of(tmp_path / "run")
+    assert results["tasks"]["primary"]["name"] == "images of digit 4, constant label"
+    assert any("one class" in text for text in results["warnings"])
+    assert not (tmp_path / "run" / "accuracy.png").exists()
+
+
+# --- attack and report -------------------------------------------------------------------------
+
+
+def test_attack_adds_and_changes_nothing(
+    finished: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    before = {p: p.read_bytes() for p in finished.iterdir() if p.is_file()}
+    run = ["attack", str(finished), "--attackers", "nesterov", "lbfgs", "--quiet"]
+    assert main([*run, "--budgets", "5", "20"]) == 0
+    assert {p: p.read_bytes() for p in finished.iterdir() if p.is_file()} == before
+    assert "Nesterov" in capsys.readouterr().out
+    added = json.loads((finished / "attacks" / "001.json").read_text())
+    assert {(row["attacker"], row["role"]) for row in added["attacks"]} == {
+        (name, role) for name in ("nesterov", "lbfgs") for role in ("harmful", "primary")
+    }
+    assert [row["steps"] for row in added["attacks"][0]["budgets"]] == [5, 20]
+    assert main(["attack", str(finished), "--attackers", "whitened", "--quiet"]) == 0
+    assert (finished / "attacks" / "002.json").is_file()
+
+
+def test_attack_refuses_other_data(features: Path, tmp_path: Path) -> None:
+    data = tmp_path / "features.npz"
+    data.write_bytes(features.read_bytes())
+    run = ["kappa", "--data", str(data), "--primary", "0:1", "--harmful", "0:2", "--quiet"]
+    assert main([*run, *QUICK, "--out", str(tmp_path / "run")]) == 0
+    with np.load(features) as arrays:
+        np.savez(data, x=arrays["x"] * 2.0, y=arrays["y"])
+    assert main(["attack", str(tmp_path / "run"), "--quiet"]) == 2
+    assert not (tmp_path / "run" / "attacks").exists()
+
+
+def test_report_compares_runs_at_equal_cost(
+    finished: Path, features: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    other = tmp_path / "white"
+    run = ["kappa", *tasks_of(features), "--method", "whitening", *QUICK, "--quiet"]
+    assert main([*run, "--out", str(other)]) == 0
+    capsys.readouterr()
+    assert main(["report", str(finished), str(other), "--out", str(tmp_path / "report")]) == 0
+    assert "closed-form" in capsys.readouterr().out
+    comparison = results_of(tmp_path / "report")
+    table = comparison["equal_primary_slowdown"]["gradient_descent"]
+    assert set(table) == {"closed-form", "whitening"}
+    for folder, method in ((finished, "closed-form"), (other, "whitening")):
+        slowdown = results_of(folder)["slowdown"]
+        within = slowdown["primary"]["gradient_descent"] <= 1.0
+        assert table[method]["1"]["cells"] == int(within)
+        if within:
+            assert table[method]["1"]["median"] == slowdown["harmful"]["gradient_descent"]
+    page = (tmp_path / "report" / "report.html").read_text()
+    assert "whitens the features first" in page
+    assert "<svg" in page
+    assert "http" not in re.sub(r'xmlns(:\w+)?="[^"]*"', "", page)
+
+
+# --- refusals ----------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def refused(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> Callable[..., str]:
+    """Run a command that must be refused: status 2, one line, nothing written. Gives the line."""
+    monkeypatch.chdir(tmp_path)
+
+    def run(*arguments: str) -> str:
+        before = sorted(tmp_path.rglob("*"))
+        assert main(arguments) == 2
+        assert sorted(tmp_path.rglob("*")) == before
+        captured = capsys.readouterr()
+        lines = [text for text in captured.err.splitlines() if not text.startswith("[")]
+        assert captured.out == ""
+        assert len(lines) == 1
+        return lines[0]
+
+    return run
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        (["kappa", "--method", "magic"], "method must be one of closed-form"),
+        (["kappa", "--primary", "4:x", "--harmful", "9"], "a task must look like"),
+        (["kappa", "--primary", "4:4", "--harmful", "9"], "on both sides"),
+        (["kappa", "--primary", "12", "--harmful", "9"], "digits from 0 to 9"),
+        (["kappa", "--primary", "4:9"], "harmful must name a task"),
+        (["kappa", "--data", "cifar"], "data must be digits, mnist, house"),
+        (["kappa", "--data", "missing.npz", "--harmful", "4"], "missing.npz"),
+        (["kappa", "--data", "mnist", "--data-dir", "nowhere"], "must name a folder"),
+        (["kappa", "--c", "0.5"], "at least 1"),
+        (["kappa", "--ridge", "0"], "ridge must be positive"),
+        (["kappa", "--seed", "-1"], "seed must not be negative"),
+        (["kappa", "--attackers", "nobody"], "attackers must be among"),
+        (["kappa", "--loss", "hinge"], "squared or logistic"),
+        (["kappa", "--objective", "sum", "--method", "opt-kappa"], "objective must be"),
+        (["kappa", "--batch", "few", "--method", "condition-number"], "batch must be 'full'"),
+        (["kappa", "--harmful", "1:2", "3:4", "--primary", "5:6"], "use --method several-harms"),
+        (["kappa", "--config", "missing.yaml"], "missing.yaml"),
+        (["attack", "nothing"], "must be a run directory"),
+        (["report", "nothing"], "must be a run directory"),
+        (["sweep", "kappa", "--pairs", "4-9"], "a pair must look like"),
+        (["sweep", "kappa", "--methods", "magic"], "must be among"),
+        (["sweep", "kappa", "--strengths", "closed-form"], "must look like METHOD=1,3,10"),
+        (["sweep", "kappa", "--jobs", "0"], "at least 1"),
+        (["sweep", "nothing"], "invalid choice"),
+    ],
+)
+def test_refusals_are_one_line(
+    arguments: list[str], words: str, refused: Callable[..., str]
+) -> None:
+    assert words in refused(*arguments)
+
+
+@pytest.mark.parametrize(("data", "fetch"), [("mnist", "mnist"), ("house", "house_prices")])
+def test_data_without_a_folder_is_fetched_and_without_a_network_said_to_be_missing(
+    data: str, fetch: str, refused: Callable[..., str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    asked = []
+
+    def no_network() -> Path:
+        asked.append(fetch)
+        raise ConnectionError("no answer; give the folder")
+
+    monkeypatch.setattr(f"immunize_ext.probing.tmp_tasks.fetch_{fetch}", no_network)
+    assert "give the folder with --data-dir" in refused("kappa", "--data", data)
+    assert asked == [fetch]
+
+
+@pytest.mark.parametrize(
+    ("text", "words"),
+    [
+        ("metod: whitening", "did you mean method"),
+        ("seed: many", "seed must be an integer"),
+        ("- a\n- b", "must hold names with values"),
+        ("primary: 4:9", "must quote tasks"),
+        ("a: [", "must be a YAML file"),
+        ("!!python/object/apply:os.getcwd []", "must be a YAML file"),
+        ("method: null", "method must have a value"),
+    ],
+)
+def test_bad_config_files(
+    text: str, words: str, refused: Callable[..., str], tmp_path: Path
+) -> None:
+    (tmp_path / "bad.yaml").write_text(text)
+    assert words in refused("kappa", "--config", "bad.yaml")
+
+
+def test_an_existing_run_is_refused_before_any_work(
+    finished: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main(["kappa", "--out", str(finished)]) == 2
+    assert "--force" in capsys.readouterr().err
+
+
+def test_unfinished_and_foreign_results_are_named(
+    refused: Callable[..., str], tmp_path: Path
+) -> None:
+    for name, text in (("json", "{"), ("kind", '{"kind": "other"}'), ("list", "[]")):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "results.json").write_text(text)
+    assert "must be JSON" in refused("report", "json")
+    assert "must be of kind kappa" in refused("attack", "kind")
+    assert "must be of kind kappa" in refused("report", "list")
+    (tmp_path / "sweep").mkdir()
+    (tmp_path / "sweep" / "sweep.json").write_text("{}")
+    assert "not finished" in refused("report", "sweep")
+
+
+def test_threads_are_put_back(finished: Path) -> None:
+    before = torch.get_num_threads()
+    assert main(["attack", str(finished), "--attackers", "whitened", "--quiet"]) == 0
+    assert torch.get_num_threads() == before

@@ -1,0 +1,117 @@
+"""Erasure by UCE on a model, and the merge of adapted copies of its parameters."""
+
+from __future__ import annotations
+
+import itertools
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+from attack_pipelines import concept, tiny_pipeline, tiny_xl_pipeline
+from immunizer_settings import CAPTIONS, concepts, weights
+
+from immunize_ext.text_to_image.concepts import ConceptSet
+from immunize_ext.text_to_image.immunizers import ConceptMerge, erase
+from immunize_ext.text_to_image.model import TextToImage
+from immunize_ext.text_to_image.projections import find_text_projections
+
+pytest.importorskip("diffusers")
+
+BOTH = pytest.mark.parametrize("make", [tiny_pipeline, tiny_xl_pipeline])
+
+
+@BOTH
+def test_an_erased_prompt_is_seen_as_its_anchor(make: Any) -> None:
+    model = TextToImage(make())
+    before = weights(model)
+    projection = find_text_projections(model.unet)[0]
+    old = projection.module.weight.detach().clone()
+    texts = ["a photo of the digit three", "a photo of the digit digit", "a photo of the digit six"]
+    three, digit, six = (model.token_features([text], positions="last")[0] for text in texts)
+    edit = erase(model, concepts("three"), ridge=1e-3)
+    new = projection.module.weight.detach()
+    wanted = old @ digit
+    assert (new @ three - wanted).norm() < 0.1 * (old @ three - wanted).norm()
+    # What is kept moves by less than what is erased.
+    assert (new @ six - old @ six).norm() < 0.5 * (old @ three - wanted).norm()
+    changed = {n for n, p in weights(model).items() if not torch.equal(p, before[n])}
+    assert changed == {p.weight_name for p in find_text_projections(model.unet)}
+    edit.undo()
+    assert all(torch.equal(p, before[name]) for name, p in weights(model).items())
+
+
+def test_nothing_is_edited_where_something_is_wrong() -> None:
+    model = TextToImage(tiny_pipeline())
+    before = weights(model)
+    good = concept("three")
+    for bad, words in [
+        (concept("five", anchor=None), "must have an anchor"),
+        (concept("five", prompts=("a photo of the digit six",)), "must hold its name"),
+    ]:
+        with pytest.raises(ValueError, match=words):
+            erase(model, [good, bad])
+    with pytest.raises(ValueError, match="at least one concept"):
+        erase(model, [])
+    layer = find_text_projections(model.unet)[-1].module
+    with torch.no_grad():
+        layer.weight[0, 0] = float("nan")
+    with pytest.raises(ValueError, match="finite"):
+        erase(model, [good])
+    layer.weight.data[0, 0] = before[find_text_projections(model.unet)[-1].weight_name][0, 0]
+    assert all(torch.equal(p, before[name]) for name, p in weights(model).items())
+
+
+def test_fused_projections_are_not_edited_in_vain() -> None:
+    model = TextToImage(tiny_pipeline())
+    model.unet.fuse_qkv_projections()
+    with pytest.raises(ValueError, match="must not be fused"):
+        erase(model, concepts("three"))
+
+
+@BOTH
+def test_merged_projections_answer_each_concepts_tokens_as_its_own_copy_does(
+    make: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    # A clock that goes on by one when it is read: the merge is measured, once.
+    clock = SimpleNamespace(perf_counter=itertools.count().__next__)
+    monkeypatch.setattr("immunize_ext.text_to_image.immunizers.concept_merge.time", clock)
+    model = TextToImage(make())
+    found = concepts()
+    merge = ConceptMerge(model, found.concepts, CAPTIONS, ridge=1e-3)
+    names = set(merge.projections)
+    base = {n: p for n, p in weights(model).items() if ".attn2." in n}
+    copies = []
+    for seed in (0, 1):
+        generator = torch.Generator().manual_seed(seed)
+        copies.append(
+            {n: w + 0.1 * torch.randn(w.shape, generator=generator) for n, w in base.items()}
+        )
+    merged = merge(base, copies)
+    assert list(merged) == list(base)
+    for name, weight in merged.items():
+        if name in names:
+            for rows, copy in zip(merge.embeddings, copies, strict=True):
+                # float32 weights, kappa(T) around 1e3.
+                torch.testing.assert_close(
+                    rows @ weight.mT, rows @ copy[name].mT, rtol=1e-2, atol=1e-3
+                )
+        else:
+            torch.testing.assert_close(weight, (copies[0][name] + copies[1][name]) / 2)
+    assert merge.seconds == 1.0
+
+
+def test_tokens_that_concepts_share_are_not_constrained() -> None:
+    model = TextToImage(tiny_pipeline())
+    merge = ConceptMerge(model, concepts().concepts, CAPTIONS, ridge=1e-3)
+    # Two prompts each: the name and the end of the text are a concept's own; the start, "a photo
+    # of the digit" and "a handwritten" are everybody's.
+    assert [len(rows) for rows in merge.embeddings] == [4, 4]
+
+
+def test_concepts_that_cannot_be_told_apart_are_refused() -> None:
+    model = TextToImage(tiny_pipeline())
+    same = ("a photo of the digit three",)
+    pair = ConceptSet((concept("three", prompts=same), concept("five", prompts=same)))
+    with pytest.raises(ValueError, match="tokens of its own"):
+        ConceptMerge(model, pair.concepts, CAPTIONS, ridge=1e-3)

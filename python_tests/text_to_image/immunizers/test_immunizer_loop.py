@@ -1,0 +1,372 @@
+"""The loop of text-to-image immunizers: what it moves, keeps, records, refuses and survives."""
+
+from __future__ import annotations
+
+import errno
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from attack_pipelines import tiny_pipeline, tiny_xl_pipeline
+from immunizer_settings import SMALL, concepts, weights
+from torch import nn
+
+from immunize_ext.text_to_image.concepts import ConceptSet
+from immunize_ext.text_to_image.immunizers import (
+    METHODS,
+    MIMA,
+    DiffusionIMMA,
+    ImmunizationError,
+    ImmunizedPipeline,
+    JointTraining,
+    LossAscent,
+    MergeOnly,
+)
+from immunize_ext.text_to_image.model import TextToImage
+
+pytest.importorskip("accelerate")
+
+ASCENT = {name: value for name, value in SMALL.items() if name != "inner_rate"}
+ALL = {
+    "mima": MIMA(**SMALL),
+    "mima-unrolled": MIMA(**SMALL, second_order=True, inner_steps=2),
+    "mima-alternating": MIMA(**SMALL, variant="alternating"),
+    "imma": DiffusionIMMA(**SMALL),
+    "imma-unrolled": DiffusionIMMA(**SMALL, second_order=True),
+    "imma-alternating": DiffusionIMMA(**SMALL, variant="alternating"),
+    "joint": JointTraining(**SMALL),
+    "ascent": LossAscent(**ASCENT),
+    "merge-only": MergeOnly(single=DiffusionIMMA(**SMALL)),
+}
+EVERY = pytest.mark.parametrize("name", ALL)
+
+
+def model() -> TextToImage:
+    return TextToImage(tiny_pipeline())
+
+
+def targets(name: str) -> ConceptSet:
+    return concepts("three") if name.startswith("imma") else concepts()
+
+
+def equal(left: TextToImage, right: TextToImage) -> bool:
+    mine, theirs = weights(left), weights(right)
+    return all(torch.equal(mine[name], theirs[name]) for name in mine)
+
+
+@EVERY
+def test_every_method_moves_the_cross_attention_of_a_clone_and_nothing_else(name: str) -> None:
+    base = model()
+    before, state = weights(base), torch.random.get_rng_state()
+    immunized = ALL[name].fit(base, targets(name))
+    assert torch.equal(torch.random.get_rng_state(), state)
+    assert all(torch.equal(before[key], value) for key, value in weights(base).items())
+    after = weights(immunized.model)
+    moved = {key for key in after if not torch.equal(after[key], before[key])}
+    assert moved
+    assert all(".attn2." in key for key in moved)
+    # All of it lives in weights: processors are the defaults, and stay what they were.
+    kinds = [{type(p) for p in m.unet.attn_processors.values()} for m in (base, immunized.model)]
+    assert kinds[0] == kinds[1]
+    assert METHODS[immunized.method] is type(ALL[name])
+    assert json.loads(json.dumps(immunized.config)) is not None
+    for record in immunized.history:
+        assert record["seconds"] > 0.0
+        assert 0.0 <= record["clamped"] <= 1.0
+    assert 0.0 <= immunized.merge_share < 1.0
+    assert immunized.peak_memory > 0
+
+
+@EVERY
+def test_a_fit_is_deterministic_and_follows_its_seed(name: str) -> None:
+    chosen = ALL[name]
+    first, again = (chosen.fit(model(), targets(name)) for _ in range(2))
+    assert equal(first.model, again.model)
+
+
+def test_sdxl() -> None:
+    immunized = MIMA(**SMALL).fit(TextToImage(tiny_xl_pipeline()), concepts())
+    assert len(immunized.history) == 2
+
+
+@pytest.mark.parametrize("name", [key for key in ALL if key != "merge-only"])
+def test_two_and_two_steps_are_four(name: str, tmp_path: Path) -> None:
+    from dataclasses import replace
+
+    chosen: Any = replace(ALL[name], steps=4)
+    straight = chosen.fit(model(), targets(name))
+    replace(chosen, steps=2).fit(model(), targets(name), out=tmp_path)
+    resumed = chosen.fit(model(), targets(name), out=tmp_path, resume=True)
+    assert equal(straight.model, resumed.model)
+    clock = {"seconds", "merge_seconds"}
+    histories = [
+        [{k: v for k, v in record.items() if k not in clock} for record in found.history]
+        for found in (straight, resumed)
+    ]
+    assert histories[0] == histories[1]
+
+
+def test_a_checkpoint_is_neither_overwritten_nor_taken_for_another(tmp_path: Path) -> None:
+    MIMA(**SMALL).fit(model(), concepts(), out=tmp_path)
+    file = next(tmp_path.iterdir())
+    content = file.read_bytes()
+    with pytest.raises(FileExistsError, match="resume it, or choose another folder"):
+        MIMA(**SMALL).fit(model(), concepts(), out=tmp_path)
+    with pytest.raises(ValueError, match=r"with seed = 1, got 0"):
+        MIMA(**SMALL, seed=1).fit(model(), concepts(), out=tmp_path, resume=True)
+    other = model()
+    with torch.no_grad():
+        next(p for n, p in other.unet.named_parameters() if "attn2" in n).add_(1.0)
+    with pytest.raises(ValueError, match="with model = "):
+        MIMA(**SMALL).fit(other, concepts(), out=tmp_path, resume=True)
+    assert file.read_bytes() == content
+
+
+@pytest.mark.parametrize(
+    "chosen",
+    [
+        MIMA(**SMALL),
+        MIMA(**SMALL, second_order=True, inner_steps=2),
+        LossAscent(**ASCENT, scope="all"),
+    ],
+    ids=["first-order", "unrolled", "all"],
+)
+def test_checkpointing_gives_the_same_steps(chosen: Any) -> None:
+    from dataclasses import replace
+
+    plain = chosen.fit(model(), concepts())
+    saving = replace(chosen, gradient_checkpointing=True).fit(model(), concepts())
+    for one, other in zip(plain.history, saving.history, strict=True):
+        # Recomputation repeats the same products; their sums may be taken in another order.
+        assert one["gradient_norm"] == pytest.approx(other["gradient_norm"], rel=1e-4)
+        assert one["loss"] == pytest.approx(other["loss"], rel=1e-5)
+    assert not saving.model.unet.is_gradient_checkpointing
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("second_order", [False, True])
+def test_a_half_precision_model_stays_one_and_still_moves(
+    dtype: torch.dtype, second_order: bool
+) -> None:
+    base = TextToImage(tiny_pipeline(dtype=dtype))
+    settings = SMALL | {"learning_rate": 1e-2}
+    immunized = MIMA(**settings, second_order=second_order).fit(base, concepts())
+    assert {p.dtype for p in immunized.model.unet.parameters()} == {dtype}
+    assert not equal(base, immunized.model)
+    assert immunized.model.generate(["a photo of the digit three"], steps=2).isfinite().all()
+
+
+def test_precisions_may_follow_each_other_in_one_process() -> None:
+    exact = MIMA(**SMALL).fit(model(), concepts())
+    mixed = MIMA(**SMALL, mixed_precision="bf16").fit(model(), concepts())
+    assert {p.dtype for p in mixed.model.unet.parameters()} == {torch.float32}
+    # bfloat16 has 8 bits; losses around 1.
+    assert mixed.history[0]["loss"] == pytest.approx(exact.history[0]["loss"], rel=0.05)
+    assert mixed.history[0]["loss"] != exact.history[0]["loss"]
+
+
+def test_accumulated_batches_are_averaged() -> None:
+    both = MIMA(**SMALL, gradient_accumulation=2).fit(model(), concepts())
+    assert len(both.history) == 2
+    assert all(torch.isfinite(torch.tensor(list(r.values()))).all() for r in both.history)
+
+
+def test_losses_at_the_clamp_give_no_gradient_and_are_counted() -> None:
+    settings = SMALL | {"loss_clamp": 1e-3}
+    with pytest.raises(ImmunizationError, match="above loss_clamp"):
+        LossAscent(**{k: v for k, v in settings.items() if k != "inner_rate"}).fit(
+            model(), concepts()
+        )
+    middle = ASCENT | {"loss_clamp": 1.0, "batch_size": 6}
+    record = LossAscent(**middle).fit(model(), concepts()).history[0]
+    assert 0.0 < record["clamped"] < 1.0
+
+
+def test_a_layer_without_gradient_is_named() -> None:
+    base = model()
+    for name, parameter in base.unet.named_parameters():
+        if name.startswith("mid_block") and "attn2.to_out.0" in name:
+            nn.init.zeros_(parameter)
+    with pytest.raises(ImmunizationError, match=r"mid_block.*attn2.*gets no gradient"):
+        LossAscent(**ASCENT).fit(base, concepts())
+
+
+@pytest.mark.parametrize("out", [False, True])
+def test_a_loss_that_is_not_finite_stops_the_run_and_loses_nothing(
+    out: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    base = model()
+    before = weights(base)
+    folder = tmp_path if out else None
+    settings = ASCENT | {"steps": 5}
+    original = LossAscent.adapted
+
+    def poisoned(self: Any, run: Any, parameters: Any, step: int) -> Any:
+        found = original(self, run, parameters, step)
+        return {k: v * float("nan") for k, v in found.items()} if step == 3 else found
+
+    with monkeypatch.context() as patch:
+        patch.setattr(LossAscent, "adapted", poisoned)
+        with pytest.raises(ImmunizationError, match="the loss became nan in step 4") as caught:
+            LossAscent(**settings, probe_every=1).fit(base, concepts(), out=folder)
+    assert "\n" not in str(caught.value)
+    assert all(torch.equal(before[k], v) for k, v in weights(base).items())
+    assert len(caught.value.immunized.history) == 3
+    assert not equal(caught.value.immunized.model, base)
+    if out:
+        straight = LossAscent(**settings, probe_every=1).fit(model(), concepts())
+        resumed = LossAscent(**settings, probe_every=1).fit(
+            model(), concepts(), out=folder, resume=True
+        )
+        assert equal(straight.model, resumed.model)
+
+
+def test_the_best_iterate_is_kept() -> None:
+    # Steps far too large: what comes after the first is worse, and is not what is handed back.
+    immunized = LossAscent(
+        **ASCENT | {"steps": 6, "learning_rate": 3.0, "retain_weight": 100.0}, probe_every=1
+    ).fit(model(), concepts())
+    objectives = [record["objective"] for record in immunized.history]
+    best = objectives.index(min(objectives)) + 1
+    shorter = LossAscent(
+        **ASCENT | {"steps": best, "learning_rate": 3.0, "retain_weight": 100.0}, probe_every=1
+    ).fit(model(), concepts())
+    assert equal(immunized.model, shorter.model)
+
+
+def test_imma_takes_one_concept() -> None:
+    with pytest.raises(ValueError, match="exactly one, got 2"):
+        DiffusionIMMA(**SMALL).fit(model(), concepts())
+
+
+def test_settings_out_of_range_are_refused() -> None:
+    for change, words in [
+        ({"steps": 0}, "steps must be at least 1"),
+        ({"inner_steps": 6}, "inner_steps must be 1 to 5"),
+        ({"inner_rate": 0.0}, "inner_rate must be positive"),
+        ({"learning_rate": float("nan")}, "learning_rate must be positive"),
+        ({"mixed_precision": "fp8"}, "mixed_precision must be"),
+        ({"variant": "alternating", "second_order": True}, "must not be second order"),
+    ]:
+        with pytest.raises(ValueError, match=words):
+            MIMA(**SMALL | change)
+    with pytest.raises(ValueError, match="scope must be one of"):
+        MIMA(**SMALL, scope="attn3").fit(model(), concepts())  # type: ignore[arg-type]
+    bare = ConceptSet(concepts().concepts)
+    with pytest.raises(ValueError, match="at least one caption"):
+        MIMA(**SMALL).fit(model(), bare)
+
+
+def test_saved_is_loaded_by_us_and_by_plain_diffusers(tmp_path: Path) -> None:
+    from diffusers import DiffusionPipeline
+
+    immunized = MIMA(**SMALL).fit(model(), concepts())
+    immunized.save(tmp_path / "immunized")
+    again = ImmunizedPipeline.load(tmp_path / "immunized")
+    assert equal(immunized.model, again.model)
+    assert (again.method, again.history) == (immunized.method, immunized.history)
+    assert again.config == json.loads(json.dumps(immunized.config))
+    plain = TextToImage(DiffusionPipeline.from_pretrained(tmp_path / "immunized"))
+    assert equal(immunized.model, plain)
+    with pytest.raises(FileExistsError):
+        immunized.save(tmp_path / "immunized")
+    with pytest.raises(FileNotFoundError, match=r"immunized\.json"):
+        ImmunizedPipeline.load(tmp_path)
+
+
+def test_a_full_disk_leaves_the_old_one(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    immunized = MIMA(**SMALL).fit(model(), concepts())
+    immunized.save(tmp_path / "immunized")
+    files = {p: p.read_bytes() for p in tmp_path.rglob("*") if p.is_file()}
+
+    def full(*args: Any, **more: Any) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(immunized.model.unet, "save_pretrained", full)
+    with pytest.raises(OSError, match="No space left"):
+        immunized.save(tmp_path / "immunized", overwrite=True)
+    assert {p: p.read_bytes() for p in tmp_path.rglob("*") if p.is_file()} == files
+
+
+_TWO_PROCESSES = """
+import sys, torch
+torch.set_num_threads(1)
+from attack_pipelines import tiny_pipeline
+from immunizer_settings import SMALL, concepts, weights
+from immunize_ext.text_to_image.immunizers import LossAscent
+from immunize_ext.text_to_image.model import TextToImage
+import os
+settings = {name: value for name, value in SMALL.items() if name != "inner_rate"}
+found = LossAscent(**settings).fit(TextToImage(tiny_pipeline()), concepts())
+torch.save(weights(found.model), f"{sys.argv[1]}/{os.environ.get('RANK', '0')}.pt")
+"""
+
+
+@pytest.mark.slow
+def test_two_processes_make_the_same_steps_as_two_accumulated_batches(tmp_path: Path) -> None:
+    script = tmp_path / "fit.py"
+    script.write_text(_TWO_PROCESSES)
+    here = Path(__file__).resolve().parent
+    paths = [str(here), str(here.parents[1]), *sys.path]
+    environment = os.environ | {
+        "PYTHONPATH": os.pathsep.join(paths),
+        "OMP_NUM_THREADS": "1",
+        "ACCELERATE_USE_CPU": "true",
+        "CUDA_VISIBLE_DEVICES": "",
+    }
+    command = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node=2"]
+    command += ["--master-port=0", "--rdzv-backend=c10d", "--rdzv-endpoint=localhost:0"]
+    done = subprocess.run(
+        [*command, str(script), str(tmp_path)],
+        env=environment,
+        capture_output=True,
+        text=True,
+        timeout=240,
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr[-2000:]
+    first, second = (torch.load(tmp_path / f"{rank}.pt", weights_only=True) for rank in (0, 1))
+    assert all(torch.equal(first[name], second[name]) for name in first)
+    alone = LossAscent(**ASCENT, gradient_accumulation=2).fit(model(), concepts())
+    for name, value in weights(alone.model).items():
+        # The same sums in another order, and two steps of Adam, which divides by their size.
+        torch.testing.assert_close(first[name], value, rtol=1e-3, atol=1e-5)
+    assert not equal(alone.model, model())
+
+
+def test_a_tracker_gets_the_settings_and_every_step(tmp_path: Path) -> None:
+    """What accelerate's tracker wrote, read back with its own reader."""
+    reader = pytest.importorskip("tensorboard.backend.event_processing.event_accumulator")
+    immunized = MIMA(**SMALL, log_with="tensorboard").fit(model(), concepts(), out=tmp_path)
+    folders = [path.parent for path in tmp_path.rglob("events.out.tfevents.*")]
+    found: dict[str, list[tuple[int, float]]] = {}
+    for folder in folders:
+        events = reader.EventAccumulator(str(folder))
+        events.Reload()
+        for tag in events.Tags()["scalars"]:
+            found[tag] = [(event.step, event.value) for event in events.Scalars(tag)]
+    for name in ("loss", "retain", "clamped", "gradient_norm", "merge_seconds"):
+        logged = [(int(record["step"]), record[name]) for record in immunized.history]
+        assert found[name] == [(step, pytest.approx(value, rel=1e-6)) for step, value in logged]
+    settings = next(tmp_path.rglob("hparams.yml")).read_text(encoding="utf-8")
+    assert "learning_rate: 0.001" in settings
+
+
+@pytest.mark.filterwarnings("ignore:.*no supported trackers:UserWarning")  # ours is an error
+def test_a_tracker_that_cannot_serve_is_refused_by_name(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with pytest.raises(ValueError, match=r"mima: log_with must name a tracker.*'nonsense'"):
+        MIMA(**SMALL, log_with="nonsense").fit(model(), concepts(), out=tmp_path)
+    monkeypatch.setattr("accelerate.tracking.get_available_trackers", list)
+    with pytest.raises(ValueError, match=r"mima: log_with.* installed, got 'tensorboard'"):
+        MIMA(**SMALL, log_with="tensorboard").fit(model(), concepts(), out=tmp_path)
+    monkeypatch.undo()
+    pytest.importorskip("tensorboard")
+    with pytest.raises(ValueError, match="a folder in out"):
+        MIMA(**SMALL, log_with="tensorboard").fit(model(), concepts())

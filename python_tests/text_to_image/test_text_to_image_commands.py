@@ -1,0 +1,219 @@
+"""The text-to-image commands, on the digits and tiny budgets."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+import torch
+
+pytest.importorskip("diffusers")
+pytest.importorskip("transformers")
+pytest.importorskip("peft")
+pytest.importorskip("accelerate")
+pytest.importorskip("sklearn")
+pytest.importorskip("matplotlib")
+pytest.importorskip("yaml")
+
+from immunize_ext.cli import main
+from immunize_ext.text_to_image.model import TextToImage
+from immunize_ext.text_to_image.run import work_folder
+from immunize_ext.text_to_image.tmp_config import TextToImageConfig, checked, setting
+from immunize_ext.text_to_image.tmp_task import immunizer
+
+TINY = [
+    *("--set", "steps=2", "--set", "batch_size=2", "--set", "retain_batch=2"),
+    *("--attacks", "lora", "--attack-steps", "2", "--images", "2", "--sampling-steps", "2"),
+    *("--threads", "1", "--quiet"),
+]
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory):
+    """One finished run."""
+    folder = tmp_path_factory.mktemp("runs") / "mima"
+    assert main(["mima", "--out", str(folder), "--seeds", "0", "1", *TINY]) == 0
+    return folder
+
+
+def test_a_run_is_complete(run, capsys):
+    results = json.loads((run / "results.json").read_text())
+    assert results["kind"] == "mima"
+    assert results["method"] == "mima"
+    mima = results["mima"]
+    for name in (
+        "msgr",
+        "retained_before",
+        "retained_after",
+        "control_sgr",
+        "curves",
+        "seeds",
+        "merge_share",
+    ):
+        assert name in mima
+    assert mima["seeds"] == [0, 1]
+    assert [row["method"] for row in mima["methods"]] == ["mima", "loss_ascent"]
+    assert all(len(row["retained_change"]) == 2 for row in mima["methods"])
+    assert mima["curves"]["lora"]["steps"] == [0, 1, 2]
+    assert len(mima["curves"]["lora"]["immunized"][0]["values"]) == 2
+    assert results["evaluation"]["seeds"] == [0, 1]
+    page = (run / "report.html").read_text()
+    for words in (
+        "What was protected",
+        "Against whom",
+        "At what cost",
+        "Not against",
+        "Control",
+        "Plain loss ascent",
+    ):
+        assert words.lower() in page.lower()
+    assert "http" not in page.replace("http://www.w3.org", "")
+    TextToImage.from_pretrained(run / "pipeline")
+    assert not work_folder(run).exists()
+
+
+def test_an_existing_run_is_not_touched(run, capsys):
+    before = (run / "results.json").read_bytes()
+    assert main(["mima", "--out", str(run), *TINY]) == 2
+    assert "exists; choose another folder" in capsys.readouterr().err
+    assert (run / "results.json").read_bytes() == before
+
+
+def test_attack_adds_and_report_compares(run, tmp_path, capsys):
+    before = (run / "results.json").read_bytes()
+    arguments = ["--attackers", "kv_fine_tuning", "--budgets", "1", "--quiet"]
+    assert main(["attack", str(run), *arguments]) == 0
+    (file,) = (run / "attacks").iterdir()
+    assert json.loads(file.read_text())["evaluation"]["attacks"] == ["kv_fine_tuning"]
+    assert (run / "results.json").read_bytes() == before
+    assert main(["report", str(run), "--out", str(tmp_path / "report")]) == 0
+    assert "runs compared" in (tmp_path / "report" / "report.html").read_text()
+    (row,) = json.loads((tmp_path / "report" / "results.json").read_text())["rows"]
+    assert row["concepts"] == 3
+
+
+def test_a_run_that_was_cut_off_goes_on(tmp_path, monkeypatch, capsys):
+    from immunize_ext.text_to_image import evaluation as evaluations
+
+    target = tmp_path / "run"
+    arguments = ["mima", "--out", str(target), *TINY, "--targets", "three"]
+    whole = evaluations.evaluate_text_to_image
+
+    def interrupted(*_, **__):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(evaluations, "evaluate_text_to_image", interrupted)
+    assert main(arguments) == 130
+    assert not target.exists()
+    kept = work_folder(target) / "immunized-0" / "pipeline" / "immunized.json"
+    written = kept.stat().st_mtime_ns
+    monkeypatch.setattr(evaluations, "evaluate_text_to_image", whole)
+    record = json.loads(kept.read_text())
+    assert main(arguments) == 0
+    # Immunized once: the record with its seconds is that of the first try.
+    assert json.loads((target / "results.json").read_text())["history"] == record["history"]
+    assert written
+    assert not work_folder(target).exists()
+
+
+def test_imma_takes_one_concept(tmp_path, capsys):
+    arguments = ["imma", "--out", str(tmp_path / "run"), *TINY]
+    assert main(arguments) == 2
+    assert "must be one concept" in capsys.readouterr().err
+    assert main([*arguments, "--targets", "three"]) == 0
+    assert json.loads((tmp_path / "run" / "results.json").read_text())["method"] == "imma"
+
+
+def test_erase(tmp_path, capsys):
+    target = tmp_path / "erased"
+    assert main(["erase", "--targets", "three", "--out", str(target), "--quiet"]) == 0
+    assert "8 text projections (4 K, 4 V)" in capsys.readouterr().out
+    model = TextToImage.from_pretrained(target)
+    from immunize_ext.text_to_image.digits.pipeline import load_digits_pipeline
+
+    original = TextToImage(load_digits_pipeline())
+    changed = [
+        name
+        for (name, ours), theirs in zip(
+            model.unet.named_parameters(), original.unet.parameters(), strict=True
+        )
+        if not torch.equal(ours, theirs)
+    ]
+    assert len(changed) == 8
+    assert all(".attn2.to_" in name for name in changed)
+    assert main(["erase", "--targets", "three", "--out", str(target), "--quiet"]) == 2
+
+
+def test_sweep_over_concepts_resumes(tmp_path, capsys):
+    target = tmp_path / "sweep"
+    tiny = [argument for argument in TINY if argument != "--quiet"]
+    arguments = ["sweep", "mima", "--out", str(target), *tiny, "--counts", "2", "3", "--quiet"]
+    assert main(arguments) == 0
+    points = sorted((target / "points").iterdir())
+    assert [path.stem for path in points] == ["count2-seed0", "count3-seed0"]
+    stamps = [path.stat().st_mtime_ns for path in points]
+    points[1].unlink()
+    assert main(arguments) == 0
+    assert points[0].stat().st_mtime_ns == stamps[0]
+    assert points[1].is_file()
+    assert "number of concepts" in (target / "report" / "report.html").read_text()
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (("mima", "--method", "mimaa"), "did you mean mima"),
+        (("mima", "--attacks", "lor"), "did you mean lora"),
+        (("mima", "--set", "stepz=3"), "did you mean steps"),
+        (("mima", "--set", "steps=many"), "steps must be of type int, got 'many'"),
+        (("mima", "--set", "steps"), "must be NAME=VALUE"),
+        (("mima", "--set", "inner_steps=9"), "inner_steps must be 1 to 5, got 9"),
+        (("mima", "--targets", "ten"), "names must be among zero"),
+        (("mima", "--control", "three"), "must be a digit that is no target"),
+        (("mima", "--seeds", "1", "1"), "must be different seeds"),
+        (("mima", "--images", "0"), "--images: must be at least 1, got 0"),
+        (("mima", "--model", "nowhere"), "must be a folder with model_index.json, got nowhere"),
+        (("mima", "--config", "no.yaml"), "must name a YAML file, got no.yaml"),
+        (("mima", "--concepts", "c.yaml"), "must go with --model"),
+        (("sweep", "mima", "--counts", "11"), "must be 1 to 10 concepts, got 11"),
+        (("attack", "nowhere"), "must be a run directory"),
+    ],
+)
+def test_bad_requests_are_one_line_and_write_nothing(
+    arguments, message, tmp_path, monkeypatch, capsys
+):
+    monkeypatch.chdir(tmp_path)
+    assert main([*arguments]) == 2
+    error = capsys.readouterr().err.strip().splitlines()
+    # Progress may have been shown before; what went wrong is one line.
+    assert message in error[-1]
+    assert not [path for path in tmp_path.iterdir() if not path.name.startswith(".")]
+
+
+def test_missing_pieces_of_a_model_of_ones_own(tmp_path, capsys):
+    from attack_pipelines import tiny_pipeline
+
+    TextToImage(tiny_pipeline()).save(tmp_path / "model")
+    out = ["--out", str(tmp_path / "run")]
+    assert main(["mima", "--model", str(tmp_path / "model"), *out]) == 2
+    assert "--concepts: must name a concepts.yaml" in capsys.readouterr().err
+    arguments = ["mima", "--model", str(tmp_path / "model"), "--concepts", "none.yaml", *out]
+    assert main(arguments) == 2
+    assert "there is no file none.yaml" in capsys.readouterr().err
+
+
+def test_config_files(tmp_path):
+    file = tmp_path / "run.yaml"
+    file.write_text("method: loss_ascent\nsettings: {steps: 3}\nattack-steps: 5\n")
+    from immunize_ext.text_to_image.tmp_config import read_config
+
+    found = read_config(str(file))
+    assert found == {"method": "loss_ascent", "settings": {"steps": 3}, "attack_steps": 5}
+    assert immunizer(TextToImageConfig(**found), 4).seed == 4
+    file.write_text("metod: mima\n")
+    with pytest.raises(ValueError, match="got 'metod'; did you mean method"):
+        read_config(str(file))
+    with pytest.raises(ValueError, match="seeds must be a list of integers"):
+        checked({"seeds": ["a"]}, "here")
+    assert setting("inner-rate=1e-3") == ("inner_rate", 1e-3)
+    assert TextToImageConfig(attack_steps=2).steps_to_judge() == (0, 1, 2)
