@@ -1,28 +1,50 @@
 """Runs on a machine with a GPU what cannot run anywhere else; one line where something is missing.
 
-``run``         builds the package against the torch that is installed, runs ``pytest -m gpu`` and
-                the benchmarks, and leaves the results in ``results/``: unattended, ten minutes
+``run``         builds the operators in place and leaves tests and timings in ``--out``: unattended,
+                ten minutes at most, the most valuable first
 ``sanitizer``   a reduced suite under ``compute-sanitizer``, once for each tool named
 
-The Python that runs this file needs a CUDA build of torch; nvcc must be of the same major release.
+The machine need not reach anything: torch with CUDA, nvcc of the same major release, setuptools,
+numpy, scipy, pytest and hypothesis are there already, and nothing is installed. Every phase of
+``run`` has a limit of its own; one that fails or hangs does not stop the next, except the build.
+All that came out so far is packed into one archive as each phase starts, so that a machine that is
+taken away leaves what was finished.
+
+``run --rehearse`` does the same on a machine without a GPU, with the CPU in its place: whether the
+script itself works should not be found out on borrowed time.
 """
 
+from __future__ import annotations
+
+import argparse
 import importlib.util
+import json
 import os
+import re
 import shutil
 import subprocess
 import sys
-from collections.abc import Sequence
+import tarfile
+import tempfile
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import NoReturn
 
 ROOT = Path(__file__).resolve().parent.parent
 TOOLS = ("memcheck", "racecheck", "initcheck", "synccheck")
-# Seconds for each step, so that a hang ends by itself and the whole takes ten minutes at most.
-BUILD_SECONDS, TEST_SECONDS, BENCH_SECONDS, SANITIZER_SECONDS = 600, 240, 300, 1200
-# One small case of every kernel: the sanitizer slows a kernel by a factor of 10 to 100.
-REDUCED = "sanitizer"
-BUILD_NEEDS = ("setuptools", "wheel", "ninja", "numpy")
+SANITIZER_SECONDS = 1200
+NEEDS = ("setuptools", "numpy", "scipy", "pytest", "hypothesis")
+ARCHIVE, SUMMARY = "gpu-results.tar.gz", "summary.json"
+
+# In the environment of the operators' check: prints how many kernels of a device are registered.
+COUNT = """
+import torch, immunize_ext
+names = [n for n in torch._C._dispatch_get_all_op_names() if n.startswith("immunize_ext::")]
+key = "{key}"
+print(sum(torch._C._dispatch_has_kernel_for_dispatch_key(name, key) for name in names))
+"""
 
 
 def fail(message: str) -> NoReturn:
@@ -31,22 +53,37 @@ def fail(message: str) -> NoReturn:
     sys.exit(2)
 
 
-def run(command: Sequence[str], seconds: int, **environment: str) -> None:
-    """Run a command in the repository; exit with its status if it fails or takes too long."""
-    print("+", " ".join(command), flush=True)
-    try:
-        done = subprocess.run(
-            command, cwd=ROOT, env={**os.environ, **environment}, timeout=seconds, check=False
-        )
-    except subprocess.TimeoutExpired:
-        print(f"gpu: {command[0]} took more than {seconds} seconds", file=sys.stderr)
-        sys.exit(1)
-    if done.returncode != 0:
-        sys.exit(done.returncode)
+@dataclass(frozen=True)
+class Phase:
+    """One step of the run.
+
+    Attributes:
+        name: What its log is called.
+        command: What is run, in the repository.
+        seconds: Its limit.
+        environment: Variables on top.
+        essential: Whether nothing after it makes sense without it.
+        check: Looks at what it printed; returns what is wrong, or nothing.
+    """
+
+    name: str
+    command: Sequence[str]
+    seconds: int
+    environment: dict[str, str] = field(default_factory=dict)
+    essential: bool = False
+    check: Callable[[str], str] = lambda printed: ""
 
 
-def check_machine() -> None:
-    """A GPU that torch sees, and an nvcc."""
+def expected_kernels(device: str) -> int:
+    """How many kernels the sources register for a device."""
+    sources = (ROOT / "csrc").rglob("*.cpp")
+    block = re.compile(rf"TORCH_LIBRARY_IMPL\(immunize_ext, {device},.*?\n}}", re.DOTALL)
+    blocks = (part for path in sources for part in block.findall(path.read_text(encoding="utf-8")))
+    return sum(part.count(".impl(") for part in blocks)
+
+
+def check_machine() -> str:
+    """A GPU that torch sees, an nvcc, what tests need; gives the architecture."""
     try:
         import torch
     except ImportError:
@@ -57,64 +94,181 @@ def check_machine() -> None:
         fail("torch sees no GPU; look at nvidia-smi")
     if shutil.which("nvcc") is None and not os.environ.get("CUDA_HOME"):
         fail(f"nvcc not found; install the CUDA {torch.version.cuda} toolkit or set CUDA_HOME")
-
-
-def build() -> None:
-    """Install the package with its CUDA operators and what its tests need; torch stays as it is."""
-    import torch
-
-    python = [sys.executable, "-m", "pip", "install", "--quiet", "--disable-pip-version-check"]
-    missing = [name for name in BUILD_NEEDS if importlib.util.find_spec(name) is None]
+    missing = [name for name in NEEDS if importlib.util.find_spec(name) is None]
     if missing:
-        run([*python, *missing], BUILD_SECONDS)
+        fail(f"{', '.join(missing)} not installed; pip install {' '.join(missing)}")
     major, minor = torch.cuda.get_device_capability()
-    run(
-        [*python, "--no-build-isolation", ".[data,report,test]", f"torch=={torch.__version__}"],
-        BUILD_SECONDS,
-        IMMUNIZE_EXT_BUILD="1",
-        IMMUNIZE_EXT_CUDA="1",
-        TORCH_CUDA_ARCH_LIST=os.environ.get("TORCH_CUDA_ARCH_LIST", f"{major}.{minor}"),
-        MAX_JOBS=os.environ.get("MAX_JOBS", str(os.cpu_count() or 1)),
-    )
+    return f"{major}.{minor}"
 
 
-def main(arguments: Sequence[str]) -> None:
+def pytest(*arguments: str) -> list[str]:
+    """A pytest command."""
+    return [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", *arguments]
+
+
+def sanitized(tool: str, *arguments: str) -> list[str]:
+    """A pytest command under compute-sanitizer."""
+    options = [f"--tool={tool}", "--error-exitcode=3", "--target-processes=all"]
+    return ["compute-sanitizer", *options, *pytest(*arguments)]
+
+
+def benchmark(
+    module: str, device: str, staging: Path, *rows: str, quick: bool = False
+) -> list[str]:
+    """A benchmark of some rows; each row is in its file as soon as it is measured."""
+    command = [sys.executable, "-m", f"benchmarks.{module}", "--device", device, "--no-sweeps"]
+    command += ["--quick"] if quick else ["--seconds", "2"]
+    for row in rows:
+        command += ["--rows", row]
+    return [*command, "--out", str(staging / "benchmarks" / rows[0])]
+
+
+def phases(architecture: str | None, staging: Path) -> list[Phase]:
+    """The run in its order: what would be missed most stands first.
+
+    Args:
+        architecture: Of the card, ``"9.0"``; ``None`` rehearses on the CPU.
+        staging: Where logs and results are gathered.
+    """
+    rehearsal = architecture is None
+    device = "cpu" if rehearsal else "cuda"
+    key = device.upper()
+    build = {"IMMUNIZE_EXT_BUILD": "1", "IMMUNIZE_EXT_CUDA": "0" if rehearsal else "1"}
+    build |= {"MAX_JOBS": os.environ.get("MAX_JOBS", str(os.cpu_count() or 1))}
+    if architecture is not None:
+        build["TORCH_CUDA_ARCH_LIST"] = os.environ.get("TORCH_CUDA_ARCH_LIST", architecture)
+    # Freed memory goes back to CUDA, so that what is read from it is seen.
+    uncached = {"PYTORCH_NO_CUDA_MEMORY_CACHING": "1"}
+    suite, small = "python_tests/gpu", "python_tests/gpu/test_gpu_sanitizer.py"
+
+    def counted(printed: str) -> str:
+        wanted, lines = expected_kernels(key), printed.split()
+        found = int(lines[-1]) if lines and lines[-1].isdigit() else 0
+        return "" if found >= wanted > 0 else f"{wanted} {key} kernels wanted, {found} registered"
+
+    def bench(name: str, module: str, seconds: int, *rows: str) -> Phase:
+        return Phase(name, benchmark(module, device, staging, *rows, quick=rehearsal), seconds)
+
+    in_place = [sys.executable, "setup.py", "--quiet", "build_ext", "--inplace"]
+    return [
+        Phase("machine", ["nvidia-smi"], 10),
+        Phase("build", in_place, 150, build, essential=True),
+        Phase(
+            "operators",
+            [sys.executable, "-c", COUNT.format(key=key)],
+            30,
+            essential=True,
+            check=counted,
+        ),
+        Phase("small-suite", pytest(small), 60),
+        Phase("memcheck", sanitized("memcheck", "-x", small), 90, uncached),
+        bench("spectrum", "spectrum", 60, "pair-64x784", "batch-90x64x784"),
+        bench("merge", "merge", 50, "sd14-weights"),
+        Phase("suite", pytest(suite, "--deselect", small), 150),
+        Phase("racecheck", sanitized("racecheck", "-x", small, "-k", "float64"), 60, uncached),
+        bench("spectrum-more", "spectrum", 60, "side-32-33", "hessian-2048", "groups-20x100x768"),
+        bench("merge-more", "merge", 60, "sd14-embeddings", "sdxl-weights"),
+    ]
+
+
+def run_phase(phase: Phase, limit: float, log: Path) -> tuple[str, float]:
+    """Run one phase; gives ``ok`` or what went wrong, and its seconds."""
+    started = time.monotonic()
+    outcome = "ok"
+    with log.open("w", encoding="utf-8") as file:
+        print("+", " ".join(phase.command), file=file, flush=True)
+        try:
+            done = subprocess.run(
+                phase.command,
+                cwd=ROOT,
+                env={**os.environ, "PYTHONUNBUFFERED": "1", **phase.environment},
+                stdout=file,
+                stderr=subprocess.STDOUT,
+                stdin=subprocess.DEVNULL,
+                timeout=limit,
+                check=False,
+            )
+            if done.returncode != 0:
+                outcome = f"status {done.returncode}"
+        except subprocess.TimeoutExpired:
+            outcome = f"stopped after {limit:.0f} s"
+        except OSError as error:
+            outcome = f"cannot be run: {error}"
+    printed = log.read_text(encoding="utf-8", errors="replace")
+    if outcome == "ok" and (wrong := phase.check(printed)):
+        outcome = wrong
+    return outcome, time.monotonic() - started
+
+
+def pack(staging: Path, out: Path) -> None:
+    """Everything so far in one archive, which is whole at any time."""
+    partial = out / f".{ARCHIVE}"
+    with tarfile.open(partial, "w:gz") as archive:
+        archive.add(staging, arcname="gpu-results")
+    partial.replace(out / ARCHIVE)
+
+
+def run(steps: Sequence[Phase], staging: Path, out: Path, seconds: float) -> int:
+    """Run all phases within a time.
+
+    Returns:
+        0 if all went well, 1 if something failed.
+    """
+    out.mkdir(parents=True, exist_ok=True)
+    end = time.monotonic() + seconds
+    found: list[dict[str, object]] = []
+    stopped = False
+    for number, phase in enumerate(steps):
+        pack(staging, out)
+        left = end - time.monotonic()
+        if stopped or left < 1.0:
+            outcome, took = "not run", 0.0
+        else:
+            print(f"== {phase.name}", flush=True)
+            log = staging / f"{number:02d}-{phase.name}.txt"
+            outcome, took = run_phase(phase, min(phase.seconds, left), log)
+            tail = log.read_text(encoding="utf-8", errors="replace").splitlines()[-4:]
+            print("\n".join(tail), f"\n-- {phase.name}: {outcome}, {took:.1f} s", flush=True)
+        stopped = stopped or (phase.essential and outcome != "ok")
+        found.append({"phase": phase.name, "outcome": outcome, "seconds": round(took, 1)})
+        (staging / SUMMARY).write_text(json.dumps(found, indent=2) + "\n", encoding="utf-8")
+    pack(staging, out)
+    shutil.copy(staging / SUMMARY, out / SUMMARY)
+    return int(any(row["outcome"] != "ok" for row in found))
+
+
+def main(arguments: Sequence[str]) -> int:
     """Run the command line."""
-    command, *tools = arguments or ["--help"]
-    if command not in ("run", "sanitizer"):
-        sys.exit(__doc__)
-    if unknown := set(tools) - set(TOOLS):
-        fail(f"no such tool: {', '.join(sorted(unknown))}; there are {', '.join(TOOLS)}")
-    check_machine()
-    if command == "sanitizer" and shutil.which("compute-sanitizer") is None:
-        fail("compute-sanitizer not found; it comes with the CUDA toolkit")
-    build()
-    python = [sys.executable, "-m"]
-    pytest = [*python, "pytest", "-p", "no:cacheprovider", "-q"]
-    if command == "run":
-        run([*pytest, "-m", "gpu", "python_tests"], TEST_SECONDS)
-        bench = [*python, "benchmarks.run", "--device", "cuda", "--out", "results/"]
-        run(bench, BENCH_SECONDS)
-        return
-    for tool in tools or TOOLS:
-        run(
-            [
-                "compute-sanitizer",
-                f"--tool={tool}",
-                "--error-exitcode=3",
-                "--target-processes=all",
-                *pytest,
-                "-k",
-                REDUCED,
-                "-m",
-                "gpu",
-                "python_tests/gpu",
-            ],
-            SANITIZER_SECONDS,
-            # Freed memory goes back to CUDA, so that what is read from it is seen.
-            PYTORCH_NO_CUDA_MEMORY_CACHING="1",
-        )
+    parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
+    commands = parser.add_subparsers(dest="command", required=True)
+    full = commands.add_parser("run", help="build, test and measure")
+    full.add_argument("--out", type=Path, default=Path(os.environ.get("OUT", "results")))
+    full.add_argument("--minutes", type=float, default=9.5, help="for all of it")
+    full.add_argument("--rehearse", action="store_true", help="with the CPU in place of a GPU")
+    tools = commands.add_parser("sanitizer", help="a reduced suite under compute-sanitizer")
+    tools.add_argument("tools", nargs="*", metavar="TOOL", help=", ".join(TOOLS))
+    chosen = parser.parse_args(arguments)
+    if chosen.command == "sanitizer":
+        if unknown := set(chosen.tools) - set(TOOLS):
+            fail(f"no such tool: {', '.join(sorted(unknown))}; there are {', '.join(TOOLS)}")
+        check_machine()
+        if shutil.which("compute-sanitizer") is None:
+            fail("compute-sanitizer not found; it comes with the CUDA toolkit")
+        environment = {**os.environ, "PYTORCH_NO_CUDA_MEMORY_CACHING": "1"}
+        for tool in chosen.tools or TOOLS:
+            command = sanitized(tool, "-k", "sanitizer", "-m", "gpu", "python_tests/gpu")
+            print("+", " ".join(command), flush=True)
+            status = subprocess.run(
+                command, cwd=ROOT, env=environment, timeout=SANITIZER_SECONDS, check=False
+            ).returncode
+            if status != 0:
+                return status
+        return 0
+    architecture = None if chosen.rehearse else check_machine()
+    with tempfile.TemporaryDirectory() as folder:
+        steps = phases(architecture, Path(folder))
+        return run(steps, Path(folder), chosen.out.absolute(), 60.0 * chosen.minutes)
 
 
 if __name__ == "__main__":
-    main(sys.argv[1:])
+    sys.exit(main(sys.argv[1:]))

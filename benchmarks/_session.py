@@ -275,8 +275,8 @@ def run(
         description: For ``--help``.
 
     Returns:
-        Exit status: 0; 1 if a contender that must be right is wrong; 2 for a bad command line or a
-        missing compiled part.
+        Exit status: 0; 1 if a contender that must be right is wrong, whose row is then left out; 2
+        for a bad command line or a missing compiled part.
     """
     arguments = list(sys.argv[1:] if argv is None else argv)
     try:
@@ -286,7 +286,11 @@ def run(
     except (ValueError, RuntimeError) as error:
         print(f"{module}: {error}", file=sys.stderr)
         return 2
-    rows = []
+    rows: list[dict[str, Any]] = []
+    path = None
+    if chosen.out is not None:
+        path = chosen.out / _results.file_name(benchmark, chosen.device.type)
+    status = 0
     with fixed_threads(chosen.threads):
         environment = environment_record(chosen.device, chosen.threads, module, arguments)
         bandwidth = copy_bandwidth(chosen.device, mebibytes=4 if chosen.quick else 256)
@@ -307,12 +311,15 @@ def run(
             try:
                 rows.append(run_case(case, chosen))
             except IncorrectContenderError as error:
+                # The row is left out, and the run fails; the others are worth their time still.
                 print(f"{module}: row {case.identifier}: {error}", file=sys.stderr)
-                return 1
+                status = 1
+                continue
             print(f"\n{format_row(rows[-1])}", flush=True)
-    print(f"\n{labels(rows)}\n\n{summary(rows)}")
-    if chosen.out is not None:
-        path = chosen.out / _results.file_name(benchmark, chosen.device.type)
-        _results.write(path, _results.document(benchmark, environment, settings, rows))
+            if path is not None:  # row by row: a machine that is taken away leaves what was done
+                _results.write(path, _results.document(benchmark, environment, settings, rows))
+    if rows:
+        print(f"\n{labels(rows)}\n\n{summary(rows)}")
+    if rows and path is not None:
         print(f"written: {path}")
-    return 0
+    return status

@@ -592,13 +592,33 @@ def test_quick_run(script, name, tmp_path, capsys):
 
 
 @pytest.mark.usefixtures("any_route")
-def test_a_wrong_operator_stops_the_run(monkeypatch, capsys, tmp_path):
+def test_a_wrong_operator_fails_the_run(monkeypatch, capsys, tmp_path):
     wrong = spectrum.OURS._replace(r_ill=lambda x: 2 * _baselines.published_r_ill(x))
     monkeypatch.setattr(spectrum, "OURS", wrong)
     arguments = ["--quick", "--rows", "samples-4", "--out", str(tmp_path)]
     assert spectrum.main(arguments) == 1
     assert "row samples-4: ours" in capsys.readouterr().err
     assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.usefixtures("any_route")
+def test_a_wrong_row_is_left_out_and_the_others_are_measured(monkeypatch, capsys, tmp_path):
+    real, written = _session.run_case, []
+
+    def run_case(case, chosen):
+        written.append((tmp_path / "spectrum-cpu.json").is_file())
+        if case.identifier == "samples-4":
+            raise _timing.IncorrectContenderError("ours is wrong")
+        return real(case, chosen)
+
+    monkeypatch.setattr(_session, "run_case", run_case)
+    rows = ["--rows", "pair-64x784", "--rows", "samples-4", "--rows", "samples-8"]
+    assert spectrum.main(["--quick", *rows, "--out", str(tmp_path)]) == 1
+    assert "row samples-4: ours is wrong" in capsys.readouterr().err
+    content = _results.read(tmp_path / "spectrum-cpu.json")
+    assert [row["id"] for row in content["rows"]] == ["pair-64x784", "samples-8"]
+    # The file is there as soon as the first row is measured.
+    assert written == [False, True, True]
 
 
 @pytest.mark.usefixtures("any_route")
