@@ -7,7 +7,7 @@ come from the training inputs, which is what an attacker's optimizer sees.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -40,6 +40,7 @@ from immunize_ext.probing.metrics import (
 from immunize_ext.probing.metrics.hessian import with_ridge
 from immunize_ext.probing.metrics.pencil import log_rir_ceiling
 from immunize_ext.probing.metrics.rir import RelativeImmunizationRatio, relative_immunization_ratio
+from immunize_ext.probing.plots import curves_of, log_spaced_steps, spectrum_of
 from immunize_ext.storage import environment
 
 Progress = Callable[[str, float], None]
@@ -184,6 +185,7 @@ class Evaluation:
         """Everything that has no curve, ready for ``results.json``."""
         ratio = self.rir["ridge"]
         return {
+            "schema": 2,
             "method": self.immunized.method,
             "tasks": {
                 role: {
@@ -221,9 +223,15 @@ class Evaluation:
                 for role, comparisons in self.comparisons.items()
             },
             "attacks": {
-                role: {name: _attack_facts(c) for name, c in comparisons.items()}
+                role: {
+                    name: _attack_facts(c) | {"curves": curves_of(c, accuracy=self.has_accuracy)}
+                    for name, c in comparisons.items()
+                }
                 for role, comparisons in self.comparisons.items()
             },
+            "attackers": attackers_in_words(self.comparisons["harmful"]),
+            "spectra": {role: spectrum_of(s.before, s.after) for role, s in self.spectra.items()},
+            "ceiling_growth": self.ceiling_growth,
             "warnings": self.warnings(),
             "config": self.immunized.config,
             "environment": environment(self.immunized.theta.device),
@@ -278,6 +286,15 @@ def edge_rates(attacker: str) -> tuple[float, ...]:
     return rates[:1] if attacker in ("momentum", "sgd_momentum") else (rates[0], rates[-1])
 
 
+def attackers_in_words(names: Iterable[str]) -> dict[str, dict[str, Any]]:
+    """What reports have to know of attackers, by name: their label, and whether theta slows them."""
+    return {
+        name: {"label": found.label, "sees_theta": found.sees_theta}
+        for name, found in ATTACKERS.items()
+        if name in set(names)
+    }
+
+
 def _one_class(task: Task) -> bool:
     return bool((task.y_train == task.y_train[0]).all())
 
@@ -301,12 +318,6 @@ def _attack_facts(comparison: AttackComparison) -> dict[str, Any]:
         if curve.test_accuracy is not None:
             facts[f"final_test_accuracy_{key}"] = float(curve.test_accuracy[-1])
     return facts
-
-
-def log_spaced_steps(last: int, count: int) -> list[int]:
-    """About ``count`` steps from 0 to ``last``, evenly spaced on a logarithmic axis."""
-    spaced = np.geomspace(1, max(last, 1), count).round().astype(int)
-    return sorted({0, *spaced.tolist()} & set(range(last + 1)))
 
 
 def evaluate(

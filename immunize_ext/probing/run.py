@@ -11,10 +11,15 @@ from typing import Any
 from immunize_ext.probing.attacks import ATTACKERS, LossName, compare_attack
 from immunize_ext.probing.attacks.compress import NEED_SAMPLES, compressed, gram_rows
 from immunize_ext.probing.data import Task
-from immunize_ext.probing.evaluation import ROLES, Evaluation, evaluate, kappa_details
+from immunize_ext.probing.evaluation import (
+    ROLES,
+    Evaluation,
+    attackers_in_words,
+    evaluate,
+    kappa_details,
+)
 from immunize_ext.probing.immunizers import Immunized
 from immunize_ext.probing.metrics import log_rir_ceiling, relative_immunization_ratio
-from immunize_ext.probing.report import kappa_sections
 from immunize_ext.probing.tmp_config import KappaConfig
 from immunize_ext.probing.tmp_methods import METHODS, check_method, fit, label
 from immunize_ext.probing.tmp_tasks import fingerprint, load_tasks
@@ -124,6 +129,9 @@ class KappaRun:
                     "slowdown": {
                         n: c.slowdown.ratio for n, c in one.comparisons["harmful"].items()
                     },
+                    "slowdown_is_lower_bound": {
+                        n: c.slowdown.censored for n, c in one.comparisons["harmful"].items()
+                    },
                 }
                 for one in self.evaluations
             ]
@@ -140,7 +148,6 @@ class KappaRun:
             target,
             force=force,
             extra=self.extra(),
-            sections=kappa_sections(self.details[self.weakest]),
         )
 
 
@@ -226,6 +233,7 @@ def short_results(config: KappaConfig) -> dict[str, Any]:
             for role, one in (("harmful", task), ("primary", primary))
         },
         **ratios,
+        "attackers": attackers_in_words(slowdown["harmful"]),
         "slowdown": slowdown,
         "slowdown_is_lower_bound": bounds,
         "seconds": {

@@ -9,7 +9,6 @@ from immunize_ext._extras import require_extra
 from immunize_ext.runtime import progress_bar, threads
 
 if TYPE_CHECKING:
-    from immunize_ext.probing.run import KappaRun
     from immunize_ext.settings import Commands
 
 
@@ -36,6 +35,7 @@ def add_parser(commands: Commands) -> None:
 
 def run(arguments: argparse.Namespace) -> int:
     """Immunize, write the run and print what a newcomer needs."""
+    from immunize_ext.probing.report import summary
     from immunize_ext.probing.run import check_config, run_kappa
     from immunize_ext.probing.tmp_config import config_from
     from immunize_ext.storage import check_target
@@ -52,29 +52,6 @@ def run(arguments: argparse.Namespace) -> int:
         result = run_kappa(config, progress)
         progress("writing the report", 1.0)
         written = result.write(arguments.out, force=arguments.force)
-    print(_summary(result))
+    print(summary({**result.evaluation.results(), **result.extra()}))
     print(f"\nreport: {written / 'report.html'}  ({result.seconds['total']:.1f} s)")
     return 0
-
-
-def _summary(result: KappaRun) -> str:
-    """The table of attackers and the ratios, in plain text."""
-    from immunize_ext.probing.report import attack_table, headline
-
-    evaluation = result.evaluation
-    rir = evaluation.rir
-    return "\n".join(
-        [
-            headline(evaluation),
-            "",
-            f"  harmful task  {evaluation.tasks['harmful'].name}",
-            f"  primary task  {evaluation.tasks['primary'].name}",
-            "",
-            attack_table(evaluation.comparisons),
-            "",
-            f"  RIR {rir['official'].rir:.4g} official, {rir['ridge'].rir:.4g} at ridge "
-            f"{evaluation.ridge:g} ({evaluation.share_of_ceiling:.1%} of the ceiling), "
-            f"{rir['rank_aware'].rir:.4g} rank-aware",
-            f"  (i) {rir['ridge'].i:.4g} harmful, (ii) {rir['ridge'].ii:.4g} primary",
-        ]
-    )

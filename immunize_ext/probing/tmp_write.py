@@ -9,8 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from immunize_ext.probing.evaluation import ATTACKER_NAMES, Evaluation, evaluate
-from immunize_ext.probing.plots import draw_png, draw_svg
-from immunize_ext.probing.report import render_html
+from immunize_ext.report import write
 from immunize_ext.storage import (
     check_target,
     environment,
@@ -36,7 +35,6 @@ def write_run(
     *,
     force: bool = False,
     extra: dict[str, Any] | None = None,
-    sections: str = "",
 ) -> Path:
     """Write a run directory: all of it or nothing.
 
@@ -50,7 +48,6 @@ def write_run(
         force: Whether an existing run directory is replaced.
         extra: More entries for ``results.json``: ``seconds``, ``seeds``, ``alternatives``,
             ``notes``.
-        sections: More sections of the page, in HTML.
 
     Returns:
         The run directory.
@@ -59,12 +56,9 @@ def write_run(
         FileExistsError: If the target exists and ``force`` is not given, or is no run directory.
         MissingExtraError: If matplotlib is not installed.
     """
-    results = {**evaluation.results(), **(extra or {})}
+    results = {"kind": "kappa", **evaluation.results(), **(extra or {})}
     with run_directory(target, force=force) as folder:
-        for name, png in draw_png(evaluation).items():
-            (folder / f"{name}.png").write_bytes(png)
-        page = render_html(evaluation, results, draw_svg(evaluation), sections=sections)
-        (folder / "report.html").write_text(page, encoding="utf-8")
+        write(results, folder)
         write_json_lines(folder / "metrics.jsonl", evaluation.metrics())
         evaluation.immunized.save(folder / "immunized.safetensors")
         write_json(folder / "results.json", results)
