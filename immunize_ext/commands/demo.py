@@ -10,7 +10,6 @@ from immunize_ext.runtime import progress_bar, threads
 from immunize_ext.settings import strength
 
 if TYPE_CHECKING:
-    from immunize_ext.demo import DemoResult
     from immunize_ext.settings import Commands
 
 
@@ -69,9 +68,11 @@ def run(arguments: argparse.Namespace) -> int:
     # Imported here: `immunize doctor` has to work where these do not.
     from immunize_ext.commands import _demo_pages
     from immunize_ext.demo import DemoConfig, run_demo
+    from immunize_ext.probing.report import summary as kappa_summary
     from immunize_ext.storage import check_target
     from immunize_ext.text_to_image import run as _text_to_image_run
     from immunize_ext.text_to_image import tmp_results as _text_to_image_results
+    from immunize_ext.text_to_image.report import summary as mima_summary
 
     # Asked before the work, not after it.
     check_target(arguments.out, force=arguments.force)
@@ -98,7 +99,7 @@ def run(arguments: argparse.Namespace) -> int:
         if arguments.skip_mima:
             progress("writing the report", 1.0)
             written = kappa.write(arguments.out, force=arguments.force)
-            print(_table(kappa))
+            print(kappa_summary({**kappa.evaluation.results(), **kappa.extra()}))
             print(f"\nreport: {written / 'report.html'}  ({kappa.seconds['total']:.0f} s)")
             return 0
         work = _text_to_image_run.work_folder(arguments.out)
@@ -110,26 +111,9 @@ def run(arguments: argparse.Namespace) -> int:
         progress("writing the report", 1.0)
         written = _demo_pages.write(kappa, mima, arguments.out, force=arguments.force)
     _text_to_image_run.forget_work(work)
-    print("Condition number: " + _table(kappa))
-    results = _text_to_image_results.results_of(mima)
-    print("\nText to image: " + _text_to_image_results.summary(results, mima.evaluation))
+    kappa_results = {**kappa.evaluation.results(), **kappa.extra()}
+    print(f"Condition number: {kappa_summary(kappa_results)}")
+    print(f"\nText to image: {mima_summary(_text_to_image_results.results_of(mima))}")
     total = kappa.seconds["total"] + mima.seconds["total"]
     print(f"\nreport: {written / 'report.html'}  ({total:.0f} s)")
     return 0
-
-
-def _table(result: DemoResult) -> str:
-    """What a newcomer needs to see, in plain text."""
-    from immunize_ext.probing.report import attack_table, headline
-
-    evaluation = result.evaluation
-    return "\n".join(
-        [
-            headline(evaluation),
-            "",
-            f"  harmful task  {evaluation.tasks['harmful'].name}",
-            f"  primary task  {evaluation.tasks['primary'].name}",
-            "",
-            attack_table(evaluation.comparisons),
-        ]
-    )

@@ -11,7 +11,6 @@ from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-import numpy as np
 import torch
 from torch import Tensor
 
@@ -287,7 +286,7 @@ def edge_rates(attacker: str) -> tuple[float, ...]:
 
 
 def attackers_in_words(names: Iterable[str]) -> dict[str, dict[str, Any]]:
-    """What reports have to know of attackers, by name: their label, and whether theta slows them."""
+    """What reports have to know of attackers by name: label, and whether theta can slow them."""
     return {
         name: {"label": found.label, "sees_theta": found.sees_theta}
         for name, found in ATTACKERS.items()

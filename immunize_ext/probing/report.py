@@ -408,9 +408,7 @@ def _convergence_panels(found: Mapping[str, Mapping[str, Attacked]]) -> list[Pan
     ]
 
 
-def _accuracy_panels(
-    results: Results, found: Mapping[str, Mapping[str, Attacked]]
-) -> list[Panel]:
+def _accuracy_panels(results: Results, found: Mapping[str, Mapping[str, Attacked]]) -> list[Panel]:
     pair = [found[role].get("gradient_descent") for role in ROLES]
     panels = []
     for one in pair:

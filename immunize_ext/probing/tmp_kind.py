@@ -3,36 +3,29 @@
 from __future__ import annotations
 
 import argparse
-import json
 import time
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from immunize_ext._extras import require_extra
+from immunize_ext import report
 from immunize_ext.probing.attacks import ATTACKERS, attack_at_budgets, compare_attack
 from immunize_ext.probing.attacks.compress import NEED_SAMPLES, compressed
-from immunize_ext.probing.comparison import (
-    HEADLINE_BUDGET,
-    Point,
-    attacker_label,
-    measured_attackers,
-    point_of,
-    write_comparison,
-)
 from immunize_ext.probing.comparison import compare as compare_points
+from immunize_ext.probing.comparison import load_points
+from immunize_ext.probing.comparison_report import summary
+from immunize_ext.probing.evaluation import attackers_in_words
 from immunize_ext.probing.immunizers import Immunized
-from immunize_ext.probing.report import in_words
+from immunize_ext.probing.report import attack_summary
 from immunize_ext.probing.run import check_config, chosen_attackers
 from immunize_ext.probing.tmp_config import KappaConfig, checked
 from immunize_ext.probing.tmp_tasks import fingerprint, load_tasks
-from immunize_ext.quantities import Slowdown
-from immunize_ext.report.tables import text_table
+from immunize_ext.report.words import count
 from immunize_ext.runtime import progress_bar, threads
 from immunize_ext.seams import Progress
-from immunize_ext.storage import environment, read_results
-from immunize_ext.sweep import finished, write_whole
+from immunize_ext.storage import check_target, environment, run_directory, write_json
+from immunize_ext.sweep import write_whole
 
 if TYPE_CHECKING:
     from immunize_ext.probing.data import Task
@@ -68,7 +61,7 @@ def attack(run_folder: str, results: dict[str, Any], arguments: argparse.Namespa
         found = _run_attacks(config, immunized, tasks, sorted(set(arguments.budgets)), progress)
     path = _next_file(folder / ATTACKS)
     write_whole(path, found)
-    print(_attack_table(found))
+    print(attack_summary(found))
     print(f"\nadded: {path}")
     return 0
 
@@ -138,6 +131,7 @@ def _run_attacks(
         "loss": config.loss,
         "base_budget": config.base_budget,
         "limit": config.limit,
+        "attackers": attackers_in_words(names),
         "attacks": rows,
         "seconds": time.perf_counter() - started,
         "environment": environment(),
@@ -152,91 +146,15 @@ def _next_file(folder: Path) -> Path:
     return folder / f"{number:03d}.json"
 
 
-def _attack_table(found: dict[str, Any]) -> str:
-    rows = [("attacker", "task", "slow-down", "steps before", "after")]
-    for row in found["attacks"]:
-        rows.append(
-            (
-                ATTACKERS[row["attacker"]].label,
-                row["role"],
-                in_words(Slowdown(row["slowdown"], row["is_lower_bound"])),
-                f"{row['steps_without']:,}",
-                "not there" if row["steps_with"] is None else f"{row['steps_with']:,}",
-            )
-        )
-    lines = [text_table(rows)]
-    for row in found["attacks"]:
-        for outcome in row.get("budgets", ()):
-            lines.append(
-                f"  {ATTACKERS[row['attacker']].label}, {row['role']}, {outcome['steps']} steps: "
-                f"test loss {outcome['loss_with']:.4g}, {outcome['loss_without']:.4g} without"
-            )
-    return "\n".join(lines)
-
-
-def with_attacks(folder: Path, results: dict[str, Any]) -> dict[str, Any]:
-    """Results with what later attacks added; of attacks with the run's own loss and limits.
-
-    Where a run is against several harmful tasks, the least slow-down counts.
-    """
-    merged: dict[str, dict[str, float]] = {r: dict(v) for r, v in results["slowdown"].items()}
-    bounds = {r: dict(v) for r, v in results["slowdown_is_lower_bound"].items()}
-    request = results["request"]
-    for path in sorted((folder / ATTACKS).glob("*.json")):
-        try:
-            found = json.loads(path.read_text(encoding="utf-8"))
-        except ValueError as error:
-            raise ValueError(f"{path} must be JSON, got: {error}; remove it") from error
-        same = all(found[key] == request[key] for key in ("loss", "base_budget", "limit"))
-        if not same:
-            continue
-        added: dict[tuple[str, str], tuple[float, bool]] = {}
-        for row in found["attacks"]:
-            key, value = (row["role"], row["attacker"]), (row["slowdown"], row["is_lower_bound"])
-            added[key] = min(added.get(key, value), value)
-        for (role, name), (ratio, bound) in added.items():
-            merged[role][name], bounds[role][name] = ratio, bound
-    return {**results, "slowdown": merged, "slowdown_is_lower_bound": bounds}
-
-
-def load_points(folders: Sequence[str]) -> list[Point]:
-    """Runs and the points of sweeps, later attacks included."""
-    points = []
-    for folder in folders:
-        results = read_results(folder)
-        if results["kind"] == "kappa-sweep":
-            for name, point in finished(Path(folder)).items():
-                points.append(point_of(f"{Path(folder).name}/{name}", point))
-        else:
-            points.append(point_of(Path(folder).name, with_attacks(Path(folder), results)))
-    return points
-
-
 def compare(folders: Sequence[str], arguments: argparse.Namespace) -> int:
     """Write the comparison and print its table."""
-    from immunize_ext.storage import check_target
-
     check_target(arguments.out, force=arguments.force)
-    require_extra("matplotlib", extra="report", purpose="the plots")
-    points = load_points(folders)
-    comparison = compare_points(points)
-    written = write_comparison(points, arguments.out, force=arguments.force)
-    attackers = measured_attackers(points)
-    key = f"{HEADLINE_BUDGET:g}"
-    rows = [("method", *(attacker_label(name) for name in attackers))]
-    for method in dict.fromkeys(point.method for point in points):
-        cells = []
-        for name in attackers:
-            entry = comparison["equal_primary_slowdown"][name].get(method, {}).get(key)
-            median = None if entry is None else entry["median"]
-            if entry is None or median is None:
-                cells.append("-")
-                continue
-            bound = ">" if entry["lower_bounds"] else ""
-            share = "" if entry["of"] == 1 else f" ({entry['cells']} of {entry['of']})"
-            cells.append(f"{bound}{median:.3g}x{share}")
-        rows.append((method, *cells))
-    print("Slow-down of the harm where the task to keep is no slower than before:\n")
-    print(text_table(rows))
-    print(f"\nreport: {written / 'report.html'}  ({len(points)} runs)")
+    report.check_extras()
+    comparison = compare_points(load_points(folders))
+    with run_directory(arguments.out, force=arguments.force) as folder:
+        report.write(comparison, folder)
+        write_json(folder / "results.json", comparison)
+    print(summary(comparison))
+    runs = count(len(comparison["runs"]), "run")
+    print(f"\nreport: {Path(arguments.out) / 'report.html'}  ({runs})")
     return 0

@@ -164,10 +164,12 @@ def plan_points(
 
 def run(arguments: argparse.Namespace) -> int:
     """Do what is missing of the sweep, and make its summary."""
-    from immunize_ext.probing.comparison import summarise, write_summary
+    from immunize_ext import report
+    from immunize_ext.probing.comparison import summarise
+    from immunize_ext.probing.comparison_report import sweep_summary
     from immunize_ext.probing.run import KIND, check_config, short_results
     from immunize_ext.probing.tmp_config import config_from
-    from immunize_ext.sweep import finished, open_sweep, run_points
+    from immunize_ext.sweep import finished, open_sweep, run_points, write_whole
 
     base = config_from(arguments)
     if base.primary is not None or base.harmful:
@@ -205,26 +207,8 @@ def run(arguments: argparse.Namespace) -> int:
         )
         return INTERRUPTED
     summary = summarise(results)
-    write_summary(folder, summary, results)
-    print(_table(summary))
+    report.write(summary, folder)
+    write_whole(folder / "results.json", summary)
+    print(sweep_summary(summary))
     print(f"\nsummary: {folder / 'results.json'}\nreport: {folder / 'report.html'}")
     return 0
-
-
-def _table(summary: dict[str, Any]) -> str:
-    from immunize_ext.report.tables import text_table
-
-    rows = [("method", "points", "RIR official: mean", "least", "below 1", "share of ceiling")]
-    for name, entry in summary["methods"].items():
-        official = entry["rir"]["official"]
-        rows.append(
-            (
-                name,
-                str(entry["points"]),
-                f"{official['mean']:.4g}",
-                f"{official['min']:.4g}",
-                str(official["below_1"]),
-                f"{entry['share_of_ceiling']['mean']:.3g}",
-            )
-        )
-    return text_table(rows)
