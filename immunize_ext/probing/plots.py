@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
@@ -45,10 +45,15 @@ def curves_of(comparison: AttackComparison, *, accuracy: bool) -> dict[str, Any]
     for side, curve in (("without", comparison.base), ("with", comparison.immunized)):
         spaced = {*log_spaced_steps(curve.steps, _CURVE_POINTS), *quoted, curve.steps}
         steps = sorted(step for step in spaced if step <= curve.steps)
-        found[side] = {"steps": steps, "test_loss": curve.test_loss[steps].tolist()}
+        found[side] = {"steps": steps, "test_loss": _short(curve.test_loss[steps])}
         if accuracy and curve.test_accuracy is not None:
-            found[side]["test_accuracy"] = curve.test_accuracy[steps].tolist()
+            found[side]["test_accuracy"] = _short(curve.test_accuracy[steps])
     return found
+
+
+def _short(values: Tensor) -> list[float]:
+    """Six digits: more than a plot or a sentence shows."""
+    return [float(f"{value:.6g}") for value in values.tolist()]
 
 
 def spectrum_of(before: Tensor, after: Tensor) -> dict[str, list[float]]:
@@ -65,8 +70,8 @@ def spectrum_of(before: Tensor, after: Tensor) -> dict[str, list[float]]:
     chosen = np.unique(spaced.astype(int)).tolist()
     return {
         "places": [place + 1 for place in chosen],
-        "before": before[chosen].tolist(),
-        "after": after[chosen].tolist(),
+        "before": _short(before[chosen]),
+        "after": _short(after[chosen]),
     }
 
 
@@ -203,3 +208,80 @@ def _legend(axes: Axes, location: Literal["best", "lower right"] = "best") -> No
         handlelength=1.8,
         borderaxespad=0.2,
     )
+
+
+# Told apart in print, on a dark page and by most colour-blind readers, with markers beside them.
+_PALETTE = ("#0f766f", "#c2410d", "#5b6ee1", "#b7791f", "#a3439b", "#3c8dbc", "#6b8e23", "#8c6d62")
+
+
+_MARKERS = "osD^vP*X"
+
+
+def frontier(
+    heading: str,
+    lines: Mapping[str, Sequence[Sequence[Any]]],
+    marks: Mapping[str, Sequence[tuple[float, float]]],
+    methods: Sequence[str],
+) -> Draw:
+    """Slow-down of the harm against that of the task to keep, a curve for each method.
+
+    Args:
+        heading: Title of the plot.
+        lines: Curves by method: primary and harmful slow-down.
+        marks: Single runs by method, in the same form.
+        methods: All methods, in the order of their colours.
+    """
+
+    def draw(axes: Axes) -> None:
+        for index, method in enumerate(methods):
+            colour, marker = _PALETTE[index % len(_PALETTE)], _MARKERS[index % len(_MARKERS)]
+            line = [(real(x), real(y)) for x, y in lines.get(method, ())]
+            single = marks.get(method, ())
+            if len(single) > len(line):
+                axes.plot(*zip(*single, strict=True), marker, color=colour, alpha=0.22, ms=4)
+            if line:
+                xs, ys = zip(*line, strict=True)
+                axes.plot(xs, ys, marker=marker, color=colour, markersize=6.5, label=method)
+        axes.set_xscale("log")
+        axes.set_yscale("log")
+        for rule in (axes.axvline, axes.axhline):
+            rule(1.0, color=COLOURS["--muted"], linewidth=1.0, dashes=(1, 2))
+        for axis in (axes.xaxis, axes.yaxis):
+            axis.set_major_formatter(lambda value, _: f"{_tick(value)}×")
+            axis.set_minor_formatter(lambda *_: "")
+        axes.set_xlabel("slow-down of the task to keep (left: faster)")
+        axes.set_ylabel("slow-down of the harm")
+        title(axes, heading)
+        axes.legend(frameon=False, fontsize=9.5, labelcolor=COLOURS["--muted"], loc="best")
+
+    return draw
+
+
+def heat(heading: str, values: Mapping[str, Any], limit: float) -> Draw:
+    """Log RIR by pair of tasks.
+
+    Args:
+        heading: Title of the plot.
+        values: ``rows`` (harmful tasks), ``columns`` (primary tasks) and ``log_rir``.
+        limit: Largest value of the colours.
+    """
+
+    def draw(axes: Axes) -> None:
+        rows, columns = values["rows"], values["columns"]
+        matrix = np.array([[real(value) for value in row] for row in values["log_rir"]])
+        # Diverging around log RIR 0: below it the primary task got relatively worse.
+        axes.imshow(matrix, cmap="PuOr_r", vmin=-limit, vmax=limit, aspect="auto")
+        axes.set_xticks(range(len(columns)), columns, fontsize=9)
+        axes.set_yticks(range(len(rows)), rows, fontsize=9)
+        axes.grid(False)
+        axes.set_xlabel("primary task")
+        axes.set_ylabel("harmful task")
+        for (i, j), value in np.ndenumerate(matrix) if matrix.size <= 144 else ():
+            if not math.isnan(value):
+                # On the map's colours, in any page.
+                colour = "#ffffff" if abs(value) > 0.55 * limit else "#1b1f27"
+                text = axes.text(j, i, f"{value:.1f}", fontsize=8, color=colour)
+                text.set(ha="center", va="center")
+        title(axes, heading)
+
+    return draw

@@ -95,7 +95,7 @@ class Attacked:
         return int(self.facts["budget_with"])
 
     @property
-    def curves(self) -> Mapping[str, Mapping[str, list[float]]] | None:
+    def curves(self) -> Mapping[str, Mapping[str, Any]] | None:
         """Steps, losses and accuracies ``"without"`` and ``"with"``; ``None`` in schema 1."""
         return self.facts.get("curves")
 

@@ -10,6 +10,7 @@ import importlib
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cache
+from html import escape
 from pathlib import Path
 from typing import Any
 
@@ -66,8 +67,8 @@ _makers: dict[str, Maker] = {}
 # Who registers the kinds of this package; imported when the first page of theirs is asked for.
 _REGISTRANTS = {
     "kappa": "immunize_ext.probing.report",
-    "kappa-sweep": "immunize_ext.probing.comparison",
-    "kappa-comparison": "immunize_ext.probing.comparison",
+    "kappa-sweep": "immunize_ext.probing.comparison_report",
+    "kappa-comparison": "immunize_ext.probing.comparison_report",
     "mima": "immunize_ext.text_to_image.report",
     "mima-sweep": "immunize_ext.text_to_image.comparison",
     "demo": "immunize_ext.report.demo",
@@ -139,6 +140,12 @@ def _environment() -> Any:
     return found
 
 
+def _svg(panel: Panel, name: str) -> str:
+    """One plot for a page, with what it shows for those who hear it."""
+    drawn = panel_svg(panel.draw, name, size=panel.size)
+    return drawn.replace("<svg ", f'<svg role="img" aria-label="{escape(panel.label)}" ', 1)
+
+
 def body(page: Page, *, identifier: str = "figure") -> Any:
     """What stands in the document of a page.
 
@@ -156,11 +163,7 @@ def body(page: Page, *, identifier: str = "figure") -> Any:
     figures = {
         group: [
             {
-                "svg": markupsafe.Markup(
-                    panel_svg(panel.draw, f"{identifier}-{group}-{i}", size=panel.size).replace(
-                        "<svg ", f'<svg role="img" aria-label="{markupsafe.escape(panel.label)}" ', 1
-                    )
-                ),
+                "svg": markupsafe.Markup(_svg(panel, f"{identifier}-{group}-{i}")),
                 "caption": panel.caption,
             }
             for i, panel in enumerate(panels)
@@ -172,8 +175,8 @@ def body(page: Page, *, identifier: str = "figure") -> Any:
 
 
 def _document(page: Page) -> str:
-    document: str = _environment().get_template("document.html.j2").render(
-        title=page.title, body=body(page)
+    document: str = (
+        _environment().get_template("document.html.j2").render(title=page.title, body=body(page))
     )
     return document
 

@@ -70,9 +70,7 @@ def share(value: float, trials: int, *, digits: int = 1) -> str:
         ('0.0% (0.0% to 7.4% at 95%, n = 48)', '98.3% (96.4% to 99.4% at 95%, n = 358)')
     """
     low, high = binomial_interval(round(value * trials), trials)
-    return (
-        f"{value:.{digits}%} ({low:.{digits}%} to {high:.{digits}%} at 95%, n = {trials:,})"
-    )
+    return f"{value:.{digits}%} ({low:.{digits}%} to {high:.{digits}%} at 95%, n = {trials:,})"
 
 
 def unchanged(slowdown: Slowdown) -> bool:
