@@ -23,6 +23,7 @@ from torch.nn import functional
 from immunize_ext._extras import require_extra
 from immunize_ext.text_to_image.concepts import Concept
 from immunize_ext.text_to_image.digits.judge import DigitJudge
+from immunize_ext.text_to_image.pipeline_folder import refuse_code
 
 Pairs = Literal["all", "matched"]
 
@@ -41,6 +42,9 @@ _IMAGENET_MEAN: Triple = (0.485, 0.456, 0.406)
 
 
 _IMAGENET_STD: Triple = (0.229, 0.224, 0.225)
+
+
+_SAFELY = {"local_files_only": True, "use_safetensors": True, "trust_remote_code": False}
 
 
 # Bicubic resizing and rounding overshoot the range a little; a wrong range overshoots it a lot.
@@ -132,10 +136,17 @@ def _plain_settings(folder: str | os.PathLike[str]) -> dict[str, Any]:
 
 
 def _local(function: str, folder: str | os.PathLike[str]) -> str:
+    """A folder of weights and settings alone."""
     if not (Path(folder) / "config.json").is_file():
         raise FileNotFoundError(
             f"{function}: path must be a folder with a model (config.json), got "
             f"{os.fspath(folder)}; nothing is downloaded"
+        )
+    refuse_code(function, Path(folder))
+    if not any(Path(folder).glob("*.safetensors")):
+        raise ValueError(
+            f"{function}: path must hold safetensors files, got none in {os.fspath(folder)}; "
+            "pickled weights are not read: save the model with safe_serialization=True"
         )
     return os.fspath(folder)
 
@@ -232,11 +243,12 @@ class ClipSimilarity(_Features):
 
         Raises:
             FileNotFoundError: If there is no model in the folder.
+            ValueError: If it asks for code, or its weights are pickled.
             MissingExtraError: If transformers is not installed.
         """
         folder = _local("ClipSimilarity.from_pretrained", path)
         transformers = require_extra("transformers", extra="diffusion", purpose="CLIP similarity")
-        model = transformers.CLIPModel.from_pretrained(folder, local_files_only=True)
+        model = transformers.CLIPModel.from_pretrained(folder, **_SAFELY)
         tokenizer = transformers.AutoTokenizer.from_pretrained(folder, local_files_only=True)
         return cls(model, tokenizer, **(_plain_settings(folder) | settings))
 
@@ -317,11 +329,12 @@ class DinoSimilarity(_Features):
 
         Raises:
             FileNotFoundError: If there is no model in the folder.
+            ValueError: If it asks for code, or its weights are pickled.
             MissingExtraError: If transformers is not installed.
         """
         folder = _local("DinoSimilarity.from_pretrained", path)
         transformers = require_extra("transformers", extra="diffusion", purpose="DINO similarity")
-        model = transformers.AutoModel.from_pretrained(folder, local_files_only=True)
+        model = transformers.AutoModel.from_pretrained(folder, **_SAFELY)
         return cls(model, **(_plain_settings(folder) | settings))
 
     def _forward(self, pixels: Tensor) -> Tensor:
