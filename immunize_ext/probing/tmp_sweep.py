@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import argparse
 import re
-import sys
 from collections.abc import Sequence
 from dataclasses import replace
+from functools import partial
 from itertools import product
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from immunize_ext._extras import require_extra
@@ -16,9 +17,6 @@ from immunize_ext.runtime import progress_bar
 if TYPE_CHECKING:
     from immunize_ext.probing.tmp_config import KappaConfig
     from immunize_ext.settings import Commands
-
-
-INTERRUPTED = 130
 
 
 def add_parser(kinds: Commands) -> None:
@@ -167,7 +165,7 @@ def run(arguments: argparse.Namespace) -> int:
     from immunize_ext.probing.comparison import summarise, write_summary
     from immunize_ext.probing.run import KIND, check_config, short_results
     from immunize_ext.probing.tmp_config import config_from
-    from immunize_ext.sweep import finished, open_sweep, run_points
+    from immunize_ext.sweep import run_sweep
 
     base = config_from(arguments)
     if base.primary is not None or base.harmful:
@@ -182,28 +180,17 @@ def run(arguments: argparse.Namespace) -> int:
     for config in points.values():
         check_config(config)
     require_extra("matplotlib", extra="report", purpose="the heat maps")
-    plan: dict[str, Any] = {
-        "kind": f"{KIND}-sweep",
-        "points": {name: config.to_dict() for name, config in points.items()},
-    }
-    folder = open_sweep(arguments.out, plan, force=arguments.force)
-    try:
-        with progress_bar(arguments.quiet) as progress:
-            results = run_points(
-                folder,
-                points,
-                short_results,
-                jobs=arguments.jobs,
-                threads_each=arguments.threads,
-                progress=progress,
-            )
-    except KeyboardInterrupt:
-        print(
-            f"immunize: interrupted; {len(finished(folder))} of {len(points)} points are kept in "
-            f"{folder}; the same command goes on from there",
-            file=sys.stderr,
+    folder = Path(arguments.out)
+    with progress_bar(arguments.quiet) as progress:
+        results = run_sweep(
+            folder,
+            f"{KIND}-sweep",
+            {name: partial(short_results, config) for name, config in points.items()},
+            force=arguments.force,
+            processes=arguments.jobs,
+            threads_each=arguments.threads,
+            progress=progress,
         )
-        return INTERRUPTED
     summary = summarise(results)
     write_summary(folder, summary, results)
     print(_table(summary))

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
+import functools
 import itertools
 import tempfile
 from dataclasses import asdict
@@ -11,7 +12,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from immunize_ext.runtime import progress_bar
-from immunize_ext.sweep import open_sweep, run_points
+from immunize_ext.sweep import run_sweep
 
 if TYPE_CHECKING:
     from immunize_ext.settings import Commands
@@ -59,14 +60,14 @@ def run(arguments: argparse.Namespace) -> int:
     points = _points(config, arguments)
     for payload in points.values():
         check_config(_config(payload))
-    plan = {"kind": "mima-sweep", "points": points}
-    folder = open_sweep(arguments.out, plan, force=arguments.force)
+    folder = Path(arguments.out)
     with progress_bar(arguments.quiet) as progress:
-        found = run_points(
+        found = run_sweep(
             folder,
-            points,
-            point,
-            jobs=arguments.jobs,
+            "mima-sweep",
+            {name: functools.partial(point, payload) for name, payload in points.items()},
+            force=arguments.force,
+            processes=arguments.jobs,
             threads_each=arguments.threads,
             progress=progress,
         )
