@@ -22,7 +22,6 @@ whatever file names. Names are found in prompts as :mod:`immunize_ext.text_to_im
 
 from __future__ import annotations
 
-import hashlib
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field
@@ -35,7 +34,7 @@ from torch import Tensor
 from immunize_ext._extras import require_extra
 from immunize_ext.images import SUFFIXES, image_files, read_rgb, same_pictures
 from immunize_ext.settings import parse_yaml
-from immunize_ext.storage import tensor_digest
+from immunize_ext.storage import digest
 from immunize_ext.text_to_image.names import find_names, same_name
 
 # Names stand in file names, tables and plots.
@@ -99,8 +98,8 @@ class Concept:
         for split in ("attack", "immunize"):
             with suppress(ValueError):  # a concept need not have both
                 images.append((split, self.images(split)))
-        said = repr((self.name, self.prompts, self.anchor, self.label, self.aliases))
-        return tensor_digest([(said, torch.zeros(0)), *images])[:16]
+        said = (self.name, self.prompts, self.anchor, self.label, self.aliases)
+        return digest(said, images)[:16]
 
     def images(self, split: str) -> Tensor:
         """Images of a split, shape ``(n, c, h, w)``, float32 in [-1, 1].
@@ -162,11 +161,8 @@ class ConceptSet:
 
     def digest(self) -> str:
         """Of everything in it: two sets that an immunizer can tell apart have different ones."""
-        parts = [
-            (role, *(concept.digest() for concept in found))
-            for role, found in (("concepts", self.concepts), ("retain", self.retain))
-        ]
-        return hashlib.sha256(repr((parts, self.captions)).encode()).hexdigest()[:16]
+        parts = [[concept.digest() for concept in part] for part in (self.concepts, self.retain)]
+        return digest(parts, self.captions)[:16]
 
     def select(self, names: Iterable[str]) -> ConceptSet:
         """The set with only some of its concepts; the others are no longer in it.

@@ -11,7 +11,6 @@ import inspect
 import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from itertools import chain
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
@@ -20,7 +19,7 @@ from torch import Tensor, nn
 from torch.func import functional_call
 
 from immunize_ext._extras import require_extra
-from immunize_ext.storage import new_folder, tensor_digest
+from immunize_ext.storage import digest, new_folder
 from immunize_ext.text_to_image.pipeline_folder import (
     INDEX,
     check_folder,
@@ -187,16 +186,9 @@ class TextToImage:
 
     def digest(self) -> str:
         """Of all that decides what it does: equal for equal models, wherever they came from."""
-        parts = {"unet": self.unet, "vae": self.vae}
-        parts |= {f"text{i}": encoder for i, encoder in enumerate(self.text_encoders)}
-        schedule = {k: v for k, v in sorted(self.scheduler.config.items()) if k[0] != "_"}
-        said = repr((schedule, [sorted(t.get_vocab().items()) for t in self.tokenizers]))
-        tensors = (
-            (f"{part}.{name}", tensor)
-            for part, module in parts.items()
-            for name, tensor in sorted(module.state_dict().items())
-        )
-        return tensor_digest(chain([(said, torch.zeros(0))], tensors))[:16]
+        schedule = {k: v for k, v in self.scheduler.config.items() if k[0] != "_"}
+        words = [tokenizer.get_vocab() for tokenizer in self.tokenizers]
+        return digest(schedule, words, self._modules())[:16]
 
     @property
     def device(self) -> torch.device:
