@@ -1,4 +1,7 @@
-"""What a process is while it works: progress, threads, signals, randomness, time and memory."""
+"""What a process is while it works: progress, threads, signals, randomness, time and memory.
+
+torch is imported on use: what only parses a command line shall not wait for it.
+"""
 
 from __future__ import annotations
 
@@ -11,10 +14,12 @@ from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from types import FrameType
-
-import torch
+from typing import TYPE_CHECKING
 
 from immunize_ext.seams import Progress
+
+if TYPE_CHECKING:
+    import torch
 
 # Linux: writing 5 resets the peak resident size of the process, which then stands in `VmHWM`.
 _RESET, _STATUS = Path("/proc/self/clear_refs"), Path("/proc/self/status")
@@ -63,6 +68,8 @@ class Meter:
     @contextmanager
     def measure(self) -> Iterator[None]:
         """Measure what the block does."""
+        import torch
+
         cuda = self._device.type == "cuda"
         if cuda:
             torch.cuda.synchronize(self._device)
@@ -89,6 +96,8 @@ def own_randomness(device: torch.device, seed: int) -> Iterator[None]:
     Some code of others draws from them (layers that initialise themselves, autoencoders that
     sample); what stands around the block shall not notice.
     """
+    import torch
+
     devices = [device] if device.type == "cuda" else []
     with torch.random.fork_rng(devices=devices):
         torch.manual_seed(seed)
@@ -161,6 +170,8 @@ def threads(count: int) -> Iterator[None]:
     Raises:
         ValueError: If ``count`` is no number of threads that a machine can be asked for.
     """
+    import torch
+
     check_count("threads", count)
     before = torch.get_num_threads()
     torch.set_num_threads(count)

@@ -8,11 +8,17 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from immunize_ext.report.tables import text_table
+from immunize_ext import report
 from immunize_ext.runtime import progress_bar
-from immunize_ext.storage import check_target, environment, read_results
+from immunize_ext.storage import (
+    check_target,
+    environment,
+    read_results,
+    run_directory,
+    write_json,
+)
 from immunize_ext.sweep import write_whole
-from immunize_ext.text_to_image.attack_runs import SIDES
+from immunize_ext.text_to_image.comparison import comparison_of, rows_of, summary
 from immunize_ext.text_to_image.tmp_config import TextToImageConfig, checked
 
 ATTACKS = "attacks"
@@ -24,7 +30,7 @@ def attack(run_folder: str, results: dict[str, Any], arguments: argparse.Namespa
     from immunize_ext.text_to_image.attacks import ATTACKS as KNOWN
     from immunize_ext.text_to_image.evaluation import evaluate_text_to_image
     from immunize_ext.text_to_image.immunizers import ImmunizedPipeline
-    from immunize_ext.text_to_image.report import label
+    from immunize_ext.text_to_image.report import attack_summary
 
     folder = Path(run_folder)
     if results["kind"] != "mima":
@@ -80,44 +86,26 @@ def attack(run_folder: str, results: dict[str, Any], arguments: argparse.Namespa
     file = folder / ATTACKS / f"{'+'.join(names)}-{config.attack_steps}.json"
     if len(names) == len(KNOWN):
         file = folder / ATTACKS / f"all-{config.attack_steps}.json"
-    write_whole(
-        file,
-        {
-            "kind": "mima-attack",
-            "config": config.to_dict(),
-            "evaluation": evaluation.to_dict(),
-            "environment": environment(),
-        },
-    )
-    rows = [["attack", "without", "immunized", "delay"]]
-    for name in names:
-        before, after = (
-            " ".join(f"{s.mean:.2f}" for s in evaluation.target_scores(side, name))
-            for side in SIDES
-        )
-        rows.append([label(name), before, after, str(evaluation.delay(name))])
-    print(text_table(rows))
-    strongest = evaluation.strongest()
-    words = label(strongest)
-    print(f"\nstrongest: {words}. {evaluation.delay(strongest).sentence(words)}")
+    record = {
+        "kind": "mima-attack",
+        "config": config.to_dict(),
+        "evaluation": evaluation.to_dict(),
+        "environment": environment(),
+    }
+    write_whole(file, record)
+    print(attack_summary(record))
     print(f"\nresults: {file}")
     return 0
 
 
 def compare(folders: Sequence[str], arguments: argparse.Namespace) -> int:
     """Write one report of several runs or sweeps."""
-    from immunize_ext.text_to_image.report import rows_of, write_comparison
-
     check_target(arguments.out, force=arguments.force)
-    rows = [row for folder in folders for row in rows_of(Path(folder), read_results(folder))]
-    written = write_comparison(rows, arguments.out, force=arguments.force)
-    table = [["run", "method", "concepts", "MSGR", "kept", "control"]]
-    for row in rows:
-        cells = [row.msgr, row.retained_change, row.control]
-        table.append(
-            [row.name, row.method, str(row.concepts)]
-            + ["-" if value is None else f"{value:.2f}" for value in cells]
-        )
-    print(text_table(table))
-    print(f"\nreport: {written / 'report.html'}")
+    rows = [row for folder in folders for row in rows_of(Path(folder).name, read_results(folder))]
+    comparison = comparison_of(rows)
+    with run_directory(arguments.out, force=arguments.force) as writing:
+        report.write(comparison, writing)
+        write_json(writing / "results.json", comparison)
+    print(summary(comparison))
+    print(f"\nreport: {Path(arguments.out) / 'report.html'}")
     return 0

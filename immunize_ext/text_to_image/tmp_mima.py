@@ -54,6 +54,7 @@ def execute(config: TextToImageConfig, arguments: argparse.Namespace) -> int:
     from immunize_ext.storage import check_target
     from immunize_ext.text_to_image import run as runs
     from immunize_ext.text_to_image import tmp_results as outcome
+    from immunize_ext.text_to_image.report import summary
     from immunize_ext.text_to_image.tmp_config import DIGITS
     from immunize_ext.text_to_image.tmp_task import check_config
 
@@ -73,7 +74,6 @@ def execute(config: TextToImageConfig, arguments: argparse.Namespace) -> int:
         progress("writing the report", 1.0)
         written = outcome.write(found, arguments.out, force=arguments.force)
     runs.forget_work(work)
-    print(outcome.summary(outcome.results_of(found), found.evaluation))
-    name = "report.html" if found.evaluation is not None else "results.json"
-    print(f"\nreport: {written / name}  ({found.seconds['total']:.0f} s)")
+    print(summary(outcome.results_of(found)))
+    print(f"\nreport: {written / 'report.html'}  ({found.seconds['total']:.0f} s)")
     return 0

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -16,6 +15,7 @@ def results_of(run: TextToImageRun) -> dict[str, Any]:
     """What ``results.json`` holds."""
     from immunize_ext.storage import environment
     from immunize_ext.text_to_image.attack_runs import SIDES
+    from immunize_ext.text_to_image.plots import grid_entries
 
     evaluation = run.evaluation
     mima: dict[str, Any] = {
@@ -53,12 +53,14 @@ def results_of(run: TextToImageRun) -> dict[str, Any]:
                 for attack in evaluation.attacks
             },
         }
+        mima["grids"] = grid_entries(evaluation)
     mima["methods"] = [
         method_row(name, found)
         for name, found in ((run.config.method, evaluation), (BASELINE, run.baseline))
         if found is not None
     ]
     return {
+        "schema": 2,
         "kind": "mima",
         "method": run.config.method,
         "mima": mima,
@@ -98,50 +100,12 @@ def write(run: TextToImageRun, target: str | Path, *, force: bool = False) -> Pa
     Raises:
         FileExistsError: If the target exists and ``force`` is not given, or is no run directory.
     """
+    from immunize_ext import report
     from immunize_ext.storage import run_directory, write_json
-    from immunize_ext.text_to_image.plots import draw_curves_png
-    from immunize_ext.text_to_image.report import ATTACK_LABELS, page
 
     results = results_of(run)
     with run_directory(target, force=force) as folder:
         run.immunized.save(folder / "pipeline")
-        if run.evaluation is not None:
-            (folder / "curves.png").write_bytes(draw_curves_png(run.evaluation, ATTACK_LABELS))
-            text = page(run.evaluation, results, methods=results["mima"]["methods"])
-            (folder / "report.html").write_text(text, encoding="utf-8")
+        report.write(results, folder)
         write_json(folder / "results.json", results)
     return Path(target)
-
-
-def summary(results: Mapping[str, Any], evaluation: TextToImageEvaluation | None) -> str:
-    """What a newcomer needs to see, in plain text."""
-    from immunize_ext.report.tables import text_table
-    from immunize_ext.text_to_image.attack_runs import SIDES
-    from immunize_ext.text_to_image.report import headline, label
-
-    mima = results["mima"]
-    lines = [mima["projections"], ""]
-    if evaluation is None:
-        lines.append(
-            "Immunized; no attack was judged. Give --clip or --dino the folder of a model to "
-            "measure likeness with."
-        )
-        return "\n".join(lines)
-    lines += [headline(evaluation), ""]
-    rows = [["attack", "without", "immunized", "delay"]]
-    for attack in evaluation.attacks:
-        before, after = (
-            " ".join(f"{s.mean:.2f}" for s in evaluation.target_scores(side, attack))
-            for side in SIDES
-        )
-        rows.append([label(attack), before, after, str(evaluation.delay(attack))])
-    lines += [text_table(rows), ""]
-    lines.append(evaluation.delay().sentence(label(evaluation.attacks[0])))
-    if mima["retained_after"] is not None:
-        lines.append(
-            f"What it shall still draw: {mima['retained_before']:.2f} before, "
-            f"{mima['retained_after']:.2f} after."
-        )
-    if mima["control_sgr"] is not None:
-        lines.append(f"Control, erased but not immunized: gap {mima['control_sgr']:.2f}.")
-    return "\n".join(lines)

@@ -48,8 +48,9 @@ def add_parser(kinds: Commands) -> None:
 
 def run(arguments: argparse.Namespace) -> int:
     """Do what is missing, and compare the points."""
-    from immunize_ext.report.tables import text_table
-    from immunize_ext.text_to_image.report import Row, write_comparison
+    from immunize_ext import report
+    from immunize_ext.storage import run_directory, write_json
+    from immunize_ext.text_to_image.comparison import Row, comparison_of, summary
     from immunize_ext.text_to_image.tmp_config import config_from
     from immunize_ext.text_to_image.tmp_task import check_config
 
@@ -72,19 +73,13 @@ def run(arguments: argparse.Namespace) -> int:
             progress=progress,
         )
     rows = [Row(**result) for result in found.values()]
+    comparison = comparison_of(rows)
     # Points stay where they are, so that the sweep can be widened.
-    written = write_comparison(rows, folder / "report", force=True)
-    header = ["point", "concepts", "MSGR", "kept", "control"]
-    cells = [
-        [row.name, str(row.concepts)]
-        + [
-            "-" if value is None else f"{value:.2f}"
-            for value in (row.msgr, row.retained_change, row.control)
-        ]
-        for row in rows
-    ]
-    print(text_table([header, *cells]))
-    print(f"\nreport: {written / 'report.html'}")
+    with run_directory(folder / "report", force=True) as writing:
+        report.write(comparison, writing)
+        write_json(writing / "results.json", comparison)
+    print(summary(comparison))
+    print(f"\nreport: {folder / 'report' / 'report.html'}")
     return 0
 
 
@@ -127,7 +122,7 @@ def _config(payload: dict[str, Any]) -> Any:
 
 def point(payload: dict[str, Any]) -> dict[str, Any]:
     """Do one point."""
-    from immunize_ext.text_to_image.report import row_of
+    from immunize_ext.text_to_image.comparison import row_of
     from immunize_ext.text_to_image.run import run_text_to_image
     from immunize_ext.text_to_image.tmp_results import results_of
 

@@ -13,7 +13,7 @@ from immunize_ext.probing.data.gram_equivalent import gram_equivalent, gram_rows
 from immunize_ext.probing.data.house_prices import house_prices_task
 from immunize_ext.probing.data.image_folder import ImageFolder, folder_features, image_folder_task
 from immunize_ext.probing.data.mnist import load_mnist, mnist_task, read_idx
-from immunize_ext.probing.data.problem import Problem, load_problem
+from immunize_ext.probing.data.problem import Problem, check_names, load_problem
 from immunize_ext.probing.data.samples import Samples
 from immunize_ext.probing.data.task import Task
 
@@ -22,6 +22,7 @@ __all__ = [
     "Problem",
     "Samples",
     "Task",
+    "check_names",
     "digits_task",
     "features_task",
     "fetch_house_prices",

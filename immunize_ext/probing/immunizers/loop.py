@@ -370,7 +370,7 @@ class IterativeImmunizer(LinearImmunizer):
         every = max(1, total // _PARTS)
         for step in range(first, total + 1):
             advance(step)
-            if (step + 1) % every == 0:
+            if (step + 1) % every == 0 or step == total:
                 if progress is not None:
                     progress(f"{self.label}, step {step} of {total}", step / total)
                 if step < total:

@@ -4,9 +4,9 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
+from immunize_ext.probing.attacks.compress import compressed, gram_rows
 
 from immunize_ext.probing.attacks import attack, compare_attack
-from immunize_ext.probing.attacks.compress import compressed, gram_rows
 from immunize_ext.probing.data import Task
 
 
