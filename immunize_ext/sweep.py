@@ -82,7 +82,8 @@ def run_jobs(
     """Do the jobs whose files are missing, or were made of something else.
 
     Args:
-        jobs: What to do, by a name that is fit for a file; pickled for other processes.
+        jobs: What to do, by a name that is fit for a file; pickled for other processes. A job
+            with an attribute ``made_of`` says itself what it was made of.
         folder: Where the files are; it is made.
         executor: Where the jobs run: any executor of ``concurrent.futures``, such as the one that
             ``distributed.Client.get_executor`` gives. It is not shut down.
@@ -139,6 +140,9 @@ def run_jobs(
 
 
 def _digest_of(job: Job) -> str:
+    own = getattr(job, "made_of", None)
+    if isinstance(own, str):
+        return own
     if isinstance(job, functools.partial):
         inner: Any = job.func
         return digest(f"{inner.__module__}.{inner.__qualname__}", job.args, job.keywords)
