@@ -229,9 +229,11 @@ def typed(cls: type, values: Mapping[str, Any], where: str) -> dict[str, Any]:
     for name, value in values.items():
         if name not in known:
             raise ValueError(f"{where}: {name} is no setting; {suggestion(name, known)}")
-        table = next((k for k in _options(known[name].type) if dataclasses.is_dataclass(k)), None)
-        if table is not None and isinstance(value, Mapping):
-            found[name] = build(table, value, f"{where}: {name}")
+        tables: list[Any] = list(filter(dataclasses.is_dataclass, options_of(known[name].type)))
+        if tables and isinstance(value, str):
+            value = parse_yaml(value)
+        if tables and isinstance(value, Mapping):
+            found[name] = build(tables[0], value, f"{where}: {name}")
             continue
         try:
             found[name] = _convert(value, known[name].type)
