@@ -24,6 +24,7 @@ import torch
 from torch import Tensor
 
 from immunize_ext.seams import AttackCurve, Progress
+from immunize_ext.settings import plain
 from immunize_ext.storage import digest
 from immunize_ext.sweep import run_jobs
 from immunize_ext.text_to_image.attacks import Adaptation, ConceptScores, TextToImageAttack
@@ -122,9 +123,8 @@ class Budget:
 
 def _attack_settings(attack: TextToImageAttack) -> dict[str, Any]:
     kind = f"{type(attack).__module__}.{type(attack).__qualname__}"
-    if is_dataclass(attack) and not isinstance(attack, type):
-        return {"kind": kind, **asdict(attack)}
-    return {"kind": kind, "settings": repr(attack)}
+    settings: Any = attack
+    return {"kind": kind, "settings": plain(settings) if is_dataclass(settings) else repr(settings)}
 
 
 def made_of(job: Job, model: str, budget: Budget) -> str:

@@ -267,7 +267,9 @@ class _Reader:
         source = None
         if folders is not None or images:
             source = self.source(folders, f"{key}.images", required=images)
-        aliases = tuple(self.texts(table["aliases"], f"{key}.aliases")) if "aliases" in table else ()
+        aliases = (
+            tuple(self.texts(table["aliases"], f"{key}.aliases")) if "aliases" in table else ()
+        )
         spoken = name.replace("_", " ")
         texts = tuple(text.replace("{}", spoken) for text in prompts)
         return Concept(name, texts, anchor, label, source, aliases)

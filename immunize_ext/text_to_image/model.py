@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from torch.func import functional_call
 
 from immunize_ext._extras import require_extra
-from immunize_ext.storage import digest, new_folder
+from immunize_ext.storage import check_sealed, digest, new_folder, seal_folder
 from immunize_ext.text_to_image.pipeline_folder import (
     INDEX,
     check_folder,
@@ -114,7 +114,8 @@ class TextToImage:
         Raises:
             FileNotFoundError: If there is no such folder, or it holds no pipeline.
             ValueError: If it holds code, classes that diffusers and transformers do not have,
-                pickled weights, or another kind of pipeline.
+                pickled weights, another kind of pipeline, or a file that was damaged since
+                :meth:`save` wrote it.
         """
         diffusers = require_extra("diffusers", extra="diffusion", purpose="text-to-image models")
         function, folder = "TextToImage.from_pretrained", Path(path)
@@ -123,6 +124,7 @@ class TextToImage:
                 f"{function}: {path} must be a folder with model_index.json; "
                 "give the folder that DiffusionPipeline.save_pretrained wrote"
             )
+        check_sealed(folder, function=function)
         check_folder(function, folder)
         variant = weights_variant(function, folder, variant)
         options: dict[str, Any] = {"torch_dtype": dtype or saved_dtype(folder, variant)}
@@ -183,6 +185,7 @@ class TextToImage:
                 (writing / name).write_text(text, encoding="utf-8")
             for file in writing.rglob("*.safetensors"):
                 file.chmod(0o644)  # some versions of safetensors make them private
+            seal_folder(writing)
 
     def digest(self) -> str:
         """Of all that decides what it does: equal for equal models, wherever they came from."""

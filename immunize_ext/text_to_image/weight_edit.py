@@ -10,7 +10,6 @@ from weakref import WeakKeyDictionary, ref
 import torch
 from torch import Tensor, nn
 
-
 # Edits that are in a model, in the order they were made. An edit that is undone beneath a later one
 # hands it what it had saved. Weak both ways: an edit that nobody holds cannot be undone any more.
 _active: WeakKeyDictionary[nn.Module, list[ref[WeightEdit]]] = WeakKeyDictionary()
@@ -167,9 +166,7 @@ def _refuse_overlap(chosen: Mapping[str, Tensor]) -> None:
             )
 
 
-def _copies(
-    weights: Mapping[str, Tensor], chosen: Mapping[str, Tensor]
-) -> dict[str, Tensor]:
+def _copies(weights: Mapping[str, Tensor], chosen: Mapping[str, Tensor]) -> dict[str, Tensor]:
     """Copies of the values that live in memory which the edit writes to."""
     homes = {p.untyped_storage().data_ptr() for p in chosen.values() if p.numel()}
     return {

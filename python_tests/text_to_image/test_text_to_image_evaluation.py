@@ -19,9 +19,9 @@ pytest.importorskip("safetensors")
 
 from attack_pipelines import RandomImages, brightness, concept, tiny_pipeline
 
+from immunize_ext.seams import AttackCurve
 from immunize_ext.storage import to_json
 from immunize_ext.text_to_image import attack_runs
-from immunize_ext.seams import AttackCurve
 from immunize_ext.text_to_image.attacks import FineTuningAttack, LoRAAttack
 from immunize_ext.text_to_image.concepts import ConceptSet
 from immunize_ext.text_to_image.evaluation import (

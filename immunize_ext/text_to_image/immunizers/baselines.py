@@ -112,11 +112,9 @@ class MergeOnly(DiffusionIMMA):
                     progress(f"{self.method}, {name}: {text}", (index + share) / count)
 
             folder = None if resume is None else Path(resume) / f"concept-{index}"
-            parts.append(
-                single.fit(model, problem.select([name]), progress=shown, resume=folder)
-            )
-        tables = [
-            dict(scope_parameters(part.model.unet, self.scope, function=self.method))
+            parts.append(single.fit(model, problem.select([name]), progress=shown, resume=folder))
+        tables: list[Parameters] = [
+            {**scope_parameters(part.model.unet, self.scope, function=self.method)}
             for part in parts
         ]
         with torch.no_grad():

@@ -113,7 +113,9 @@ class Erasure:
         for name, least in (("ridge", 0.0), ("erase_scale", 0.0), ("preserve_scale", 0.0)):
             value = getattr(self, name)
             if not (math.isfinite(value) and value >= least):
-                raise ValueError(f"{self.method}: {name} must be finite and at least 0, got {value}")
+                raise ValueError(
+                    f"{self.method}: {name} must be finite and at least 0, got {value}"
+                )
 
     def fit(
         self,

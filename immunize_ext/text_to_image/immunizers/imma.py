@@ -8,8 +8,8 @@ from typing import ClassVar
 import torch
 
 from immunize_ext.text_to_image.concepts import ConceptSet
-from immunize_ext.text_to_image.immunizers.bilevel import BilevelImmunizer, denoising_loss
 from immunize_ext.text_to_image.immunizers.batches import join
+from immunize_ext.text_to_image.immunizers.bilevel import BilevelImmunizer, denoising_loss
 from immunize_ext.text_to_image.immunizers.loop import Run
 from immunize_ext.text_to_image.immunizers.parameters import Parameters, gradient
 

@@ -220,9 +220,7 @@ def test_a_loss_that_is_not_finite_stops_the_run_and_loses_nothing(
     assert not equal(caught.value.immunized.model, base)
     if out:
         straight = LossAscent(**settings, probe_every=1).fit(model(), concepts())
-        resumed = LossAscent(**settings, probe_every=1).fit(
-            model(), concepts(), resume=folder
-        )
+        resumed = LossAscent(**settings, probe_every=1).fit(model(), concepts(), resume=folder)
         assert equal(straight.model, resumed.model)
 
 
