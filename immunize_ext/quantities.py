@@ -104,6 +104,44 @@ class Slowdown(NamedTuple):
         return f"{self.ratio:.{digits}f}x"
 
 
+def binomial_interval(
+    successes: int, trials: int, *, confidence: float = 0.95
+) -> tuple[float, float]:
+    """Clopper-Pearson interval of a share of independent trials: it never covers too little.
+
+    Args:
+        successes: How many went well.
+        trials: Of how many.
+        confidence: Probability, at least, with which such intervals hold the true share.
+
+    Returns:
+        Its ends; 0 and 1 without a trial.
+
+    Raises:
+        ValueError: If the numbers are out of range.
+
+    Source:
+        Clopper and Pearson, Biometrika 26, 1934.
+
+    Example:
+        >>> low, high = binomial_interval(0, 48)
+        >>> low, round(high, 3)
+        (0.0, 0.074)
+    """
+    if not 0 <= successes <= trials or not 0.0 < confidence < 1.0:
+        raise ValueError(
+            "binomial_interval: successes must be 0 to trials and confidence between 0 and 1, got "
+            f"{successes} of {trials} and {confidence}"
+        )
+    from scipy.special import betaincinv
+
+    tail = (1.0 - confidence) / 2.0
+    failures = trials - successes
+    low = betaincinv(successes, failures + 1, tail) if successes else 0.0
+    high = betaincinv(successes + 1, failures, 1.0 - tail) if failures else 1.0
+    return float(low), float(high)
+
+
 def steps_to_threshold(losses: Tensor, threshold: float) -> int | None:
     """First step at which a loss is at most a threshold.
 

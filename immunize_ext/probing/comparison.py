@@ -1,33 +1,28 @@
 """Finished condition-number runs as points: slow-down of the harm against that of the primary task.
 
-Two methods are compared at equal cost: only runs whose primary slow-down, for the same attacker,
-is within a budget count, and of those the one that slows the harm most. No run is interpolated.
+Two methods are compared at equal cost: only runs whose primary slow-down is within a budget count,
+and of those the one that slows the harm most. No run is interpolated. A number that rests on an
+attack that was cut off says so wherever it goes: it is a lower bound.
 """
 
 from __future__ import annotations
 
+import json
 import math
 import statistics
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from functools import partial
-from html import escape
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 
 from immunize_ext._version import __version__
-from immunize_ext.probing.attacks import ATTACKERS
-from immunize_ext.probing.report import number, table
-from immunize_ext.report.page import document
-from immunize_ext.report.plots import COLOURS, panel_svg, panels_png
-from immunize_ext.report.plots import title as panel_title
-from immunize_ext.storage import run_directory, write_json
-
-if TYPE_CHECKING:
-    from matplotlib.axes import Axes
-
+from immunize_ext.probing.results import ROLES, AttackerInfo, attackers_of
+from immunize_ext.quantities import Slowdown
+from immunize_ext.report.words import real, slowed
+from immunize_ext.storage import read_results
+from immunize_ext.sweep import finished
 
 # Primary slow-downs at which methods are compared; 1: the owner pays nothing.
 BUDGETS = (0.5, 1.0, 2.0)
@@ -36,8 +31,12 @@ BUDGETS = (0.5, 1.0, 2.0)
 HEADLINE_BUDGET = 1.0
 
 
-# The attacker who may choose: least slow-down of the harm, largest of the primary task.
-WORST = "worst"
+# Who may choose: the attacker among all that were tried, or among those who train step by step. The
+# owner chooses too, among the latter: so one attacker more never makes a run too expensive.
+WORST, WORST_STEPWISE = "worst", "worst_stepwise"
+
+
+POLICIES = ("official", "ridge", "rank_aware")
 
 
 @dataclass(frozen=True)
@@ -50,9 +49,8 @@ class Point:
         knob: Name and value of the method's knob; ``None`` without one.
         tasks: What it is about: the same for runs that may be compared.
         seed: Its seed.
-        harmful: Slow-down of the harmful task by attacker.
-        primary: Slow-down of the primary task by attacker.
-        bounded: Attackers whose harmful slow-down is a lower bound.
+        slowdown: Slow-downs by role and attacker.
+        attackers: Who was tried.
         rir: RIR by rank policy.
         share_of_ceiling: Its share of the ceiling.
         seconds: What immunizing took.
@@ -63,38 +61,92 @@ class Point:
     knob: tuple[str, float | str] | None
     tasks: str
     seed: int
-    harmful: dict[str, float]
-    primary: dict[str, float]
-    bounded: frozenset[str]
+    slowdown: dict[str, dict[str, Slowdown]]
+    attackers: dict[str, AttackerInfo]
     rir: dict[str, float]
     share_of_ceiling: float
     seconds: float
 
-    def is_lower_bound(self, attacker: str) -> bool:
-        """Whether the attack on the harmful task was cut off by its budget."""
-        if attacker != WORST:
-            return attacker in self.bounded
-        names = [n for n in self.harmful if n in self.primary and ATTACKERS[n].sees_theta]
-        least = min(names, key=lambda name: self.harmful[name])
-        return least in self.bounded
+    @property
+    def complete(self) -> list[str]:
+        """Attackers that were tried on both tasks."""
+        return [n for n in self.attackers if all(n in self.slowdown[role] for role in ROLES)]
 
-    def slowdowns(self, attacker: str) -> tuple[float, float] | None:
-        """Slow-down of the primary and of the harmful task; ``None`` if not measured."""
-        if attacker == WORST:
-            names = [n for n in self.harmful if n in self.primary and ATTACKERS[n].sees_theta]
-            if not names:
-                return None
-            return max(self.primary[n] for n in names), min(self.harmful[n] for n in names)
-        if attacker not in self.harmful or attacker not in self.primary:
+    def pair(
+        self, attacker: str, among: Sequence[str] | None = None
+    ) -> tuple[Slowdown, Slowdown] | None:
+        """Slow-down of the primary and of the harmful task; ``None`` if not measured.
+
+        Args:
+            attacker: A name, :data:`WORST` or :data:`WORST_STEPWISE`.
+            among: Who may be chosen; all who were tried on both tasks when omitted.
+        """
+        if attacker not in (WORST, WORST_STEPWISE):
+            found = [self.slowdown[role].get(attacker) for role in ("primary", "harmful")]
+            primary, harmful = found
+            return None if primary is None or harmful is None else (primary, harmful)
+        names = [n for n in self.complete if among is None or n in among]
+        stepwise = [n for n in names if self.attackers[n].sees_theta]
+        chosen = stepwise if attacker == WORST_STEPWISE else names
+        if not chosen:
             return None
-        return self.primary[attacker], self.harmful[attacker]
+        cost = min(self.slowdown["primary"][n] for n in stepwise or names)
+        return cost, min(self.slowdown["harmful"][n] for n in chosen)
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain values, under the names of ``results.json`` of a comparison."""
+        knob = self.knob
+        return {
+            "name": self.name,
+            "method": self.method,
+            "knob": None if knob is None else dict(zip(("name", "value"), knob, strict=True)),
+            "tasks": self.tasks,
+            "seed": self.seed,
+            "attackers": {n: vars(info) for n, info in self.attackers.items()},
+            "slowdown": {
+                role: {n: s.ratio for n, s in found.items()}
+                for role, found in self.slowdown.items()
+            },
+            "slowdown_is_lower_bound": {
+                role: {n: s.censored for n, s in found.items()}
+                for role, found in self.slowdown.items()
+            },
+            "rir": self.rir,
+            "share_of_ceiling": self.share_of_ceiling,
+            "seconds": self.seconds,
+        }
+
+    @classmethod
+    def from_dict(cls, values: Mapping[str, Any]) -> Point:
+        """Take back what :meth:`to_dict` gave; schema 1 did not keep which are lower bounds."""
+        knob = values["knob"]
+        return cls(
+            values["name"],
+            values["method"],
+            None if knob is None else (knob["name"], knob["value"]),
+            values["tasks"],
+            int(values["seed"]),
+            _slowdowns(values, values.get("slowdown_is_lower_bound", {})),
+            attackers_of(values),
+            {policy: real(value) for policy, value in values["rir"].items()},
+            real(values["share_of_ceiling"]),
+            real(values["seconds"]),
+        )
 
 
-def _number(value: Any) -> float:
-    return math.nan if value is None else float(value)  # strict JSON writes "inf", and NaN as null
+def _slowdowns(
+    values: Mapping[str, Any], bounds: Mapping[str, Any]
+) -> dict[str, dict[str, Slowdown]]:
+    return {
+        role: {
+            name: Slowdown(real(ratio), bool(bounds.get(role, {}).get(name, False)))
+            for name, ratio in values["slowdown"][role].items()
+        }
+        for role in ROLES
+    }
 
 
-def point_of(name: str, results: dict[str, Any]) -> Point:
+def point_of(name: str, results: Mapping[str, Any]) -> Point:
     """Take a point out of ``results.json`` of a run, or of a point of a sweep.
 
     Args:
@@ -109,7 +161,6 @@ def point_of(name: str, results: dict[str, Any]) -> Point:
     """
     try:
         request, knob = results["request"], results["knob"]
-        bounds = results["slowdown_is_lower_bound"]["harmful"]
         tasks = [f"{role}: {results['tasks'][role]['name']}" for role in ("primary", "harmful")]
         keys = ("data", "size", "max_train", "loss", "ridge", "base_budget", "limit")
         return Point(
@@ -119,12 +170,11 @@ def point_of(name: str, results: dict[str, Any]) -> Point:
             # Runs under other conditions are other tasks.
             tasks="; ".join([*tasks, *(f"{k} {request[k]}" for k in keys)]),
             seed=int(request["seed"]),
-            harmful={n: _number(v) for n, v in results["slowdown"]["harmful"].items()},
-            primary={n: _number(v) for n, v in results["slowdown"]["primary"].items()},
-            bounded=frozenset(n for n, bound in bounds.items() if bound),
-            rir={policy: _number(value) for policy, value in results["rir"].items()},
-            share_of_ceiling=_number(results["share_of_ceiling"]),
-            seconds=_number(results["seconds"]["immunize"]),
+            slowdown=_slowdowns(results, results["slowdown_is_lower_bound"]),
+            attackers=attackers_of(results),
+            rir={policy: real(value) for policy, value in results["rir"].items()},
+            share_of_ceiling=real(results["share_of_ceiling"]),
+            seconds=real(results["seconds"]["immunize"]),
         )
     except (KeyError, TypeError, ValueError) as error:
         raise ValueError(
@@ -132,68 +182,176 @@ def point_of(name: str, results: dict[str, Any]) -> Point:
         ) from None
 
 
+def with_attacks(folder: Path, results: dict[str, Any]) -> dict[str, Any]:
+    """Results with what later attacks added; of attacks with the run's own loss and limits.
+
+    Where a run is against several harmful tasks, the least slow-down counts.
+
+    Raises:
+        ValueError: If a file of attacks is damaged.
+    """
+    merged = {r: dict(v) for r, v in results["slowdown"].items()}
+    bounds = {r: dict(v) for r, v in results["slowdown_is_lower_bound"].items()}
+    attackers = dict(results.get("attackers", {}))
+    for path in sorted((folder / "attacks").glob("*.json")):
+        try:
+            found = json.loads(path.read_text(encoding="utf-8"))
+        except ValueError as error:
+            raise ValueError(f"{path} must be JSON, got: {error}; remove it") from error
+        request = results["request"]
+        if any(found[key] != request[key] for key in ("loss", "base_budget", "limit")):
+            continue
+        attackers = {**found.get("attackers", {}), **attackers}
+        added: dict[tuple[str, str], tuple[float, bool]] = {}
+        for row in found["attacks"]:
+            key = row["role"], row["attacker"]
+            value = real(row["slowdown"]), bool(row["is_lower_bound"])
+            added[key] = min(added.get(key, value), value)
+        for (role, name), (ratio, bound) in added.items():
+            merged[role][name], bounds[role][name] = ratio, bound
+    changed = {"slowdown": merged, "slowdown_is_lower_bound": bounds, "attackers": attackers}
+    return {**results, **changed}
+
+
+def load_points(folders: Sequence[str | Path]) -> list[Point]:
+    """Runs and the points of sweeps, later attacks included.
+
+    Args:
+        folders: Run and sweep directories.
+
+    Raises:
+        FileNotFoundError: If one holds no results.
+        ValueError: If one holds something else.
+    """
+    points = []
+    for folder in map(Path, folders):
+        results = read_results(folder)
+        if results["kind"] == "kappa-sweep":
+            for name, point in finished(folder).items():
+                points.append(point_of(f"{folder.name}/{name}", point))
+        else:
+            points.append(point_of(folder.name, with_attacks(folder, results)))
+    return points
+
+
+# --- numbers over several runs, lower bounds among them ------------------------------------------
+
+
+def bounded_quantile(values: Sequence[Slowdown], share: float) -> Slowdown:
+    """Quantile of slow-downs of which some are lower bounds.
+
+    Args:
+        values: At least one.
+        share: From 0, the least, to 1, the largest; between two values it is interpolated.
+
+    Returns:
+        The quantile. It is a lower bound if a cut-off attack stands at or below it: with more steps
+        it might have moved beyond.
+
+    Example:
+        >>> values = [Slowdown(1.0, False), Slowdown(2.0, False), Slowdown(64.0, True)]
+        >>> bounded_quantile(values, 0.5), bounded_quantile(values, 1.0)
+        (Slowdown(ratio=2.0, censored=False), Slowdown(ratio=64.0, censored=True))
+    """
+    ordered = sorted(values)
+    place = share * (len(ordered) - 1)
+    low, high = ordered[math.floor(place)], ordered[math.ceil(place)]
+    part = place - math.floor(place)
+    ratio = low.ratio if part == 0.0 else low.ratio + part * (high.ratio - low.ratio)
+    return Slowdown(ratio, any(value.censored for value in ordered[: math.ceil(place) + 1]))
+
+
+def _slowdown_spread(values: Sequence[Slowdown]) -> dict[str, Any]:
+    """Mean, extremes and quartiles, and which of them are lower bounds."""
+    quartiles = [bounded_quantile(values, share) for share in (0.25, 0.5, 0.75)]
+    least, most = bounded_quantile(values, 0.0), bounded_quantile(values, 1.0)
+    return {
+        "mean": statistics.fmean(value.ratio for value in values),
+        "min": least.ratio,
+        "max": most.ratio,
+        "quartiles": [value.ratio for value in quartiles],
+        "is_lower_bound": {
+            "mean": any(value.censored for value in values),
+            "min": least.censored,
+            "max": most.censored,
+            "quartiles": [value.censored for value in quartiles],
+        },
+        "not_slower": sum(not slowed(value) for value in values),
+    }
+
+
 def equal_cost(
-    points: Iterable[Point], attacker: str, budgets: Sequence[float] = BUDGETS
+    points: Iterable[Point],
+    attacker: str,
+    budgets: Sequence[float] = BUDGETS,
+    among: Sequence[str] | None = None,
 ) -> dict[str, dict[str, Any]]:
     """The most that each method slows the harm within budgets of primary slow-down.
 
     Args:
         points: The runs.
-        attacker: Whose slow-downs count, on both tasks; or :data:`WORST`.
-        budgets: Largest primary slow-downs.
+        attacker: Whose slow-downs count, on both tasks; or :data:`WORST`, :data:`WORST_STEPWISE`.
+        budgets: Largest primary slow-downs. A run whose primary attack was cut off is in none.
+        among: Who may be chosen as the worst.
 
     Returns:
         By method, then by budget: ``median`` over tasks and seeds of the best slow-down within the
-        budget, ``min``, ``max``, ``lower_bounds`` (how many of these were cut off), ``cells``
-        (tasks and seeds where a run is within it) and ``of``.
+        budget, ``min``, ``max``, ``is_lower_bound`` of each, ``lower_bounds`` (how many of these
+        rest on an attack that was cut off), ``cells`` (tasks and seeds where a run is within it)
+        and ``of``.
 
     Example:
-        >>> point = Point("a", "m", None, "t", 0, {"lbfgs": 3.0}, {"lbfgs": 0.9}, frozenset(), {},
+        >>> slowdown = {"harmful": {"lbfgs": Slowdown(3.0, True)},
+        ...             "primary": {"lbfgs": Slowdown(0.9, False)}}
+        >>> point = Point("a", "m", None, "t", 0, slowdown, {"lbfgs": AttackerInfo("L-BFGS")}, {},
         ...               1.0, 0.0)
-        >>> equal_cost([point], "lbfgs", [0.5, 1.0])["m"]["1"]["median"]
-        3.0
+        >>> cell = equal_cost([point], "lbfgs", [0.5, 1.0])["m"]["1"]
+        >>> cell["median"], cell["is_lower_bound"]["median"]
+        (3.0, True)
     """
-    methods: dict[str, dict[tuple[str, int], list[tuple[float, float, bool]]]] = {}
+    methods: dict[str, dict[tuple[str, int], list[tuple[Slowdown, Slowdown]]]] = {}
     for point in points:
-        found = point.slowdowns(attacker)
+        found = point.pair(attacker, among)
         if found is not None:
             cells = methods.setdefault(point.method, {})
-            cut_off = point.is_lower_bound(attacker)
-            cells.setdefault((point.tasks, point.seed), []).append((*found, cut_off))
+            cells.setdefault((point.tasks, point.seed), []).append(found)
     table: dict[str, dict[str, Any]] = {}
     for method, cells in methods.items():
         table[method] = {}
         for budget in budgets:
             best = [
-                max(within)
+                bounded_quantile(within, 1.0)
                 for runs in cells.values()
-                if (within := [(harm, cut) for cost, harm, cut in runs if cost <= budget])
+                if (within := [h for c, h in runs if c.ratio <= budget and not c.censored])
             ]
-            values = [harm for harm, _ in best]
+            shares = {"median": 0.5, "min": 0.0, "max": 1.0}
+            values = {k: bounded_quantile(best, share) for k, share in shares.items() if best}
             table[method][f"{budget:g}"] = {
-                "median": statistics.median(values) if values else None,
-                "min": min(values, default=None),
-                "max": max(values, default=None),
-                "lower_bounds": sum(cut for _, cut in best),
+                **{k: values[k].ratio if best else None for k in shares},
+                "is_lower_bound": {k: bool(best) and values[k].censored for k in shares},
+                "lower_bounds": sum(value.censored for value in best),
                 "cells": len(best),
                 "of": len(cells),
             }
     return table
 
 
-def curves(points: Iterable[Point], attacker: str) -> dict[str, list[tuple[float, float]]]:
+def curves(
+    points: Iterable[Point], attacker: str, among: Sequence[str] | None = None
+) -> dict[str, list[tuple[float, float]]]:
     """Each method's curve: geometric means over tasks and seeds, one for each value of its knob.
 
     Args:
         points: The runs.
-        attacker: Whose slow-downs count, or :data:`WORST`.
+        attacker: Whose slow-downs count, or :data:`WORST`, :data:`WORST_STEPWISE`.
+        among: Who may be chosen as the worst.
 
     Returns:
         By method: primary and harmful slow-down, in the order of the knob.
     """
-    groups: dict[str, dict[float, list[tuple[float, float]]]] = {}
+    groups: dict[str, dict[float, list[tuple[Slowdown, Slowdown]]]] = {}
     for point in points:
-        found = point.slowdowns(attacker)
+        found = point.pair(attacker, among)
         if found is None:
             continue
         value = point.knob[1] if point.knob is not None else 0.0
@@ -203,8 +361,8 @@ def curves(points: Iterable[Point], attacker: str) -> dict[str, list[tuple[float
     return {
         method: [
             (
-                statistics.geometric_mean([max(cost, 1e-9) for cost, _ in by_value[key]]),
-                statistics.geometric_mean([max(harm, 1e-9) for _, harm in by_value[key]]),
+                statistics.geometric_mean([max(cost.ratio, 1e-9) for cost, _ in by_value[key]]),
+                statistics.geometric_mean([max(harm.ratio, 1e-9) for _, harm in by_value[key]]),
             )
             for key in sorted(by_value)
         ]
@@ -212,27 +370,12 @@ def curves(points: Iterable[Point], attacker: str) -> dict[str, list[tuple[float
     }
 
 
-# Told apart in print, on a dark page and by most colour-blind readers, with markers beside them.
-_PALETTE = ("#0f766f", "#c2410d", "#5b6ee1", "#b7791f", "#a3439b", "#3c8dbc", "#6b8e23", "#8c6d62")
-
-
-_MARKERS = "osD^vP*X"
-
-
-def attacker_label(name: str) -> str:
-    """What pages call an attacker, the chosen worst one included."""
-    return "The worst attacker" if name == WORST else ATTACKERS[name].label
-
-
-def measured_attackers(points: Sequence[Point]) -> list[str]:
-    """Attackers that every point has on both tasks, in the order of reports; the worst one last."""
-    common = [
-        name
-        for name in ATTACKERS
-        if points and all(name in p.harmful and name in p.primary for p in points)
-    ]
-    some = any(ATTACKERS[name].sees_theta for name in common)
-    return [*common, *([WORST] if some else [])]
+def common_attackers(points: Sequence[Point]) -> dict[str, AttackerInfo]:
+    """Attackers that every point has on both tasks, in the order of reports."""
+    known: dict[str, AttackerInfo] = {}
+    for point in points:
+        known |= {n: info for n, info in point.attackers.items() if n not in known}
+    return {n: i for n, i in known.items() if points and all(n in p.complete for p in points)}
 
 
 def compare(points: Sequence[Point]) -> dict[str, Any]:
@@ -242,243 +385,33 @@ def compare(points: Sequence[Point]) -> dict[str, Any]:
         points: At least one run with attacks.
 
     Returns:
-        For ``results.json``: kind, runs, equal-cost tables and curves by attacker.
+        The results, of kind ``kappa-comparison``: runs, equal-cost tables and curves by attacker.
 
     Raises:
         ValueError: If no attacker is common to all runs.
     """
-    attackers = measured_attackers(points)
+    attackers = common_attackers(points)
     if not attackers:
         raise ValueError(
             "report: runs must share an attacker, got none that all of them have; add one with "
             "immunize attack RUN --attackers gradient_descent, or sweep with --attackers"
         )
+    names = list(attackers)
+    chosen = [*names, *([WORST] if len(names) > 1 else [])]
+    if 1 < sum(info.sees_theta for info in attackers.values()) < len(names):
+        chosen.insert(-1, WORST_STEPWISE)
     return {
+        "schema": 2,
         "kind": "kappa-comparison",
         "version": __version__,
-        "runs": [
-            {
-                "name": point.name,
-                "method": point.method,
-                "knob": None
-                if point.knob is None
-                else dict(zip(("name", "value"), point.knob, strict=True)),
-                "tasks": point.tasks,
-                "seed": point.seed,
-                "slowdown": {"harmful": point.harmful, "primary": point.primary},
-                "rir": point.rir,
-                "share_of_ceiling": point.share_of_ceiling,
-                "seconds": point.seconds,
-            }
-            for point in points
-        ],
-        "equal_primary_slowdown": {name: equal_cost(points, name) for name in attackers},
-        "frontier": {name: curves(points, name) for name in attackers},
+        "attackers": {n: vars(info) for n, info in attackers.items()},
+        "runs": [point.to_dict() for point in points],
+        "equal_primary_slowdown": {n: equal_cost(points, n, among=names) for n in chosen},
+        "frontier": {n: curves(points, n, names) for n in chosen},
     }
 
 
-def _draw(axes: Axes, points: Sequence[Point], attacker: str, methods: Sequence[str]) -> None:
-    lines = curves(points, attacker)
-    for index, method in enumerate(methods):
-        colour, marker = _PALETTE[index % len(_PALETTE)], _MARKERS[index % len(_MARKERS)]
-        single = [p.slowdowns(attacker) for p in points if p.method == method]
-        found = [pair for pair in single if pair is not None]
-        if len(found) > len(lines.get(method, ())):
-            axes.plot(*zip(*found, strict=True), marker, color=colour, alpha=0.22, markersize=4)
-        if method in lines:
-            xs, ys = zip(*lines[method], strict=True)
-            axes.plot(xs, ys, marker=marker, color=colour, markersize=6.5, label=method)
-    axes.set_xscale("log")
-    axes.set_yscale("log")
-    for draw in (axes.axvline, axes.axhline):
-        draw(1.0, color=COLOURS["--muted"], linewidth=1.0, dashes=(1, 2))
-    for axis in (axes.xaxis, axes.yaxis):
-        axis.set_major_formatter(lambda value, _: f"{value:,.0f}×" if value >= 1 else f"{value:g}×")
-        axis.set_minor_formatter(lambda *_: "")
-    axes.set_xlabel("slow-down of the task to keep (left: faster)")
-    axes.set_ylabel("slow-down of the harm")
-    panel_title(axes, attacker_label(attacker))
-    axes.legend(frameon=False, fontsize=9.5, labelcolor=COLOURS["--muted"], loc="best")
-
-
-def draw_frontiers(points: Sequence[Point]) -> tuple[dict[str, str], bytes]:
-    """The frontier plots: SVG elements by attacker for a page, and one PNG.
-
-    Args:
-        points: The runs.
-
-    Returns:
-        SVG by attacker, and a PNG file of all.
-
-    Raises:
-        MissingExtraError: If matplotlib is not installed.
-    """
-    methods = list(dict.fromkeys(point.method for point in points))
-    shown = [
-        name for name in measured_attackers(points) if name == WORST or ATTACKERS[name].sees_theta
-    ]
-    draw = {name: partial(_draw, points=points, attacker=name, methods=methods) for name in shown}
-    svg = {
-        name: panel_svg(panel, f"frontier-{name}", size=(7.2, 4.65)) for name, panel in draw.items()
-    }
-    return svg, panels_png(list(draw.values())) if draw else b""
-
-
-def _cell(entry: dict[str, Any]) -> str:
-    if entry["median"] is None:
-        return "<small>no run within</small>"
-    spread = ""
-    if entry["of"] > 1:
-        spread = (
-            f" <small>{number(entry['min'])} to {number(entry['max'])}, {entry['cells']} of "
-            f"{entry['of']}</small>"
-        )
-    bound = "≥ " if entry["lower_bounds"] else ""
-    return f"<b>{bound}{number(entry['median'])}×</b>{spread}"
-
-
-def _cost_table(entries: dict[str, dict[str, Any]]) -> str:
-    order = sorted(
-        entries,
-        key=lambda method: -(entries[method][f"{HEADLINE_BUDGET:g}"]["median"] or -math.inf),
-    )
-    rows = [
-        (escape(method), *(_cell(entries[method][f"{budget:g}"]) for budget in BUDGETS))
-        for method in order
-    ]
-    header = ("Method", *(f"primary ≤ {budget:g}×" for budget in BUDGETS))
-    return table(header, rows)
-
-
-def _headline(comparison: dict[str, Any], attacker: str) -> str:
-    entries = comparison["equal_primary_slowdown"][attacker]
-    key = f"{HEADLINE_BUDGET:g}"
-    reached = {m: e[key]["median"] for m, e in entries.items() if e[key]["median"] is not None}
-    if not reached or max(reached.values()) <= 1.05:
-        return "No method slows the harm for free"
-    best = max(reached, key=lambda method: reached[method])
-    bound = "at least " if entries[best][key]["lower_bounds"] else ""
-    return f"{best}: {bound}{reached[best]:.3g} times slower to misuse, no slower to use"
-
-
-def _runs_table(points: Sequence[Point], attacker: str) -> str:
-    rows = []
-    for point in points:
-        pair = point.slowdowns(attacker)
-        knob = "" if point.knob is None else f"{point.knob[0]} = {_knob(point.knob[1])}"
-        bound = "&gt;" if attacker in point.bounded else ""
-        rows.append(
-            (
-                escape(point.method),
-                escape(knob),
-                "" if pair is None else f"{bound}{number(pair[1])}×",
-                "" if pair is None else f"{number(pair[0])}×",
-                number(point.rir["official"]),
-                number(point.rir["ridge"]),
-                f"{point.share_of_ceiling:.1%}",
-                f"{point.seconds:.2f}",
-            )
-        )
-    return table(
-        ("Run", "", "harm", "primary", "RIR official", "RIR ridge", "of ceiling", "s"), rows
-    )
-
-
-def _knob(value: float | str) -> str:
-    return f"{value:.4g}" if isinstance(value, (int, float)) else str(value)
-
-
-_STYLE = """
-.figures.wide { grid-template-columns: repeat(auto-fit, minmax(min(100%, 34rem), 1fr)); }
-h3 { font-size: 1.05rem; margin: 1.5rem 0 0.5rem; }
-"""
-
-
-def render_comparison(
-    points: Sequence[Point], comparison: dict[str, Any], svg: dict[str, str]
-) -> str:
-    """Write the page.
-
-    Args:
-        points: The runs.
-        comparison: What :func:`compare` gave.
-        svg: What :func:`draw_frontiers` gave.
-
-    Returns:
-        A complete HTML document that refers to nothing outside itself.
-    """
-    attackers = list(comparison["equal_primary_slowdown"])
-    first = next((name for name in attackers if name in svg), attackers[0])
-    title = _headline(comparison, first)
-    tasks = list(dict.fromkeys(point.tasks for point in points))
-    listed = "".join(f"<li>{escape(text)}</li>" for text in tasks[:20])
-    more = f"<li>and {len(tasks) - 20} more</li>" if len(tasks) > 20 else ""
-    tables = {
-        name: f"<h3>{escape(attacker_label(name))}</h3>"
-        f"{_cost_table(comparison['equal_primary_slowdown'][name])}"
-        for name in attackers
-    }
-    # The first attacker and the worst one decide; the others are a click away.
-    folded = "".join(tables[name] for name in attackers if name not in (first, WORST))
-    shown = "".join(tables[name] for name in dict.fromkeys((first, WORST)) if name in tables)
-    if folded:
-        shown += f"<details><summary>Other attackers</summary>{folded}</details>"
-    figures = "".join(
-        f"<figure>{drawing}<figcaption>{escape(attacker_label(name))}: up is harder to misuse, "
-        "right of the dotted line is harder to use.</figcaption></figure>"
-        for name, drawing in svg.items()
-    )
-    detail = _runs_table(points, first) if len(points) <= 200 else ""
-    body = f"""<header>
-<p class="kicker">Methods at equal cost · {len(points)} runs · {len(tasks)} pairs of tasks</p>
-<h1>{escape(title)}</h1>
-<p>A method is worth what it slows the harm while the task to keep is no slower than before. Each
-number is that of a run that was measured, by {escape(attacker_label(first).lower())} unless another
-attacker is named. A person who whitens the features first, or solves for the head in closed form,
-is not slowed by any of these methods.</p>
-</header>
-<section><h2>The frontiers</h2>
-<p>One curve per method over its strength; faint marks are single runs.</p>
-<div class="figures wide">{figures}</div></section>
-<section><h2>Slow-down of the harm at equal primary slow-down</h2>
-<p>The most a method slows the harm among its runs within the budget; median over tasks and seeds;
-≥ where an attack was cut off by its budget. Small: range, and in how many of these there is a run
-within the budget.</p>
-{shown}</section>
-<section><h2>All runs</h2>
-<p>RIR, which the literature reports, does not order the runs by protection.</p>{detail}
-<details><summary>Tasks</summary><ul>{listed}{more}</ul></details></section>"""
-    return document(title, body, style=_STYLE)
-
-
-def write_comparison(points: Sequence[Point], target: str | Path, *, force: bool = False) -> Path:
-    """Write a directory with ``results.json``, ``frontier.png`` and ``report.html``.
-
-    Args:
-        points: The runs.
-        target: The directory.
-        force: Whether an existing one is replaced.
-
-    Returns:
-        The directory.
-
-    Raises:
-        FileExistsError: If the target exists and ``force`` is not given, or is no run directory.
-        ValueError: If the runs share no attacker.
-        MissingExtraError: If matplotlib is not installed.
-    """
-    comparison = compare(points)
-    svg, png = draw_frontiers(points)
-    with run_directory(target, force=force) as folder:
-        if png:
-            (folder / "frontier.png").write_bytes(png)
-        page = render_comparison(points, comparison, svg)
-        (folder / "report.html").write_text(page, encoding="utf-8")
-        write_json(folder / "results.json", comparison)
-    return Path(target)
-
-
-POLICIES = ("official", "ridge", "rank_aware")
+# --- sweeps -------------------------------------------------------------------------------------
 
 
 def _variant(point: Mapping[str, Any]) -> str:
@@ -489,10 +422,6 @@ def _variant(point: Mapping[str, Any]) -> str:
         return label
     value = knob["value"]
     return f"{label}, {knob['name']} = {value:.4g}" if not isinstance(value, str) else label
-
-
-def _float(value: Any) -> float:
-    return math.nan if value is None else float(value)
 
 
 def _spread(values: Sequence[float]) -> dict[str, Any]:
@@ -517,8 +446,9 @@ def summarise(points: Mapping[str, Mapping[str, Any]]) -> dict[str, Any]:
         points: Points of a sweep by name.
 
     Returns:
-        Plain values: by method, RIR under each rank policy with how many are below 1, share of the
-        ceiling, seconds, and slow-downs where they were measured.
+        The results, of kind ``kappa-sweep``: by method, RIR under each rank policy with how many
+        are below 1, share of the ceiling, seconds, slow-downs where they were measured, and a map
+        of log RIR by pair of tasks.
     """
     groups: dict[str, list[Mapping[str, Any]]] = {}
     for point in points.values():
@@ -527,28 +457,36 @@ def summarise(points: Mapping[str, Mapping[str, Any]]) -> dict[str, Any]:
     for name, members in groups.items():
         rir = {}
         for policy in POLICIES:
-            values = [_float(point["rir"][policy]) for point in members]
+            values = [real(point["rir"][policy]) for point in members]
             rir[policy] = _spread(values) | {"below_1": sum(value < 1.0 for value in values)}
+        slowdowns = [_slowdowns(p, p["slowdown_is_lower_bound"]) for p in members]
         methods[name] = {
             "points": len(members),
             "rir": rir,
-            "share_of_ceiling": _spread([_float(p["share_of_ceiling"]) for p in members]),
-            "seconds_immunize": sum(_float(p["seconds"]["immunize"]) for p in members),
-            "seconds_total": sum(_float(p["seconds"]["total"]) for p in members),
+            "share_of_ceiling": _spread([real(p["share_of_ceiling"]) for p in members]),
+            "seconds_immunize": sum(real(p["seconds"]["immunize"]) for p in members),
+            "seconds_total": sum(real(p["seconds"]["total"]) for p in members),
             "slowdown": {
                 role: {
-                    attacker: _spread([_float(p["slowdown"][role][attacker]) for p in members])
-                    | {"not_slower": sum(p["slowdown"][role][attacker] <= 1.05 for p in members)}
-                    for attacker in members[0]["slowdown"][role]
+                    attacker: _slowdown_spread([found[role][attacker] for found in slowdowns])
+                    for attacker in slowdowns[0][role]
                 }
-                for role in ("harmful", "primary")
+                for role in ROLES
             },
         }
+    maps = {}
+    for name in methods:
+        rows, columns, matrix = heat_map(points, name)
+        maps[name] = {"rows": rows, "columns": columns, "log_rir": matrix.tolist()}
     first = next(iter(points.values()))
+    attackers = {n: vars(i) for point in points.values() for n, i in attackers_of(point).items()}
     return {
+        "schema": 2,
         "kind": "kappa-sweep",
         "points": len(points),
+        "attackers": attackers,
         "methods": methods,
+        "maps": maps,
         "environment": first["environment"],
     }
 
@@ -572,155 +510,10 @@ def heat_map(
             request = point["request"]
             harmful = "+".join(request["harmful"]) or point["tasks"]["harmful"]["name"]
             primary = request["primary"] or point["tasks"]["primary"]["name"]
-            value = _float(point["log_rir"][policy])
-            cells.setdefault((harmful, primary), []).append(value)
+            cells.setdefault((harmful, primary), []).append(real(point["log_rir"][policy]))
     rows = sorted({row for row, _ in cells})
     columns = sorted({column for _, column in cells})
     matrix = np.full((len(rows), len(columns)), math.nan)
     for (row, column), values in cells.items():
         matrix[rows.index(row), columns.index(column)] = statistics.fmean(values)
     return rows, columns, matrix
-
-
-def _draw_sweep(
-    axes: Axes, points: Mapping[str, Mapping[str, Any]], method: str, limit: float
-) -> None:
-    rows, columns, matrix = heat_map(points, method)
-    # Diverging around log RIR 0: below it the primary task got relatively worse.
-    axes.imshow(matrix, cmap="PuOr_r", vmin=-limit, vmax=limit, aspect="auto")
-    axes.set_xticks(range(len(columns)), columns, fontsize=9)
-    axes.set_yticks(range(len(rows)), rows, fontsize=9)
-    axes.grid(False)
-    axes.set_xlabel("primary task")
-    axes.set_ylabel("harmful task")
-    if matrix.size <= 144:
-        for (i, j), value in np.ndenumerate(matrix):
-            if not math.isnan(value):
-                dark = abs(value) > 0.55 * limit
-                axes.text(
-                    j,
-                    i,
-                    f"{value:.1f}",
-                    ha="center",
-                    va="center",
-                    fontsize=8,
-                    color="#ffffff" if dark else "#1b1f27",  # on the map's colours, in any page
-                )
-    panel_title(axes, f"log RIR (official), {method}")
-
-
-def write_summary(
-    folder: Path, summary: dict[str, Any], points: Mapping[str, Mapping[str, Any]]
-) -> None:
-    """Write ``heatmaps.png``, ``report.html`` and, last, ``results.json`` into a sweep directory.
-
-    Args:
-        folder: The sweep directory.
-        summary: What :func:`summarise` gave.
-        points: The points by name.
-
-    Raises:
-        MissingExtraError: If matplotlib is not installed.
-    """
-    methods = list(summary["methods"])
-    matrices = [heat_map(points, method)[2] for method in methods]
-    limit = max([1e-9, *(float(np.nanmax(np.abs(matrix))) for matrix in matrices)])
-
-    def drawing(method: str) -> Any:
-        return lambda axes: _draw_sweep(axes, points, method, limit)
-
-    shown = methods[:12]
-    svg = [
-        panel_svg(drawing(method), f"map-{index}", size=(5.4, 4.6))
-        for index, method in enumerate(shown)
-    ]
-    png = panels_png([drawing(method) for method in shown], columns=min(2, len(shown)))
-    _write_bytes(folder / "heatmaps.png", png)
-    _write_bytes(folder / "report.html", _page(summary, shown, svg).encode())
-    temporary = folder / ".results.json"
-    write_json(temporary, summary)
-    temporary.replace(folder / "results.json")
-
-
-def _write_bytes(path: Path, content: bytes) -> None:
-    temporary = path.with_name(f".{path.name}")
-    temporary.write_bytes(content)
-    temporary.replace(path)
-
-
-def _rir_table(summary: dict[str, Any]) -> str:
-    rows = []
-    for name, entry in summary["methods"].items():
-        official, ridge = entry["rir"]["official"], entry["rir"]["ridge"]
-        rows.append(
-            (
-                escape(name),
-                str(entry["points"]),
-                f"<b>{_sweep_cell(official['mean'])}</b>",
-                f"{_sweep_cell(official['min'])} to {_sweep_cell(official['max'])}",
-                str(official["below_1"]),
-                _sweep_cell(ridge["mean"]),
-                f"{_float(entry['share_of_ceiling']['mean']):.1%}",
-                f"{entry['seconds_immunize']:.1f}",
-            )
-        )
-    header = (
-        "Method",
-        "points",
-        "RIR official",
-        "range",
-        "below 1",
-        "RIR ridge",
-        "of ceiling",
-        "s",
-    )
-    return table(header, rows)
-
-
-def _sweep_cell(value: Any) -> str:
-    return number(_float(value))
-
-
-def _slowdown_table(summary: dict[str, Any]) -> str:
-    rows = []
-    for name, entry in summary["methods"].items():
-        for attacker, harm in entry["slowdown"]["harmful"].items():
-            cost = entry["slowdown"]["primary"][attacker]
-            low, median, high = harm["quartiles"]
-            rows.append(
-                (
-                    f"{escape(name)}, {escape(attacker.replace('_', ' '))}",
-                    f"<b>{_sweep_cell(median)}×</b> <small>{_sweep_cell(low)} to {_sweep_cell(high)}</small>",
-                    f"{harm['not_slower']} of {entry['points']}",
-                    f"<b>{_sweep_cell(cost['quartiles'][1])}×</b>",
-                )
-            )
-    if not rows:
-        return (
-            "<p>No attacker was run: RIR alone does not tell who is slowed. Sweep again with "
-            "<code>--attackers gradient_descent</code>.</p>"
-        )
-    return table(("Attacker", "harm, median", "harm not slowed", "primary, median"), rows)
-
-
-def _page(summary: dict[str, Any], shown: Sequence[str], svg: Sequence[str]) -> str:
-    figures = "".join(
-        f"<figure>{drawing}<figcaption>{escape(method)}: mean RIR "
-        f"{_sweep_cell(summary['methods'][method]['rir']['official']['mean'])}, least "
-        f"{_sweep_cell(summary['methods'][method]['rir']['official']['min'])}.</figcaption></figure>"
-        for method, drawing in zip(shown, svg, strict=True)
-    )
-    title = f"{summary['points']} immunizations"
-    body = f"""<header>
-<p class="kicker">Condition-number sweep</p>
-<h1>{title}</h1>
-<p>RIR compares condition numbers before and after: above 1, the harmful task's grew relative to
-the primary task's. It says how far the two were driven apart, not who is slowed. A person who
-whitens the features first, or solves for the head in closed form, is not slowed at all.</p>
-</header>
-<section><h2>RIR by method</h2>{_rir_table(summary)}</section>
-<section><h2>Slow-downs</h2>{_slowdown_table(summary)}</section>
-<section><h2>By pair of tasks</h2>
-<p>Orange: RIR above 1. Purple: below.</p>
-<div class="figures">{figures}</div></section>"""
-    return document(title, body)

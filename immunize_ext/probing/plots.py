@@ -1,85 +1,132 @@
-"""The plots of a condition-number report."""
+"""The plots of a condition-number report, and what results hold for them."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from typing import TYPE_CHECKING, Literal
+import math
+from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
-import torch
 
-from immunize_ext.probing.attacks import AttackComparison, AttackCurve
-from immunize_ext.probing.evaluation import ATTACKER_NAMES, ROLES, Evaluation, log_spaced_steps
-from immunize_ext.report.plots import COLOURS, Draw, panel_svg, panels_png, title
+from immunize_ext.probing.results import Attacked
+from immunize_ext.report.plots import COLOURS, Draw, title
+from immunize_ext.report.words import number, real, times
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
+    from torch import Tensor
+
+    from immunize_ext.probing.attacks import AttackComparison
 
 
-_ROLE_COLOUR = {role: COLOURS[f"--{role}"] for role in ROLES}
+# Points of a curve, and eigenvalues of a spectrum, that results keep for the plots.
+_CURVE_POINTS, _EIGENVALUES = 120, 256
 
 
-# Attackers with a curve to show; a closed-form solution is one point.
-CURVES = ("gradient_descent", "line_search", "conjugate_gradients", "whitened")
+def log_spaced_steps(last: int, count: int) -> list[int]:
+    """About ``count`` steps from 0 to ``last``, evenly spaced on a logarithmic axis."""
+    spaced = np.geomspace(1, max(last, 1), count).round().astype(int)
+    return sorted({0, *spaced.tolist()} & set(range(last + 1)))
 
 
-Panel = Callable[["Axes", Evaluation], None]
+def curves_of(comparison: AttackComparison, *, accuracy: bool) -> dict[str, Any]:
+    """Both curves of an attack as plain values, thinned to what a plot can show.
+
+    Args:
+        comparison: One attacker on one task.
+        accuracy: Whether the test accuracy means something.
+
+    Returns:
+        ``"without"`` and ``"with"``: ``steps``, ``test_loss`` and, if asked for, ``test_accuracy``.
+        The steps that sentences quote are among them.
+    """
+    quoted = {1, 10, 100, comparison.base_steps, comparison.steps or 0}
+    found: dict[str, Any] = {}
+    for side, curve in (("without", comparison.base), ("with", comparison.immunized)):
+        spaced = {*log_spaced_steps(curve.steps, _CURVE_POINTS), *quoted, curve.steps}
+        steps = sorted(step for step in spaced if step <= curve.steps)
+        found[side] = {"steps": steps, "test_loss": _short(curve.test_loss[steps])}
+        if accuracy and curve.test_accuracy is not None:
+            found[side]["test_accuracy"] = _short(curve.test_accuracy[steps])
+    return found
 
 
-def _number(value: float, _position: object = None) -> str:
+def _short(values: Tensor) -> list[float]:
+    """Six digits: more than a plot or a sentence shows."""
+    return [float(f"{value:.6g}") for value in values.tolist()]
+
+
+def spectrum_of(before: Tensor, after: Tensor) -> dict[str, list[float]]:
+    """Eigenvalues before and after as plain values, thinned to what a plot can show.
+
+    Args:
+        before: Descending, ``(p,)``.
+        after: Likewise.
+
+    Returns:
+        ``"places"``, counted from 1, and the eigenvalues there, ``"before"`` and ``"after"``.
+    """
+    spaced = np.linspace(0, len(before) - 1, min(len(before), _EIGENVALUES)).round()
+    chosen = np.unique(spaced.astype(int)).tolist()
+    return {
+        "places": [place + 1 for place in chosen],
+        "before": _short(before[chosen]),
+        "after": _short(after[chosen]),
+    }
+
+
+def _tick(value: float, _position: object = None) -> str:
     """Plain numbers on logarithmic axes: 0.2, 1, 10, 1,000."""
     return f"{value:,.0f}" if value >= 1 else f"{value:g}"
 
 
-def _visible(curve: AttackCurve, last: int) -> list[int]:
-    """Steps to draw, from 0 to ``last``."""
-    return log_spaced_steps(min(curve.steps, last), 160)
-
-
-def _horizon(comparison: AttackComparison) -> int:
+def _horizon(one: Attacked) -> int:
     """Last step to show: a little beyond the later of the two arrivals."""
-    arrived = comparison.immunized.steps if comparison.steps is None else comparison.steps
-    return max(10, min(2 * max(arrived, comparison.base_steps), comparison.immunized.steps))
+    arrived = one.budget if one.after is None else one.after
+    return max(10, min(2 * max(arrived, one.before), one.budget))
 
 
-def _two_curves(
-    axes: Axes, comparison: AttackComparison, role: str, field: str, *, first: int = 0
-) -> None:
-    last = _horizon(comparison)
+def _visible(one: Attacked, side: str, key: str, first: int = 0) -> tuple[list[int], list[float]]:
+    assert one.curves is not None  # panels are made of those that have curves
+    curve, last = one.curves[side], _horizon(one)
+    pairs = zip(curve["steps"], curve[key], strict=True)
+    steps, values = zip(*[(s, real(v)) for s, v in pairs if first <= s <= last], strict=True)
+    return list(steps), list(values)
+
+
+def _two_curves(axes: Axes, one: Attacked, key: str, *, first: int = 0) -> None:
+    last = _horizon(one)
     # The dashes lie on top, so that equal curves show both colours.
-    for curve, colour, dashes, label, order in (
-        (comparison.base, COLOURS["--before"], (4, 2), "before", 2.2),
-        (comparison.immunized, _ROLE_COLOUR[role], (), "immunized", 2.1),
+    for side, colour, dashes, label, order in (
+        ("without", COLOURS["--before"], (4, 2), "before", 2.2),
+        ("with", COLOURS[f"--{one.role}"], (), "immunized", 2.1),
     ):
-        steps = [step for step in _visible(curve, last) if step >= first]
-        values = getattr(curve, field)[steps].numpy()
+        steps, values = _visible(one, side, key, first)
         axes.plot(steps, values, color=colour, dashes=dashes, label=label, zorder=order)
     # Linear from 0 to 1, logarithmic beyond: the start belongs into the picture.
     axes.set_xscale("symlog", linthresh=1.0, linscale=0.4)
     axes.set_xlim(first, last * 1.05)
-    axes.set_xticks(
-        [tick for tick in (0, 1, 10, 100, 1000, 10000, 100000) if first <= tick <= last]
-    )
-    axes.xaxis.set_major_formatter(_number)
+    axes.set_xticks([tick for tick in (0, *(10**e for e in range(7))) if first <= tick <= last])
+    axes.xaxis.set_major_formatter(_tick)
     axes.set_xlabel("steps of the attacker")
 
 
-def _convergence(role: str, attacker: str) -> Panel:
-    def draw(axes: Axes, evaluation: Evaluation) -> None:
-        comparison = evaluation.comparisons[role][attacker]
-        colour = _ROLE_COLOUR[role]
-        title(axes, f"{ATTACKER_NAMES[attacker]}, {role} task")
-        _two_curves(axes, comparison, role, "test_loss")
+def convergence(one: Attacked) -> Draw:
+    """Test loss over the steps of one attacker, without and with immunization."""
+
+    def draw(axes: Axes) -> None:
+        colour = COLOURS[f"--{one.role}"]
+        title(axes, f"{one.attacker.label}, {one.role} task")
+        _two_curves(axes, one, "test_loss")
         axes.set_yscale("log")
         axes.yaxis.set_minor_formatter(lambda *_: "")
         axes.set_ylabel("test loss")
-        target = comparison.target
+        target = real(one.facts["target_test_loss"])
         axes.axhline(target, color=COLOURS["--muted"], linewidth=1.0, dashes=(1, 2))
-        last = _horizon(comparison)
-        start = max(comparison.base_steps, 1)
-        end = last if comparison.steps is None else max(comparison.steps, 1)
+        start = max(one.before, 1)
+        end = _horizon(one) if one.after is None else max(one.after, 1)
         axes.plot([start], [target], "o", color=COLOURS["--before"], markersize=7)
-        if comparison.steps is not None:
+        if one.after is not None:
             axes.plot([end], [target], "o", color=colour, markersize=7)
         if start != end:
             axes.annotate(
@@ -89,7 +136,7 @@ def _convergence(role: str, attacker: str) -> Panel:
                 arrowprops={"arrowstyle": "-|>", "color": colour, "shrinkA": 5, "shrinkB": 4},
             )
         axes.annotate(
-            str(comparison.slowdown).replace("x", "×"),
+            times(one.slowdown),
             xy=((start * end) ** 0.5, target),
             xytext=(0, -29),
             textcoords="offset points",
@@ -98,48 +145,51 @@ def _convergence(role: str, attacker: str) -> Panel:
             fontweight="bold",
             color=colour,
         )
-        shown = [c.test_loss[_visible(c, last)] for c in (comparison.base, comparison.immunized)]
-        low, high = (float(extreme(torch.cat(shown))) for extreme in (torch.min, torch.max))
+        shown = [*_visible(one, "without", "test_loss")[1], *_visible(one, "with", "test_loss")[1]]
         # Room below the target for its label.
-        low, high = min(low / 1.1, target * (target / high) ** 0.55), high * 1.15
+        low = min(min(shown) / 1.1, target * (target / max(shown)) ** 0.55)
+        high = max(shown) * 1.15
         axes.set_ylim(low, high)
         ticks = (m * 10.0**e for e in range(-9, 9) for m in (1, 2, 5))
         axes.set_yticks([tick for tick in ticks if low <= tick <= high])
-        axes.yaxis.set_major_formatter(_number)
+        axes.yaxis.set_major_formatter(_tick)
         _legend(axes)
 
     return draw
 
 
-def _accuracy(role: str) -> Panel:
-    def draw(axes: Axes, evaluation: Evaluation) -> None:
-        comparison = evaluation.comparisons[role]["gradient_descent"]
-        title(axes, f"Right answers on test data, {role} task")
+def accuracy(one: Attacked) -> Draw:
+    """Test accuracy over the steps of one attacker, without and with immunization."""
+
+    def draw(axes: Axes) -> None:
+        title(axes, f"Right answers on test data, {one.role} task")
         # Before the first step the head is 0 and has no opinion.
-        _two_curves(axes, comparison, role, "test_accuracy", first=1)
+        _two_curves(axes, one, "test_accuracy", first=1)
         axes.yaxis.set_major_formatter(lambda value, _: f"{value:.0%}")
         _legend(axes, "lower right")
 
     return draw
 
 
-def _spectrum(role: str) -> Panel:
-    def draw(axes: Axes, evaluation: Evaluation) -> None:
-        spectrum = evaluation.spectra[role]
+def spectrum(role: str, values: Mapping[str, list[float]]) -> Draw:
+    """Eigenvalues of one task's Hessian before and after."""
+
+    def draw(axes: Axes) -> None:
         title(axes, f"Spectrum of the Hessian, {role} task")
-        for values, colour, marker, label in (
-            (spectrum.before, COLOURS["--before"], ".", "before"),
-            (spectrum.after, _ROLE_COLOUR[role], "o", "immunized"),
+        for key, colour, marker, label in (
+            ("before", COLOURS["--before"], ".", "before"),
+            ("after", COLOURS[f"--{role}"], "o", "immunized"),
         ):
-            relative = (values / values[0]).numpy()
-            kappa = 1.0 / relative[-1]
+            eigenvalues = [real(value) for value in values[key]]
+            last = eigenvalues[-1]
+            kappa = eigenvalues[0] / last if last > 0.0 else math.inf
             axes.plot(
-                np.arange(1, len(relative) + 1),
-                relative,
+                values["places"],
+                [value / eigenvalues[0] for value in eigenvalues],
                 marker,
                 markersize=4,
                 color=colour,
-                label=f"{label}, κ = {kappa:,.0f}",
+                label=f"{label}, κ = {number(kappa)}",
             )
         axes.set_yscale("log")
         axes.set_xlabel("eigenvalue, from the largest")
@@ -160,54 +210,78 @@ def _legend(axes: Axes, location: Literal["best", "lower right"] = "best") -> No
     )
 
 
-def _panels(evaluation: Evaluation) -> dict[str, dict[str, Panel]]:
-    """Panels by figure, two to a row: harmful on the left, primary on the right."""
-    figures = {
-        "convergence": {f"{a}-{role}": _convergence(role, a) for a in CURVES for role in ROLES},
-        "accuracy": {f"accuracy-{role}": _accuracy(role) for role in ROLES},
-        "spectra": {f"spectrum-{role}": _spectrum(role) for role in ROLES},
-    }
-    if not evaluation.has_accuracy:
-        del figures["accuracy"]
-    return figures
+# Told apart in print, on a dark page and by most colour-blind readers, with markers beside them.
+_PALETTE = ("#0f766f", "#c2410d", "#5b6ee1", "#b7791f", "#a3439b", "#3c8dbc", "#6b8e23", "#8c6d62")
 
 
-def _bind(panel: Panel, evaluation: Evaluation) -> Draw:
-    return lambda axes: panel(axes, evaluation)
+_MARKERS = "osD^vP*X"
 
 
-def draw_png(evaluation: Evaluation) -> dict[str, bytes]:
-    """Draw the figures of a run directory.
+def frontier(
+    heading: str,
+    lines: Mapping[str, Sequence[Sequence[Any]]],
+    marks: Mapping[str, Sequence[tuple[float, float]]],
+    methods: Sequence[str],
+) -> Draw:
+    """Slow-down of the harm against that of the task to keep, a curve for each method.
 
     Args:
-        evaluation: What was measured.
-
-    Returns:
-        PNG files by figure: ``convergence``, ``spectra`` and, for classification, ``accuracy``.
-
-    Raises:
-        MissingExtraError: If matplotlib is not installed.
+        heading: Title of the plot.
+        lines: Curves by method: primary and harmful slow-down.
+        marks: Single runs by method, in the same form.
+        methods: All methods, in the order of their colours.
     """
-    return {
-        name: panels_png([_bind(draw, evaluation) for draw in panels.values()])
-        for name, panels in _panels(evaluation).items()
-    }
+
+    def draw(axes: Axes) -> None:
+        for index, method in enumerate(methods):
+            colour, marker = _PALETTE[index % len(_PALETTE)], _MARKERS[index % len(_MARKERS)]
+            line = [(real(x), real(y)) for x, y in lines.get(method, ())]
+            single = marks.get(method, ())
+            if len(single) > len(line):
+                axes.plot(*zip(*single, strict=True), marker, color=colour, alpha=0.22, ms=4)
+            if line:
+                xs, ys = zip(*line, strict=True)
+                axes.plot(xs, ys, marker=marker, color=colour, markersize=6.5, label=method)
+        axes.set_xscale("log")
+        axes.set_yscale("log")
+        for rule in (axes.axvline, axes.axhline):
+            rule(1.0, color=COLOURS["--muted"], linewidth=1.0, dashes=(1, 2))
+        for axis in (axes.xaxis, axes.yaxis):
+            axis.set_major_formatter(lambda value, _: f"{_tick(value)}×")
+            axis.set_minor_formatter(lambda *_: "")
+        axes.set_xlabel("slow-down of the task to keep (left: faster)")
+        axes.set_ylabel("slow-down of the harm")
+        title(axes, heading)
+        axes.legend(frameon=False, fontsize=9.5, labelcolor=COLOURS["--muted"], loc="best")
+
+    return draw
 
 
-def draw_svg(evaluation: Evaluation) -> dict[str, str]:
-    """Draw the panels of the page, ready to stand in HTML.
+def heat(heading: str, values: Mapping[str, Any], limit: float) -> Draw:
+    """Log RIR by pair of tasks.
 
     Args:
-        evaluation: What was measured.
-
-    Returns:
-        ``<svg>`` elements by panel: ``gradient_descent-harmful``, ``spectrum-primary``, ...
-
-    Raises:
-        MissingExtraError: If matplotlib is not installed.
+        heading: Title of the plot.
+        values: ``rows`` (harmful tasks), ``columns`` (primary tasks) and ``log_rir``.
+        limit: Largest value of the colours.
     """
-    return {
-        name: panel_svg(_bind(draw, evaluation), name)
-        for panels in _panels(evaluation).values()
-        for name, draw in panels.items()
-    }
+
+    def draw(axes: Axes) -> None:
+        rows, columns = values["rows"], values["columns"]
+        matrix = np.array([[real(value) for value in row] for row in values["log_rir"]])
+        # Diverging around log RIR 0: below it the primary task got relatively worse.
+        axes.imshow(matrix, cmap="PuOr_r", vmin=-limit, vmax=limit, aspect="auto")
+        axes.set_xticks(range(len(columns)), columns, fontsize=9)
+        axes.set_yticks(range(len(rows)), rows, fontsize=9)
+        axes.grid(False)
+        axes.set_xlabel("primary task")
+        axes.set_ylabel("harmful task")
+        for (i, j), value in np.ndenumerate(matrix) if matrix.size <= 144 else ():
+            if not math.isnan(value):
+                # On the map's colours, in any page.
+                colour = "#ffffff" if abs(value) > 0.55 * limit else "#1b1f27"
+                text = axes.text(j, i, f"{value:.1f}", fontsize=8, color=colour)
+                text.set(ha="center", va="center")
+        title(axes, heading)
+
+    return draw

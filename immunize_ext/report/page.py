@@ -1,134 +1,219 @@
-"""What all pages of reports share: the document around them, and tables of plain facts."""
+"""A page: what one kind of results looks like, filled into a template.
+
+A page is drawn from ``results.json`` alone, so that any run can be drawn again. A wing says for its
+kinds what stands where (:func:`register`); templates escape whatever they are given.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import importlib
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from functools import cache
 from html import escape
+from pathlib import Path
 from typing import Any
 
+from immunize_ext._extras import require_extra
+from immunize_ext.report import words
+from immunize_ext.report.plots import PANEL, Draw, panel_svg, panels_png
+from immunize_ext.storage import write_file
 
-def document(title: str, body: str, *, style: str = "") -> str:
-    """A complete HTML document that refers to nothing outside itself.
+REPORT = "report.html"
+
+
+@dataclass(frozen=True)
+class Panel:
+    """One plot of a page.
+
+    Attributes:
+        draw: What draws it.
+        caption: What it says, in a sentence.
+        label: What it shows, for those who hear the page.
+        size: Width and height in inches.
+    """
+
+    draw: Draw
+    caption: str
+    label: str
+    size: tuple[float, float] = PANEL
+
+
+@dataclass(frozen=True)
+class Page:
+    """What stands in the page of one result.
+
+    Attributes:
+        title: The headline.
+        template: Name of the template, ``kappa.html.j2``.
+        context: What the template is filled with, beside ``title`` and ``figures``.
+        panels: Plots by group. Each group stands in the page, and beside it as a PNG file.
+        columns: Panels in a row of a PNG file.
+    """
+
+    title: str
+    template: str
+    context: Mapping[str, Any]
+    panels: Mapping[str, Sequence[Panel]] = field(default_factory=dict)
+    columns: int = 2
+
+
+Maker = Callable[[Mapping[str, Any]], Page]
+
+
+_makers: dict[str, Maker] = {}
+
+
+# Who registers the kinds of this package; imported when the first page of theirs is asked for.
+_REGISTRANTS = {
+    "kappa": "immunize_ext.probing.report",
+    "kappa-sweep": "immunize_ext.probing.comparison_report",
+    "kappa-comparison": "immunize_ext.probing.comparison_report",
+    "mima": "immunize_ext.text_to_image.report",
+    "mima-sweep": "immunize_ext.text_to_image.comparison",
+    "demo": "immunize_ext.report.demo",
+}
+
+
+def register(*kinds: str) -> Callable[[Maker], Maker]:
+    """Say what makes the page of results of some kinds; a decorator.
 
     Args:
-        title: Plain text.
-        body: HTML that stands in ``<main>``.
-        style: Rules beside those that all pages share.
+        *kinds: Values of ``results["kind"]``.
 
     Returns:
-        The document.
+        The decorator, which gives the function back.
+
+    Example:
+        >>> @register("weather")
+        ... def page(results):
+        ...     return Page(results["city"], "plain.html.j2", {"facts": results})
+        >>> "<h1>Basel &lt;CH&gt;</h1>" in render({"kind": "weather", "city": "Basel <CH>"})
+        True
     """
-    return f"""<!doctype html>
-<html lang="en">
-<head>
-<meta charset="utf-8">
-<meta name="viewport" content="width=device-width, initial-scale=1">
-<meta name="color-scheme" content="light dark">
-<title>{escape(title)} - immunization report</title>
-<style>{PAGE_STYLE}{style}</style>
-</head>
-<body>
-<main>
-{body}
-</main>
-</body>
-</html>
-"""
+
+    def decorate(maker: Maker) -> Maker:
+        _makers.update(dict.fromkeys(kinds, maker))
+        return maker
+
+    return decorate
 
 
-def facts(values: Mapping[str, Any]) -> str:
-    """A table of names and values."""
-    rows = "".join(
-        f"<tr><th scope=row>{escape(str(key).replace('_', ' '))}</th>"
-        f"<td>{escape(_plain(value))}</td></tr>"
-        for key, value in values.items()
+def page_of(results: Mapping[str, Any]) -> Page:
+    """The page of a result.
+
+    Raises:
+        ValueError: If nobody registered its kind.
+    """
+    kind = results.get("kind")
+    if kind not in _makers and kind in _REGISTRANTS:
+        importlib.import_module(_REGISTRANTS[kind])
+    if kind not in _makers:
+        known = ", ".join(dict.fromkeys((*_REGISTRANTS, *_makers)))
+        raise ValueError(f"render: kind must be one of {known}, got {kind!r}; give a results.json")
+    return _makers[kind](results)
+
+
+def check_extras() -> None:
+    """Ask for what pages need, before any work is done for them.
+
+    Raises:
+        MissingExtraError: If jinja2 or matplotlib is not installed.
+    """
+    require_extra("jinja2", extra="report", purpose="the pages")
+    require_extra("matplotlib", extra="report", purpose="the plots")
+
+
+@cache
+def _environment() -> Any:
+    jinja2 = require_extra("jinja2", extra="report", purpose="the pages")
+    here = Path(__file__).parent
+    found = jinja2.Environment(
+        loader=jinja2.FileSystemLoader([here / "templates", here]),  # the style sheet stands here
+        autoescape=True,
+        undefined=jinja2.StrictUndefined,
+        trim_blocks=True,
+        lstrip_blocks=True,
     )
-    return f'<div class="scroll"><table class="facts"><tbody>{rows}</tbody></table></div>'
+    for function in (words.count, words.number, words.percent, words.plain, words.times):
+        found.filters[function.__name__] = function
+    return found
 
 
-def _plain(value: Any) -> str:
-    if isinstance(value, float):
-        return f"{value:.6g}"
-    if isinstance(value, Mapping):
-        return ", ".join(f"{key} {_plain(item)}" for key, item in value.items())
-    return str(value)
+def _svg(panel: Panel, name: str) -> str:
+    """One plot for a page, with what it shows for those who hear it."""
+    drawn = panel_svg(panel.draw, name, size=panel.size)
+    return drawn.replace("<svg ", f'<svg role="img" aria-label="{escape(panel.label)}" ', 1)
 
 
-PAGE_STYLE = """
-:root {
-  --font: system-ui, -apple-system, "Segoe UI", Roboto, "Helvetica Neue", "Noto Sans", sans-serif;
-  --page: #f7f8fa; --paper: #ffffff; --line: #e1e5ea;
-  --ink: #1b1f26; --muted: #5f6876; --grid: #e4e7eb; --before: #8c95a4;
-  --harmful: #c2410d; --primary: #0f766f;
-}
-@media (prefers-color-scheme: dark) {
-  :root {
-    --page: #12151a; --paper: #1a1e25; --line: #2c323c;
-    --ink: #e8ebf0; --muted: #9aa4b2; --grid: #2c323c; --before: #7d8796;
-    --harmful: #fb9257; --primary: #4fd1bd;
-  }
-}
-* { box-sizing: border-box; }
-body {
-  margin: 0; background: var(--page); color: var(--ink);
-  font: 1rem/1.6 var(--font); -webkit-text-size-adjust: 100%;
-}
-main { max-width: 62rem; margin: 0 auto; padding: 2rem 1.25rem 4rem; }
-h1 { font-size: clamp(1.8rem, 1.2rem + 3vw, 2.8rem); line-height: 1.15; margin: 0 0 1.5rem;
-  letter-spacing: -0.02em; text-wrap: balance; }
-h2 { font-size: 1.35rem; line-height: 1.3; margin: 0 0 0.5rem; letter-spacing: -0.01em; }
-section { margin-top: 3.25rem; }
-p, li { max-width: 46rem; }
-section > p { margin: 0 0 1rem; color: var(--muted); }
-.kicker { margin: 0 0 0.4rem; color: var(--muted); font-size: 0.85rem; letter-spacing: 0.08em;
-  text-transform: uppercase; }
-.cards { display: grid; gap: 0.9rem; grid-template-columns: repeat(auto-fit, minmax(13rem, 1fr)); }
-.card { background: var(--paper); border: 1px solid var(--line); border-radius: 0.9rem;
-  padding: 1rem 1.2rem 1.1rem; }
-.card b { display: block; font-size: 2.6rem; line-height: 1.15; letter-spacing: -0.03em;
-  font-variant-numeric: tabular-nums; }
-.card span { display: block; color: var(--muted); font-size: 0.95rem; line-height: 1.4; }
-.harmful b { color: var(--harmful); }
-.primary b { color: var(--primary); }
-.verdict { margin: 1.75rem 0 0; }
-.verdict > div { display: grid; grid-template-columns: 10.5rem 1fr; gap: 0.25rem 1.25rem;
-  padding: 0.85rem 0; border-top: 1px solid var(--line); }
-.verdict dt { font-weight: 650; }
-.verdict dd { margin: 0; max-width: 46rem; }
-.scroll { overflow-x: auto; }
-table { width: 100%; border-collapse: collapse; background: var(--paper);
-  border: 1px solid var(--line); border-radius: 0.9rem; border-spacing: 0; overflow: hidden;
-  font-variant-numeric: tabular-nums; }
-th, td { padding: 0.6rem 0.9rem; text-align: left; border-top: 1px solid var(--line);
-  vertical-align: baseline; }
-thead th { border-top: 0; color: var(--muted); font-size: 0.85rem; font-weight: 600; }
-tbody th { font-weight: 500; }
-td small { color: var(--muted); font-size: 0.85rem; white-space: nowrap; }
-.nowrap { white-space: nowrap; }
-sup { line-height: 0; font-size: 0.75em; }
-section > p.note { margin-top: 1rem; }
-.facts th { width: 14rem; color: var(--muted); }
-.facts td { overflow-wrap: anywhere; }
-.figures { display: grid; gap: 0.9rem;
-  grid-template-columns: repeat(auto-fit, minmax(min(100%, 24rem), 1fr)); }
-figure { margin: 0; background: var(--paper); border: 1px solid var(--line);
-  border-radius: 0.9rem; padding: 0.8rem 0.8rem 0.9rem; }
-figure svg { display: block; width: 100%; height: auto; }
-figcaption { margin: 0.4rem 0.4rem 0; font-size: 0.95rem; line-height: 1.45; }
-details { margin-top: 0.9rem; }
-summary { cursor: pointer; font-weight: 600; padding: 0.3rem 0; }
-@media (max-width: 40rem) {
-  main { padding: 1.25rem 0.9rem 3rem; }
-  .verdict > div { grid-template-columns: 1fr; }
-  .cards { grid-template-columns: 1fr; }
-  .card { display: grid; grid-template-columns: 6.5rem 1fr; align-items: center; gap: 0.75rem; }
-  .card b { font-size: 1.9rem; }
-  th, td { padding: 0.5rem 0.6rem; font-size: 0.95rem; }
-  td small { display: block; }
-  .nowrap { white-space: nowrap; }
-sup { line-height: 0; font-size: 0.75em; }
-section > p.note { margin-top: 1rem; }
-.facts th { width: 8rem; }
-}
-@media print { body { background: none; } figure, .card, table { break-inside: avoid; } }
-"""
+def body(page: Page, *, identifier: str = "figure") -> Any:
+    """What stands in the document of a page.
+
+    Args:
+        page: The page.
+        identifier: Begins the identifiers of its plots; unique where pages share a document.
+
+    Returns:
+        HTML that may stand in a template as it is (``markupsafe.Markup``).
+
+    Raises:
+        MissingExtraError: If jinja2 or matplotlib is not installed.
+    """
+    markupsafe = require_extra("markupsafe", extra="report", purpose="the pages")
+    figures = {
+        group: [
+            {
+                "svg": markupsafe.Markup(_svg(panel, f"{identifier}-{group}-{i}")),
+                "caption": panel.caption,
+            }
+            for i, panel in enumerate(panels)
+        ]
+        for group, panels in page.panels.items()
+    }
+    template = _environment().get_template(page.template)
+    return markupsafe.Markup(template.render(page.context, title=page.title, figures=figures))
+
+
+def _document(page: Page) -> str:
+    document: str = (
+        _environment().get_template("document.html.j2").render(title=page.title, body=body(page))
+    )
+    return document
+
+
+def render(results: Mapping[str, Any]) -> str:
+    """Draw the page of a result.
+
+    Args:
+        results: The content of a ``results.json``, as it was read or as it will be written.
+
+    Returns:
+        An HTML document that refers to nothing outside itself, light or dark, phone or desktop.
+
+    Raises:
+        ValueError: If its kind is unknown.
+        MissingExtraError: If jinja2 or matplotlib is not installed.
+    """
+    return _document(page_of(results))
+
+
+def write(results: Mapping[str, Any], folder: str | Path) -> None:
+    """Write ``report.html`` and the plots as PNG files into a folder.
+
+    Args:
+        results: As for :func:`render`.
+        folder: The run folder, or one that becomes it.
+
+    Raises:
+        ValueError: If the kind of the results is unknown.
+        MissingExtraError: If jinja2 or matplotlib is not installed.
+        OSError: If a file cannot be written.
+    """
+    page = page_of(results)
+    files = {REPORT: _document(page).encode()}
+    for group, panels in page.panels.items():
+        if panels:
+            drawn = panels_png([panel.draw for panel in panels], columns=page.columns)
+            files[f"{group}.png"] = drawn
+    for name, content in files.items():
+        write_file(Path(folder) / name, content)

@@ -34,6 +34,7 @@ STYLE = {
     "font.family": "sans-serif",
     "font.sans-serif": ["DejaVu Sans"],
     "font.size": 11.5,
+    "text.parse_math": False,  # names are text: "$" is a dollar
     "text.color": COLOURS["--ink"],
     "axes.edgecolor": COLOURS["--grid"],
     "axes.labelcolor": COLOURS["--muted"],

@@ -2,22 +2,24 @@
 
 from __future__ import annotations
 
+import base64
+import io
+import math
+from collections.abc import Sequence
 from functools import partial
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
 
 from immunize_ext._extras import require_extra
-from immunize_ext.quantities import Spread
-from immunize_ext.report.plots import COLOURS, Draw, panel_svg, panels_png, title
-from immunize_ext.text_to_image.attack_runs import SIDES
-from immunize_ext.text_to_image.evaluation import TextToImageEvaluation
+from immunize_ext.report.plots import COLOURS, Draw, title
+from immunize_ext.text_to_image.results import SIDES, Measured, Score
 
 if TYPE_CHECKING:
-    from collections.abc import Sequence
-
     from matplotlib.axes import Axes
+
+    from immunize_ext.text_to_image.evaluation import TextToImageEvaluation
 
 
 _SIDE_STYLE = {
@@ -26,134 +28,135 @@ _SIDE_STYLE = {
 }
 
 
-# Images of one concept and step that a grid shows, and how large a pixel of them is drawn.
-_SHOWN, _SCALE, _GAP = 3, 4, 2
+# Images of one concept and step that a grid shows, and how far they stand apart.
+_SHOWN, _GAP = 3, 2
 
 
-def _band(
-    axes: Axes, steps: Sequence[int], spreads: Sequence[Spread], side: str, *, label: bool = True
-) -> None:
+# Small images are drawn larger, and large ones smaller: results hold the grids.
+_LEAST_SIDE, _LARGEST_SIDE = 32, 96
+
+
+def _band(axes: Axes, steps: Sequence[int], scores: Sequence[Score], side: str) -> None:
     colour, dashes, word = _SIDE_STYLE[side]
-    mean = [spread.mean for spread in spreads]
-    axes.fill_between(
-        steps,
-        [spread.minimum for spread in spreads],
-        [spread.maximum for spread in spreads],
-        color=colour,
-        alpha=0.18,
-        linewidth=0,
-    )
-    axes.plot(
-        steps,
-        mean,
-        color=colour,
-        dashes=dashes,
-        marker="o",
-        markersize=4,
-        label=word if label else None,
-    )
+    if scores[0].seeds > 1:
+        low, high = [score.low for score in scores], [score.high for score in scores]
+        axes.fill_between(steps, low, high, color=colour, alpha=0.18, linewidth=0)
+    means = [score.mean for score in scores]
+    axes.plot(steps, means, color=colour, dashes=dashes, marker="o", markersize=4, label=word)
 
 
-def _curve_axes(axes: Axes, steps: Sequence[int], heading: str, measure: str) -> None:
-    title(axes, heading)
-    axes.set_xlabel("steps of the attacker")
-    axes.set_ylabel(measure)
-    axes.set_xticks(list(steps))
-    axes.set_xlim(min(steps), max(steps))
-    if measure == "accuracy":
-        axes.set_ylim(-0.02, 1.02)
-
-
-def _attack_panel(axes: Axes, evaluation: TextToImageEvaluation, attack: str, heading: str) -> None:
-    steps = evaluation.comparison(attack, evaluation.targets[0]).steps
-    _curve_axes(axes, steps, heading, evaluation.measures[0])
-    for side in SIDES:
-        _band(axes, steps, evaluation.target_scores(side, attack), side)
-    axes.axhline(evaluation.threshold, color=COLOURS["--muted"], linewidth=1.0, dashes=(1, 2))
-    axes.legend(frameon=False, fontsize=10, labelcolor=COLOURS["--muted"])
-
-
-def _concept_panel(
-    axes: Axes, evaluation: TextToImageEvaluation, attack: str, concept: str, heading: str
-) -> None:
-    found = evaluation.comparison(attack, concept)
-    _curve_axes(axes, found.steps, heading, evaluation.measures[0])
-    for side in SIDES:
-        _band(axes, found.steps, found.spread(side, evaluation.measures[0]), side)
-    axes.legend(frameon=False, fontsize=10, labelcolor=COLOURS["--muted"])
-
-
-def _bars(axes: Axes, evaluation: TextToImageEvaluation, labels: dict[str, str]) -> None:
-    title(axes, "MSGR when the unprotected model is re-taught")
-    attacks = list(evaluation.attacks)
-    spreads = [evaluation.msgr_at_threshold(attack) for attack in attacks]
-    places = [float(place) for place in range(len(attacks))]
-    values = [0.0 if spread is None else spread.mean for spread in spreads]
-    axes.barh(places, values, color=COLOURS["--harmful"], height=0.5)
-    for place, spread in zip(places, spreads, strict=True):
-        if spread is None:
-            axes.text(0.01, place, "never re-taught", va="center", color=COLOURS["--muted"])
-        else:
-            axes.plot(
-                [spread.minimum, spread.maximum], [place, place], color=COLOURS["--ink"], lw=1.2
-            )
-    # Above the bars: beside them there is no room for long names.
-    for place, attack in zip(places, attacks, strict=True):
-        axes.text(0.0, place - 0.36, labels.get(attack, attack), fontsize=9.5, va="bottom")
-    axes.set_yticks([])
-    axes.set_ylim(len(attacks) - 0.5, -0.75)
-    axes.set_xlim(min(0.0, *values) - 0.02, 1.02)
-    axes.set_xlabel("1: nothing learnt, 0: no protection")
-    axes.grid(visible=False, axis="y")
-
-
-def curve_panels(evaluation: TextToImageEvaluation, labels: dict[str, str]) -> dict[str, Draw]:
-    """What draws each panel, by name.
+def scores(
+    heading: str,
+    measured: Measured,
+    steps: Sequence[int],
+    by_side: dict[str, list[Score]],
+    *,
+    threshold: bool = True,
+) -> Draw:
+    """Score over the steps of an attack, of both models.
 
     Args:
-        evaluation: What was measured.
-        labels: Attacks in words.
+        heading: Title of the plot.
+        measured: What was measured.
+        steps: The steps.
+        by_side: Scores at each step by side.
+        threshold: Whether the threshold is shown.
+    """
+
+    def draw(axes: Axes) -> None:
+        title(axes, heading)
+        axes.set_xlabel("steps of the attacker")
+        axes.set_ylabel(measured.measure)
+        axes.set_xticks(list(steps))
+        axes.set_xlim(min(steps), max(max(steps), 1))
+        if measured.measure == "accuracy":
+            axes.set_ylim(-0.02, 1.02)
+        for side in SIDES:
+            _band(axes, steps, by_side[side], side)
+        if threshold:
+            level = measured.threshold
+            axes.axhline(level, color=COLOURS["--muted"], linewidth=1.0, dashes=(1, 2))
+        axes.legend(frameon=False, fontsize=10, labelcolor=COLOURS["--muted"])
+
+    return draw
+
+
+def attack_scores(measured: Measured, attack: str) -> Draw:
+    """Mean score over all concepts under one attack."""
+    by_side = {side: measured.scores(side, attack) for side in SIDES}
+    heading = f"{measured.label(attack)}, all concepts"
+    return scores(heading, measured, measured.steps(attack), by_side)
+
+
+def gaps(measured: Measured) -> Draw:
+    """MSGR over the steps, a line for each attack: not at one step alone."""
+
+    def draw(axes: Axes) -> None:
+        title(axes, "MSGR at every judged step")
+        # Shades of one colour and markers: the order of the attacks says who is who.
+        for index, (attack, marker) in enumerate(
+            zip(measured.attacks, "osD^vP*X" * len(measured.attacks), strict=False)
+        ):
+            steps = [step for step in measured.steps(attack) if step > 0]
+            found = [measured.gap("msgr", attack, step) for step in steps]
+            known = [(s, g) for s, g in zip(steps, found, strict=True) if math.isfinite(g.mean)]
+            if not known:
+                continue
+            at = [step for step, _ in known]
+            alpha = 1.0 - 0.6 * index / max(len(measured.attacks) - 1, 1)
+            axes.plot(
+                at,
+                [gap.mean for _, gap in known],
+                color=COLOURS["--harmful"],
+                alpha=alpha,
+                marker=marker,
+                markersize=5,
+                label=measured.label(attack),
+            )
+            axes.set_xticks(at)
+        axes.axhline(0.0, color=COLOURS["--muted"], linewidth=1.0, dashes=(1, 2))
+        low, high = axes.get_ylim()
+        axes.set_ylim(min(low, -0.05), max(high, 1.05))
+        axes.set_xlabel("steps of the attacker")
+        axes.set_ylabel("1: nothing learnt, 0: no protection")
+        axes.legend(frameon=False, fontsize=9.5, labelcolor=COLOURS["--muted"])
+
+    return draw
+
+
+# --- images -------------------------------------------------------------------------------------
+
+
+def grid_entries(evaluation: TextToImageEvaluation) -> list[dict[str, Any]]:
+    """Images over the steps of the primary attack, as results hold them.
+
+    Args:
+        evaluation: What was measured, with images kept.
 
     Returns:
-        ``attack-NAME`` for each attack, ``control`` and ``new-word`` where they were measured, and
-        ``msgr``.
+        One entry for each target and control: ``attack``, ``concept``, ``role``, ``steps``,
+        ``media`` and ``base64``. Photographs are kept small.
     """
-    panels: dict[str, Draw] = {}
-    for attack in evaluation.attacks:
-        panels[f"attack-{attack}"] = partial(
-            _attack_panel,
-            evaluation=evaluation,
-            attack=attack,
-            heading=f"{labels.get(attack, attack)}, all concepts",
-        )
-    for role, name, words in (
-        ("control", "control", "erased, not immunized"),
-        ("new_word", "new-word", "taught under a new word"),
-    ):
-        found = evaluation.with_role(role, evaluation.attacks[0])  # type: ignore[arg-type]
-        if found:
-            panels[name] = partial(
-                _concept_panel,
-                evaluation=evaluation,
-                attack=evaluation.attacks[0],
-                concept=found[0].concept,
-                heading=f"{found[0].concept}: {words}",
+    attack = evaluation.attacks[0]
+    wanted = [(concept, "target") for concept in evaluation.targets]
+    wanted += [(c.concept, "control") for c in evaluation.with_role("control", attack)]
+    entries = []
+    for concept, role in wanted:
+        picture = image_grid(evaluation, attack, concept)
+        if picture is not None:
+            media, content = _encoded(picture)
+            steps = list(evaluation.comparison(attack, concept).steps)
+            entries.append(
+                {
+                    "attack": attack,
+                    "concept": concept,
+                    "role": role,
+                    "steps": steps,
+                    "media": media,
+                    "base64": base64.b64encode(content).decode(),
+                }
             )
-    panels["msgr"] = partial(_bars, evaluation=evaluation, labels=labels)
-    return panels
-
-
-def draw_curves_svg(evaluation: TextToImageEvaluation, labels: dict[str, str]) -> dict[str, str]:
-    """Panels for a page, as ``<svg>`` elements by name; see :func:`curve_panels`."""
-    return {
-        name: panel_svg(draw, f"t2i-{name}")
-        for name, draw in curve_panels(evaluation, labels).items()
-    }
-
-
-def draw_curves_png(evaluation: TextToImageEvaluation, labels: dict[str, str]) -> bytes:
-    """All panels side by side, as a PNG file."""
-    return panels_png(list(curve_panels(evaluation, labels).values()))
+    return entries
 
 
 def image_grid(evaluation: TextToImageEvaluation, attack: str, concept: str) -> Tensor | None:
@@ -169,7 +172,7 @@ def image_grid(evaluation: TextToImageEvaluation, attack: str, concept: str) -> 
     """
     rows = []
     for side in SIDES:
-        steps = evaluation.grid(attack, concept, side)
+        steps = evaluation.grid(attack, concept, side)  # type: ignore[arg-type]
         if not steps:
             return None
         cells = [_cell(images[:_SHOWN]) for _, images in sorted(steps.items())]
@@ -180,12 +183,14 @@ def image_grid(evaluation: TextToImageEvaluation, attack: str, concept: str) -> 
 
 def _cell(images: Tensor) -> Tensor:
     """Images of one step beside each other, ``(h, w, c)``."""
-    enlarged = images.repeat_interleave(_scale(images), -1).repeat_interleave(_scale(images), -2)
+    side = images.shape[-1]
+    if side > _LARGEST_SIDE:
+        size = (_LARGEST_SIDE * images.shape[-2] // side, _LARGEST_SIDE)
+        small = torch.nn.functional.interpolate(images.float(), size, mode="area")
+        images = small.round().to(torch.uint8)
+    scale = max(1, _LEAST_SIDE // side)
+    enlarged = images.repeat_interleave(scale, -1).repeat_interleave(scale, -2)
     return _beside(list(enlarged.permute(0, 2, 3, 1)), _GAP)
-
-
-def _scale(images: Tensor) -> int:
-    return max(1, _SCALE * 8 // images.shape[-1])
 
 
 def _beside(pictures: list[Tensor], gap: int) -> Tensor:
@@ -195,12 +200,58 @@ def _beside(pictures: list[Tensor], gap: int) -> Tensor:
     return torch.cat(parts[:-1], dim=1)
 
 
-def png_of(picture: Tensor) -> bytes:
-    """A PNG file of a picture, uint8, shape ``(h, w, 1)`` or ``(h, w, 3)``."""
-    import io
-
+def _encoded(picture: Tensor) -> tuple[str, bytes]:
+    """A picture ``(h, w, 1)`` or ``(h, w, 3)`` as a file: exact if grey, small if a photograph."""
     pillow = require_extra("PIL.Image", extra="report", purpose="image grids")
-    array = picture.squeeze(-1).numpy() if picture.shape[-1] == 1 else picture.numpy()
+    grey = picture.shape[-1] == 1
+    image = pillow.fromarray((picture.squeeze(-1) if grey else picture).numpy())
     buffer = io.BytesIO()
-    pillow.fromarray(array).save(buffer, format="PNG", optimize=True)
-    return buffer.getvalue()
+    if grey:
+        image.save(buffer, format="PNG", optimize=True)
+        return "image/png", buffer.getvalue()
+    image.save(buffer, format="JPEG", quality=88)
+    return "image/jpeg", buffer.getvalue()
+
+
+# --- several runs -------------------------------------------------------------------------------
+
+
+def protection_and_cost(rows: Sequence[Any]) -> Draw:
+    """MSGR against the change of what is kept, a mark for each run."""
+
+    def draw(axes: Axes) -> None:
+        title(axes, "Protection against what it costs")
+        for row in rows:
+            if row.msgr is None or row.retained_change is None:
+                continue
+            place = (row.retained_change, row.msgr)
+            axes.plot(*place, "o", color=COLOURS["--harmful"], markersize=7)
+            text = axes.annotate(f" {row.name}", place, fontsize=9, va="center")
+            text.set_color(COLOURS["--muted"])
+        axes.axvline(-0.05, color=COLOURS["--muted"], linewidth=1.0, dashes=(1, 2))
+        axes.set_xlabel("change of what is kept")
+        axes.set_ylabel("MSGR")
+
+    return draw
+
+
+def over_knob(rows: Sequence[Any], knob: str, label: str, value: str) -> Draw:
+    """MSGR (``"msgr"``) or what is kept (``"retained_change"``) over a setting of the runs."""
+    return partial(_over_knob, rows=rows, knob=knob, label=label, value=value)
+
+
+def _over_knob(axes: Axes, rows: Sequence[Any], knob: str, label: str, value: str) -> None:
+    words = {"msgr": "MSGR", "retained_change": "change of what is kept"}
+    title(axes, f"{words[value]} over the {label}")
+    colour = COLOURS["--harmful" if value == "msgr" else "--primary"]
+    places = sorted({getattr(row, knob) for row in rows})
+    means = []
+    for place in places:
+        at = [getattr(row, value) for row in rows if getattr(row, knob) == place]
+        found = [one for one in at if one is not None]
+        axes.plot([place] * len(found), found, "o", color=colour, alpha=0.4, markersize=5)
+        means.append(sum(found) / len(found) if found else math.nan)
+    axes.plot(places, means, color=colour)
+    if knob == "ridge" and min(places) > 0:
+        axes.set_xscale("log")
+    axes.set_xlabel(label)

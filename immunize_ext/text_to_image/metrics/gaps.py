@@ -362,6 +362,11 @@ class Delay(NamedTuple):
                 f"The unprotected model stays below {level} within {self.budget} steps of "
                 f"{attack}: nothing can be said about protection."
             )
+        if self.slowdown.censored and self.slowdown.ratio <= 1.0:
+            return (
+                f"{attack} is not there within {self.budget} steps; without immunization it needs "
+                "all of them, so the delay is not known."
+            )
         if self.slowdown.censored:
             return (
                 f"A delay of more than {self.slowdown.ratio:.3g} times for {attack}: the immunized "
