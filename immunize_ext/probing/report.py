@@ -362,8 +362,7 @@ def _more_rows(results: Results) -> list[list[str]]:
         rows.append(
             [
                 f"Slow-down on the training loss from the spectrum alone, {_TASKS[role]}",
-                f"gradient descent {number(ratios['gradient_descent'])}×",
-                f"conjugate gradients {number(ratios['conjugate_gradients'])}×",
+                *(f"{name.replace('_', ' ')} {number(r)}×" for name, r in ratios.items()),
             ]
         )
     for role, degradation in results.get("rfd", {}).items():
