@@ -10,7 +10,7 @@ import json
 from pathlib import Path
 from typing import Any
 
-_DATA = Path(__file__).parent / "data"
+_DATA = Path(__file__).parent / "report" / "data"
 
 
 SAVED = sorted(
