@@ -300,8 +300,8 @@ def _choices(results: Results, found: Mapping[str, Mapping[str, Attacked]]) -> l
         return []
     return [
         f"Of those who train step by step, {least.attacker.label.lower()} is slowed least: "
-        f"{times(least.slowdown)}. A free choice among them (the fastest without immunization against the "
-        f"fastest with it) costs {cost(some)}.",
+        f"{times(least.slowdown)}. A free choice among them (the fastest without immunization "
+        f"against the fastest with it) costs {cost(some)}.",
         f"Over all attackers measured, a free choice costs {cost(every)}: "
         f"{label(every['fastest_with'])}.",
     ]
