@@ -1,12 +1,27 @@
 """Fast, exact, differentiable linear algebra for model immunization.
 
-``immunize_ext.ops`` holds the operators, ``immunize_ext.ops.regularizers`` their compositions.
-Importing the package compiles nothing, changes no setting of torch, and never fails for lack of
+``immunize_ext.ops`` holds the operators, ``immunize_ext.ops.regularizers`` their compositions;
+``immunize_ext.probing`` and ``immunize_ext.text_to_image`` are the two jobs built on them.
+Importing the package imports nothing else, changes no setting of torch, and never fails for lack of
 the compiled part: without it the operators take a torch-only route and say so once.
 """
 
-from immunize_ext._load import available, status
-from immunize_ext._version import __version__
-from immunize_ext.ops import regularizers
+from typing import Any
 
-__all__ = ["__version__", "available", "errors", "ops", "regularizers", "status"]
+from immunize_ext import _moved
+from immunize_ext._version import __version__
+
+__all__ = ["__version__", "available", "errors", "ops", "probing", "status", "text_to_image"]
+
+_moved.install()
+
+
+def __getattr__(name: str) -> Any:
+    # On use: the command line has to answer before torch is there.
+    import importlib
+
+    if name in ("available", "status"):
+        return getattr(importlib.import_module("immunize_ext._load"), name)
+    if name in __all__ or _moved.places_of(f"{__name__}.{name}"):
+        return importlib.import_module(f"{__name__}.{name}")
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

@@ -1,34 +1,552 @@
-"""The command ``immunize``.
+"""The command ``immunize``: one function a command. Each parses, builds settings, calls and prints.
+
+What a command does can be done in Python by what it calls: ``probing.run`` and
+``text_to_image.run``. Heavy imports stand inside the functions: ``immunize --help`` and
+``immunize doctor`` have to work where optional packages do not.
 
 Exit status: 0 done, 1 ``doctor`` found something wrong, 2 the request cannot be carried out (one
-line says what to do, nothing is half-written), 130 interrupted.
+line says what to do, nothing is half-written), 130 and 143 interrupted.
 """
 
 from __future__ import annotations
 
 import argparse
+import os
+import shutil
+import signal
 import sys
-from collections.abc import Callable, Sequence
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from concurrent.futures import Executor
+from contextlib import contextmanager, suppress
+from pathlib import Path
+from types import MappingProxyType, ModuleType
+from typing import Any, NamedTuple, TypeAlias
 
-from immunize_ext._extras import MissingExtraError
+from immunize_ext._extras import MissingExtraError, require_extra
 from immunize_ext._version import __version__
-from immunize_ext.commands import COMMANDS
-from immunize_ext.errors import NotPositiveDefiniteError
-from immunize_ext.settings import USAGE_ERROR, CommandParser
+from immunize_ext.flags import (
+    USAGE_ERROR,
+    CommandParser,
+    add_flags,
+    add_registry_flags,
+    given,
+    read_settings,
+)
+from immunize_ext.runtime import Interrupted, check_count, interruptible, progress_bar, threads
+from immunize_ext.seams import Progress
+from immunize_ext.settings import Registry, build, settings_of, suggestion
 
-INTERRUPTED = 130
+Command: TypeAlias = Callable[[CommandParser, Sequence[str]], int]
+
+# Flags that have another name now, and keys of config files likewise.
+_ALIASES = MappingProxyType({"--c": "--strength", "--attackers": "--attacks"})
+_OLD_NAMES = MappingProxyType({k[2:]: v[2:] for k, v in _ALIASES.items()})
 
 
-def _parser() -> CommandParser:
-    parser = CommandParser(
-        prog="immunize",
-        description="Make a model's features slow to misuse, and measure whether they are.",
+# --- the two wings --------------------------------------------------------------------------------
+
+
+class _Wing(NamedTuple):
+    """A wing as its commands see it.
+
+    Attributes:
+        run: Its module ``run``.
+        methods: Its methods.
+        attacks: Its attacks.
+        packages: What a run needs beside torch: module, extra, purpose.
+    """
+
+    run: ModuleType
+    methods: Registry[Any]
+    attacks: Registry[Any]
+    packages: tuple[tuple[str, str, str], ...]
+
+
+_PAGES = ("matplotlib", "report", "the plots"), ("safetensors", "report", "the immunized model")
+
+
+def _probing() -> _Wing:
+    from immunize_ext.probing import run
+    from immunize_ext.probing.attacks import ATTACKS
+    from immunize_ext.probing.immunizers import METHODS
+
+    return _Wing(run, METHODS, ATTACKS, _PAGES)
+
+
+def _text_to_image() -> _Wing:
+    for package in ("diffusers", "transformers", "peft", "accelerate"):
+        require_extra(package, extra="diffusion", purpose="text-to-image models")
+    from immunize_ext.text_to_image import run
+    from immunize_ext.text_to_image.attacks import ATTACKS
+    from immunize_ext.text_to_image.immunizers import METHODS
+
+    return _Wing(run, METHODS, ATTACKS, _PAGES)
+
+
+def _wing_of(kind: str, folder: str) -> _Wing:
+    if kind == "demo":
+        raise ValueError(f"{folder} holds two runs; give {folder}/features or {folder}/pipeline")
+    return _probing() if kind.startswith("kappa") else _text_to_image()
+
+
+# --- what commands share --------------------------------------------------------------------------
+
+
+def _add_common_flags(
+    parser: CommandParser, out: str, *, jobs: bool = False, words: str = "run directory"
+) -> None:
+    parser.add_argument("--out", default=out, metavar="DIR", help=f"{words} (default: {out})")
+    parser.add_argument("--force", action="store_true", help=f"replace an existing {words}")
+    parser.add_argument("--quiet", action="store_true", help="print the result alone")
+    parser.add_argument(
+        "--threads", type=int, metavar="N", help="threads of each process (default: 1, or torch's)"
     )
-    parser.add_argument("--version", action="version", version=f"immunize_ext {__version__}")
-    commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
-    for command in COMMANDS:
-        command.add_parser(commands)
-    return parser
+    if jobs:
+        parser.add_argument(
+            "--jobs", type=int, default=1, metavar="N", help="processes (default: 1)"
+        )
+
+
+def _add_settings(parser: CommandParser, wing: _Wing, cls: type, *leave_out: str) -> None:
+    parser.add_argument(
+        "--config", metavar="FILE", help="YAML of these settings; flags override it"
+    )
+    add_flags(parser, cls, leave_out=("settings", "attack_settings", *leave_out))
+    add_registry_flags(parser, wing.methods, wing.attacks, cls)
+
+
+def _read(arguments: argparse.Namespace, wing: _Wing, cls: type, **fixed: Any) -> Any:
+    return read_settings(arguments, cls, wing.methods, wing.attacks, old_names=_OLD_NAMES, **fixed)
+
+
+@contextmanager
+def _working(arguments: argparse.Namespace, default_threads: int | None = 1) -> Iterator[Progress]:
+    """Progress, threads, and what an interruption leaves."""
+    import torch
+
+    count = getattr(arguments, "threads", None)
+    if count is None:
+        count = torch.get_num_threads() if default_threads is None else default_threads
+    check_count("--threads", count)
+    check_count("--jobs", getattr(arguments, "jobs", 1))
+    out = getattr(arguments, "out", None)
+    try:
+        with threads(count), progress_bar(arguments.quiet) as progress:
+            yield progress
+    except KeyboardInterrupt as stop:
+        stop.add_note("nothing was written" if out is None else _left_behind(Path(out)))
+        raise
+
+
+def _left_behind(out: Path) -> str:
+    from immunize_ext.storage import work_folder
+    from immunize_ext.sweep import SWEEP, finished
+
+    if (out / SWEEP).is_file() and not (out / "results.json").is_file():
+        return f"{len(finished(out))} points are kept in {out}; the same command goes on from there"
+    work = work_folder(out)
+    with suppress(OSError):
+        work.rmdir()  # where nothing is in it
+        out.parent.rmdir()
+    if work.is_dir():
+        return (
+            f"what is done is kept in {work}; the same command goes on from there, and who does "
+            "not want that removes it"
+        )
+    return "nothing was written"
+
+
+def _print_done(text: str, what: str, path: Path, seconds: float | None = None) -> None:
+    took = "" if seconds is None else f"  ({seconds:.1f} s)"
+    print(f"{text}\n\n{what}: {path}{took}")
+
+
+def _run(
+    arguments: argparse.Namespace, wing: _Wing, settings: Any, default_threads: int | None = 1
+) -> int:
+    from immunize_ext.storage import check_target
+
+    # Asked before the work, not after it.
+    check_target(arguments.out, force=arguments.force)
+    for package, extra, purpose in wing.packages:
+        require_extra(package, extra=extra, purpose=purpose)
+    started = time.perf_counter()
+    with _working(arguments, default_threads) as progress:
+        found = wing.run.run(
+            settings,
+            arguments.out,
+            force=arguments.force,
+            jobs=getattr(arguments, "jobs", 1),
+            progress=progress,
+        )
+    out = Path(arguments.out)
+    page = out / "report.html"
+    page = page if page.is_file() else out / "results.json"
+    _print_done(found.summary(), "report", page, time.perf_counter() - started)
+    return 0
+
+
+# --- commands -------------------------------------------------------------------------------------
+
+
+def kappa(parser: CommandParser, argv: Sequence[str]) -> int:
+    """Condition-number immunization of features: immunize, attack, write a report.
+
+    Make one task slow to learn from features while another stays as fast as it was, attack both,
+    and write a run directory with results.json, the immunized theta and report.html.
+    """
+    wing = _probing()
+    _add_common_flags(parser, "runs/kappa")
+    _add_settings(parser, wing, wing.run.RunSettings)
+    arguments = parser.parse_args(argv)
+    return _run(arguments, wing, _read(arguments, wing, wing.run.RunSettings))
+
+
+def mima(parser: CommandParser, argv: Sequence[str]) -> int:
+    """Immunize a text-to-image model against several concepts, attack it, report.
+
+    Erase concepts from a text-to-image model, make them hard to teach again, attack the result and
+    its unprotected twin, and write a run directory with the immunized pipeline, results.json and
+    report.html. Run it again to go on where it was cut off.
+    """
+    wing = _text_to_image()
+    _add_common_flags(parser, "runs/mima", jobs=True)
+    _add_settings(parser, wing, wing.run.RunSettings)
+    arguments = parser.parse_args(argv)
+    settings = _read(arguments, wing, wing.run.RunSettings)
+    return _run(arguments, wing, settings, _threads_for(settings))
+
+
+def imma(parser: CommandParser, argv: Sequence[str]) -> int:
+    """Immunize a text-to-image model against one concept, attack it, report.
+
+    As `immunize mima`, for one concept: give it with --targets.
+    """
+    wing = _text_to_image()
+    _add_common_flags(parser, "runs/imma", jobs=True)
+    _add_settings(parser, wing, wing.run.RunSettings, "method")
+    arguments = parser.parse_args(argv)
+    settings = _read(arguments, wing, wing.run.RunSettings, method="imma")
+    if len(settings.targets) != 1 and (settings.model == "digits" or settings.targets):
+        raise ValueError(
+            f"--targets: must be one concept, got {len(settings.targets)}; use `immunize mima` for "
+            "several"
+        )
+    return _run(arguments, wing, settings, _threads_for(settings))
+
+
+def _threads_for(settings: Any) -> int | None:
+    # Layers of the digits are so small that a second thread only waits for the first.
+    return 1 if settings.model == "digits" else None
+
+
+def erase(parser: CommandParser, argv: Sequence[str]) -> int:
+    """Erase concepts from a text-to-image model (UCE).
+
+    Map the words of concepts to their anchors in closed form, and write the edited pipeline. The
+    model given is not changed.
+    """
+    wing = _text_to_image()
+    _add_common_flags(parser, "runs/erased", words="pipeline")
+    add_flags(parser, wing.run.EraseSettings)
+    arguments = parser.parse_args(argv)
+    settings = build(wing.run.EraseSettings, given(arguments, wing.run.EraseSettings), "flags")
+    with _working(arguments, _threads_for(settings)) as progress:
+        found = wing.run.erase(settings, arguments.out, force=arguments.force, progress=progress)
+    print(found.summary())
+    print(f"pipeline: {arguments.out}")
+    return 0
+
+
+def _sweep(parser: CommandParser, argv: Sequence[str], wing: _Wing, out: str) -> int:
+    _add_common_flags(parser, out, jobs=True, words="sweep directory")
+    parser.add_argument(
+        "--scheduler",
+        metavar="ADDRESS",
+        help="run the points on a Dask cluster (tcp://...) instead of processes of this machine",
+    )
+    _add_settings(parser, wing, wing.run.SweepSettings)
+    arguments = parser.parse_args(argv)
+    settings = _read(arguments, wing, wing.run.SweepSettings)
+    require_extra("matplotlib", extra="report", purpose="the heat maps")
+    with _working(arguments) as progress, _executor(arguments.scheduler) as executor:
+        found = wing.run.sweep(
+            settings,
+            arguments.out,
+            force=arguments.force,
+            jobs=arguments.jobs,
+            executor=executor,
+            progress=progress,
+        )
+    _print_done(found.summary(), "report", Path(arguments.out) / "report.html")
+    return 0
+
+
+@contextmanager
+def _executor(address: str | None) -> Iterator[Executor | None]:
+    if address is None:
+        yield None
+        return
+    distributed = require_extra("distributed", extra="cluster", purpose="--scheduler")
+    with distributed.Client(address) as client, client.get_executor() as executor:
+        yield executor
+
+
+def _sweep_kappa(parser: CommandParser, argv: Sequence[str]) -> int:
+    """Condition-number immunization: pairs of tasks x methods x knobs x seeds."""
+    return _sweep(parser, argv, _probing(), "runs/sweep-kappa")
+
+
+def _sweep_mima(parser: CommandParser, argv: Sequence[str]) -> int:
+    """Text-to-image runs over the number of concepts, captions, inner steps, ridge and seeds."""
+    return _sweep(parser, argv, _text_to_image(), "runs/mima-sweep")
+
+
+def sweep(parser: CommandParser, argv: Sequence[str]) -> int:
+    """Many runs: over tasks, methods, settings and seeds; resumable, parallel.
+
+    Each finished point is a file; the same command goes on where the last one stopped.
+    """
+    return _choose(parser, argv, {"kappa": _sweep_kappa, "mima": _sweep_mima})
+
+
+def attack(parser: CommandParser, argv: Sequence[str]) -> int:
+    """Attack a finished run with other attackers or budgets.
+
+    Attack a finished run again: both tasks of `immunize kappa`, the concepts of `immunize mima` and
+    `imma`. The results are added as a file of their own under RUN/attacks; nothing of the run is
+    changed. `immunize attack RUN --help` lists what attacks of that run can be told.
+    """
+    from immunize_ext.storage import RESULTS, read_results
+
+    parser.usage = f"{parser.prog} RUN [OPTIONS]"
+    parser.add_argument("run_folder", metavar="RUN", help="run directory")
+    parser.add_argument("--quiet", action="store_true", help="print the table alone")
+    parser.add_argument("--threads", type=int, metavar="N", help="threads (default: 1)")
+    # Which flags there are depends on the kind of the run, which has to be found first.
+    names = [text for text in argv if not text.startswith("-")]
+    runs = [name for name in names if (Path(name) / RESULTS).is_file()]
+    if not names or (not set(argv).isdisjoint(("-h", "--help")) and not runs):
+        parser.parse_args(argv)  # says that RUN is missing, or helps
+    folder = (runs or names)[0]
+    kind = read_results(folder)["kind"]
+    wing = _wing_of(kind, folder)
+    if kind.endswith("-sweep"):
+        raise ValueError(
+            f"attack: {folder} must be a single run, got a sweep, which keeps no models; sweep "
+            "again with --attacks"
+        )
+    cls = wing.run.AttackSettings
+    wing = wing._replace(methods=Registry("method", key="method"))  # nothing is immunized
+    _add_settings(parser, wing, cls)
+    arguments = parser.parse_args(argv)
+    settings = _read(arguments, wing, cls)
+    with _working(arguments) as progress:
+        found = wing.run.attack(arguments.run_folder, settings, progress=progress)
+    print(found.summary())
+    return 0
+
+
+def report(parser: CommandParser, argv: Sequence[str]) -> int:
+    """Compare finished runs at equal cost to the primary task.
+
+    Compare finished runs and sweeps of one kind: how much each method slows the harm where what
+    shall be kept is as good, with plots. Runs of earlier versions are read too.
+    """
+    from immunize_ext.storage import check_target, read_results
+
+    parser.usage = f"{parser.prog} RUN [RUN ...] [OPTIONS]"
+    parser.add_argument("runs", nargs="+", metavar="RUN", help="run or sweep directories")
+    parser.add_argument("--out", default="runs/report", metavar="DIR", help="directory to write")
+    parser.add_argument("--force", action="store_true", help="replace an existing report")
+    arguments = parser.parse_args(argv)
+    if len(set(arguments.runs)) < len(arguments.runs):
+        raise ValueError("report: no run may be given twice")
+    kinds = {
+        read_results(folder)["kind"].removesuffix("-sweep"): folder for folder in arguments.runs
+    }
+    if len(kinds) > 1:
+        first, second = list(kinds.values())[:2]
+        raise ValueError(f"report: runs must be of one kind, got {first} beside {second}")
+    ((kind, folder),) = kinds.items()
+    wing = _wing_of(kind, folder)
+    check_target(arguments.out, force=arguments.force)
+    require_extra("matplotlib", extra="report", purpose="the plots")
+    found = wing.run.compare(arguments.runs, arguments.out, force=arguments.force)
+    _print_done(found.summary(), "report", Path(arguments.out) / "report.html")
+    return 0
+
+
+def build_pipeline(parser: CommandParser, argv: Sequence[str]) -> int:
+    """Train the small Stable Diffusion pipeline of digits that comes with the package.
+
+    Train a complete Stable Diffusion pipeline on 8 x 8 handwritten digits, in diffusers' layout. A
+    few minutes on two cores; the same seed and threads give the same bytes.
+    """
+    _add_common_flags(parser, "runs/digits", words="pipeline")
+    parser.add_argument("--seed", type=int, default=0, metavar="N", help="seed (default: 0)")
+    parser.add_argument("--steps", type=int, default=1000, metavar="N", help="optimizer steps")
+    arguments = parser.parse_args(argv)
+    require_extra("diffusers", extra="diffusion", purpose="the digits pipeline")
+    require_extra("sklearn", extra="data", purpose="the digits data set")
+    from immunize_ext.text_to_image.digits.images import DIGIT_NAMES
+    from immunize_ext.text_to_image.digits.judge import DigitJudge
+    from immunize_ext.text_to_image.digits.pipeline import build_digits_pipeline
+    from immunize_ext.text_to_image.model import TextToImage
+
+    with _working(arguments) as progress:
+        pipeline = build_digits_pipeline(
+            arguments.out,
+            seed=arguments.seed,
+            steps=arguments.steps,
+            overwrite=arguments.force,
+            progress=lambda text, share: progress(text, 0.95 * share),
+        )
+        progress("judging", 0.95)
+        model, judge = TextToImage(pipeline), DigitJudge()
+        scores = [
+            judge.score(model.generate([f"a photo of the digit {name}"] * 32), digit)
+            for digit, name in enumerate(DIGIT_NAMES)
+        ]
+    print(
+        f"{sum(scores) / 10:.1%} of images show the digit that was asked for (least "
+        f"{min(scores):.1%}); the judge itself gets {judge.accuracy:.1%} of real images right"
+    )
+    print(f"pipeline: {arguments.out}")
+    return 0
+
+
+def doctor(parser: CommandParser, argv: Sequence[str]) -> int:
+    """Say what is installed, what is wrong and how to mend it."""
+    parser.parse_args(argv)
+    from immunize_ext._doctor import diagnose, doctor_report
+
+    print(doctor_report())
+    return 0 if diagnose().ok else 1
+
+
+# What the demo of features can be told; the rest is as it is.
+_DEMO_FLAGS = ("primary", "harmful", "method", "ridge", "seed")
+
+
+def demo(parser: CommandParser, argv: Sequence[str]) -> int:
+    """Both jobs on small real data: immunize, attack, one report.
+
+    Both jobs of the package on handwritten digits: make one task slow to learn from features while
+    another stays fast, and make erased concepts hard to teach a text-to-image model again; attack
+    both, write one report. Takes two to three minutes on two cores and needs no network. The two
+    runs stand in DIR/features and DIR/pipeline, where `immunize attack` and `report` take them.
+    """
+    wing = _probing()
+    cls = wing.run.RunSettings
+    _add_common_flags(parser, "runs/demo")
+    add_flags(parser, cls, leave_out=[name for name in settings_of(cls) if name not in _DEMO_FLAGS])
+    parser.add_argument(
+        "--strength", metavar="C", help="of the method (default: auto, for closed-form)"
+    )
+    parser.add_argument(
+        "--skip-mima", action="store_true", help="leave out the text-to-image half; takes seconds"
+    )
+    arguments = parser.parse_args(argv)
+    values = {"base_budget": 2000, "limit": 128.0, **given(arguments, cls)}
+    values["compare"] = [
+        "closed-form",
+        "condition-number",
+        "condition-number-plain",
+        "whitening",
+    ]
+    method = values.get("method", "closed-form")
+    strength = arguments.strength or ("auto" if method == "closed-form" else None)
+    if strength is not None:
+        values["settings"] = wing.methods.typed(method, {"strength": strength}, "flags")
+    features = build(cls, values, "flags")
+    runs: dict[str, tuple[_Wing, Any]] = {"features": (wing, features)}
+    if not arguments.skip_mima:
+        other = _text_to_image()
+        pipeline = other.run.RunSettings(seeds=(features.seed,), images=16)
+        runs["pipeline"] = (other, pipeline)
+    return _demo(arguments, runs)
+
+
+def _demo(arguments: argparse.Namespace, runs: Mapping[str, tuple[_Wing, Any]]) -> int:
+    from immunize_ext import report as pages
+    from immunize_ext import storage
+
+    storage.check_target(arguments.out, force=arguments.force)
+    require_extra("sklearn", extra="data", purpose="the digits data set")
+    pages.check_extras()
+    started = time.perf_counter()
+    work = storage.work_folder(arguments.out)
+    found: dict[str, Any] = {}
+    with _working(arguments) as progress:
+        for name, (wing, settings) in runs.items():
+            # The features take seconds, the pipeline minutes.
+            low, high = {"features": (0.0, 0.1), "pipeline": (0.1, 1.0)}[name]
+            high = high if len(runs) > 1 else 1.0
+
+            def part(text: str, share: float, low: float = low, high: float = high) -> None:
+                progress(text, low + (high - low) * share)
+
+            found[name] = wing.run.run(settings, work / name, force=True, progress=part)
+        results = {run.results()["kind"]: run.results() for run in found.values()}
+        seconds = {kind: one["seconds"]["total"] for kind, one in results.items()}
+        content = {
+            "schema": storage.SCHEMA,
+            "kind": "demo",
+            **results,
+            "seconds": {**seconds, "total": time.perf_counter() - started},
+            "environment": storage.environment(),
+        }
+        with storage.run_directory(arguments.out, force=arguments.force) as folder:
+            for name in found:
+                (work / name).rename(folder / name)
+            pages.write(content, folder)
+            storage.write_json(folder / storage.RESULTS, content)
+        shutil.rmtree(work, ignore_errors=True)
+    words = "\n\n".join(run.summary() for run in found.values())
+    _print_done(words, "report", Path(arguments.out) / "report.html", time.perf_counter() - started)
+    return 0
+
+
+# In the order in which ``immunize --help`` lists them.
+COMMANDS: Mapping[str, Command] = MappingProxyType(
+    {
+        "demo": demo,
+        "kappa": kappa,
+        "mima": mima,
+        "imma": imma,
+        "erase": erase,
+        "sweep": sweep,
+        "attack": attack,
+        "report": report,
+        "build-pipeline": build_pipeline,
+        "doctor": doctor,
+    }
+)
+
+
+def _choose(parser: CommandParser, argv: Sequence[str], commands: Mapping[str, Command]) -> int:
+    """Run the command that is named first, with a parser of its own."""
+    if argv and argv[0] in commands:
+        command = commands[argv[0]]
+        prog = f"{parser.prog} {argv[0]}"
+        inner = CommandParser(
+            prog=prog, usage=f"{prog} [OPTIONS]", description=command.__doc__, aliases=_ALIASES
+        )
+        return command(inner, argv[1:])
+    width = max(map(len, commands)) + 2
+    listed = [f"  {name:<{width}}{_first_line(command)}" for name, command in commands.items()]
+    parser.formatter_class = argparse.RawDescriptionHelpFormatter
+    parser.epilog = "commands:\n" + "\n".join(listed)
+    parser.usage = f"{parser.prog} [-h] COMMAND ..."
+    parser.add_argument("command", metavar="COMMAND", help=argparse.SUPPRESS)
+    name = parser.parse_args(argv[:1]).command
+    parser.error(f"{name} is no command; {suggestion(name, commands)}")
+
+
+def _first_line(command: Command) -> str:
+    return (command.__doc__ or "").partition("\n")[0].rstrip(".")
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -45,17 +563,44 @@ def main(argv: Sequence[str] | None = None) -> int:
         immunize_ext 0.1.0
         0
     """
+    for stream in (sys.stdout, sys.stderr):
+        # What a terminal cannot show must not make a finished run fail.
+        with suppress(AttributeError, ValueError):
+            stream.reconfigure(errors="replace")  # type: ignore[union-attr]
+    parser = CommandParser(
+        prog="immunize",
+        description="Make a model's features slow to misuse, and measure whether they are.",
+    )
+    parser.add_argument("--version", action="version", version=f"immunize_ext {__version__}")
     try:
-        arguments = _parser().parse_args(argv)
-        run: Callable[[argparse.Namespace], int] = arguments.run
-        return run(arguments)
+        with interruptible():
+            status = _choose(parser, list(sys.argv[1:] if argv is None else argv), COMMANDS)
+            sys.stdout.flush()
+            return status
     except SystemExit as exit_request:  # argparse: --help, --version and usage errors
         return exit_request.code if isinstance(exit_request.code, int) else USAGE_ERROR
-    except KeyboardInterrupt:
-        print("immunize: interrupted; nothing was written", file=sys.stderr)
-        return INTERRUPTED
-    except (ValueError, OSError, MissingExtraError, NotPositiveDefiniteError) as error:
-        # Bad values, files that are missing or in the way, missing extras: their messages say what
-        # to do. Anything else is a defect and deserves its traceback.
+    except KeyboardInterrupt as stop:
+        left = "; ".join(getattr(stop, "__notes__", ())) or "nothing was written"
+        print(f"immunize: interrupted; {left}", file=sys.stderr)
+        return 128 + (stop.signal if isinstance(stop, Interrupted) else signal.SIGINT)
+    except BrokenPipeError:
+        # Whoever read the output has seen enough of it; what was asked for is done.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 0
+    except Exception as error:
+        if not isinstance(error, _expected()):
+            raise  # a defect, which deserves its traceback
         print(f"immunize: {' '.join(str(error).split())}", file=sys.stderr)
         return USAGE_ERROR
+
+
+def _expected() -> tuple[type[Exception], ...]:
+    """What bad values, missing files and extras, and a full disk raise: it says what to do."""
+    found: list[type[Exception]] = [ValueError, OSError, MissingExtraError]
+    if "torch" in sys.modules:
+        from immunize_ext.errors import NotPositiveDefiniteError
+
+        found.append(NotPositiveDefiniteError)
+    if "safetensors" in sys.modules:
+        found.append(sys.modules["safetensors"].SafetensorError)
+    return tuple(found)

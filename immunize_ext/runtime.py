@@ -1,16 +1,25 @@
-"""Time and memory of the parts of a run that are worth measuring."""
+"""What a process is while it works: progress, threads, signals, randomness, time and memory.
+
+torch is imported on use: what only parses a command line shall not wait for it.
+"""
 
 from __future__ import annotations
 
+import os
+import signal
 import sys
+import threading
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
-
-import torch
+from types import FrameType
+from typing import TYPE_CHECKING
 
 from immunize_ext.seams import Progress
+
+if TYPE_CHECKING:
+    import torch
 
 # Linux: writing 5 resets the peak resident size of the process, which then stands in `VmHWM`.
 _RESET, _STATUS = Path("/proc/self/clear_refs"), Path("/proc/self/status")
@@ -59,6 +68,8 @@ class Meter:
     @contextmanager
     def measure(self) -> Iterator[None]:
         """Measure what the block does."""
+        import torch
+
         cuda = self._device.type == "cuda"
         if cuda:
             torch.cuda.synchronize(self._device)
@@ -85,6 +96,8 @@ def own_randomness(device: torch.device, seed: int) -> Iterator[None]:
     Some code of others draws from them (layers that initialise themselves, autoencoders that
     sample); what stands around the block shall not notice.
     """
+    import torch
+
     devices = [device] if device.type == "cuda" else []
     with torch.random.fork_rng(devices=devices):
         torch.manual_seed(seed)
@@ -125,12 +138,78 @@ def _print_stage(text: str, share: float) -> None:
     print(f"[{share:4.0%}] {text}", file=sys.stderr, flush=True)
 
 
+# More only wait for each other, and far more end the process: each has a stack of megabytes.
+_MOST_THREADS = max(256, os.cpu_count() or 1)
+
+
+def check_count(name: str, count: int) -> int:
+    """A number of threads or processes that a machine can be asked for.
+
+    Raises:
+        ValueError: If it is none.
+
+    Example:
+        >>> check_count("--threads", 0)
+        Traceback (most recent call last):
+        ValueError: --threads must be at least 1, got 0
+    """
+    if count < 1:
+        raise ValueError(f"{name} must be at least 1, got {count}")
+    if count > _MOST_THREADS:
+        raise ValueError(
+            f"{name} must be at most {_MOST_THREADS}, got {count}; this machine has "
+            f"{os.cpu_count()} processors"
+        )
+    return count
+
+
 @contextmanager
 def threads(count: int) -> Iterator[None]:
-    """Use this many threads in the block, and as many as before after it."""
+    """Use this many threads in the block, and as many as before after it.
+
+    Raises:
+        ValueError: If ``count`` is no number of threads that a machine can be asked for.
+    """
+    import torch
+
+    check_count("threads", count)
     before = torch.get_num_threads()
     torch.set_num_threads(count)
     try:
         yield
     finally:
         torch.set_num_threads(before)
+
+
+class Interrupted(KeyboardInterrupt):
+    """A signal asks the process to stop.
+
+    Attributes:
+        signal: Its number.
+    """
+
+    def __init__(self, number: int) -> None:
+        super().__init__(signal.Signals(number).name)
+        self.signal = number
+
+
+@contextmanager
+def interruptible() -> Iterator[None]:
+    """Let SIGINT and SIGTERM raise :class:`Interrupted` in the block.
+
+    Also where the process was started in the background of a shell, which then ignores SIGINT.
+    Outside the main thread, which alone receives signals, nothing is changed.
+    """
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+
+    def stop(number: int, frame: FrameType | None) -> None:
+        raise Interrupted(number)
+
+    before = {number: signal.signal(number, stop) for number in (signal.SIGINT, signal.SIGTERM)}
+    try:
+        yield
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, signal.SIG_DFL if handler is None else handler)

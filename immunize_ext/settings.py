@@ -2,9 +2,10 @@
 
 A settings dataclass is frozen, its fields have plain types (``int``, ``float``, ``bool``, ``str``,
 ``Literal``, ``tuple[X, ...]``, unions of these with ``None``), and each is described under
-``Attributes:`` in its docstring. :func:`add_flags` makes command-line flags of it, :func:`build`
-makes an instance of plain values, whether they come from a shell, a YAML file or a results.json.
-What depends on more than one field is checked where it always is: in ``__post_init__``.
+``Attributes:`` in its docstring. :mod:`immunize_ext.flags` makes command-line flags of it,
+:func:`build` makes an instance of plain values, whether they come from a shell, a YAML file or a
+results.json. What depends on more than one field is checked where it always is: in
+``__post_init__``.
 
 A :class:`Registry` holds the methods or the attacks of a wing by name. Registering a dataclass is
 all that the command line needs to offer it.
@@ -17,15 +18,14 @@ import dataclasses
 import difflib
 import functools
 import math
+import re
 import types
 import typing
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
-from typing import Any, Generic, Literal, NamedTuple, NoReturn, TypeVar
+from typing import Any, Generic, Literal, NamedTuple, TypeVar
 
 from immunize_ext._extras import require_extra
-
-USAGE_ERROR = 2
 
 T = TypeVar("T")
 
@@ -70,8 +70,7 @@ class Setting(NamedTuple):
     help: str
 
 
-@functools.cache
-def settings_of(cls: type) -> dict[str, Setting]:
+def settings_of(cls: Any) -> dict[str, Setting]:
     """The settings of a dataclass by name, in the order of its fields.
 
     Texts come from ``Attributes:`` of the class, or of the class it inherits the field from.
@@ -88,6 +87,11 @@ def settings_of(cls: type) -> dict[str, Setting]:
         >>> settings_of(Toy)["steps"].help
         'Number of steps.'
     """
+    return _settings_of(cls)
+
+
+@functools.cache
+def _settings_of(cls: Any) -> dict[str, Setting]:
     import docstring_parser
 
     texts: dict[str, str] = {}
@@ -125,7 +129,8 @@ class _WrongKindError(Exception):
     """A value does not have the type of its field."""
 
 
-def _options(kind: Any) -> tuple[Any, ...]:
+def options_of(kind: Any) -> tuple[Any, ...]:
+    """The types that a union offers; a type itself where it is none."""
     return (
         typing.get_args(kind)
         if isinstance(kind, types.UnionType) or (typing.get_origin(kind) is typing.Union)
@@ -137,7 +142,7 @@ def _words(kind: Any) -> str:
     """A type as an error names it: ``a number or 'auto'``."""
     simple = {int: "an integer", float: "a finite number", bool: "true or false", str: "a text"}
     found = []
-    for option in _options(kind):
+    for option in options_of(kind):
         if option is type(None):
             continue
         origin = typing.get_origin(option)
@@ -168,12 +173,23 @@ def _finite(value: Any) -> bool:
     return not isinstance(value, float) or math.isfinite(value)
 
 
+def _as_text(value: Any) -> Any:
+    """A number where a text is wanted: ``primary: 4`` names a class."""
+    return str(value) if isinstance(value, int) and not isinstance(value, bool) else value
+
+
 def _convert(value: Any, kind: Any) -> Any:
     """A plain value in the type of its field."""
-    options = _options(kind)
+    options = options_of(kind)
+    if value is None and type(None) not in options:
+        raise _WrongKindError
     if any(typing.get_origin(option) is tuple for option in options):
         if value is not None and not isinstance(value, (tuple, list)):
             value = [value]  # one name alone is a list of one
+        if isinstance(value, (tuple, list)) and tuple[str, ...] in options:
+            value = [_as_text(item) for item in value]
+    elif str in options and not {int, float} & set(options):
+        value = _as_text(value)
     elif int in options and isinstance(value, float) and value.is_integer():
         value = int(value)
     try:
@@ -185,30 +201,28 @@ def _convert(value: Any, kind: Any) -> Any:
     return found
 
 
-def build(cls: type[T], values: Mapping[str, Any], where: str, defaults: T | None = None) -> T:
-    """A settings dataclass from plain values, or an error that names the setting.
+def typed(cls: type, values: Mapping[str, Any], where: str) -> dict[str, Any]:
+    """Plain values in the types of the settings of a dataclass.
 
     Args:
         cls: The dataclass.
-        values: Settings by name; others keep their defaults.
+        values: Settings by name.
         where: Where they come from (``--config run.yaml``, ``flags``); stands in errors.
-        defaults: An instance whose settings hold where ``values`` has none.
 
     Returns:
-        The instance.
+        The settings that were given, in their types.
 
     Raises:
-        ValueError: If a name is unknown, a value has the wrong type or is not finite, or the
-            dataclass refuses them together.
+        ValueError: If a name is unknown, or a value has the wrong type or is not finite.
 
     Example:
         >>> @dataclasses.dataclass(frozen=True)
         ... class Toy:
         ...     strength: float | Literal["auto"] = 30.0
         ...     harmful: tuple[str, ...] = ()
-        >>> build(Toy, {"strength": "auto", "harmful": "4:9"}, "flags")
-        Toy(strength='auto', harmful=('4:9',))
-        >>> build(Toy, {"strenght": 3}, "flags")
+        >>> typed(Toy, {"strength": "auto", "harmful": "4:9"}, "flags")
+        {'strength': 'auto', 'harmful': ('4:9',)}
+        >>> typed(Toy, {"strenght": 3}, "flags")
         Traceback (most recent call last):
         ValueError: flags: strenght is no setting; did you mean strength
     """
@@ -217,19 +231,49 @@ def build(cls: type[T], values: Mapping[str, Any], where: str, defaults: T | Non
     for name, value in values.items():
         if name not in known:
             raise ValueError(f"{where}: {name} is no setting; {suggestion(name, known)}")
+        tables: list[Any] = list(filter(dataclasses.is_dataclass, options_of(known[name].type)))
+        if tables and isinstance(value, str):
+            value = parse_yaml(value)
+        if tables and isinstance(value, Mapping):
+            found[name] = build(tables[0], value, f"{where}: {name}")
+            continue
         try:
             found[name] = _convert(value, known[name].type)
         except _WrongKindError:
             raise ValueError(
                 f"{where}: {name} must be {_words(known[name].type)}, got {value!r}"
             ) from None
+    return found
+
+
+def build(cls: type[T], values: Mapping[str, Any], where: str, defaults: T | None = None) -> T:
+    """A settings dataclass from plain values, or an error that names the setting.
+
+    Args:
+        cls: The dataclass.
+        values: Settings by name; others keep their defaults.
+        where: Where they come from; stands in errors.
+        defaults: An instance whose settings hold where ``values`` has none.
+
+    Returns:
+        The instance.
+
+    Raises:
+        ValueError: As :func:`typed`, or if the dataclass refuses the settings together.
+
+    Example:
+        >>> @dataclasses.dataclass(frozen=True)
+        ... class Toy:
+        ...     steps: int = 3
+        >>> build(Toy, {"steps": "4"}, "flags")
+        Toy(steps=4)
+    """
+    found = typed(cls, values, where)
     if defaults is not None:
         return dataclasses.replace(defaults, **found)  # type: ignore[type-var]
-    missing = [
-        name for name, s in known.items() if s.default is dataclasses.MISSING and name not in found
-    ]
-    if missing:
-        raise ValueError(f"{where}: {missing[0]} must be given")
+    for name, setting in settings_of(cls).items():
+        if setting.default is dataclasses.MISSING and name not in found:
+            raise ValueError(f"{where}: {name} must be given")
     return cls(**found)
 
 
@@ -279,7 +323,7 @@ def read_yaml(path: str | Path, *, flag: str = "--config") -> dict[str, Any]:
 
 
 def parse_yaml(text: str) -> Any:
-    """Plain values of a YAML text.
+    """Plain values of a YAML text, as YAML 1.2 reads them: ``4:9`` is a text, ``1e-3`` a number.
 
     A key that stands twice would silently win or lose, and a few hundred bytes of nested aliases
     expand to gigabytes: both are refused.
@@ -289,13 +333,38 @@ def parse_yaml(text: str) -> Any:
         ValueError: If it is no YAML, has a key twice or an alias.
 
     Example:
+        >>> parse_yaml("{primary: 4:9, rate: 1e-3, erase: false}")
+        {'primary': '4:9', 'rate': 0.001, 'erase': False}
         >>> parse_yaml("{seed: 3, seed: 4}")
         Traceback (most recent call last):
         ValueError: the key 'seed' stands twice
     """
     yaml = require_extra("yaml", extra="report", purpose="YAML")
+    try:
+        return yaml.load(text, _loader())  # a SafeLoader: plain values only
+    except (yaml.YAMLError, RecursionError) as error:
+        raise ValueError(" ".join(str(error).split())) from error
 
-    class Loader(yaml.SafeLoader):  # type: ignore[misc, name-defined]
+
+# The core schema of YAML 1.2: what a plain word is, its pattern, what it can begin with.
+_CORE = (
+    ("null", r"~|null|Null|NULL|", [*"~nN", ""]),
+    ("bool", r"true|True|TRUE|false|False|FALSE", [*"tTfF"]),
+    ("int", r"[-+]?[0-9]+|0x[0-9a-fA-F]+", [*"-+0123456789"]),
+    (
+        "float",
+        r"[-+]?(?:\.[0-9]+|[0-9]+(?:\.[0-9]*)?)(?:[eE][-+]?[0-9]+)?"
+        r"|[-+]?\.(?:inf|Inf|INF)|\.(?:nan|NaN|NAN)",
+        [*"-+.0123456789"],
+    ),
+)
+
+
+@functools.cache
+def _loader() -> Any:
+    import yaml
+
+    class Loader(yaml.SafeLoader):
         def compose_node(self, parent: Any, index: Any) -> Any:
             if self.check_event(yaml.events.AliasEvent):
                 raise ValueError("aliases (*name) are not read")
@@ -309,114 +378,16 @@ def parse_yaml(text: str) -> Any:
                 seen.add(key.value)
             return super().construct_mapping(node, deep)
 
-    try:
-        return yaml.load(text, Loader)  # a SafeLoader: plain values only
-    except (yaml.YAMLError, RecursionError) as error:
-        raise ValueError(" ".join(str(error).split())) from error
+        def construct_int(self, node: Any) -> int:
+            return int(node.value, 16 if node.value.startswith("0x") else 10)
 
-
-# --- flags ----------------------------------------------------------------------------------------
-
-
-class CommandParser(argparse.ArgumentParser):
-    """A parser whose errors are one line and say what was probably meant."""
-
-    def error(self, message: str) -> NoReturn:
-        """Print the message and how to get help, and leave with status 2."""
-        prefix = "unrecognized arguments: "
-        if message.startswith(prefix):
-            name = message.removeprefix(prefix).split()[0].partition("=")[0]
-            flags = [flag for flag in self._option_string_actions if flag.startswith("--")]
-            near = difflib.get_close_matches(name, flags, n=1)
-            message += f"; did you mean {near[0]}" if near else ""
-        self.exit(USAGE_ERROR, f"{self.prog}: {message}; see {self.prog} --help\n")
-
-
-def _shown(default: Any) -> str:
-    if default in (None, (), {}, "") or default is dataclasses.MISSING:
-        return ""
-    text = " ".join(map(str, default)) if isinstance(default, tuple) else str(default)
-    return f" (default: {text})"
-
-
-def add_flags(
-    parser: Any,
-    cls: type,
-    *,
-    prefix: str = "",
-    leave_out: Sequence[str] = (),
-    of: str = "",
-    defaults: Any = None,
-) -> None:
-    """Add a flag for each setting of a dataclass. What is not given stays out of the namespace.
-
-    ``steps: int`` becomes ``--steps N``, ``erase: bool`` becomes ``--erase`` and ``--no-erase``, a
-    tuple takes several values, a table takes ``NAME=VALUE`` and can be given again.
-
-    Args:
-        parser: A parser, or a group of one.
-        cls: The dataclass.
-        prefix: Put before each name: ``lora.`` gives ``--lora.rank``.
-        leave_out: Names that get no flag.
-        of: Put before each help text, as the name of the method whose setting it is.
-        defaults: An instance whose settings are shown as defaults.
-    """
-    for setting in settings_of(cls).values():
-        if setting.name in leave_out or "--" + _flag(prefix, setting.name) in (
-            parser._option_string_actions
-        ):
-            continue
-        options = [kind for kind in _options(setting.type) if kind is not type(None)]
-        text = (f"{of}: " if of else "") + setting.help.replace("``", "").replace("%", "%%")
-        more: dict[str, Any] = {"dest": prefix + setting.name, "default": argparse.SUPPRESS}
-        default = setting.default if defaults is None else getattr(defaults, setting.name)
-        more["help"] = text + _shown(default).replace("%", "%%")
-        if options == [bool]:
-            more["action"] = argparse.BooleanOptionalAction
-        elif any(typing.get_origin(kind) is tuple for kind in options):
-            more |= {"nargs": "+", "metavar": setting.name.rstrip("s").upper()}
-        elif any(typing.get_origin(kind) in (Mapping, dict) for kind in options):
-            more |= {"action": "append", "metavar": "NAME=VALUE"}
-        else:
-            more["metavar"] = {int: "N", float: "X"}.get(options[0], setting.name.upper())
-        parser.add_argument("--" + _flag(prefix, setting.name), **more)
-
-
-def _flag(prefix: str, name: str) -> str:
-    return (prefix + name).replace("_", "-")
-
-
-def given(arguments: argparse.Namespace, cls: type, *, prefix: str = "") -> dict[str, Any]:
-    """The settings of a dataclass that flags gave, as texts and lists; :func:`build` reads them."""
-    found = {}
-    for name, setting in settings_of(cls).items():
-        if not hasattr(arguments, prefix + name):
-            continue
-        value = getattr(arguments, prefix + name)
-        tables = [typing.get_origin(kind) in (Mapping, dict) for kind in _options(setting.type)]
-        if any(tables):
-            value = dict(name_and_value(text) for text in value)
-        found[name] = value
-    return found
-
-
-def name_and_value(text: str) -> tuple[str, Any]:
-    """Read ``NAME=VALUE``, the value as YAML has it.
-
-    Raises:
-        ValueError: If it has another form.
-
-    Example:
-        >>> name_and_value("inner-rate=1e-3")
-        ('inner_rate', '1e-3')
-    """
-    name, sign, value = text.partition("=")
-    if not sign or not name:
-        raise ValueError(f"a setting must look like NAME=VALUE, got {text!r}")
-    try:
-        return name.replace("-", "_"), parse_yaml(value)
-    except ValueError as error:
-        raise ValueError(f"{name} must have a plain value, got {value!r}: {error}") from error
+    Loader.add_constructor("tag:yaml.org,2002:int", Loader.construct_int)
+    Loader.yaml_implicit_resolvers = {}  # those of YAML 1.1
+    for kind, pattern, first in _CORE:
+        Loader.add_implicit_resolver(
+            f"tag:yaml.org,2002:{kind}", re.compile(f"^(?:{pattern})$"), first
+        )
+    return Loader
 
 
 # --- registries -----------------------------------------------------------------------------------
@@ -488,12 +459,17 @@ class Registry(Mapping[str, T], Generic[T]):
         common = {k: v for k, v in shared.items() if k in known}
         return build(type(entry), {**common, **values}, f"{where}: {name}", entry)
 
+    def typed(self, name: str, values: Mapping[str, Any], where: str) -> dict[str, Any]:
+        """Settings of an entry in their types; see :func:`typed`."""
+        return typed(type(self.find(name, where)), values, f"{where}: {name}")
+
     def all_settings(self) -> dict[str, list[str]]:
         """Every setting of any entry, with the names of the entries that have it."""
         found: dict[str, list[str]] = {}
         for name, entry in self._found.items():
             for setting in settings_of(type(entry)):
-                found.setdefault(setting, []).append(name)
+                if setting != self.key:
+                    found.setdefault(setting, []).append(name)
         return found
 
     def __getitem__(self, name: str) -> T:
@@ -504,12 +480,3 @@ class Registry(Mapping[str, T], Generic[T]):
 
     def __len__(self) -> int:
         return len(self._found)
-
-
-# Of the old command modules; gone with them.
-Commands = Any
-
-
-def strength(text: str) -> float | str:
-    """Argument type: a number, or ``auto``."""
-    return text if text == "auto" else float(text)

@@ -1,35 +1,49 @@
-"""Sweeps of any kind: many points, one finished file each, over processes, resumed where cut off.
+"""Many jobs, one finished file each: over processes or any executor, resumed where cut off.
 
-A sweep directory holds ``sweep.json`` (what is to be done), ``points/NAME.json`` (a finished point,
-written whole) and, once all are there, what its kind makes of them. Running the same command again
-does what is missing; running another one into the same directory is refused.
+A folder holds ``NAME.json`` for each finished job, written whole, with a digest of what made it.
+Doing the same again does what is missing, or was made of something else. A sweep directory adds
+``sweep.json``, what is to be done; its jobs stand in ``points/``.
 """
 
 from __future__ import annotations
 
+import functools
 import json
 import multiprocessing
 import os
+import signal
+import threading
 from collections.abc import Callable, Iterator, Mapping
-from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
+from concurrent.futures import (
+    FIRST_COMPLETED,
+    BrokenExecutor,
+    Executor,
+    Future,
+    ProcessPoolExecutor,
+    wait,
+)
 from contextlib import contextmanager
+from multiprocessing.connection import wait as wait_for
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeAlias
 
 import torch
 
-from immunize_ext.runtime import threads
+from immunize_ext.runtime import check_count, threads
 from immunize_ext.seams import Progress
-from immunize_ext.storage import check_target, to_json, write_file
+from immunize_ext.storage import check_target, clear_abandoned, digest, to_json, write_file
 
-Worker = Callable[[Any], dict[str, Any]]
-
+Job: TypeAlias = Callable[[], dict[str, Any]]
+"""A function of a module, or a ``functools.partial`` of one, that gives plain values."""
 
 SWEEP = "sweep.json"
-
-
 POINTS = "points"
 
+# Key of a job's file: the digest of what made it.
+_MADE_OF = "made_of"
+
+# A job that takes this many workers with it is not tried again.
+_MOST_LOSSES = 3
 
 # What libraries read when they load; set for worker processes, which load them anew.
 _THREAD_VARIABLES = ("OMP_NUM_THREADS", "MKL_NUM_THREADS", "OPENBLAS_NUM_THREADS")
@@ -41,127 +55,170 @@ def write_whole(path: Path, value: Any) -> None:
     write_file(path, text.encode())
 
 
-def open_sweep(target: str | Path, plan: Mapping[str, Any], *, force: bool = False) -> Path:
-    """Make a sweep directory, or go on with one that has the same plan.
-
-    Args:
-        target: The directory.
-        plan: What is to be done, as plain values.
-        force: Whether an existing sweep of another plan is replaced.
-
-    Returns:
-        The directory.
-
-    Raises:
-        FileExistsError: If the target is something else, or a sweep with another plan.
-    """
-    path = Path(target)
-    wanted = json.loads(json.dumps(to_json(plan)))
-    file = path / SWEEP
-    if file.is_file():
-        try:
-            found = json.loads(file.read_text(encoding="utf-8"))
-        except ValueError:
-            found = None
-        if found == wanted:
-            return path
-        if not force:
-            raise FileExistsError(
-                f"{target} holds a sweep with other settings; choose another folder, or drop its "
-                "points with --force"
-            )
-        for point in (path / POINTS).glob("*.json"):
-            point.unlink()
-    else:
-        check_target(path, force=False)
-    (path / POINTS).mkdir(parents=True, exist_ok=True)
-    write_whole(file, wanted)
-    return path
+# --- jobs -----------------------------------------------------------------------------------------
 
 
-def finished(folder: Path) -> dict[str, dict[str, Any]]:
-    """The points that are there, by name."""
+def _found(folder: Path) -> dict[str, tuple[dict[str, Any], str | None]]:
+    """The results that are there, and of what they were made."""
     found = {}
-    for path in sorted((folder / POINTS).glob("*.json")):
+    for path in sorted(folder.glob("*.json")):
         try:
-            found[path.stem] = json.loads(path.read_text(encoding="utf-8"))
-        except ValueError:
+            result = json.loads(path.read_text(encoding="utf-8"))
+            found[path.stem] = (result, result.pop(_MADE_OF, None))
+        except (ValueError, AttributeError, TypeError):
             continue  # damaged from outside: done again
     return found
 
 
-def run_points(
+def run_jobs(
+    jobs: Mapping[str, Job],
     folder: Path,
-    points: Mapping[str, Any],
-    worker: Worker,
     *,
-    jobs: int,
-    threads_each: int,
-    progress: Progress,
+    executor: Executor | None = None,
+    processes: int = 1,
+    threads_each: int | None = None,
+    progress: Progress | None = None,
 ) -> dict[str, dict[str, Any]]:
-    """Do the points that are missing.
+    """Do the jobs whose files are missing, or were made of something else.
 
     Args:
-        folder: The sweep directory.
-        points: What ``worker`` is given, by name of the point; pickled for other processes.
-        worker: A function of a module, which gives plain values.
-        jobs: Processes; 1 works in this one.
-        threads_each: Threads of each process.
-        progress: Called after each point.
+        jobs: What to do, by a name that is fit for a file; pickled for other processes. A job
+            with an attribute ``made_of`` says itself what it was made of.
+        folder: Where the files are; it is made.
+        executor: Where the jobs run: any executor of ``concurrent.futures``, such as the one that
+            ``distributed.Client.get_executor`` gives. It is not shut down.
+        processes: Without an executor: how many processes; 1 works in this one.
+        threads_each: Threads of each of them; as many as this process uses when omitted.
+        progress: Called after each job.
 
     Returns:
-        All points by name, in the order of ``points``.
+        All results by name, in the order of ``jobs``.
 
     Raises:
-        Exception: What a point raises; points that are finished stay.
+        Exception: What a job raises; jobs that are finished stay. A worker that is killed costs
+            its job one more try, and the others nothing.
+
+    Example:
+        >>> import tempfile
+        >>> with tempfile.TemporaryDirectory() as outer:
+        ...     run_jobs({"a": functools.partial(dict, steps=3)}, Path(outer))
+        {'a': {'steps': 3}}
     """
-    done = {name: value for name, value in finished(folder).items() if name in points}
-    missing = {name: value for name, value in points.items() if name not in done}
-    total = len(points)
+    check_count("processes", processes)
+    folder.mkdir(parents=True, exist_ok=True)
+    clear_abandoned(folder / "*.json")
+    made_of = {name: _digest_of(job) for name, job in jobs.items()}
+    done = {
+        name: result
+        for name, (result, made) in _found(folder).items()
+        if name in jobs and made == made_of[name]
+    }
+    missing = {name: job for name, job in jobs.items() if name not in done}
+    report = progress or (lambda text, share: None)
+    threads_each = torch.get_num_threads() if threads_each is None else threads_each
 
     def keep(name: str, result: dict[str, Any]) -> None:
-        write_whole(folder / POINTS / f"{name}.json", result)
-        done[name] = json.loads(json.dumps(to_json(result)))
-        progress(f"{len(done)} of {total} points, last {name}", len(done) / total)
+        plain = json.loads(json.dumps(to_json(result)))
+        write_whole(folder / f"{name}.json", {**plain, _MADE_OF: made_of[name]})
+        done[name] = plain
+        report(f"{len(done)} of {len(jobs)} done, last {name}", len(done) / len(jobs))
 
-    progress(f"{len(done)} of {total} points are there", len(done) / total if total else 1.0)
-    if jobs == 1 or len(missing) <= 1:
+    report(f"{len(done)} of {len(jobs)} are there", len(done) / len(jobs) if jobs else 1.0)
+    if executor is not None:
+        if lost := _submit(executor, missing, keep):
+            raise ChildProcessError(
+                f"the executor lost {len(lost)} jobs ({next(iter(lost))} first); run again to do "
+                "them"
+            )
+    elif processes == 1 or len(missing) <= 1:
         with threads(threads_each):
-            for name, payload in missing.items():
-                keep(name, worker(payload))
+            for name, job in missing.items():
+                keep(name, job())
     else:
-        _parallel(missing, worker, min(jobs, len(missing)), threads_each, keep)
-    return {name: done[name] for name in points}
+        _in_processes(missing, min(processes, len(missing)), threads_each, keep)
+    return {name: done[name] for name in jobs}
 
 
-def _parallel(
-    missing: Mapping[str, Any],
-    worker: Worker,
-    jobs: int,
-    threads_each: int,
-    keep: Callable[[str, dict[str, Any]], None],
+def _digest_of(job: Job) -> str:
+    own = getattr(job, "made_of", None)
+    if isinstance(own, str):
+        return own
+    if isinstance(job, functools.partial):
+        inner: Any = job.func
+        return digest(f"{inner.__module__}.{inner.__qualname__}", job.args, job.keywords)
+    made: Any = job
+    return digest(f"{made.__module__}.{made.__qualname__}")
+
+
+Keep: TypeAlias = Callable[[str, dict[str, Any]], None]
+
+
+def _submit(executor: Executor, missing: Mapping[str, Job], keep: Keep) -> dict[str, Job]:
+    """Do jobs with an executor; those that died with a worker are given back."""
+    running: dict[Future[dict[str, Any]], str] = {}
+    lost: dict[str, Job] = {}
+    try:
+        for name, job in missing.items():
+            try:
+                running[executor.submit(job)] = name
+            except BrokenExecutor:
+                lost[name] = job
+        while running:
+            for future in wait(running, return_when=FIRST_COMPLETED).done:
+                name = running.pop(future)
+                try:
+                    result = future.result()
+                except BrokenExecutor:
+                    lost[name] = missing[name]
+                    continue
+                keep(name, result)
+    except BaseException:
+        for future in running:
+            future.cancel()
+        raise
+    return lost
+
+
+def _in_processes(
+    missing: Mapping[str, Job], processes: int, threads_each: int, keep: Keep
 ) -> None:
+    """Do jobs in processes of our own; a pool that lost a worker is replaced."""
     context = multiprocessing.get_context("spawn")  # a fork after torch has threads may hang
-    with (
-        _environment(threads_each),
-        ProcessPoolExecutor(jobs, context, torch.set_num_threads, (threads_each,)) as pool,
-    ):
-        # A few more than there are processes: those handed out are finished, also after Ctrl-C.
-        waiting = iter(missing.items())
-        running: dict[Future[dict[str, Any]], str] = {}
+    left, losses = dict(missing), 0
+    while left:
+        others = set(multiprocessing.active_children())
+        pool = ProcessPoolExecutor(processes, context, _start_worker, (threads_each,))
         try:
-            while True:
-                for name, payload in waiting:
-                    running[pool.submit(worker, payload)] = name
-                    if len(running) >= jobs + 1:
-                        break
-                if not running:
-                    return
-                for future in wait(running, return_when=FIRST_COMPLETED).done:
-                    keep(running.pop(future), future.result())
+            with _environment(threads_each):
+                left, before = _submit(pool, left, keep), left
         except BaseException:
+            # Nobody waits for what is still running: it would be done again anyway.
             pool.shutdown(wait=False, cancel_futures=True)
+            for child in set(multiprocessing.active_children()) - others:
+                child.terminate()
             raise
+        pool.shutdown()
+        losses = losses + 1 if len(left) == len(before) else 1
+        if left and losses >= _MOST_LOSSES:
+            raise ChildProcessError(
+                f"the worker processes die: {losses} of them did while none finished a job, with "
+                f"{len(left)} left ({next(iter(left))} first); is there enough memory?"
+            )
+
+
+def _start_worker(threads_each: int) -> None:
+    # Ctrl-C reaches every process of a terminal; the one that waits for us decides.
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    signal.signal(signal.SIGTERM, signal.SIG_DFL)
+    threading.Thread(target=_leave_with_parent, daemon=True).start()
+    torch.set_num_threads(threads_each)
+
+
+def _leave_with_parent() -> None:
+    parent = multiprocessing.parent_process()
+    if parent is not None:
+        wait_for([parent.sentinel])
+        os._exit(1)
 
 
 @contextmanager
@@ -177,3 +234,74 @@ def _environment(threads_each: int) -> Iterator[None]:
                 os.environ.pop(name, None)
             else:
                 os.environ[name] = value
+
+
+# --- sweep directories ----------------------------------------------------------------------------
+
+
+def run_sweep(
+    target: str | Path,
+    kind: str,
+    points: Mapping[str, Job],
+    *,
+    force: bool = False,
+    executor: Executor | None = None,
+    processes: int = 1,
+    threads_each: int | None = None,
+    progress: Progress | None = None,
+) -> dict[str, dict[str, Any]]:
+    """Make a sweep directory, or go on with one of the same points, and do what is missing.
+
+    Args:
+        target: The directory.
+        kind: Kind of the sweep, as results.json will name it.
+        points: What to do, by a name that is fit for a file.
+        force: Whether an existing sweep of other points is replaced.
+        executor: As for :func:`run_jobs`, like the rest.
+        processes: Without an executor: how many processes.
+        threads_each: Threads of each of them.
+        progress: Called after each point.
+
+    Returns:
+        All results by name.
+
+    Raises:
+        FileExistsError: If the target is something else, or a sweep of other points.
+    """
+    plan = {"kind": kind, "points": {name: _digest_of(job) for name, job in points.items()}}
+    return run_jobs(
+        points,
+        _open_sweep(Path(target), plan, force=force) / POINTS,
+        executor=executor,
+        processes=processes,
+        threads_each=threads_each,
+        progress=progress,
+    )
+
+
+def _open_sweep(path: Path, plan: Mapping[str, Any], *, force: bool) -> Path:
+    file = path / SWEEP
+    if file.is_file():
+        try:
+            found = json.loads(file.read_text(encoding="utf-8"))
+        except ValueError:
+            found = None
+        if found == plan:
+            return path
+        if not force:
+            raise FileExistsError(
+                f"{path} holds a sweep with other settings; choose another folder, or drop its "
+                "points with --force"
+            )
+        for point in (path / POINTS).glob("*.json"):
+            point.unlink()
+    else:
+        check_target(path, force=False)
+    (path / POINTS).mkdir(parents=True, exist_ok=True)
+    write_whole(file, plan)
+    return path
+
+
+def finished(folder: Path) -> dict[str, dict[str, Any]]:
+    """The points of a sweep directory that are there, by name."""
+    return {name: result for name, (result, _) in _found(folder / POINTS).items()}

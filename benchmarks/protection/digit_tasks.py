@@ -18,7 +18,7 @@ import numpy as np
 import torch
 
 from immunize_ext.probing.attacks import compare_attack
-from immunize_ext.probing.data import digits_task
+from immunize_ext.probing.data import Problem, digits_task
 from immunize_ext.probing.immunizers import ClosedFormImmunizer
 from immunize_ext.storage import environment
 
@@ -44,7 +44,7 @@ def measure(primary_text: str, harmful_text: str, seed: int) -> dict[str, Any]:
         for text in (primary_text, harmful_text)
     ]
     primary, harmful = (digits_task(*side, seed=seed) for side in sides)
-    immunized = ClosedFormImmunizer(seed=seed).fit(primary, harmful)
+    immunized = ClosedFormImmunizer(seed=seed).fit(None, Problem.of(primary, harmful))
     row: dict[str, Any] = {
         "primary": primary_text,
         "harmful": harmful_text,

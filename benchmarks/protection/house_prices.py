@@ -28,7 +28,7 @@ from benchmarks.protection._measures import (
     write,
 )
 from benchmarks.protection._published import Published, train
-from immunize_ext.probing.data import Task, house_prices_task
+from immunize_ext.probing.data import Problem, Task, house_prices_task
 from immunize_ext.probing.immunizers import (
     BaselineImmunizer,
     ClosedFormImmunizer,
@@ -62,18 +62,25 @@ Fit = Callable[[Task, Task, int], Tensor]
 OURS: dict[str, tuple[bool, Fit]] = {
     "R_ill only": (
         False,
-        lambda p, h, seed: BaselineImmunizer("r_ill", steps=400, ridge=RIDGE).fit(p, h).theta,
+        lambda p, h, seed: (
+            BaselineImmunizer("r_ill", steps=400, ridge=RIDGE).fit(None, Problem.of(p, h)).theta
+        ),
     ),
     "R_well only": (
         False,
-        lambda p, h, seed: BaselineImmunizer("r_well", steps=400, ridge=RIDGE).fit(p, h).theta,
+        lambda p, h, seed: (
+            BaselineImmunizer("r_well", steps=400, ridge=RIDGE).fit(None, Problem.of(p, h)).theta
+        ),
     ),
-    "IMMA": (True, lambda p, h, seed: ImmaImmunizer(ridge=RIDGE, seed=seed).fit(p, h).theta),
+    "IMMA": (
+        True,
+        lambda p, h, seed: ImmaImmunizer(ridge=RIDGE, seed=seed).fit(None, Problem.of(p, h)).theta,
+    ),
     "Opt kappa, difference": (
         False,
         lambda p, h, seed: (
             BaselineImmunizer("kappa_difference", steps=400, optimizer="adam", ridge=RIDGE)
-            .fit(p, h)
+            .fit(None, Problem.of(p, h))
             .theta
         ),
     ),
@@ -81,19 +88,19 @@ OURS: dict[str, tuple[bool, Fit]] = {
         False,
         lambda p, h, seed: (
             BaselineImmunizer("kappa_log_ratio", steps=400, optimizer="adam", ridge=RIDGE)
-            .fit(p, h)
+            .fit(None, Problem.of(p, h))
             .theta
         ),
     ),
     "multiplicative": (
         False,
-        lambda p, h, seed: MultiplicativeImmunizer(ridge=RIDGE).fit(p, h).theta,
+        lambda p, h, seed: MultiplicativeImmunizer(ridge=RIDGE).fit(None, Problem.of(p, h)).theta,
     ),
     "Algorithm 1, mini-batches, published lambdas": (
         True,
         lambda p, h, seed: (
             MiniBatchImmunizer(lambda_well=100.0, lambda_ill=1e7, ridge=RIDGE, seed=seed)
-            .fit(p, h)
+            .fit(None, Problem.of(p, h))
             .theta
         ),
     ),
@@ -101,17 +108,21 @@ OURS: dict[str, tuple[bool, Fit]] = {
         True,
         lambda p, h, seed: (
             ConditionNumberImmunizer(steps=1000, first_change=0.5, ridge=RIDGE, seed=seed)
-            .fit(p, h)
+            .fit(None, Problem.of(p, h))
             .theta
         ),
     ),
     "whitening": (
         True,
-        lambda p, h, seed: ClosedFormImmunizer(1.0, ridge=RIDGE, seed=seed).fit(p, h).theta,
+        lambda p, h, seed: (
+            ClosedFormImmunizer(1.0, ridge=RIDGE, seed=seed).fit(None, Problem.of(p, h)).theta
+        ),
     ),
     "closed form, c = 30": (
         True,
-        lambda p, h, seed: ClosedFormImmunizer(30.0, ridge=RIDGE, seed=seed).fit(p, h).theta,
+        lambda p, h, seed: (
+            ClosedFormImmunizer(30.0, ridge=RIDGE, seed=seed).fit(None, Problem.of(p, h)).theta
+        ),
     ),
 }
 

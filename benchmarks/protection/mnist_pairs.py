@@ -26,7 +26,7 @@ from torch import Tensor
 from benchmarks.protection._measures import PAPER_MNIST, RIDGE, one_thread, spread, write
 from benchmarks.protection._paper_figure import PAPER_FIGURE
 from benchmarks.protection._published import Published, train
-from immunize_ext.probing.data import Task, load_mnist
+from immunize_ext.probing.data import Problem, Task, load_mnist
 from immunize_ext.probing.immunizers import (
     BaselineImmunizer,
     ConditionNumberImmunizer,
@@ -139,25 +139,27 @@ def reduced(task: Task) -> Task:
 # The learning rates keep gradient descent stable at the largest eigenvalue of these images.
 Fit = Callable[[Task, Task], Tensor]
 METHODS: dict[str, Fit] = {
-    "R_ill only": lambda p, h: BaselineImmunizer("r_ill", steps=STEPS, ridge=RIDGE).fit(p, h).theta,
-    "IMMA": lambda p, h: ImmaImmunizer(steps=STEPS, ridge=RIDGE).fit(p, h).theta,
+    "R_ill only": lambda p, h: (
+        BaselineImmunizer("r_ill", steps=STEPS, ridge=RIDGE).fit(None, Problem.of(p, h)).theta
+    ),
+    "IMMA": lambda p, h: ImmaImmunizer(steps=STEPS, ridge=RIDGE).fit(None, Problem.of(p, h)).theta,
     "Opt kappa, difference": lambda p, h: (
         BaselineImmunizer("kappa_difference", steps=STEPS, optimizer="adam", ridge=RIDGE)
-        .fit(p, h)
+        .fit(None, Problem.of(p, h))
         .theta
     ),
     "Opt kappa, log ratio": lambda p, h: (
         BaselineImmunizer("kappa_log_ratio", steps=STEPS, optimizer="adam", ridge=RIDGE)
-        .fit(p, h)
+        .fit(None, Problem.of(p, h))
         .theta
     ),
     "Algorithm 1, full data": lambda p, h: (
         ConditionNumberImmunizer(steps=STEPS, learning_rate=1e-4, first_change=0.5, ridge=RIDGE)
-        .fit(p, h)
+        .fit(None, Problem.of(p, h))
         .theta
     ),
     "multiplicative": lambda p, h: (
-        MultiplicativeImmunizer(steps=STEPS, ridge=RIDGE).fit(p, h).theta
+        MultiplicativeImmunizer(steps=STEPS, ridge=RIDGE).fit(None, Problem.of(p, h)).theta
     ),
     "closed form": lambda p, h: closed_form_theta(
         p.x_train, h.x_train, strength=STRENGTH, ridge=RIDGE
@@ -229,7 +231,7 @@ def speed(tasks: dict[int, Task], pair: tuple[int, int], iterations: int) -> dic
     seconds = []
     for immunizer in (ours, few):
         started = time.process_time()
-        immunizer.fit(part(primary), part(harmful))
+        immunizer.fit(None, Problem.of(part(primary), part(harmful)))
         seconds.append(time.process_time() - started)
     steps = RELEASED.epochs * math.ceil(
         min(len(task.x_train) for task in (primary, harmful)) / size

@@ -1,29 +1,35 @@
-"""Attackers with their optimizers: who the protection holds against, and who it does not."""
+"""Attackers with their optimizers: who the protection holds against, and who it does not.
+
+An attack is a frozen dataclass of settings with ``run(theta, task, steps=...) -> AttackCurve``;
+:data:`ATTACKS` holds them by name. Whatever is registered there has its flags, its row in results
+and its row in reports.
+"""
 
 from __future__ import annotations
 
-from immunize_ext.probing.attacks.linear_probe import (
+from immunize_ext.probing.attacks.linear_probe import LinearProbeAttack, Traces
+from immunize_ext.probing.attacks.losses import LossName
+from immunize_ext.probing.attacks.registry import ATTACKS, STANDARD, TunedAttack, knows, label_of
+from immunize_ext.probing.attacks.slowdowns import (
     AttackComparison,
-    AttackCurve,
     BudgetOutcome,
-    attack,
     attack_at_budgets,
     compare_attack,
 )
-from immunize_ext.probing.attacks.losses import LossName
-from immunize_ext.probing.attacks.probes import PROBES, Probe
-from immunize_ext.probing.attacks.registry import ATTACKERS, Attacker
+from immunize_ext.seams import AttackCurve
 
 __all__ = [
-    "ATTACKERS",
-    "PROBES",
+    "ATTACKS",
+    "STANDARD",
     "AttackComparison",
     "AttackCurve",
-    "Attacker",
     "BudgetOutcome",
+    "LinearProbeAttack",
     "LossName",
-    "Probe",
-    "attack",
+    "Traces",
+    "TunedAttack",
     "attack_at_budgets",
     "compare_attack",
+    "knows",
+    "label_of",
 ]

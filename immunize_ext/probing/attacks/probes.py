@@ -1,9 +1,9 @@
-"""Attackers for any loss of the scores, without a learning rate to tune.
+"""Attackers without a learning rate to tune: for any loss of the scores, then the squared alone.
 
-As in ``immunize_ext.probing.attacks.probes``, each is handed features Z (n, p) and targets y (n,), starts
-at w = 0 and yields w after 0, 1, 2, ... steps. One step is one gradient; steps are sized by
-L = sup l'' lambda_max(Z^T Z) or by a search along the line, so that no scale of the features
-helps the defender: the curves of Z and of c Z are the same.
+Each is handed features Z (n, p) and targets y (n,), starts at w = 0 and yields w after 0, 1, 2, ...
+steps. One step is one gradient; steps are sized by L = sup l'' lambda_max(Z^T Z) or by a search
+along the line, so that no scale of the features helps the defender: the curves of Z and of c Z are
+the same. The special forms for the squared loss need the Hessian Z^T Z alone.
 """
 
 from __future__ import annotations
@@ -16,6 +16,9 @@ from torch import Tensor
 
 from immunize_ext.ops.spectrum import gram_extremes
 from immunize_ext.probing.attacks.losses import ProbeLoss
+
+Probe = Callable[[Tensor, Tensor], Iterator[Tensor]]
+
 
 GeneralProbe = Callable[[Tensor, Tensor, ProbeLoss], Iterator[Tensor]]
 
@@ -204,9 +207,6 @@ def whitened_general(z: Tensor, y: Tensor, loss: ProbeLoss) -> Iterator[Tensor]:
         u = u - step * (whitened.mT @ loss.slope(whitened @ u, y))
 
 
-Probe = Callable[[Tensor, Tensor], Iterator[Tensor]]
-
-
 def starting_weights(z: Tensor) -> Tensor:
     """The head that every attack starts from: zeros, one per feature."""
     return torch.zeros(z.shape[1], dtype=z.dtype, device=z.device)
@@ -314,12 +314,3 @@ def closed_form_ridge(z: Tensor, y: Tensor) -> Iterator[Tensor]:
     solution = unwhiten @ (shrinkage * coefficients)
     while True:
         yield solution
-
-
-PROBES: dict[str, Probe] = {
-    "gradient_descent": gradient_descent,
-    "line_search": line_search_descent,
-    "conjugate_gradients": conjugate_gradients,
-    "whitened": whitened_descent,
-    "closed_form_ridge": closed_form_ridge,
-}

@@ -1,104 +1,287 @@
-"""Every linear-probe attacker by name, with the losses it knows and the learning rates it tries."""
+"""Every linear-probe attacker by name. A new one is a dataclass and the line that registers it."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+import math
+from collections.abc import Iterator
 from dataclasses import dataclass
+from typing import Any, ClassVar
 
 from torch import Tensor
 
-from immunize_ext.probing.attacks import probes as general
-from immunize_ext.probing.attacks import tuned
-from immunize_ext.probing.attacks.losses import ProbeLoss
-from immunize_ext.probing.attacks.probes import PROBES, GeneralProbe, Probe
-from immunize_ext.probing.attacks.tuned import TunedProbe
+from immunize_ext.probing.attacks import probes, tuned
+from immunize_ext.probing.attacks.linear_probe import LinearProbeAttack
+from immunize_ext.probing.attacks.losses import LossName, ProbeLoss
+from immunize_ext.probing.attacks.probes import GeneralProbe, Probe
+from immunize_ext.seams import Attack
+from immunize_ext.settings import Registry
+
+ATTACKS: Registry[Attack[Any, Any]] = Registry("attack", key="name")
+
+
+# What every report shows, in its order.
+STANDARD = (
+    "gradient_descent",
+    "line_search",
+    "conjugate_gradients",
+    "whitened",
+    "closed_form_ridge",
+)
+
+
+def label_of(attack: Attack[Any, Any]) -> str:
+    """What reports call an attack: its label, or its name in words.
+
+    Example:
+        >>> label_of(ATTACKS["adam"])
+        'Adam'
+    """
+    return str(getattr(attack, "label", attack.name.replace("_", " ").capitalize()))
+
+
+def knows(attack: Attack[Any, Any], loss: str) -> bool:
+    """Whether an attack can minimise the loss of that name.
+
+    Example:
+        >>> knows(ATTACKS["closed_form_ridge"], "logistic"), knows(ATTACKS["adam"], "logistic")
+        (False, True)
+    """
+    return loss in getattr(attack, "losses", ("squared",))
 
 
 @dataclass(frozen=True)
-class Attacker:
-    """One way to train a linear head.
+class _Untuned(LinearProbeAttack):
+    """An attacker without a learning rate, one function of this package or two."""
 
-    Attributes:
-        label: What reports call it.
-        squared: Its form for the squared loss alone, where there is one.
-        general: Its form for any loss; it takes over where ``squared`` is missing or does not fit.
-        tuned: Its form with learning rates.
-        learning_rates: The grid that the harness tries; empty without a learning rate.
-        sees_theta: Whether an invertible theta can change its curve at all.
+    squared: ClassVar[Probe | None] = None
+    general: ClassVar[GeneralProbe | None] = None
 
-    Example:
-        >>> ATTACKERS["adam"].label, ATTACKERS["adam"].learning_rates[:3]
-        ('Adam', (0.0001, 0.0003, 0.001))
-        >>> ATTACKERS["closed_form_ridge"].knows("logistic"), ATTACKERS["nesterov"].learning_rates
-        (False, ())
-    """
-
-    label: str
-    squared: Probe | None = None
-    general: GeneralProbe | None = None
-    tuned: TunedProbe | None = None
-    learning_rates: tuple[float, ...] = ()
-    sees_theta: bool = True
-
-    def knows(self, loss: str) -> bool:
-        """Whether it can minimise the loss of that name."""
-        return loss == "squared" or self.general is not None or self.tuned is not None
-
-    def run(
-        self, z: Tensor, y: Tensor, loss: ProbeLoss, learning_rates: Sequence[float]
-    ) -> Iterator[Tensor]:
-        """Weights ``(q, k)`` after each step, one column per learning rate; one without any."""
-        if self.tuned is not None:
-            rates = z.new_tensor(tuple(learning_rates))
-            yield from self.tuned(z, y, loss, rates)
-            return
-        if self.squared is not None and loss.name == "squared":
-            iterates = self.squared(z, y)
+    def iterates(self, z: Tensor, y: Tensor, loss: ProbeLoss, seed: int = 0) -> Iterator[Tensor]:
+        """The special form for the squared loss where there is one, else the general form."""
+        cls = type(self)
+        if cls.squared is not None and loss.name == "squared":
+            found = cls.squared(z, y)
         else:
-            assert self.general is not None  # knows() has been asked
-            iterates = self.general(z, y, loss)
-        for w in iterates:
+            assert cls.general is not None  # the constructor asked for the loss
+            found = cls.general(z, y, loss)
+        for w in found:
             yield w[:, None]
+
+
+@ATTACKS.register
+@dataclass(frozen=True)
+class GradientDescent(_Untuned):
+    """Gradient descent with the constant step 1/L."""
+
+    name: ClassVar[str] = "gradient_descent"
+    label: ClassVar[str] = "Gradient descent"
+    squared = staticmethod(probes.gradient_descent)
+    general = staticmethod(probes.descent)
+
+
+@ATTACKS.register
+@dataclass(frozen=True)
+class LineSearch(_Untuned):
+    """Gradient descent with exact line search."""
+
+    name: ClassVar[str] = "line_search"
+    label: ClassVar[str] = "Gradient descent with line search"
+    squared = staticmethod(probes.line_search_descent)
+    general = staticmethod(probes.line_search)
+
+
+@ATTACKS.register
+@dataclass(frozen=True)
+class ConjugateGradients(_Untuned):
+    """Conjugate gradients."""
+
+    name: ClassVar[str] = "conjugate_gradients"
+    label: ClassVar[str] = "Conjugate gradients"
+    squared = staticmethod(probes.conjugate_gradients)
+    general = staticmethod(probes.nonlinear_conjugate_gradients)
+
+
+@ATTACKS.register
+@dataclass(frozen=True)
+class Whitened(_Untuned):
+    """Gradient descent after whitening the features."""
+
+    name: ClassVar[str] = "whitened"
+    label: ClassVar[str] = "Whitens the features first"
+    sees_theta: ClassVar[bool] = False
+    squared = staticmethod(probes.whitened_descent)
+    general = staticmethod(probes.whitened_general)
+
+
+@ATTACKS.register
+@dataclass(frozen=True)
+class ClosedFormRidge(_Untuned):
+    """Ridge regression by a direct solve."""
+
+    name: ClassVar[str] = "closed_form_ridge"
+    label: ClassVar[str] = "Solves in closed form"
+    losses: ClassVar[tuple[str, ...]] = ("squared",)
+    sees_theta: ClassVar[bool] = False
+    needs_samples: ClassVar[bool] = True
+    squared = staticmethod(probes.closed_form_ridge)
+
+
+@ATTACKS.register
+@dataclass(frozen=True)
+class Standardised(_Untuned):
+    """Gradient descent after dividing each feature by its root mean square."""
+
+    name: ClassVar[str] = "standardised"
+    label: ClassVar[str] = "Standardises the features first"
+    general = staticmethod(probes.standardised_descent)
+
+
+@ATTACKS.register
+@dataclass(frozen=True)
+class Nesterov(_Untuned):
+    """Nesterov's accelerated gradient."""
+
+    name: ClassVar[str] = "nesterov"
+    label: ClassVar[str] = "Nesterov's accelerated gradient"
+    general = staticmethod(probes.nesterov)
+
+
+@ATTACKS.register
+@dataclass(frozen=True)
+class Lbfgs(_Untuned):
+    """L-BFGS with ten pairs of memory."""
+
+    name: ClassVar[str] = "lbfgs"
+    label: ClassVar[str] = "L-BFGS"
+    general = staticmethod(probes.lbfgs)
 
 
 _HALF_DECADES = (1e-4, 3e-4, 1e-3, 3e-3, 1e-2, 3e-2, 0.1, 0.3, 1.0, 3.0)
 
 
-# The probes that reports run stand first and in their order.
-ATTACKERS: dict[str, Attacker] = {
-    "gradient_descent": Attacker("Gradient descent", PROBES["gradient_descent"], general.descent),
-    "line_search": Attacker(
-        "Gradient descent with line search", PROBES["line_search"], general.line_search
-    ),
-    "conjugate_gradients": Attacker(
-        "Conjugate gradients",
-        PROBES["conjugate_gradients"],
-        general.nonlinear_conjugate_gradients,
-    ),
-    "whitened": Attacker(
-        "Whitens the features first",
-        PROBES["whitened"],
-        general.whitened_general,
-        sees_theta=False,
-    ),
-    "closed_form_ridge": Attacker(
-        "Solves in closed form", PROBES["closed_form_ridge"], sees_theta=False
-    ),
-    "standardised": Attacker(
-        "Standardises the features first", general=general.standardised_descent
-    ),
-    "nesterov": Attacker("Nesterov's accelerated gradient", general=general.nesterov),
-    "lbfgs": Attacker("L-BFGS", general=general.lbfgs),
-    "momentum": Attacker(
-        "Gradient descent with momentum 0.9",
-        tuned=tuned.momentum,
-        learning_rates=(0.03, 0.1, 0.3, 1.0, 2.0, 3.0, 3.6),
-    ),
-    "sgd_momentum": Attacker(
-        "SGD with momentum 0.9",
-        tuned=tuned.sgd_momentum,
-        learning_rates=(1e-3, 3e-3, 1e-2, 3e-2, 0.1, 0.3, 1.0, 3.0),
-    ),
-    "adam": Attacker("Adam", tuned=tuned.adam, learning_rates=_HALF_DECADES),
-    "adagrad": Attacker("Adagrad", tuned=tuned.adagrad, learning_rates=(*_HALF_DECADES[2:], 10.0)),
-}
+@dataclass(frozen=True)
+class TunedAttack(LinearProbeAttack):
+    """An attacker with a learning rate, tuned over a grid.
+
+    Attributes:
+        learning_rates: The rates tried; the one that is best for the attacker counts.
+    """
+
+    # The largest rates with momentum are where descent stops being stable: nothing lies beyond.
+    open_above: ClassVar[bool] = True
+
+    learning_rates: tuple[float, ...] = _HALF_DECADES
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        rates = self.learning_rates
+        if not rates or not all(0.0 < rate < math.inf for rate in rates):
+            raise ValueError(
+                f"{self.name}: learning_rates must be positive numbers, at least one, got {rates}"
+            )
+
+    @property
+    def rates(self) -> tuple[float, ...]:
+        """The rates tried."""
+        return self.learning_rates
+
+    @property
+    def edge_rates(self) -> tuple[float, ...]:
+        """The ends of the grid, the upper one only where descent may be stable beyond it.
+
+        Example:
+            >>> ATTACKS["adam"].edge_rates, ATTACKS["momentum"].edge_rates
+            ((0.0001, 3.0), (0.03,))
+        """
+        ends = (min(self.learning_rates), max(self.learning_rates))
+        return ends if self.open_above else ends[:1]
+
+
+@ATTACKS.register
+@dataclass(frozen=True)
+class Momentum(TunedAttack):
+    """Full-batch gradient descent with momentum.
+
+    Attributes:
+        learning_rates: Rates in units of 1/L; stable below 3.8 at the usual momentum.
+        momentum: How much of the last step is kept.
+    """
+
+    name: ClassVar[str] = "momentum"
+    label: ClassVar[str] = "Gradient descent with momentum 0.9"
+    open_above: ClassVar[bool] = False
+
+    learning_rates: tuple[float, ...] = (0.03, 0.1, 0.3, 1.0, 2.0, 3.0, 3.6)
+    momentum: float = 0.9
+
+    def iterates(self, z: Tensor, y: Tensor, loss: ProbeLoss, seed: int = 0) -> Iterator[Tensor]:
+        """As in the base class."""
+        return tuned.momentum(z, y, loss, z.new_tensor(self.rates), self.momentum)
+
+
+@ATTACKS.register
+@dataclass(frozen=True)
+class SgdMomentum(TunedAttack):
+    """SGD with momentum; one batch is one step.
+
+    Attributes:
+        learning_rates: Rates in units of 1/L.
+        momentum: How much of the last step is kept.
+        batch_size: Samples in a step.
+    """
+
+    name: ClassVar[str] = "sgd_momentum"
+    label: ClassVar[str] = "SGD with momentum 0.9"
+    needs_samples: ClassVar[bool] = True
+    open_above: ClassVar[bool] = False
+
+    learning_rates: tuple[float, ...] = (1e-3, 3e-3, 1e-2, 3e-2, 0.1, 0.3, 1.0, 3.0)
+    momentum: float = 0.9
+    batch_size: int = 64
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.batch_size < 1:
+            raise ValueError(f"{self.name}: batch_size must be at least 1, got {self.batch_size}")
+
+    def iterates(self, z: Tensor, y: Tensor, loss: ProbeLoss, seed: int = 0) -> Iterator[Tensor]:
+        """As in the base class."""
+        rates = z.new_tensor(self.rates)
+        return tuned.sgd_momentum(z, y, loss, rates, self.momentum, self.batch_size, seed)
+
+
+@ATTACKS.register
+@dataclass(frozen=True)
+class Adam(TunedAttack):
+    """Adam on features scaled to root mean square 1."""
+
+    name: ClassVar[str] = "adam"
+    label: ClassVar[str] = "Adam"
+
+    def iterates(self, z: Tensor, y: Tensor, loss: ProbeLoss, seed: int = 0) -> Iterator[Tensor]:
+        """As in the base class."""
+        return tuned.adam(z, y, loss, z.new_tensor(self.rates))
+
+
+@ATTACKS.register
+@dataclass(frozen=True)
+class Adagrad(TunedAttack):
+    """Adagrad on features scaled to root mean square 1."""
+
+    name: ClassVar[str] = "adagrad"
+    label: ClassVar[str] = "Adagrad"
+
+    learning_rates: tuple[float, ...] = (*_HALF_DECADES[2:], 10.0)
+
+    def iterates(self, z: Tensor, y: Tensor, loss: ProbeLoss, seed: int = 0) -> Iterator[Tensor]:
+        """As in the base class."""
+        return tuned.adagrad(z, y, loss, z.new_tensor(self.rates))
+
+
+def find_attack(function: str, name: str, loss: LossName = "squared") -> Attack[Any, Any]:
+    """The attack of a name with its usual settings, minimising a loss.
+
+    Raises:
+        ValueError: If there is none, or it cannot minimise the loss.
+    """
+    return ATTACKS.build(name, {}, function, loss=loss)

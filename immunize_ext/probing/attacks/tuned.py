@@ -8,22 +8,13 @@ the features helps or hurts. Gradients are those of the mean loss.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 
 import torch
 from torch import Tensor
 
 from immunize_ext.probing.attacks.losses import ProbeLoss
 from immunize_ext.probing.attacks.probes import safe_step
-
-TunedProbe = Callable[[Tensor, Tensor, ProbeLoss, Tensor], Iterator[Tensor]]
-
-
-_MOMENTUM = 0.9
-
-
-_BATCH = 64
-
 
 # Adam's usual constants, and the constant under Adagrad's root.
 _BETA1, _BETA2, _EPS = 0.9, 0.999, 1e-8
@@ -33,27 +24,37 @@ def _start(z: Tensor, rates: Tensor) -> Tensor:
     return torch.zeros(z.shape[1], rates.shape[0], dtype=z.dtype, device=z.device)
 
 
-def momentum(z: Tensor, y: Tensor, loss: ProbeLoss, rates: Tensor) -> Iterator[Tensor]:
-    """Full-batch gradient descent with momentum 0.9; rates in units of 1/L, stable below 3.8."""
+def momentum(
+    z: Tensor, y: Tensor, loss: ProbeLoss, rates: Tensor, kept: float = 0.9
+) -> Iterator[Tensor]:
+    """Full-batch gradient descent with momentum; rates in units of 1/L, at 0.9 stable below 3.8."""
     steps = rates * safe_step(z, loss)
     w, velocity = _start(z, rates), _start(z, rates)
     targets = y[:, None]
     while True:
         yield w
-        velocity = _MOMENTUM * velocity + z.mT @ loss.slope(z @ w, targets)
+        velocity = kept * velocity + z.mT @ loss.slope(z @ w, targets)
         w = w - steps * velocity
 
 
-def sgd_momentum(z: Tensor, y: Tensor, loss: ProbeLoss, rates: Tensor) -> Iterator[Tensor]:
-    """SGD with momentum 0.9 on batches of 64; rates in units of 1/L. One batch is one step.
+def sgd_momentum(
+    z: Tensor,
+    y: Tensor,
+    loss: ProbeLoss,
+    rates: Tensor,
+    kept: float = 0.9,
+    batch_size: int = 64,
+    seed: int = 0,
+) -> Iterator[Tensor]:
+    """SGD with momentum on batches; rates in units of 1/L. One batch is one step.
 
-    Samples are reshuffled each epoch by a generator of its own with a fixed seed, so runs with and
-    without immunization see the same batches.
+    Samples are reshuffled each epoch by a generator of its own, so runs with and without
+    immunization see the same batches.
     """
     count = z.shape[0]
-    batch = min(_BATCH, count)
+    batch = min(batch_size, count)
     steps = rates * safe_step(z, loss) * (count / batch)
-    generator = torch.Generator().manual_seed(0)
+    generator = torch.Generator().manual_seed(seed)
     w, velocity = _start(z, rates), _start(z, rates)
     targets = y[:, None]
     yield w
@@ -62,7 +63,7 @@ def sgd_momentum(z: Tensor, y: Tensor, loss: ProbeLoss, rates: Tensor) -> Iterat
         # Samples left over by the last whole batch wait for the next epoch.
         for chosen in order[: count - count % batch].split(batch):
             rows = z[chosen]
-            velocity = _MOMENTUM * velocity + rows.mT @ loss.slope(rows @ w, targets[chosen])
+            velocity = kept * velocity + rows.mT @ loss.slope(rows @ w, targets[chosen])
             w = w - steps * velocity
             yield w
 

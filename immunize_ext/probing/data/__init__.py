@@ -9,25 +9,32 @@ from __future__ import annotations
 from immunize_ext.probing.data.digits import digits_task, load_digits, parse_digits
 from immunize_ext.probing.data.download import fetch_house_prices, fetch_mnist
 from immunize_ext.probing.data.features import features_task
+from immunize_ext.probing.data.gram_equivalent import gram_equivalent, gram_rows
 from immunize_ext.probing.data.house_prices import house_prices_task
 from immunize_ext.probing.data.image_folder import ImageFolder, folder_features, image_folder_task
 from immunize_ext.probing.data.mnist import load_mnist, mnist_task, read_idx
+from immunize_ext.probing.data.problem import Problem, check_names, load_problem
 from immunize_ext.probing.data.samples import Samples
 from immunize_ext.probing.data.task import Task
 
 __all__ = [
     "ImageFolder",
+    "Problem",
     "Samples",
     "Task",
+    "check_names",
     "digits_task",
     "features_task",
     "fetch_house_prices",
     "fetch_mnist",
     "folder_features",
+    "gram_equivalent",
+    "gram_rows",
     "house_prices_task",
     "image_folder_task",
     "load_digits",
     "load_mnist",
+    "load_problem",
     "mnist_task",
     "parse_digits",
     "read_idx",

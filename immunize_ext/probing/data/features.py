@@ -19,6 +19,10 @@ _PARTS = ("x_train", "y_train", "x_test", "y_test")
 _WHOLE = ("x", "y")
 
 
+# What a file of features ends in.
+FILES = (".npz", ".safetensors")
+
+
 def _read_npz(path: Path) -> dict[str, Tensor]:
     found = {}
     try:
@@ -65,7 +69,7 @@ def features_task(
 
     Args:
         path: File whose name ends in ``.npz`` or ``.safetensors``; features are ``(n, p)``, targets
-            ``(n,)``, -1 and +1 for a classification task.
+            ``(n,)``: -1 and +1, or 0 and 1, which becomes the same, for a classification task.
         name: Name of the task; that of the file when omitted.
         train_fraction: Share of the samples to train on, for a file of ``x`` and ``y``.
         seed: Seed of that split.
@@ -93,6 +97,27 @@ def features_task(
         >>> task.name, tuple(task.x_train.shape), task.is_classification
         ('toy', (3, 5), True)
     """
+    parts = load_features(path, train_fraction=train_fraction, seed=seed, dtype=dtype)
+    values = set(torch.cat([parts[1], parts[3]]).unique().tolist())
+    if values == {0.0, 1.0}:
+        # As numbers they would be a regression task, whose attackers have to learn the mean as
+        # well: the same features then look many times slower to misuse.
+        parts = parts[0], 2.0 * parts[1] - 1.0, parts[2], 2.0 * parts[3] - 1.0
+    return Task(Path(path).stem if name is None else name, *parts)
+
+
+def load_features(
+    path: str | Path,
+    *,
+    train_fraction: float = 0.6,
+    seed: int = 0,
+    dtype: torch.dtype = torch.float64,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Features and targets of a file as they stand there; as :func:`features_task` otherwise.
+
+    Returns:
+        Inputs and targets to train on, and to test on.
+    """
     path = Path(path)
     check_seed("features_task", seed)
     readers = {".npz": _read_npz, ".safetensors": _read_safetensors}
@@ -106,9 +131,9 @@ def features_task(
     wrong = [key for key, value in found.items() if value.is_complex()]
     if wrong:
         raise ValueError(f"features_task: {wrong[0]} must be real, got {found[wrong[0]].dtype}")
-    title = path.stem if name is None else name
     if all(part in found for part in _PARTS):
-        return Task(title, *(found[part].to(dtype) for part in _PARTS))
+        x, y, x_test, y_test = (found[part].to(dtype) for part in _PARTS)
+        return x, y, x_test, y_test
     if not all(part in found for part in _WHOLE):
         raise ValueError(
             f"features_task: the file must hold {', '.join(_PARTS)}, or {' and '.join(_WHOLE)}, "
@@ -129,4 +154,4 @@ def features_task(
         )
     order = torch.randperm(len(y), generator=torch.Generator().manual_seed(seed))
     x, y = x[order], y[order]
-    return Task(title, x[:cut], y[:cut], x[cut:], y[cut:])
+    return x[:cut], y[:cut], x[cut:], y[cut:]

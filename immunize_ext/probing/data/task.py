@@ -65,6 +65,13 @@ class Task:
                 f"{self.x_test.shape[1]}; preprocess both parts alike"
             )
 
+        values = set(torch.cat([self.y_train, self.y_test]).unique().tolist())
+        if values == {0.0, 1.0}:
+            raise ValueError(
+                "Task: y must be -1 and +1 for a classification task, got 0 and 1, which would be "
+                "taken for the targets of a regression; give 2 * y - 1"
+            )
+
     @property
     def num_features(self) -> int:
         """Number p of features."""
@@ -74,6 +81,18 @@ class Task:
     def is_classification(self) -> bool:
         """Whether every target is -1 or +1, so that the sign of a prediction decides."""
         return bool((self.y_train.abs() == 1).all() and (self.y_test.abs() == 1).all())
+
+    @property
+    def has_one_class(self) -> bool:
+        """Whether all training targets are equal: a constant is all there is to learn."""
+        return bool((self.y_train == self.y_train[0]).all())
+
+    @property
+    def kind(self) -> str:
+        """``"classification"``, ``"regression"``, or ``"constant labels"``, which is neither."""
+        if self.has_one_class:
+            return "constant labels"
+        return "classification" if self.is_classification else "regression"
 
     def to(
         self, device: torch.device | str | None = None, dtype: torch.dtype | None = None

@@ -129,8 +129,9 @@ def find_stages(extractor: nn.Module) -> list[str]:
     """Names of the blocks that follow each other in a model, from first to last.
 
     These are the siblings ``layer1``, ``layer2``, ... of a ResNet, or else the outermost list of at
-    least two modules of one class: stages, or transformer blocks. A list with more weights after it
-    than in it is passed over: its last block would be one in the middle of the model.
+    least two modules of one class: stages, or transformer blocks; or else the layers with weights of
+    the outermost sequence, as in a plain MLP. A list with more weights after it than in it is passed
+    over: its last block would be one in the middle of the model.
 
     Args:
         extractor: The model.
@@ -143,16 +144,21 @@ def find_stages(extractor: nn.Module) -> list[str]:
         >>> stages = torch.nn.Sequential(torch.nn.Linear(3, 3), torch.nn.Linear(3, 3))
         >>> find_stages(torch.nn.ModuleDict({"body": stages, "last": torch.nn.Linear(3, 2)}))
         ['body.0', 'body.1']
+        >>> find_stages(torch.nn.Sequential(stages[0], torch.nn.ReLU(), stages[1]))
+        ['0', '2']
     """
     root = block_root(extractor)
     parents = sorted(root.named_modules(), key=lambda item: item[0].count(".") + bool(item[0]))
-    for numbered in (True, False):
+    for kind in ("numbered", "one class", "sequence"):
         for prefix, parent in parents:
             children = [(name, child) for name, child in parent.named_children()]
             one_class = len({type(child) for _, child in children}) == 1
-            if numbered:
+            if kind == "numbered":
                 children = [item for item in children if re.fullmatch(r"layer\d+", item[0])]
-            elif not (isinstance(parent, (nn.ModuleList, nn.Sequential)) and one_class):
+            elif kind == "one class":
+                if not (isinstance(parent, (nn.ModuleList, nn.Sequential)) and one_class):
+                    continue
+            elif not isinstance(parent, nn.Sequential):
                 continue
             children = [item for item in children if any(True for _ in item[1].parameters())]
             names = [f"{prefix}.{name}" if prefix else name for name, _ in children]

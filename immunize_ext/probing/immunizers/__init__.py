@@ -1,7 +1,9 @@
 """Immunizers: thin loops around the operators, and the closed form that needs none.
 
-Each is a frozen dataclass of settings with ``fit(primary, harmful) -> Immunized``, whose history
-has a record for the state before the first step and after each one.
+Each is a frozen dataclass of settings with ``fit(model, problem, *, progress, resume)``, whose
+result has a history with a record for the state before the first step and after each one.
+:data:`METHODS` holds those for linear extractors by name; whatever is registered there has its
+flags, its row in results and its row in reports.
 """
 
 from __future__ import annotations
@@ -9,36 +11,52 @@ from __future__ import annotations
 from immunize_ext.probing.immunizers.baselines import BaselineImmunizer
 from immunize_ext.probing.immunizers.closed_form import (
     ClosedFormImmunizer,
+    GradedImmunizer,
+    WhiteningImmunizer,
     calibrate_strength,
     closed_form_theta,
 )
-from immunize_ext.probing.immunizers.condition_number import ConditionNumberImmunizer
+from immunize_ext.probing.immunizers.condition_number import (
+    ConditionNumberImmunizer,
+    PlainConditionNumberImmunizer,
+)
 from immunize_ext.probing.immunizers.corridor import project_to_corridor
 from immunize_ext.probing.immunizers.deep_extractor import DeepExtractorImmunizer
 from immunize_ext.probing.immunizers.imma import ImmaImmunizer
 from immunize_ext.probing.immunizers.immunized import Immunized, ImmunizedExtractor
+from immunize_ext.probing.immunizers.loop import IterativeImmunizer, LinearImmunizer
 from immunize_ext.probing.immunizers.mini_batch import MiniBatchImmunizer
 from immunize_ext.probing.immunizers.multiplicative import (
     MultiplicativeImmunizer,
     multiplicative_step,
 )
+from immunize_ext.probing.immunizers.registry import METHODS, grid_of, knob_of, label_of
 from immunize_ext.probing.immunizers.several_harms import SeveralHarmsImmunizer, several_harms_theta
 from immunize_ext.probing.immunizers.step_bounds import ill_step_bound, well_step_bound
 
 __all__ = [
+    "METHODS",
     "BaselineImmunizer",
     "ClosedFormImmunizer",
     "ConditionNumberImmunizer",
     "DeepExtractorImmunizer",
+    "GradedImmunizer",
     "ImmaImmunizer",
     "Immunized",
     "ImmunizedExtractor",
+    "IterativeImmunizer",
+    "LinearImmunizer",
     "MiniBatchImmunizer",
     "MultiplicativeImmunizer",
+    "PlainConditionNumberImmunizer",
     "SeveralHarmsImmunizer",
+    "WhiteningImmunizer",
     "calibrate_strength",
     "closed_form_theta",
+    "grid_of",
     "ill_step_bound",
+    "knob_of",
+    "label_of",
     "multiplicative_step",
     "project_to_corridor",
     "several_harms_theta",

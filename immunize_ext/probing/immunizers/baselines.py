@@ -13,18 +13,24 @@ or R_ill alone is ``ConditionNumberImmunizer(lambda_ill=0.0)`` or ``(lambda_well
 
 from __future__ import annotations
 
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from typing import Literal, get_args
 
 import torch
 from torch import Tensor
 
 from immunize_ext.ops.regularizers import gram_r_ill, gram_r_well
-from immunize_ext.ops.spectrum import gram_extremes
+from immunize_ext.probing.data.problem import Problem
 from immunize_ext.probing.data.task import Task
-from immunize_ext.probing.immunizers.corridor import check_corridor
-from immunize_ext.probing.immunizers.immunized import Immunized
-from immunize_ext.probing.immunizers.loop import LinearProblem, check_settings, plain_settings
+from immunize_ext.probing.immunizers.loop import (
+    FEW_STEPS,
+    Advance,
+    Descent,
+    IterativeImmunizer,
+    check_settings,
+    log_kappa_of,
+)
+from immunize_ext.probing.immunizers.registry import METHODS
 
 Objective = Literal["r_ill", "r_well", "kappa_difference", "kappa_log_ratio"]
 
@@ -32,9 +38,19 @@ Objective = Literal["r_ill", "r_well", "kappa_difference", "kappa_log_ratio"]
 _NAME = "BaselineImmunizer"
 
 
+_METHODS = {
+    "r_ill": "r-ill-only",
+    "r_well": "r-well-only",
+    "kappa_difference": "opt-kappa",
+    "kappa_log_ratio": "opt-kappa",
+}
+
+
 @dataclass(frozen=True)
-class BaselineImmunizer:
-    """Descent on one objective, by plain gradients.
+class BaselineImmunizer(IterativeImmunizer):
+    """Descent on R_ill, on R_well or on the kappas themselves, by plain gradients.
+
+    No labels are used. ``history`` has besides the ``objective``.
 
     Attributes:
         objective: What is minimised (module docstring).
@@ -42,77 +58,64 @@ class BaselineImmunizer:
         optimizer: ``"gd"`` or ``"adam"``.
         first_change: Size of the first update relative to theta's norm. It sets the constant step
             of ``"gd"``, and the learning rate of ``"adam"``, whose entries all move alike at first.
-        ridge: Ridge on each K, relative to its largest eigenvalue.
-        corridor: The least and the largest kappa_P, held exactly after each step; ``None`` leaves
-            kappa_P free.
+
+    Raises:
+        ValueError: If a setting is out of range; on fitting, if theta stops being finite.
+        EqualSingularValuesError: On fitting, if all eigenvalues of H_H are equal, where R_ill is
+            infinite.
 
     Example:
         >>> from immunize_ext.probing.data import digits_task
-        >>> immunizer = BaselineImmunizer("r_well", steps=20)
-        >>> immunized = immunizer.fit(digits_task((3,), (8,)), digits_task((4,), (9,)))
+        >>> problem = Problem.of(digits_task((3,), (8,)), digits_task((4,), (9,)))
+        >>> immunized = BaselineImmunizer(objective="r_well", steps=20).fit(None, problem)
         >>> first, last = immunized.history[0], immunized.history[-1]
         >>> immunized.method, last["log_kappa_primary"] < first["log_kappa_primary"]
-        ('r_well', True)
+        ('r-well-only', True)
     """
+
+    knob = "steps"
+    grid = FEW_STEPS
 
     objective: Objective = "r_ill"
     steps: int = 200
     optimizer: Literal["gd", "adam"] = "gd"
     first_change: float = 0.02
-    ridge: float = 1e-2
-    corridor: tuple[float, float] | None = None
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         check_settings(
             _NAME,
             {"steps": self.steps, "first_change": self.first_change},
             {"objective": get_args(Objective), "optimizer": ("gd", "adam")},
             {"objective": self.objective, "optimizer": self.optimizer},
         )
-        check_corridor(_NAME, self.corridor)
 
-    def fit(self, primary: Task, harmful: Task, theta0: Tensor | None = None) -> Immunized:
-        """Immunize against ``harmful``; no labels of either task are used.
+    @property
+    def method(self) -> str:  # type: ignore[override]
+        """The name of the method with this objective."""
+        return _METHODS[self.objective]
 
-        Args:
-            primary: The task to keep; its training inputs are used.
-            harmful: The task to make hard; its training inputs are used.
-            theta0: Where to start, shape ``(p, p)``; the identity when omitted.
+    @property
+    def label(self) -> str:
+        """The method, with the form of the objective where there are two."""
+        if self.method != "opt-kappa":
+            return self.method
+        return f"opt-kappa, {self.objective.removeprefix('kappa_').replace('_', '-')}"
 
-        Returns:
-            The last iterate; ``method`` is the objective. ``history`` has a record for the start
-            and for each step: ``step``, ``log_kappa_primary``, ``log_kappa_harmful``, ``log_rir``
-            and ``objective``.
+    def begin(self, descent: Descent, problem: Problem[Task]) -> tuple[int, Advance]:
+        """Choose the step size by the gradient at the start."""
+        theta = descent.theta.requires_grad_()
+        (gradient,) = torch.autograd.grad(self._value(descent, theta), theta)
+        descent.optimizer = self._optimizer(theta, gradient)
 
-        Raises:
-            ValueError: If shapes do not fit or theta stops being finite.
-            EqualSingularValuesError: If all eigenvalues of H_H are equal, where R_ill is infinite.
+        def advance(step: int) -> None:
+            value = self._value(descent, theta)
+            descent.record(step, objective=float(value.detach()))
+            if step < self.steps:
+                (theta.grad,) = torch.autograd.grad(value, theta)
+                descent.move()
 
-        Note:
-            Deterministic; computed in float64.
-        """
-        problem = LinearProblem.of(_NAME, primary, harmful, theta0, self.ridge, self.corridor)
-        theta = problem.settled(problem.start).clone().requires_grad_()
-        optimizer: torch.optim.Optimizer | None = None
-        for step in range(self.steps + 1):
-            value = self._value(problem, theta)
-            problem.record(theta, objective=float(value.detach()))
-            if step == self.steps:
-                break
-            (gradient,) = torch.autograd.grad(value, theta)
-            if optimizer is None:
-                optimizer = self._optimizer(theta, gradient)
-            theta.grad = gradient
-            optimizer.step()
-            with torch.no_grad():
-                theta.copy_(problem.settled(theta.detach()))
-        return Immunized(
-            self.objective,
-            theta.detach(),
-            problem.start,
-            plain_settings(asdict(self)),
-            problem.history,
-        )
+        return self.steps, advance
 
     def _optimizer(self, theta: Tensor, gradient: Tensor) -> torch.optim.Optimizer:
         """The optimizer whose first update has the size asked for."""
@@ -123,15 +126,19 @@ class BaselineImmunizer:
         # No gradient (all eigenvalues equal): nothing to descend, whatever the step.
         return torch.optim.SGD([theta], lr=change / norm if norm > 0.0 else 0.0)
 
-    def _value(self, problem: LinearProblem, theta: Tensor) -> Tensor:
+    def _value(self, descent: Descent, theta: Tensor) -> Tensor:
         if self.objective == "r_ill":
-            return gram_r_ill(problem.harmful @ theta)
+            return gram_r_ill(descent.harmful @ theta)
         if self.objective == "r_well":
-            return gram_r_well(problem.primary @ theta)
-        logs = []
-        for rows in (problem.primary, problem.harmful):
-            extremes = gram_extremes(rows @ theta)
-            logs.append(extremes.lambda_max.log() - extremes.lambda_min.log())
+            return gram_r_well(descent.primary @ theta)
+        primary, harmful = (
+            log_kappa_of(rows @ theta) for rows in (descent.primary, descent.harmful)
+        )
         if self.objective == "kappa_log_ratio":
-            return logs[0] - logs[1]
-        return logs[0].exp() - logs[1].exp()
+            return primary - harmful
+        return primary.exp() - harmful.exp()
+
+
+METHODS.register(BaselineImmunizer(objective="r_ill"))
+METHODS.register(BaselineImmunizer(objective="r_well"))
+METHODS.register(BaselineImmunizer(objective="kappa_log_ratio", optimizer="adam"))

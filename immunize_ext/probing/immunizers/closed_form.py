@@ -19,17 +19,24 @@ from __future__ import annotations
 
 import math
 import statistics
-from dataclasses import asdict, dataclass
-from typing import Literal, get_args
+from dataclasses import dataclass
+from pathlib import Path
+from typing import ClassVar, Literal, get_args
 
 import torch
 from torch import Tensor
 
-from immunize_ext.probing.attacks.linear_probe import attack
+from immunize_ext.probing.attacks.registry import ATTACKS
+from immunize_ext.probing.data.gram_equivalent import gram_rows
+from immunize_ext.probing.data.problem import Problem
 from immunize_ext.probing.data.task import Task
 from immunize_ext.probing.immunizers.immunized import Immunized
+from immunize_ext.probing.immunizers.loop import LinearImmunizer, identity_or
+from immunize_ext.probing.immunizers.registry import METHODS
 from immunize_ext.probing.metrics.pencil import Pencil, pencil
 from immunize_ext.probing.metrics.rir import relative_immunization_ratio
+from immunize_ext.seams import Progress
+from immunize_ext.settings import plain
 
 # How close to its lowest test loss a probe has to come, as attackers are measured.
 _TOLERANCE = 0.1
@@ -193,6 +200,7 @@ def calibrate_strength(
             f"steps_per_decade at least 1, got {max_primary_slowdown}, {max_strength} and "
             f"{steps_per_decade}"
         )
+    probe = ATTACKS.find(attacker, "calibrate_strength")
     grid = [
         10.0 ** (index / steps_per_decade)
         for index in range(int(math.log10(max_strength) * steps_per_decade) + 1)
@@ -201,23 +209,35 @@ def calibrate_strength(
     for fold in primary.folds(folds):
         coordinates = pencil(fold.x_train, x_harmful, ridge=ridge)
         rotation = random_rotation(coordinates.basis, seed)
-        base = attack(fold, attacker=attacker, budget=1000)
-        target = (1.0 + _TOLERANCE) * float(base.test_loss.min())
-        budget = max(1, math.floor(max_primary_slowdown * max(base.steps_to(target) or 0, 1)))
+        base = probe.run(None, fold, steps=1000)
+        lowest = min(
+            (loss for loss in base.score("test_loss") if math.isfinite(loss)), default=None
+        )
+        if lowest is None:
+            raise ValueError(
+                f"calibrate_strength: {attacker} must reach a finite loss on every fold of the "
+                "primary task, got none at any step; scale the features"
+            )
+        target = (1.0 + _TOLERANCE) * lowest
+        needed = base.steps_to("test_loss", target, below=True) or 0
+        budget = max(1, math.floor(max_primary_slowdown * max(needed, 1)))
         best = 1.0
         for strength in grid:
             theta = _graded(coordinates, strength, rotation)
-            curve = attack(fold, theta, attacker=attacker, budget=budget, stop_at=target)
-            if curve.steps_to(target) is None:
+            curve = probe.run(theta, fold, steps=budget)
+            if curve.steps_to("test_loss", target, below=True) is None:
                 break
             best = strength
         found.append(best)
     return statistics.median_low(found)
 
 
+STRENGTHS = (1.0, 3.0, 10.0, 30.0, 100.0, 300.0)
+
+
 @dataclass(frozen=True)
-class ClosedFormImmunizer:
-    """Immunize a linear extractor without training.
+class ClosedFormImmunizer(LinearImmunizer):
+    """The best trade-off there is, without training; the strength decides the protection.
 
     Attributes:
         strength: c, the condition number that the primary Hessian gets, or ``"auto"``: the largest
@@ -225,74 +245,147 @@ class ClosedFormImmunizer:
         ridge: Ridge on each K, relative to its largest eigenvalue.
         rotate: Whether to mix the features by a random rotation.
         seed: Seed of that rotation.
-        grading: As in :func:`closed_form_theta`; strength ``"auto"`` is calibrated for ``"log"``.
+        grading: How s^2 rises from 1 to c: with ``"log"`` l, ``"linear"`` in l, or at the ``"top"``
+            direction alone; strength ``"auto"`` is calibrated for ``"log"``.
+
+    Raises:
+        ValueError: If a setting is out of range.
 
     Example:
         >>> from immunize_ext.probing.data import digits_task
-        >>> immunizer = ClosedFormImmunizer(strength=30.0)
-        >>> immunized = immunizer.fit(digits_task((3,), (8,)), digits_task((4,), (9,)))
+        >>> problem = Problem.of(digits_task((3,), (8,)), digits_task((4,), (9,)))
+        >>> immunized = ClosedFormImmunizer(strength=30.0).fit(None, problem)
         >>> immunized.method, tuple(immunized.theta.shape)
-        ('closed_form', (64, 64))
+        ('closed-form', (64, 64))
     """
 
-    strength: float | str = "auto"
+    method: ClassVar[str] = "closed-form"
+    knob: ClassVar[str | None] = "strength"
+    grid: ClassVar[tuple[float, ...]] = STRENGTHS
+
+    strength: float | Literal["auto"] = "auto"
     ridge: float = 1e-2
     rotate: bool = True
     seed: int = 0
     grading: Grading = "log"
 
-    def fit(self, primary: Task, harmful: Task) -> Immunized:
-        """Immunize against ``harmful`` while keeping ``primary``.
-
-        Args:
-            primary: The task to keep; training inputs and, for ``strength="auto"``, labels.
-            harmful: The task to make hard; its training inputs alone are used.
-
-        Returns:
-            The immunized extractor; its history has one record before and one after.
-
-        Raises:
-            ValueError: If the tasks have different numbers of features or a setting is out of
-                range.
-        """
+    def __post_init__(self) -> None:
+        name = type(self).__name__
         if isinstance(self.strength, str):
             if self.strength != "auto":
                 raise ValueError(
-                    f"ClosedFormImmunizer: strength must be a number or 'auto', got "
-                    f"{self.strength!r}"
+                    f"{name}: strength must be a number or 'auto', got {self.strength!r}"
                 )
             if self.grading != "log":
                 raise ValueError(
-                    f"ClosedFormImmunizer: grading must be 'log' for strength='auto', got "
-                    f"{self.grading!r}; give a number, 30 for instance"
+                    f"{name}: grading must be 'log' for strength='auto', got {self.grading!r}; "
+                    "give a number, 30 for instance"
                 )
+
+    @property
+    def label(self) -> str:
+        """The method, with a grading that is not the usual one."""
+        usual = type(self).grading
+        return self.method if self.grading == usual else f"{self.method}, grading {self.grading}"
+
+    def fit(
+        self,
+        model: Tensor | None,
+        problem: Problem[Task],
+        *,
+        progress: Progress | None = None,
+        resume: Path | None = None,
+    ) -> Immunized:
+        """Immunize; arguments and errors as in the base class.
+
+        Labels of the primary task are used for ``strength="auto"``, those of the harmful one never.
+
+        Returns:
+            The immunized extractor; its history has one record before and one after. A ``model``
+            is absorbed: theta is that of the composition, model times what was found for its
+            features.
+        """
+        primary, harmful = problem.primary, problem.only_harm(f"{type(self).__name__}.fit")
+        theta0 = identity_or(model, primary, type(self).__name__)
+        strength = self.strength
+        # Equal Gram matrices in fewer rows; the folds of "auto" need the samples themselves.
+        rows = [gram_rows(task.x_train) for task in (primary, harmful)]
+        if model is not None:
+            rows = [x.to(torch.float64) @ theta0 for x in rows]
+        if isinstance(strength, str):
             strength = calibrate_strength(
-                primary, harmful.x_train, ridge=self.ridge, seed=self.seed
+                primary if model is None else _through(primary, theta0),
+                rows[1],
+                ridge=self.ridge,
+                seed=self.seed,
             )
-        else:
-            strength = float(self.strength)
         theta = closed_form_theta(
-            primary.x_train,
-            harmful.x_train,
-            strength=strength,
+            *rows,
+            strength=float(strength),
             ridge=self.ridge,
             rotate=self.rotate,
             seed=self.seed,
             grading=self.grading,
         )
-        theta0 = torch.eye(theta.shape[0], dtype=theta.dtype, device=theta.device)
-        history = []
-        for step, extractor in enumerate((theta0, theta)):
-            ratio = relative_immunization_ratio(
-                primary.x_train, harmful.x_train, extractor, theta0, ridge=self.ridge
-            )
-            history.append(
-                {
-                    "step": float(step),
-                    "log_kappa_primary": ratio.log_kappa_primary,
-                    "log_kappa_harmful": ratio.log_kappa_harmful,
-                    "log_rir": ratio.log_rir,
-                }
-            )
-        config = {**asdict(self), "strength": strength, "calibrated": self.strength == "auto"}
-        return Immunized("closed_form", theta, theta0, config, history)
+        theta = theta if model is None else theta0 @ theta
+        history = [
+            record_of(step, problem, extractor, theta0, self.ridge)
+            for step, extractor in enumerate((theta0, theta))
+        ]
+        calibrated = isinstance(self.strength, str)
+        config = {**plain(self), "strength": strength, "calibrated": calibrated}
+        if progress is not None:
+            progress(self.label, 1.0)
+        return Immunized(self.method, theta, theta0, config, history)
+
+
+def _through(task: Task, theta: Tensor) -> Task:
+    """A task on the features of an extractor."""
+    x_train, x_test = (x.to(torch.float64) @ theta for x in (task.x_train, task.x_test))
+    y_train, y_test = (y.to(torch.float64) for y in (task.y_train, task.y_test))
+    return Task(task.name, x_train, y_train, x_test, y_test)
+
+
+def record_of(
+    step: int, problem: Problem[Task], theta: Tensor, theta0: Tensor, ridge: float
+) -> dict[str, float]:
+    """The record of an extractor against the one harmful task."""
+    ratio = relative_immunization_ratio(
+        gram_rows(problem.primary.x_train),
+        gram_rows(problem.harmful[0].x_train),
+        theta,
+        theta0,
+        ridge=ridge,
+    )
+    return {
+        "step": float(step),
+        "log_kappa_primary": ratio.log_kappa_primary,
+        "log_kappa_harmful": ratio.log_kappa_harmful,
+        "log_rir": ratio.log_rir,
+    }
+
+
+@METHODS.register
+@dataclass(frozen=True)
+class GradedImmunizer(ClosedFormImmunizer):
+    """The closed form graded in l itself."""
+
+    method: ClassVar[str] = "graded"
+
+    strength: float | Literal["auto"] = 30.0
+    grading: Grading = "linear"
+
+
+@METHODS.register
+@dataclass(frozen=True)
+class WhiteningImmunizer(ClosedFormImmunizer):
+    """Whiten the primary task: the closed form at strength 1, which uses no harmful data."""
+
+    method: ClassVar[str] = "whitening"
+    knob: ClassVar[str | None] = None
+    grid: ClassVar[tuple[float, ...]] = ()
+
+    strength: float | Literal["auto"] = 1.0
+
+
+METHODS.register(ClosedFormImmunizer(strength=30.0))

@@ -13,9 +13,8 @@ from __future__ import annotations
 
 import math
 import warnings
-from collections.abc import Callable
-from dataclasses import asdict, dataclass
-from typing import Literal
+from dataclasses import dataclass
+from typing import ClassVar, Literal
 
 import torch
 from torch import Tensor
@@ -23,16 +22,16 @@ from torch import Tensor
 from immunize_ext.errors import NumericalWarning
 from immunize_ext.ops.precondition import Preconditioner, precondition_gradient
 from immunize_ext.ops.regularizers import gram_r_ill, gram_r_well, r_ill, r_well
-from immunize_ext.ops.spectrum import gram_extremes
+from immunize_ext.probing.data.problem import Problem
 from immunize_ext.probing.data.task import Task
-from immunize_ext.probing.immunizers.corridor import check_corridor, project_to_corridor
-from immunize_ext.probing.immunizers.immunized import Immunized
-from immunize_ext.probing.immunizers.loop import plain_settings
+from immunize_ext.probing.immunizers.loop import (
+    Advance,
+    Descent,
+    IterativeImmunizer,
+    check_settings,
+)
+from immunize_ext.probing.immunizers.registry import METHODS
 from immunize_ext.probing.immunizers.step_bounds import ill_step_bound, well_step_bound
-from immunize_ext.probing.metrics.hessian import with_ridge
-
-Callback = Callable[[int, int, dict[str, float]], None]
-
 
 # Shares of the proven bounds that "clip" keeps to. R_ill's is below one half, where theta would
 # become singular.
@@ -42,9 +41,20 @@ WELL_CLIP = 0.9
 ILL_CLIP = 0.25
 
 
+_NAME = "ConditionNumberImmunizer"
+
+
+_RATIOS = "well_step_over_bound", "ill_step_over_bound"
+
+
+@METHODS.register
 @dataclass(frozen=True)
-class ConditionNumberImmunizer:
-    """Algorithm 1 with its step sizes balanced and bounded.
+class ConditionNumberImmunizer(IterativeImmunizer):
+    """Algorithm 1 of the paper, on full data, with its step sizes balanced and bounded.
+
+    ``history`` has besides, for each record, ``r_well``, ``r_ill``, ``loss``, and of the step that
+    led there, after clipping, ``well_step_over_bound`` and ``ill_step_over_bound`` (0 at the start,
+    NaN without a bound).
 
     Attributes:
         steps: Number T of updates.
@@ -59,22 +69,33 @@ class ConditionNumberImmunizer:
         preconditioner: How K^{-1} is applied. ``"implicit"``: K^{-1} grad R = 2 theta dR/dH, with
             no inverse. ``"explicit"``: an identity layer whose backward solves with a Cholesky
             factor of K, as the papers do it; same numbers. ``"none"``: plain gradients.
-        ridge: Ridge on each K, relative to its largest eigenvalue.
         unsafe_step: What to do with a step beyond its proven bound (module ``step_bounds``):
             ``"clip"`` it, ``"warn"`` once or ``"raise"``.
         keep: ``"last"`` iterate, or ``"best"``: the one with the largest kappa_H among those whose
             kappa_P is at most that of the start.
         seed: Seed of the primary head omega.
-        corridor: The least and the largest kappa_P, held exactly at the start and after each step
-            (module ``corridor``); ``None`` leaves kappa_P free.
+
+    Raises:
+        ValueError: If a setting is out of range; on fitting, if a step is beyond its bound with
+            ``unsafe_step="raise"`` or theta stops being finite.
+        NotPositiveDefiniteError: On fitting, if K is singular at this ridge and ``preconditioner``
+            is ``"explicit"``.
+
+    Warns:
+        NumericalWarning: On fitting, if a step is beyond its bound with ``unsafe_step="warn"``, or
+            no iterate is better than the start, so that ``keep="best"`` hands back theta_0.
 
     Example:
         >>> from immunize_ext.probing.data import digits_task
-        >>> immunizer = ConditionNumberImmunizer(steps=20)
-        >>> immunized = immunizer.fit(digits_task((3,), (8,)), digits_task((4,), (9,)))
+        >>> problem = Problem.of(digits_task((3,), (8,)), digits_task((4,), (9,)))
+        >>> immunized = ConditionNumberImmunizer(steps=20).fit(None, problem)
         >>> len(immunized.history), immunized.history[-1]["log_rir"] > 0
         (21, True)
     """
+
+    method: ClassVar[str] = "condition-number"
+    knob: ClassVar[str | None] = "ill_share"
+    grid: ClassVar[tuple[float, ...]] = (0.1, 0.3, 1.0, 3.0)
 
     steps: int = 200
     learning_rate: float = 5e-3
@@ -84,155 +105,104 @@ class ConditionNumberImmunizer:
     ill_share: float = 0.3
     optimizer: Literal["gd", "adam"] = "gd"
     preconditioner: Literal["implicit", "explicit", "none"] = "implicit"
-    ridge: float = 1e-2
     unsafe_step: Literal["clip", "warn", "raise"] = "clip"
     keep: Literal["last", "best"] = "best"
     seed: int = 0
-    corridor: tuple[float, float] | None = None
 
     def __post_init__(self) -> None:
-        if self.steps < 1:
-            raise ValueError(f"{_NAME}: steps must be at least 1, got {self.steps}")
-        positive = {
-            "learning_rate": self.learning_rate,
-            "lambda_well": self.lambda_well,
-            "lambda_ill": self.lambda_ill,
-            "first_change": self.first_change,
-            "ill_share": self.ill_share,
-        }
-        for name, value in positive.items():
+        super().__post_init__()
+        check_settings(
+            _NAME,
+            {"steps": self.steps, "learning_rate": self.learning_rate},
+            {
+                "optimizer": ("gd", "adam"),
+                "preconditioner": ("implicit", "explicit", "none"),
+                "unsafe_step": ("clip", "warn", "raise"),
+                "keep": ("last", "best"),
+            },
+            {
+                "optimizer": self.optimizer,
+                "preconditioner": self.preconditioner,
+                "unsafe_step": self.unsafe_step,
+                "keep": self.keep,
+            },
+        )
+        for name in ("lambda_well", "lambda_ill", "first_change", "ill_share"):
+            value = getattr(self, name)
             # A lambda of 0 leaves its regularizer out.
             if value is not None and not (math.isfinite(value) and value >= 0.0):
                 raise ValueError(f"{_NAME}: {name} must be finite and not negative, got {value}")
-        choices = {
-            "optimizer": ("gd", "adam"),
-            "preconditioner": ("implicit", "explicit", "none"),
-            "unsafe_step": ("clip", "warn", "raise"),
-            "keep": ("last", "best"),
-        }
-        for name, allowed in choices.items():
-            if getattr(self, name) not in allowed:
-                raise ValueError(
-                    f"{_NAME}: {name} must be one of {', '.join(allowed)}, "
-                    f"got {getattr(self, name)!r}"
-                )
-        check_corridor(_NAME, self.corridor)
 
-    def fit(
-        self,
-        primary: Task,
-        harmful: Task,
-        theta0: Tensor | None = None,
-        *,
-        callback: Callback | None = None,
-    ) -> Immunized:
-        """Immunize against ``harmful`` while keeping ``primary``.
-
-        Args:
-            primary: The task to keep; its training part is used.
-            harmful: The task to make hard; its training inputs alone are used.
-            theta0: Where to start, shape ``(p, p)``; the identity when omitted.
-            callback: Called after each step with the step, the number of steps and its record.
-
-        Returns:
-            The immunized extractor. ``history`` has a record for the start and for each step:
-            ``step``, ``log_kappa_primary``, ``log_kappa_harmful``, ``log_rir`` (against theta0),
-            ``r_well``, ``r_ill``, ``loss``, and of the step that led there, after clipping,
-            ``well_step_over_bound`` and ``ill_step_over_bound`` (0 at the start, NaN without a
-            bound).
-
-        Raises:
-            ValueError: If the tasks have different numbers of features, a step is beyond its bound
-                with ``unsafe_step="raise"``, or theta stops being finite.
-            NotPositiveDefiniteError: If K is singular at this ridge and ``preconditioner`` is
-                ``"explicit"``.
-
-        Warns:
-            NumericalWarning: If a step is beyond its bound with ``unsafe_step="warn"``.
-
-        Note:
-            Deterministic given ``seed``; computed in float64; torch's global random state is
-            neither read nor changed.
-        """
-        p = primary.num_features
-        if harmful.num_features != p:
-            raise ValueError(
-                f"{_NAME}.fit: harmful must have the {p} features of primary, got "
-                f"{harmful.num_features}; preprocess both tasks alike"
-            )
-        x_primary, x_harmful, y = (
-            t.to(torch.float64) for t in (primary.x_train, harmful.x_train, primary.y_train)
-        )
-        start = torch.eye(p, dtype=torch.float64, device=y.device) if theta0 is None else theta0
-        theta = start.detach().to(torch.float64).clone()
+    def begin(self, descent: Descent, problem: Problem[Task]) -> tuple[int, Advance]:
+        """Balance the two regularizers at the start."""
+        x, y = (t.to(torch.float64) for t in (problem.primary.x_train, problem.primary.y_train))
+        p = problem.primary.num_features
         generator = torch.Generator().manual_seed(self.seed)
         head = torch.randn(p, dtype=torch.float64, generator=generator) / math.sqrt(p)
         omega = head.to(y.device).requires_grad_()
+        theta = descent.theta.requires_grad_()
+        kind = torch.optim.Adam if self.optimizer == "adam" else torch.optim.SGD
+        descent.optimizer = kind([theta, omega], lr=self.learning_rate)
+        descent.tensors = {"omega": omega, "best": theta.detach().clone()}
+        descent.marks = {"best": -math.inf, "best_step": 0.0, "warned": 0.0}
+        descent.marks |= dict.fromkeys(_RATIOS, 0.0)
+        well = _Term(descent.primary, "well", self.preconditioner)
+        ill = _Term(descent.harmful, "ill", self.preconditioner)
+        lambdas = self._balance(
+            theta, well.value_and_gradient(theta)[1], ill.value_and_gradient(theta)[1]
+        )
+        descent.found = dict(zip(("lambda_well", "lambda_ill"), lambdas, strict=True))
 
-        well = _Term(with_ridge(x_primary, self.ridge), "well", self.preconditioner)
-        ill = _Term(with_ridge(x_harmful, self.ridge), "ill", self.preconditioner)
-        if self.corridor is not None:
-            theta = project_to_corridor(theta, well.rows, self.corridor)
-        theta.requires_grad_()
-        optimizer: torch.optim.Optimizer
-        if self.optimizer == "adam":
-            optimizer = torch.optim.Adam([theta, omega], lr=self.learning_rate)
-        else:
-            optimizer = torch.optim.SGD([theta, omega], lr=self.learning_rate)
-
-        lambdas = self.lambda_well, self.lambda_ill
-        recorder = _Recorder(well, ill)
-        best, best_harmful = theta.detach().clone(), -math.inf
-        history: list[dict[str, float]] = []
-        ratios = dict.fromkeys(_RATIOS, 0.0)
-        warned = False
-        for step in range(self.steps + 1):
+        def advance(step: int) -> None:
             well_value, well_grad = well.value_and_gradient(theta)
             ill_value, ill_grad = ill.value_and_gradient(theta)
-            residual = x_primary @ theta @ omega - y
-            loss = residual.square().mean()
-            record = recorder.record(step, theta, well_value, ill_value, float(loss.detach()))
-            record.update(ratios)
-            history.append(record)
-            if callback is not None and step > 0:
-                callback(step, self.steps, record)
-            if record["log_kappa_primary"] <= history[0]["log_kappa_primary"] and (
-                record["log_kappa_harmful"] > best_harmful
-            ):
-                best, best_harmful = theta.detach().clone(), record["log_kappa_harmful"]
+            loss = (x @ theta @ omega - y).square().mean()
+            record = descent.record(
+                step,
+                r_well=well_value,
+                r_ill=ill_value,
+                loss=float(loss.detach()),
+                **{name: descent.marks[name] for name in _RATIOS},
+            )
+            self._keep_if_best(descent, record)
             if step == self.steps:
-                break
-            if step == 0:
-                lambdas = self._balance(theta, well_grad, ill_grad)
+                return
             weights, ratios = self._bounded(lambdas, well, ill, theta, step)
-            if self.unsafe_step == "warn" and not warned and max(ratios.values()) > 1.0:
-                warned = True
-                warnings.warn(self._unsafe(step, lambdas, ratios), NumericalWarning, stacklevel=2)
-            optimizer.zero_grad()
+            descent.marks |= ratios
+            if self.unsafe_step == "warn" and not descent.marks["warned"]:
+                if max(ratios.values()) > 1.0:
+                    descent.marks["warned"] = 1.0
+                    text = self._unsafe(step, lambdas, ratios)
+                    warnings.warn(text, NumericalWarning, stacklevel=3)
+            assert descent.optimizer is not None  # made above
+            descent.optimizer.zero_grad()
             loss.backward()
             assert theta.grad is not None
             theta.grad += weights[0] * well_grad + weights[1] * ill_grad
-            optimizer.step()
-            if not bool(torch.isfinite(theta).all()):
-                raise ValueError(
-                    f"{_NAME}.fit: step sizes must keep theta finite, got NaN or infinity at step "
-                    f"{step + 1} of {self.steps}; lower first_change, ill_share or learning_rate"
-                )
-            if self.corridor is not None:
-                with torch.no_grad():
-                    theta.copy_(project_to_corridor(theta.detach(), well.rows, self.corridor))
-        config = {
-            **plain_settings(asdict(self)),
-            "lambda_well": lambdas[0],
-            "lambda_ill": lambdas[1],
-        }
-        return Immunized(
-            "condition_number",
-            best if self.keep == "best" else theta.detach(),
-            start.detach().to(torch.float64),
-            config,
-            history,
-        )
+            descent.move()
+
+        return self.steps, advance
+
+    def _keep_if_best(self, descent: Descent, record: dict[str, float]) -> None:
+        first = descent.history[0]["log_kappa_primary"]
+        kappa = record["log_kappa_harmful"]
+        if record["log_kappa_primary"] <= first and kappa > descent.marks["best"]:
+            descent.tensors["best"].copy_(descent.theta.detach())
+            descent.marks |= {"best": kappa, "best_step": record["step"]}
+
+    def kept(self, descent: Descent) -> Tensor:
+        """The last iterate, or the best one."""
+        if self.keep == "last":
+            return descent.theta.detach()
+        if descent.marks["best_step"] == 0.0:
+            warnings.warn(
+                f"{_NAME}.fit: some step must raise kappa_H and leave kappa_P no larger than at "
+                "the start, got none: the extractor is the one it started from; lower "
+                'first_change or ill_share, or use keep="last"',
+                NumericalWarning,
+                stacklevel=3,
+            )
+        return descent.tensors["best"]
 
     def _balance(self, theta: Tensor, well_grad: Tensor, ill_grad: Tensor) -> tuple[float, float]:
         """Choose the lambdas that were left open by the norms of the first two updates."""
@@ -247,14 +217,14 @@ class ConditionNumberImmunizer:
 
     def _bounded(
         self,
-        lambdas: tuple[float | None, float | None],
+        lambdas: tuple[float, float],
         well: _Term,
         ill: _Term,
         theta: Tensor,
         step: int,
     ) -> tuple[tuple[float, float], dict[str, float]]:
         """Weights of the two regularizers for one step, and the steps in units of their bounds."""
-        weights = [0.0 if value is None else value for value in lambdas]
+        weights = list(lambdas)
         if self.optimizer == "adam" or self.preconditioner == "none":
             return (weights[0], weights[1]), dict.fromkeys(_RATIOS, math.nan)
         detached = theta.detach()
@@ -270,14 +240,12 @@ class ConditionNumberImmunizer:
             raise ValueError(self._unsafe(step, lambdas, ratios))
         return (weights[0], weights[1]), ratios
 
-    def _unsafe(
-        self, step: int, lambdas: tuple[float | None, float | None], ratios: dict[str, float]
-    ) -> str:
+    def _unsafe(self, step: int, lambdas: tuple[float, float], ratios: dict[str, float]) -> str:
         """Say which step is too long and what the longest safe one is."""
         name, ratio = max(ratios.items(), key=lambda item: item[1])
         index = 0 if name.startswith("well") else 1
         argument = ("lambda_well", "lambda_ill")[index]
-        value = lambdas[index] or 0.0
+        value = lambdas[index]
         return (
             f"{_NAME}.fit: {argument} must be below {value / ratio:.3g} at step {step} for kappa "
             f"to move the right way (learning rate {self.learning_rate:g}), got {value:.3g}; "
@@ -285,10 +253,14 @@ class ConditionNumberImmunizer:
         )
 
 
-_NAME = ConditionNumberImmunizer.__name__
+@METHODS.register
+@dataclass(frozen=True)
+class PlainConditionNumberImmunizer(ConditionNumberImmunizer):
+    """Algorithm 1 without K^-1."""
 
+    method: ClassVar[str] = "condition-number-plain"
 
-_RATIOS = "well_step_over_bound", "ill_step_over_bound"
+    preconditioner: Literal["implicit", "explicit", "none"] = "none"
 
 
 def _balanced(given: float | None, change: float, norm: float) -> float:
@@ -328,30 +300,3 @@ class _Term:
         value = self._of_features(self.rows @ extractor)
         (gradient,) = torch.autograd.grad(value, leaf)
         return float(value.detach()), gradient
-
-
-class _Recorder:
-    """Builds the records of the history."""
-
-    def __init__(self, well: _Term, ill: _Term) -> None:
-        self._terms = well, ill
-        self._base: tuple[float, float] | None = None
-
-    def record(
-        self, step: int, theta: Tensor, well_value: float, ill_value: float, loss: float
-    ) -> dict[str, float]:
-        primary, harmful = (
-            float(extremes.lambda_max.log() - extremes.lambda_min.log())
-            for extremes in (gram_extremes(term.rows @ theta.detach()) for term in self._terms)
-        )
-        if self._base is None:
-            self._base = primary, harmful
-        return {
-            "step": float(step),
-            "log_kappa_primary": primary,
-            "log_kappa_harmful": harmful,
-            "log_rir": (harmful - self._base[1]) - (primary - self._base[0]),
-            "r_well": well_value,
-            "r_ill": ill_value,
-            "loss": loss,
-        }

@@ -15,28 +15,37 @@ from __future__ import annotations
 import copy
 import math
 from collections.abc import Callable
-from dataclasses import asdict, dataclass
-from typing import Any, Literal, get_args
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, ClassVar, Literal, get_args
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
+from immunize_ext.errors import EqualSingularValuesError
 from immunize_ext.ops.precondition import Preconditioner
 from immunize_ext.ops.regularizers import gram_r_ill, gram_r_well
-from immunize_ext.ops.spectrum import gram_extremes
+from immunize_ext.probing.data.problem import Problem
 from immunize_ext.probing.data.samples import Samples, Source
 from immunize_ext.probing.extractors.feature_extractor import (
     block_root,
     block_state,
     find_stages,
-    fingerprint,
     freeze_except,
     select_blocks,
 )
 from immunize_ext.probing.immunizers.imma import probe_after_steps
-from immunize_ext.probing.immunizers.immunized import ImmunizedExtractor, same_state
-from immunize_ext.probing.immunizers.loop import check_settings, plain_settings
+from immunize_ext.probing.immunizers.immunized import ImmunizedExtractor
+from immunize_ext.probing.immunizers.loop import (
+    Checkpoint,
+    batch_indices,
+    check_settings,
+    log_kappa_of,
+    run_digest,
+)
+from immunize_ext.seams import Progress
+from immunize_ext.settings import plain
 
 DeepObjective = Literal[
     "condition_number", "r_ill", "r_well", "kappa_difference", "kappa_log_ratio", "imma"
@@ -68,12 +77,6 @@ class Term:
     name: str
     value: Callable[[Features], Tensor]
     role: Role | None = None
-
-
-def log_kappa_of(features: Tensor) -> Tensor:
-    """Log of the condition number of F^T F, differentiable."""
-    extremes = gram_extremes(features)
-    return extremes.lambda_max.log() - extremes.lambda_min.log()
 
 
 def probe_targets(labels: Tensor, classes: int, dtype: torch.dtype) -> Tensor:
@@ -118,9 +121,6 @@ def terms_of(objective: DeepObjective, *, classes: int, inner_steps: int) -> lis
     return [Term("weight", lambda f: log_kappa_of(f.primary).exp() - log_kappa_of(f.harmful).exp())]
 
 
-Callback = Callable[[int, int, dict[str, float]], None]
-
-
 _NAME = "DeepExtractorImmunizer"
 
 
@@ -130,8 +130,8 @@ class DeepExtractorImmunizer:
 
     Attributes:
         blocks: Which blocks change: how many of the last ones
-            (:func:`immunize_ext.probing.extractors.feature_extractor.find_stages`), or patterns of module
-            names. The paper takes the last two of a ResNet18 and the last one of a ViT.
+            (:func:`immunize_ext.probing.extractors.feature_extractor.find_stages`), or patterns of
+            module names. The paper takes the last two of a ResNet18 and the last one of a ViT.
         objective: ``"condition_number"`` (the method of the paper), ``"r_ill"``, ``"r_well"``,
             ``"kappa_difference"``, ``"kappa_log_ratio"`` or ``"imma"`` (its baselines).
         steps: Number of updates, counted from the very start where a run is resumed.
@@ -162,10 +162,12 @@ class DeepExtractorImmunizer:
         >>> y = (x[:, 0] > 0).long()
         >>> body = nn.Sequential(nn.Linear(6, 6), nn.Tanh(), nn.Linear(6, 4))
         >>> immunizer = DeepExtractorImmunizer(("2",), steps=50, batch_size=16, learning_rate=0.01)
-        >>> immunized = immunizer.fit((x, y), (h, y), body)
+        >>> immunized = immunizer.fit(body, Problem.of((x, y), (h, y)))
         >>> len(immunized.history), immunized.rir((x, y), (h, y), group_size=40).mean_rir() > 1
         (50, True)
     """
+
+    method: ClassVar[str] = "deep"
 
     blocks: int | tuple[str, ...] = 1
     objective: DeepObjective = "condition_number"
@@ -227,27 +229,24 @@ class DeepExtractorImmunizer:
 
     def fit(
         self,
-        primary: Source,
-        harmful: Source,
-        theta0: nn.Module,
+        model: nn.Module,
+        problem: Problem[Source],
         *,
-        head: nn.Module | None = None,
-        resume: ImmunizedExtractor | None = None,
-        callback: Callback | None = None,
+        progress: Progress | None = None,
+        resume: Path | None = None,
     ) -> ImmunizedExtractor:
-        """Immunize against ``harmful`` while keeping ``primary``.
+        """Immunize against the harmful task while keeping the primary one.
 
         Args:
-            primary: Samples of the task to keep: a pair of tensors or a map-style data set.
-                Integer labels mean classes (cross-entropy), real ones regression (squared loss).
-            harmful: Samples of the task to make hard. Labels are used by ``"imma"`` alone.
-            theta0: The extractor, yielding features ``(n, p)`` in float32 or float64; copied, not
+            model: The extractor, yielding features ``(n, p)`` in float32 or float64; copied, not
                 changed.
-            head: The head of the primary task, trained further; copied. A linear one is made when
-                omitted.
-            resume: What an earlier run with fewer steps handed back; the result is that of one run
-                of ``steps``, to the bit.
-            callback: Called after each step with the step, the number of steps and its record.
+            problem: Samples of both tasks: pairs of tensors or map-style data sets. Integer labels
+                mean classes (cross-entropy), real ones regression (squared loss); those of the
+                harmful task are used by ``"imma"`` alone. The head is copied.
+            progress: Called with what was done and the share done so far.
+            resume: A folder for checkpoints. What a run with the same settings, model and problem
+                left there is gone on from, also to more steps than it had; the result is that of
+                one run, to the bit. A checkpoint of anything else is an error.
 
         Returns:
             The immunized extractor with theta_0. ``history`` has a record for each step, of its
@@ -266,51 +265,63 @@ class DeepExtractorImmunizer:
         Source:
             Zheng et al., ICML 2025, section 5.3; optimizer as in the released code.
         """
-        samples = Samples(primary, name="primary"), Samples(harmful, name="harmful")
-        extractor = copy.deepcopy(theta0)
+        samples = (
+            Samples(problem.primary, name="primary"),
+            Samples(problem.only_harm(_NAME), name="harmful"),
+        )
+        extractor = copy.deepcopy(model)
         blocks = self._chosen_blocks(extractor)
         original = block_state(extractor, blocks)
         parameters = freeze_except(extractor, blocks)
         device = next(iter(parameters.values())).device
+        run = _Run(self, extractor, parameters, blocks, samples, device)
+        head = run.make_head(problem.head)
+        optimizer = self._optimizer(parameters, head)
+        named = {**parameters, **{f"head.{n}": p for n, p in head.named_parameters()}}
+        settings = {name: value for name, value in plain(self).items() if name != "steps"}
+        weights = [(n, v) for n, v in extractor.state_dict().items()] + list(
+            head.state_dict(prefix="head.").items()
+        )
+        checkpoint = Checkpoint(
+            resume, _NAME, lambda: run_digest(settings, weights, problem.digest())
+        )
         history: list[dict[str, float]] = []
         lambdas: dict[str, float] = {}
-        if resume is not None:
-            self._check_resume(resume, extractor, blocks, original)
-            block_root(extractor).load_state_dict(
-                block_state(resume.extractor, blocks), strict=False
-            )
-            history = [dict(record) for record in resume.history]
-            lambdas = dict(resume.config["lambdas"])
-            head = resume.head
-        run = _Run(self, extractor, parameters, blocks, samples, device)
-        trained_head = run.make_head(head)
-        optimizer = self._optimizer(parameters, trained_head)
-        named = {**parameters, **{f"head.{n}": p for n, p in trained_head.named_parameters()}}
-        if resume is not None:
-            for name, buffer in resume.momentum.items():
-                optimizer.state[named[name]]["momentum_buffer"] = buffer.to(device).clone()
+        if (loaded := checkpoint.load()) is not None:
+            state, values = loaded
+            history, lambdas = values["history"], values["lambdas"]
+            if len(history) > self.steps:
+                raise ValueError(
+                    f"{_NAME}.fit: steps must be at least the {len(history)} that are done in "
+                    f"{resume}, got {self.steps}"
+                )
+            with torch.no_grad():
+                for name, parameter in named.items():
+                    parameter.copy_(state[name])
+            for name, buffer in state.items():
+                if name.startswith("momentum."):
+                    parameter = named[name.removeprefix("momentum.")]
+                    optimizer.state[parameter]["momentum_buffer"] = buffer.to(device)
+        every = max(1, self.steps // _PARTS)
         for step in range(len(history), self.steps):
-            record, lambdas = run.step(step, trained_head, optimizer, lambdas)
+            record, lambdas = run.step(step, head, optimizer, lambdas)
             history.append(record)
-            if callback is not None:
-                callback(step + 1, self.steps, record)
-        momentum = {
-            name: optimizer.state[value]["momentum_buffer"].detach().clone()
-            for name, value in named.items()
-            if optimizer.state.get(value, {}).get("momentum_buffer") is not None
-        }
+            if (step + 1) % every == 0 or step + 1 == self.steps:
+                if progress is not None:
+                    progress(f"{self.objective}, step {step + 1}", (step + 1) / self.steps)
+                state = {**named, **{f"momentum.{n}": b for n, b in _buffers(named, optimizer)}}
+                checkpoint.save(state, {"history": history, "lambdas": lambdas})
         run.close()
         extractor.requires_grad_(False)
-        config = {**plain_settings(asdict(self)), "lambdas": lambdas}
         return ImmunizedExtractor(
             method=self.objective,
             extractor=extractor,
             theta0=original,
-            head=trained_head.eval(),
+            head=head.eval(),
             blocks=blocks,
-            config=config,
+            config={**plain(self), "lambdas": lambdas},
             history=history,
-            momentum=momentum,
+            momentum={name: buffer.clone() for name, buffer in _buffers(named, optimizer)},
         )
 
     def _chosen_blocks(self, extractor: nn.Module) -> list[str]:
@@ -324,33 +335,6 @@ class DeepExtractorImmunizer:
             )
         return stages[-self.blocks :]
 
-    def _check_resume(
-        self,
-        resume: ImmunizedExtractor,
-        extractor: nn.Module,
-        blocks: list[str],
-        original: dict[str, Tensor],
-    ) -> None:
-        """Refuse to go on with other settings, another model or fewer steps."""
-        mine = plain_settings(asdict(self))
-        other = [k for k, v in mine.items() if k != "steps" and resume.config.get(k) != v]
-        if other:
-            raise ValueError(
-                f"{_NAME}.fit: resume must have the same {other[0]}, got "
-                f"{resume.config.get(other[0])!r} and now {mine[other[0]]!r}; only steps may grow"
-            )
-        if len(resume.history) > self.steps:
-            raise ValueError(
-                f"{_NAME}.fit: steps must be at least the {len(resume.history)} of resume, got "
-                f"{self.steps}"
-            )
-        frozen = [fingerprint(model, without=blocks) for model in (extractor, resume.extractor)]
-        if frozen[0] != frozen[1] or not same_state(original, resume.theta0):
-            raise ValueError(
-                f"{_NAME}.fit: theta0 must be the extractor that resume started from, got other "
-                "weights; load the same backbone"
-            )
-
     def _optimizer(self, parameters: dict[str, nn.Parameter], head: nn.Module) -> torch.optim.SGD:
         rate = self.learning_rate if self.head_learning_rate is None else self.head_learning_rate
         groups: list[dict[str, Any]] = [{"params": list(parameters.values())}]
@@ -362,6 +346,18 @@ class DeepExtractorImmunizer:
         return torch.optim.SGD(
             groups, lr=self.learning_rate, momentum=self.momentum, nesterov=self.momentum > 0.0
         )
+
+
+# How often a run reports and saves where it stands.
+_PARTS = 20
+
+
+def _buffers(
+    named: dict[str, nn.Parameter], optimizer: torch.optim.SGD
+) -> list[tuple[str, Tensor]]:
+    """Momentum buffers by the name of their parameter."""
+    found = ((name, optimizer.state.get(p, {}).get("momentum_buffer")) for name, p in named.items())
+    return [(name, buffer.detach()) for name, buffer in found if buffer is not None]
 
 
 class _Run:
@@ -426,7 +422,7 @@ class _Run:
         self.rows.clear()
         if features.dim() != 2:
             raise ValueError(
-                f"{_NAME}.fit: theta0 must yield features (n, p), got {tuple(features.shape)}; "
+                f"{_NAME}.fit: model must yield features (n, p), got {tuple(features.shape)}; "
                 "wrap it in FeatureExtractor"
             )
         outputs = 1 if labels.dtype.is_floating_point else _classes(self.samples[0], "primary")
@@ -445,13 +441,38 @@ class _Run:
         optimizer: torch.optim.SGD,
         lambdas: dict[str, float],
     ) -> tuple[dict[str, float], dict[str, float]]:
-        """One update; its record and the lambdas in force."""
+        """One update; its record and the lambdas in force.
+
+        Raises:
+            EqualSingularValuesError: If all eigenvalues of a batch are equal.
+            ValueError: If anything stops being finite.
+        """
+        try:
+            return self._step(step, head, optimizer, lambdas)
+        except EqualSingularValuesError as error:
+            if step == 0:
+                raise
+            # Weights that ran away give features without a direction left.
+            raise EqualSingularValuesError(
+                f"{_NAME}.fit: at step {step} of {self.settings.steps}: {error}; lower "
+                "learning_rate or share"
+            ) from error
+
+    def _step(
+        self,
+        step: int,
+        head: nn.Module,
+        optimizer: torch.optim.SGD,
+        lambdas: dict[str, float],
+    ) -> tuple[dict[str, float], dict[str, float]]:
         self.rows.clear()
         (x, y), (x_harmful, y_harmful) = (
             tuple(t.to(self.device) for t in batch.batch(self._indices(step, role)))
             for role, batch in enumerate(self.samples)
         )
         features = Features(self.extractor(x), self.extractor(x_harmful), y_harmful)
+        for found in (features.primary, features.harmful):
+            self._check_finite(step, bool(torch.isfinite(found).all()))
         loss = self._loss(head(features.primary), y)
         blocks, head_parameters = list(self.parameters.values()), list(head.parameters())
         every = torch.autograd.grad(
@@ -481,11 +502,8 @@ class _Run:
                 total = [a + lambdas[term.name] * b for a, b in zip(total, parts, strict=True)]
             lambdas.setdefault(term.name, 0.0)
             record[f"lambda_{term.name}"] = lambdas[term.name]
-        if not all(math.isfinite(v) for v in record.values()) or not math.isfinite(_norm(total)):
-            raise ValueError(
-                f"{_NAME}.fit: step sizes must keep the features finite, got NaN or infinity at "
-                f"step {step} of {self.settings.steps}; lower learning_rate or share"
-            )
+        finite = all(math.isfinite(v) for v in record.values()) and math.isfinite(_norm(total))
+        self._check_finite(step, finite)
         for parameter, gradient in zip(
             blocks + head_parameters, total + gradients[len(blocks) :], strict=True
         ):
@@ -493,6 +511,13 @@ class _Run:
         optimizer.step()
         optimizer.zero_grad()
         return record, lambdas
+
+    def _check_finite(self, step: int, finite: bool) -> None:
+        if not finite:
+            raise ValueError(
+                f"{_NAME}.fit: step sizes must keep the features finite, got NaN or infinity at "
+                f"step {step} of {self.settings.steps}; lower learning_rate or share"
+            )
 
     def _term_gradient(self, term: Term, value: Tensor, blocks: list[nn.Parameter]) -> list[Tensor]:
         """Gradient of a term with respect to the blocks, preconditioned where that is asked for."""
@@ -520,13 +545,7 @@ class _Run:
     def _indices(self, step: int, role: int) -> Tensor:
         """Which samples a step sees: a function of step and seed, so that runs can go on."""
         count, size = len(self.samples[role]), self.settings.batch_size
-        batches = max(1, count // size)
-        epoch, place = divmod(step, batches)
-        generator = torch.Generator().manual_seed(
-            (self.settings.seed * 2_000_003 + 2 * epoch + role) % 2**63
-        )
-        order = torch.randperm(count, generator=generator)
-        return order[place * size : (place + 1) * size]
+        return batch_indices(count, size, step, seed=self.settings.seed, role=role)
 
 
 _SETTINGS = {"well": "lambda_well", "ill": "lambda_ill", "weight": "weight"}

@@ -14,16 +14,22 @@ Unlike condition-number immunization this needs the harmful labels.
 from __future__ import annotations
 
 import math
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
+from typing import ClassVar
 
 import torch
 from torch import Tensor
 
 from immunize_ext.ops.spectrum import gram_extremes
+from immunize_ext.probing.data.problem import Problem
 from immunize_ext.probing.data.task import Task
-from immunize_ext.probing.immunizers.corridor import check_corridor
-from immunize_ext.probing.immunizers.immunized import Immunized
-from immunize_ext.probing.immunizers.loop import LinearProblem, check_settings, plain_settings
+from immunize_ext.probing.immunizers.loop import (
+    Advance,
+    Descent,
+    IterativeImmunizer,
+    check_settings,
+)
+from immunize_ext.probing.immunizers.registry import METHODS
 
 _NAME = "ImmaImmunizer"
 
@@ -51,9 +57,13 @@ def probe_after_steps(features: Tensor, targets: Tensor, steps: int) -> Tensor:
     return head
 
 
+@METHODS.register
 @dataclass(frozen=True)
-class ImmaImmunizer:
-    """Bi-level immunization against a linear probe by gradient descent.
+class ImmaImmunizer(IterativeImmunizer):
+    """Bi-level immunization against a linear probe by gradient descent; uses harmful labels.
+
+    ``history`` has besides ``primary_loss`` and ``harmful_loss`` (of the probe after its steps; 1 is
+    the loss of the head 0).
 
     Attributes:
         steps: Number of updates of theta, by Adam.
@@ -61,102 +71,75 @@ class ImmaImmunizer:
         weight: Weight of the harmful loss.
         unrolled: Whether to differentiate through the probe's steps.
         first_change: Size of the first update relative to theta's norm; sets the learning rate.
-        ridge: Ridge of the condition numbers in the history, relative to the largest eigenvalue.
-        corridor: The least and the largest kappa_P, held exactly after each step; ``None`` leaves
-            kappa_P free.
         seed: Seed of the primary head omega.
+
+    Raises:
+        ValueError: If a setting is out of range; on fitting, if all targets of a task are 0, or
+            theta stops being finite.
+
+    Source:
+        Zheng and Yeh, "IMMA", ECCV 2024, as a baseline for linear probes in Zheng et al., ICML
+        2025.
 
     Example:
         >>> from immunize_ext.probing.data import digits_task
-        >>> immunizer = ImmaImmunizer(steps=20)
-        >>> immunized = immunizer.fit(digits_task((3,), (8,)), digits_task((4,), (9,)))
+        >>> problem = Problem.of(digits_task((3,), (8,)), digits_task((4,), (9,)))
+        >>> immunized = ImmaImmunizer(steps=20).fit(None, problem)
         >>> first, last = immunized.history[0], immunized.history[-1]
         >>> last["harmful_loss"] > first["harmful_loss"]
         True
     """
+
+    method: ClassVar[str] = "imma"
+    knob: ClassVar[str | None] = "weight"
+    grid: ClassVar[tuple[float, ...]] = (0.3, 1.0, 3.0)
 
     steps: int = 200
     inner_steps: int = 5
     weight: float = 1.0
     unrolled: bool = True
     first_change: float = 0.05
-    ridge: float = 1e-2
-    corridor: tuple[float, float] | None = None
     seed: int = 0
 
     def __post_init__(self) -> None:
-        check_settings(
-            _NAME,
-            {
-                "steps": self.steps,
-                "inner_steps": self.inner_steps,
-                "weight": self.weight,
-                "first_change": self.first_change,
-            },
-            {},
-            {},
-        )
-        check_corridor(_NAME, self.corridor)
+        super().__post_init__()
+        names = ("steps", "inner_steps", "weight", "first_change")
+        check_settings(_NAME, {name: getattr(self, name) for name in names}, {}, {})
 
-    def fit(self, primary: Task, harmful: Task, theta0: Tensor | None = None) -> Immunized:
-        """Immunize against ``harmful`` while keeping ``primary``.
-
-        Args:
-            primary: The task to keep; its training part is used.
-            harmful: The task to make hard; its training part is used, labels included.
-            theta0: Where to start, shape ``(p, p)``; the identity when omitted.
-
-        Returns:
-            The last iterate. ``history`` has a record for the start and for each step: ``step``,
-            ``log_kappa_primary``, ``log_kappa_harmful``, ``log_rir``, ``primary_loss`` and
-            ``harmful_loss`` (of the probe after its steps; 1 is the loss of the head 0).
-
-        Raises:
-            ValueError: If shapes do not fit, all targets of a task are 0, or theta stops being
-                finite.
-
-        Note:
-            Deterministic given ``seed``; computed in float64; torch's global random state is
-            neither read nor changed.
-
-        Source:
-            Zheng and Yeh, "IMMA", ECCV 2024, as a baseline for linear probes in Zheng et al., ICML
-            2025.
-        """
-        problem = LinearProblem.of(_NAME, primary, harmful, theta0, self.ridge, self.corridor)
+    def begin(self, descent: Descent, problem: Problem[Task]) -> tuple[int, Advance]:
+        """Put a random head beside theta."""
         (x, y), (x_h, y_h) = (
             (task.x_train.to(torch.float64), task.y_train.to(torch.float64))
-            for task in (primary, harmful)
+            for task in (problem.primary, problem.only_harm(_NAME))
         )
         scales = [float(targets.square().mean()) for targets in (y, y_h)]
         if min(scales) == 0.0:
             raise ValueError(f"{_NAME}.fit: targets must not all be 0, got a task with none")
-        theta = problem.settled(problem.start).clone().requires_grad_()
+        theta = descent.theta.requires_grad_()
         p = theta.shape[0]
         generator = torch.Generator().manual_seed(self.seed)
         head = torch.randn(p, dtype=torch.float64, generator=generator) / math.sqrt(p)
         omega = head.to(y.device).requires_grad_()
         rate = self.first_change * float(theta.detach().norm()) / p
-        optimizer = torch.optim.Adam([theta, omega], lr=rate)
-        for step in range(self.steps + 1):
+        descent.optimizer = torch.optim.Adam([theta, omega], lr=rate)
+        descent.tensors = {"omega": omega}
+
+        def advance(step: int) -> None:
             primary_loss = (x @ theta @ omega - y).square().mean() / scales[0]
             features = x_h @ theta
             probe = probe_after_steps(
                 features if self.unrolled else features.detach(), y_h, self.inner_steps
             )
             harmful_loss = (features @ probe - y_h).square().mean() / scales[1]
-            problem.record(
-                theta,
+            descent.record(
+                step,
                 primary_loss=float(primary_loss.detach()),
                 harmful_loss=float(harmful_loss.detach()),
             )
-            if step == self.steps:
-                break
-            optimizer.zero_grad()
-            (primary_loss - self.weight * harmful_loss).backward()
-            optimizer.step()
-            with torch.no_grad():
-                theta.copy_(problem.settled(theta.detach()))
-        return Immunized(
-            "imma", theta.detach(), problem.start, plain_settings(asdict(self)), problem.history
-        )
+            if step < self.steps:
+                assert descent.optimizer is not None  # made above
+                descent.optimizer.zero_grad()
+                (primary_loss - self.weight * harmful_loss).backward()
+                descent.move()
+
+        return self.steps, advance

@@ -7,7 +7,6 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-import torch
 from torch import Tensor, nn
 
 from immunize_ext.probing.data.samples import Samples, Source
@@ -249,10 +248,3 @@ def _load_head(name: str, state: dict[str, Tensor], head: nn.Module | None) -> n
         reason = " ".join(str(error).split())
         raise ValueError(f"{name}: head must fit the file, got: {reason}") from error
     return made
-
-
-def same_state(first: dict[str, Tensor], second: dict[str, Tensor]) -> bool:
-    """Whether two states have the same names and exactly the same values."""
-    return first.keys() == second.keys() and all(
-        torch.equal(value.cpu(), second[name].cpu()) for name, value in first.items()
-    )

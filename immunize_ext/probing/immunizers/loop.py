@@ -1,18 +1,35 @@
-"""What the loops of several immunizers share: inputs, records, the check that theta is finite."""
+"""What iterative immunizers of a linear extractor share: the loop, its records, its checkpoints."""
 
 from __future__ import annotations
 
+import hashlib
+import json
 import math
-from dataclasses import dataclass
-from typing import Any
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Sequence
+from dataclasses import KW_ONLY, dataclass, field
+from pathlib import Path
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
 
 from immunize_ext.ops.spectrum import gram_extremes
+from immunize_ext.probing.data.problem import Problem
 from immunize_ext.probing.data.task import Task
-from immunize_ext.probing.immunizers.corridor import project_to_corridor
+from immunize_ext.probing.immunizers.corridor import check_corridor, project_to_corridor
+from immunize_ext.probing.immunizers.immunized import Immunized
 from immunize_ext.probing.metrics.hessian import check_ridge, with_ridge
+from immunize_ext.seams import Progress
+from immunize_ext.settings import plain
+from immunize_ext.storage import load_checkpoint, save_checkpoint, tensor_digest
+
+# Usual values of the knobs of iterative methods, for a frontier.
+FEW_STEPS = (10.0, 30.0, 100.0, 300.0)
+
+
+# How often a run reports and saves where it stands.
+_PARTS = 20
 
 
 def check_settings(
@@ -32,90 +49,336 @@ def check_settings(
             )
 
 
-def plain_settings(settings: dict[str, Any]) -> dict[str, Any]:
-    """Settings as they read back from a file: lists instead of tuples."""
-    return {
-        name: list(value) if isinstance(value, tuple) else value for name, value in settings.items()
-    }
+def batch_indices(count: int, size: int, step: int, *, seed: int, role: int) -> Tensor:
+    """Which samples a step sees: a function of the step, so that a run can go on anywhere.
+
+    Samples are shuffled anew each epoch, and those that do not fill a batch wait for another one:
+    Gram matrices are not normalised, so a ragged batch of a few rows has another scale, and R_ill,
+    which is 1 over a fourth power of the features, would rule the step alone.
+
+    Args:
+        count: Number of samples.
+        size: Samples in a batch; all of them where there are fewer.
+        step: The step, from 0.
+        seed: Seed of the orders.
+        role: Which of several parts draws, so that each has orders of its own.
+
+    Returns:
+        ``min(size, count)`` indices.
+
+    Example:
+        >>> first, second = (batch_indices(5, 2, s, seed=0, role=0) for s in (0, 1))
+        >>> len(set(first.tolist()) | set(second.tolist()))
+        4
+    """
+    epoch, place = divmod(step, max(1, count // size))
+    generator = torch.Generator().manual_seed((seed * 2_000_003 + 2 * epoch + role) % 2**63)
+    order = torch.randperm(count, generator=generator)
+    return order[place * size : (place + 1) * size]
+
+
+def log_kappa_of(features: Tensor) -> Tensor:
+    """Log of the condition number of F^T F, differentiable."""
+    extremes = gram_extremes(features)
+    return extremes.lambda_max.log() - extremes.lambda_min.log()
 
 
 @dataclass
-class LinearProblem:
-    """Inputs with their ridge, the start, and a history that grows by one record a step.
+class Descent:
+    """One run of an iterative method: where it stands, and what it saw.
 
     Attributes:
+        name: Who runs it; stands in errors.
         primary: Rows whose Gram matrix is K_P with its ridge, shape ``(n + p, p)``.
         harmful: The same for K_H.
         start: theta_0, shape ``(p, p)``, float64.
+        theta: The iterate, changed in place.
         corridor: The least and the largest kappa_P, or ``None``.
-        history: The records so far.
-        name: Who runs the loop; stands in errors.
+        optimizer: What moves theta, where a torch optimizer does.
+        tensors: What else changes in place: heads, the best iterate.
+        marks: What else has to be known to go on.
+        found: Settings that were left open, as the run chose them.
+        history: One record for each iterate that was looked at.
     """
 
     name: str
     primary: Tensor
     harmful: Tensor
     start: Tensor
+    theta: Tensor
     corridor: tuple[float, float] | None
-    history: list[dict[str, float]]
+    optimizer: torch.optim.Optimizer | None = None
+    tensors: dict[str, Tensor] = field(default_factory=dict)
+    marks: dict[str, float] = field(default_factory=dict)
+    found: dict[str, Any] = field(default_factory=dict)
+    history: list[dict[str, float]] = field(default_factory=list)
 
     @classmethod
     def of(
         cls,
         name: str,
-        primary: Task,
-        harmful: Task,
-        theta0: Tensor | None,
+        model: Tensor | None,
+        problem: Problem[Task],
         ridge: float,
         corridor: tuple[float, float] | None,
-    ) -> LinearProblem:
-        """Take the inputs of two tasks, checked against each other."""
+    ) -> Descent:
+        """Take the inputs of two tasks and the start, checked against each other."""
         check_ridge(name, ridge)
-        p = primary.num_features
-        if harmful.num_features != p:
-            raise ValueError(
-                f"{name}.fit: harmful must have the {p} features of primary, got "
-                f"{harmful.num_features}; preprocess both tasks alike"
-            )
-        if theta0 is not None and theta0.shape != (p, p):
-            raise ValueError(
-                f"{name}.fit: theta0 must have shape ({p}, {p}), got {tuple(theta0.shape)}"
-            )
-        device = primary.x_train.device
-        start = torch.eye(p, dtype=torch.float64, device=device) if theta0 is None else theta0
+        primary, harmful = problem.primary, problem.only_harm(f"{name}.fit")
+        start = identity_or(model, primary, name)
         rows = [with_ridge(t.x_train.to(torch.float64), ridge) for t in (primary, harmful)]
-        start = start.detach().to(torch.float64)
-        return cls(name, rows[0], rows[1], start, corridor, [])
+        descent = cls(name, rows[0], rows[1], start, start.clone(), corridor)
+        descent.theta = descent.settled(descent.theta).clone()
+        return descent
 
-    def record(self, theta: Tensor, **values: float) -> None:
-        """Append the record of an iterate."""
-        logs = []
-        for rows in (self.primary, self.harmful):
-            extremes = gram_extremes(rows @ theta.detach())
-            logs.append(float(extremes.lambda_max.log() - extremes.lambda_min.log()))
-        base = self.history[0] if self.history else None
-        first = (
-            (logs[0], logs[1])
-            if base is None
-            else (base["log_kappa_primary"], base["log_kappa_harmful"])
-        )
-        self.history.append(
-            {
-                "step": float(len(self.history)),
-                "log_kappa_primary": logs[0],
-                "log_kappa_harmful": logs[1],
-                "log_rir": (logs[1] - first[1]) - (logs[0] - first[0]),
-                **values,
-            }
-        )
+    def record(self, step: int, **values: float) -> dict[str, float]:
+        """Append the record of the iterate."""
+        theta = self.theta.detach()
+        logs = [float(log_kappa_of(rows @ theta)) for rows in (self.primary, self.harmful)]
+        names = ("log_kappa_primary", "log_kappa_harmful")
+        base = [self.history[0][n] for n in names] if self.history else logs
+        record = {
+            "step": float(step),
+            **dict(zip(names, logs, strict=True)),
+            "log_rir": (logs[1] - base[1]) - (logs[0] - base[0]),
+            **values,
+        }
+        self.history.append(record)
+        return record
 
     def settled(self, theta: Tensor) -> Tensor:
         """An iterate checked finite and brought into the corridor, if there is one."""
         if not bool(torch.isfinite(theta).all()):
             raise ValueError(
-                f"{self.name}.fit: step sizes must keep theta finite, got NaN or infinity at step "
-                f"{len(self.history)}; lower the step size"
+                f"{self.name}.fit: step sizes must keep theta finite, got NaN or infinity after "
+                f"step {len(self.history)}; lower the step size"
             )
         if self.corridor is None:
             return theta
         return project_to_corridor(theta, self.primary, self.corridor)
+
+    def move(self) -> None:
+        """One step of the optimizer, checked and brought into the corridor."""
+        assert self.optimizer is not None  # the method made one
+        self.optimizer.step()
+        with torch.no_grad():
+            self.theta.copy_(self.settled(self.theta.detach()))
+
+    def state(self) -> dict[str, Tensor]:
+        """Everything that changes, by name."""
+        found = {"theta": self.theta, **self.tensors}
+        for index, parameter in enumerate(self._parameters()):
+            assert self.optimizer is not None  # it has parameters
+            for name, value in self.optimizer.state.get(parameter, {}).items():
+                if isinstance(value, Tensor):
+                    found[f"optimizer.{index}.{name}"] = value
+        return found
+
+    def restore(self, state: dict[str, Tensor]) -> None:
+        """Take back what :meth:`state` gave."""
+        with torch.no_grad():
+            for name, tensor in {"theta": self.theta, **self.tensors}.items():
+                tensor.copy_(state[name])
+        parameters = self._parameters()
+        for key, value in state.items():
+            if key.startswith("optimizer."):
+                assert self.optimizer is not None  # it was there when the state was taken
+                _, index, name = key.split(".", 2)
+                self.optimizer.state[parameters[int(index)]][name] = value
+
+    def _parameters(self) -> list[Tensor]:
+        groups = [] if self.optimizer is None else self.optimizer.param_groups
+        return [parameter for group in groups for parameter in group["params"]]
+
+
+def identity_or(model: Tensor | None, like: Task, name: str) -> Tensor:
+    """The extractor to start from, float64: the one given, or the identity."""
+    p = like.num_features
+    if model is None:
+        return torch.eye(p, dtype=torch.float64, device=like.x_train.device)
+    if model.shape != (p, p):
+        raise ValueError(f"{name}.fit: model must have shape ({p}, {p}), got {tuple(model.shape)}")
+    return model.detach().to(torch.float64)
+
+
+class Checkpoint:
+    """Where a run stands, in a folder; of one run alone.
+
+    Args:
+        folder: The folder, made if it is missing; ``None`` keeps nothing.
+        name: Who runs; stands in errors.
+        digest: What tells one run from another.
+    """
+
+    _KIND = "immunize_ext.Descent/1"
+
+    def __init__(self, folder: Path | None, name: str, digest: Callable[[], str]) -> None:
+        self._name = name
+        self._file = None if folder is None else Path(folder) / "descent.safetensors"
+        self._digest = "" if folder is None else digest()
+
+    def load(self) -> tuple[dict[str, Tensor], dict[str, Any]] | None:
+        """Tensors and values of the same run; ``None`` where nothing is kept.
+
+        Raises:
+            ValueError: If they are of another run, or damaged.
+        """
+        if self._file is None or not self._file.is_file():
+            return None
+        function = f"{self._name}.fit"
+        tensors, values = load_checkpoint(self._file, kind=self._KIND, function=function)
+        if values.pop("digest") != self._digest:
+            raise ValueError(
+                f"{function}: resume must be the folder of a run with the same settings, model and "
+                f"problem, got another's in {self._file.parent}; choose another folder, or remove "
+                "this one"
+            )
+        return tensors, values
+
+    def save(self, tensors: dict[str, Tensor], values: dict[str, Any]) -> None:
+        """Replace what is kept."""
+        if self._file is not None:
+            self._file.parent.mkdir(parents=True, exist_ok=True)
+            values = {**values, "digest": self._digest}
+            save_checkpoint(self._file, tensors, kind=self._KIND, values=values)
+
+
+def run_digest(settings: dict[str, Any], model: Sequence[tuple[str, Tensor]], problem: str) -> str:
+    """SHA-256 over the settings, the model and the problem of a run."""
+    text = json.dumps([settings, tensor_digest(model), problem], sort_keys=True)
+    return hashlib.sha256(text.encode()).hexdigest()
+
+
+@dataclass(frozen=True)
+class LinearImmunizer(ABC):
+    """A method for linear extractors: settings, and how to fit.
+
+    Attributes:
+        method: Its name, unique among methods.
+        knob: The setting by which it trades slow-down of the harm for cost; ``None`` without one.
+        grid: Values of the knob that a frontier tries.
+        takes_several: Whether it protects against several harmful tasks at once.
+    """
+
+    method: ClassVar[str]
+    knob: ClassVar[str | None] = None
+    grid: ClassVar[tuple[float, ...]] = ()
+    takes_several: ClassVar[bool] = False
+
+    @property
+    def label(self) -> str:
+        """What reports call it with its variant."""
+        return self.method
+
+    @abstractmethod
+    def fit(
+        self,
+        model: Tensor | None,
+        problem: Problem[Task],
+        *,
+        progress: Progress | None = None,
+        resume: Path | None = None,
+    ) -> Immunized:
+        """Immunize a linear extractor; the one given is not changed.
+
+        Args:
+            model: theta_0, shape ``(p, p)``; the identity when ``None``.
+            problem: The task to keep and the tasks to make hard; their training parts are used.
+            progress: Called with what was done and the share done so far.
+            resume: A folder for checkpoints. What a run with the same settings, model and problem
+                left there is gone on from, to the bit; a checkpoint of anything else is an error.
+
+        Returns:
+            The immunized extractor and how it came about.
+
+        Raises:
+            ValueError: If shapes do not fit, there are more harmful tasks than the method takes,
+                or ``resume`` is of another run.
+
+        Note:
+            Deterministic; computed in float64; torch's global random state is neither read nor
+            changed.
+        """
+
+
+Advance = Callable[[int], None]
+
+
+@dataclass(frozen=True)
+class IterativeImmunizer(LinearImmunizer):
+    """A method that goes step by step.
+
+    Attributes:
+        ridge: Ridge on each K, relative to its largest eigenvalue.
+        corridor: The least and the largest kappa_P, held exactly at the start and after each step
+            (module ``corridor``); ``None`` leaves kappa_P free.
+    """
+
+    _: KW_ONLY
+    ridge: float = 1e-2
+    corridor: tuple[float, float] | None = None
+
+    def __post_init__(self) -> None:
+        check_corridor(type(self).__name__, self.corridor)
+
+    @abstractmethod
+    def begin(self, descent: Descent, problem: Problem[Task]) -> tuple[int, Advance]:
+        """Make ready.
+
+        Args:
+            descent: The run; heads and an optimizer are put into it.
+            problem: The problem.
+
+        Returns:
+            The number of steps, and a function that is called with 0, 1, ..., up to this number: it
+            records the iterate and, but for the last call, moves it.
+        """
+
+    def kept(self, descent: Descent) -> Tensor:
+        """The iterate to hand back: the last one."""
+        return descent.theta.detach()
+
+    def fit(
+        self,
+        model: Tensor | None,
+        problem: Problem[Task],
+        *,
+        progress: Progress | None = None,
+        resume: Path | None = None,
+    ) -> Immunized:
+        """Immunize; arguments and errors as in the base class.
+
+        Returns:
+            The last iterate. ``history`` has a record for the start and for each step: ``step``,
+            ``log_kappa_primary``, ``log_kappa_harmful``, ``log_rir`` (against the start), and what
+            the class says.
+        """
+        name = type(self).__name__
+        descent = Descent.of(name, model, problem, self.ridge, self.corridor)
+        total, advance = self.begin(descent, problem)
+        settings = {"method": self.method, **plain(self)}
+        checkpoint = Checkpoint(
+            resume,
+            name,
+            lambda: run_digest(settings, [("start", descent.start)], problem.digest()),
+        )
+        first = 0
+        if (loaded := checkpoint.load()) is not None:
+            descent.restore(loaded[0])
+            first, descent.history = loaded[1]["step"], loaded[1]["history"]
+            descent.marks = loaded[1]["marks"]
+        every = max(1, total // _PARTS)
+        for step in range(first, total + 1):
+            advance(step)
+            if (step + 1) % every == 0 or step == total:
+                if progress is not None:
+                    progress(f"{self.label}, step {step} of {total}", step / total)
+                if step < total:
+                    values = {
+                        "step": step + 1,
+                        "history": descent.history,
+                        "marks": descent.marks,
+                    }
+                    checkpoint.save(descent.state(), values)
+        config = {**plain(self), **descent.found}
+        return Immunized(self.method, self.kept(descent), descent.start, config, descent.history)

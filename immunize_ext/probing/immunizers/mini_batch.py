@@ -6,7 +6,9 @@
 
 and one step of Adam or SGD on theta and the head. Where batches are smaller than the number of
 features, H has the rank of the batch, and K^{-1} needs a ridge: of the batch by the Woodbury
-identity, or of the full data by one Cholesky factor that is kept. This is how the papers train;
+identity, or of the full data by one Cholesky factor that is kept. Samples that do not fill a batch
+are left out of an epoch: Gram matrices are not normalised, and R_ill of a few left-over rows would
+be many times too large. This is how the papers train;
 full-data K (``ConditionNumberImmunizer``) sees all directions in every step, and knows its step
 bounds.
 """
@@ -15,9 +17,9 @@ from __future__ import annotations
 
 import copy
 import math
-from collections.abc import Callable, Iterator
-from dataclasses import asdict, dataclass
-from typing import Literal
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import ClassVar, Literal
 
 import torch
 from torch import Tensor, nn
@@ -25,24 +27,33 @@ from torch.nn import functional
 
 from immunize_ext.ops.precondition import Preconditioner, precondition_gradient
 from immunize_ext.ops.regularizers import gram_r_ill, gram_r_well
+from immunize_ext.probing.data.problem import Problem
 from immunize_ext.probing.data.task import Task
-from immunize_ext.probing.immunizers.corridor import check_corridor
-from immunize_ext.probing.immunizers.immunized import Immunized
-from immunize_ext.probing.immunizers.loop import LinearProblem, check_settings, plain_settings
-
-Callback = Callable[[int, int, dict[str, float]], None]
-
+from immunize_ext.probing.immunizers.loop import (
+    Advance,
+    Descent,
+    IterativeImmunizer,
+    batch_indices,
+    check_settings,
+)
+from immunize_ext.probing.immunizers.registry import METHODS
 
 _NAME = "MiniBatchImmunizer"
 
 
+@METHODS.register
 @dataclass(frozen=True)
-class MiniBatchImmunizer:
-    """Algorithm 1 on mini-batches.
+class MiniBatchImmunizer(IterativeImmunizer):
+    """Algorithm 1 of the paper, on mini-batches.
+
+    ``history`` has a record for the start, every ``record_every`` steps and the end, with, of the
+    batch at hand, ``loss``, ``r_well`` and ``r_ill``. ``Problem.head`` goes from features
+    ``(n, p)`` to ``(n,)`` or ``(n, 1)``; a copy is trained along, in float64. The smaller training
+    part is gone through more often.
 
     Attributes:
         epochs: Passes over the larger training part.
-        batch_size: Samples of each task in a step.
+        batch_size: Samples of each task in a step; what does not fill a batch is left out.
         learning_rate: For theta and the head.
         optimizer: ``"adam"``, as the released code trains linear extractors, or ``"sgd"``.
         momentum: Nesterov momentum of ``"sgd"``; 0 for none.
@@ -52,19 +63,28 @@ class MiniBatchImmunizer:
         lambda_ill: lambda_H, or ``None`` to give R_ill the gradient norm of R_well there.
         preconditioner: Whose K^{-1}: ``"batch"``, ``"full"`` data, or ``"none"``.
         precondition_ridge: Ridge on that K, in units of its mean diagonal.
-        ridge: Ridge of the condition numbers in the history, relative to the largest eigenvalue.
         record_every: Steps between two records of the history, which look at all data.
         seed: Seed of the batches and of the head omega.
-        corridor: The least and the largest kappa_P, held exactly after each step; ``None`` leaves
-            kappa_P free.
+
+    Raises:
+        ValueError: If a setting is out of range; on fitting, if shapes or labels do not fit or
+            theta stops being finite.
+        EqualSingularValuesError: On fitting, if all eigenvalues of a batch's H_H are equal.
+
+    Source:
+        Zheng et al., ICML 2025, Algorithm 1, on the batches of the released code.
 
     Example:
         >>> from immunize_ext.probing.data import digits_task
-        >>> immunizer = MiniBatchImmunizer(epochs=3)
-        >>> immunized = immunizer.fit(digits_task((3,), (8,)), digits_task((4,), (9,)))
+        >>> problem = Problem.of(digits_task((3,), (8,)), digits_task((4,), (9,)))
+        >>> immunized = MiniBatchImmunizer(epochs=3).fit(None, problem)
         >>> immunized.method, immunized.history[-1]["log_rir"] > 0
-        ('mini_batch', True)
+        ('mini-batch', True)
     """
+
+    method: ClassVar[str] = "mini-batch"
+    knob: ClassVar[str | None] = "epochs"
+    grid: ClassVar[tuple[float, ...]] = (3.0, 10.0, 30.0, 100.0)
 
     epochs: int = 100
     batch_size: int = 64
@@ -76,12 +96,11 @@ class MiniBatchImmunizer:
     lambda_ill: float | None = None
     preconditioner: Literal["batch", "full", "none"] = "batch"
     precondition_ridge: float = 1e-2
-    ridge: float = 1e-2
     record_every: int = 20
     seed: int = 0
-    corridor: tuple[float, float] | None = None
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         check_settings(
             _NAME,
             {
@@ -116,44 +135,15 @@ class MiniBatchImmunizer:
             # A lambda of 0 leaves its regularizer out.
             if value is not None and not (math.isfinite(value) and value >= 0.0):
                 raise ValueError(f"{_NAME}: {name} must be finite and not negative, got {value}")
-        check_corridor(_NAME, self.corridor)
 
-    def fit(
-        self,
-        primary: Task,
-        harmful: Task,
-        theta0: Tensor | None = None,
-        *,
-        head: nn.Module | None = None,
-        callback: Callback | None = None,
-    ) -> Immunized:
-        """Immunize against ``harmful`` while keeping ``primary``.
+    @property
+    def label(self) -> str:
+        """The method with the size of its batches."""
+        return f"mini-batch, batches of {self.batch_size}"
 
-        Args:
-            primary: The task to keep; its training part is used.
-            harmful: The task to make hard; its training inputs alone are used.
-            theta0: Where to start, shape ``(p, p)``; the identity when omitted.
-            head: Head of the primary task, from features ``(n, p)`` to ``(n,)`` or ``(n, 1)``; a
-                copy is trained along, in float64. A linear one without bias when omitted.
-            callback: Called with the step, the number of steps and the record for each record.
-
-        Returns:
-            The last iterate. ``history`` has a record for the start, every ``record_every`` steps
-            and the end: ``step``, ``log_kappa_primary``, ``log_kappa_harmful``, ``log_rir`` (of all
-            data) and, of the batch at hand, ``loss``, ``r_well``, ``r_ill``.
-
-        Raises:
-            ValueError: If shapes or labels do not fit or theta stops being finite.
-            EqualSingularValuesError: If all eigenvalues of a batch's H_H are equal.
-
-        Note:
-            Deterministic given ``seed``; computed in float64; torch's global random state is
-            neither read nor changed. The smaller training part is gone through more often.
-
-        Source:
-            Zheng et al., ICML 2025, Algorithm 1, on the batches of the released code.
-        """
-        problem = LinearProblem.of(_NAME, primary, harmful, theta0, self.ridge, self.corridor)
+    def begin(self, descent: Descent, problem: Problem[Task]) -> tuple[int, Advance]:
+        """Balance the regularizers on the first batch."""
+        primary, harmful = problem.primary, problem.only_harm(_NAME)
         if self.loss == "logistic" and not primary.is_classification:
             raise ValueError(
                 f"{_NAME}.fit: primary must have labels of -1 and +1 for loss='logistic', got "
@@ -162,54 +152,47 @@ class MiniBatchImmunizer:
         x, y, x_harmful = (
             t.to(torch.float64) for t in (primary.x_train, primary.y_train, harmful.x_train)
         )
-        theta = problem.settled(problem.start).clone().requires_grad_()
+        theta = descent.theta.requires_grad_()
         p = theta.shape[0]
         generator = torch.Generator().manual_seed(self.seed)
         omega = torch.randn(p, dtype=torch.float64, generator=generator) / math.sqrt(p)
-        trained = _linear_head(omega) if head is None else copy.deepcopy(head)
+        trained = _linear_head(omega) if problem.head is None else copy.deepcopy(problem.head)
         trained = trained.to(device=y.device, dtype=torch.float64).requires_grad_(True)
         weights = list(trained.parameters())
-        optimizer = self._optimizer([theta, *weights])
+        descent.optimizer = self._optimizer([theta, *weights])
+        descent.tensors = {f"head.{name}": w for name, w in trained.named_parameters()}
         kept = None
         if self.preconditioner == "full":
             kept = [self._factor(rows) for rows in (x, x_harmful)]
-        batches = [
-            _batches(rows.shape[0], self.batch_size, generator, y.device) for rows in (x, x_harmful)
-        ]
-        largest = max(x.shape[0], x_harmful.shape[0])
-        total = self.epochs * math.ceil(largest / self.batch_size)
-        lambdas: tuple[float, float] | None = None
-        for step in range(total):
-            chosen, chosen_harmful = (next(draw) for draw in batches)
+        total = self.epochs * max(1, max(len(x), len(x_harmful)) // self.batch_size)
+
+        def measured(step: int) -> tuple[Tensor, list[Tensor], list[float]]:
+            chosen, chosen_harmful = (
+                batch_indices(len(t), self.batch_size, step, seed=self.seed, role=role).to(t.device)
+                for role, t in enumerate((x, x_harmful))
+            )
             rows = x[chosen], x_harmful[chosen_harmful]
             loss = self._loss(trained(rows[0] @ theta), y[chosen])
             gradients, values = self._regularizers(theta, rows, kept)
+            return loss, gradients, values
+
+        loss, gradients, _ = measured(0)
+        lambdas = self._balance(torch.autograd.grad(loss, theta)[0], gradients)
+        descent.found = dict(zip(("lambda_well", "lambda_ill"), lambdas, strict=True))
+
+        def advance(step: int) -> None:
+            loss, gradients, values = measured(step)
+            if step % self.record_every == 0 or step == total:
+                descent.record(step, loss=float(loss.detach()), r_well=values[0], r_ill=values[1])
+            if step == total:
+                return
             grad_theta, *grad_weights = torch.autograd.grad(loss, [theta, *weights])
-            if lambdas is None:
-                lambdas = self._balance(grad_theta, gradients)
-            if step % self.record_every == 0:
-                measured = {"loss": float(loss.detach()), "r_well": values[0], "r_ill": values[1]}
-                problem.record(theta, **measured)
-                problem.history[-1]["step"] = float(step)
-                if callback is not None:
-                    callback(step, total, problem.history[-1])
             theta.grad = grad_theta + lambdas[0] * gradients[0] + lambdas[1] * gradients[1]
             for weight, gradient in zip(weights, grad_weights, strict=True):
                 weight.grad = gradient
-            optimizer.step()
-            with torch.no_grad():
-                theta.copy_(problem.settled(theta.detach()))
-        problem.record(theta, loss=float(loss.detach()), r_well=values[0], r_ill=values[1])
-        problem.history[-1]["step"] = float(total)
-        if callback is not None:
-            callback(total, total, problem.history[-1])
-        assert lambdas is not None  # there is at least one step
-        config = {
-            **plain_settings(asdict(self)),
-            "lambda_well": lambdas[0],
-            "lambda_ill": lambdas[1],
-        }
-        return Immunized("mini_batch", theta.detach(), problem.start, config, problem.history)
+            descent.move()
+
+        return total, advance
 
     def _optimizer(self, parameters: list[Tensor]) -> torch.optim.Optimizer:
         if self.optimizer == "adam":
@@ -274,18 +257,3 @@ def _linear_head(omega: Tensor) -> nn.Module:
     with torch.no_grad():
         head.weight.copy_(omega[None])
     return head
-
-
-def _batches(
-    count: int, size: int, generator: torch.Generator, device: torch.device
-) -> Iterator[Tensor]:
-    """Shuffled batches without end; what is left over by the last whole batch comes along too.
-
-    A single sample left over joins the batch before: alone, it has one singular value, and R_ill is
-    infinite.
-    """
-    while True:
-        batches = list(torch.randperm(count, generator=generator).to(device).split(size))
-        if len(batches) > 1 and len(batches[-1]) == 1:
-            batches[-2:] = [torch.cat(batches[-2:])]
-        yield from batches

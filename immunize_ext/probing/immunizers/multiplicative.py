@@ -17,15 +17,21 @@ with an orthonormal basis B of its range, exp(E) = I + B (exp(B^T E B) - I) B^T.
 
 from __future__ import annotations
 
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
+from typing import ClassVar
 
 import torch
 from torch import Tensor
 
+from immunize_ext.probing.data.problem import Problem
 from immunize_ext.probing.data.task import Task
-from immunize_ext.probing.immunizers.corridor import check_corridor
-from immunize_ext.probing.immunizers.immunized import Immunized
-from immunize_ext.probing.immunizers.loop import LinearProblem, check_settings, plain_settings
+from immunize_ext.probing.immunizers.loop import (
+    Advance,
+    Descent,
+    IterativeImmunizer,
+    check_settings,
+)
+from immunize_ext.probing.immunizers.registry import METHODS
 
 _NAME = "MultiplicativeImmunizer"
 
@@ -69,77 +75,54 @@ def multiplicative_step(
     return theta + (theta @ basis) @ change @ basis.mT
 
 
+@METHODS.register
 @dataclass(frozen=True)
-class MultiplicativeImmunizer:
-    """Multiplicative updates with steps that fall to 0 linearly.
+class MultiplicativeImmunizer(IterativeImmunizer):
+    """Multiplicative updates of both log kappas, with steps that fall to 0 linearly; no labels.
 
     Attributes:
         steps: Number of updates.
         eta_primary: First step on log kappa_P.
         eta_harmful: First step on log kappa_H.
-        ridge: Ridge on each K, relative to its largest eigenvalue.
-        corridor: The least and the largest kappa_P, held exactly after each step; ``None`` leaves
-            kappa_P free.
+
+    Raises:
+        ValueError: If a setting is out of range; on fitting, if theta stops being finite.
 
     Example:
         >>> from immunize_ext.probing.data import digits_task
-        >>> immunizer = MultiplicativeImmunizer(steps=30)
-        >>> immunized = immunizer.fit(digits_task((3,), (8,)), digits_task((4,), (9,)))
+        >>> problem = Problem.of(digits_task((3,), (8,)), digits_task((4,), (9,)))
+        >>> immunized = MultiplicativeImmunizer(steps=30).fit(None, problem)
         >>> len(immunized.history), immunized.history[-1]["log_rir"] > 1.0
         (31, True)
     """
 
+    method: ClassVar[str] = "multiplicative"
+    knob: ClassVar[str | None] = "eta_harmful"
+    grid: ClassVar[tuple[float, ...]] = (0.03, 0.1, 0.3)
+
     steps: int = 400
     eta_primary: float = 0.1
     eta_harmful: float = 0.1
-    ridge: float = 1e-2
-    corridor: tuple[float, float] | None = None
 
     def __post_init__(self) -> None:
-        check_settings(
-            _NAME,
-            {
-                "steps": self.steps,
-                "eta_primary": self.eta_primary,
-                "eta_harmful": self.eta_harmful,
-            },
-            {},
-            {},
-        )
-        check_corridor(_NAME, self.corridor)
+        super().__post_init__()
+        names = ("steps", "eta_primary", "eta_harmful")
+        check_settings(_NAME, {name: getattr(self, name) for name in names}, {}, {})
 
-    def fit(self, primary: Task, harmful: Task, theta0: Tensor | None = None) -> Immunized:
-        """Immunize against ``harmful`` while keeping ``primary``; no labels are used.
+    def begin(self, descent: Descent, problem: Problem[Task]) -> tuple[int, Advance]:
+        """Nothing has to be made ready."""
 
-        Args:
-            primary: The task to keep; its training inputs are used.
-            harmful: The task to make hard; its training inputs are used.
-            theta0: Where to start, shape ``(p, p)``; the identity when omitted.
+        def advance(step: int) -> None:
+            descent.record(step)
+            if step < self.steps:
+                share = 1.0 - step / self.steps
+                moved = multiplicative_step(
+                    descent.theta,
+                    descent.primary,
+                    descent.harmful,
+                    eta_primary=share * self.eta_primary,
+                    eta_harmful=share * self.eta_harmful,
+                )
+                descent.theta.copy_(descent.settled(moved))
 
-        Returns:
-            The last iterate. ``history`` has a record for the start and for each step: ``step``,
-            ``log_kappa_primary``, ``log_kappa_harmful`` and ``log_rir``.
-
-        Raises:
-            ValueError: If shapes do not fit or theta stops being finite.
-
-        Note:
-            Deterministic; computed in float64.
-        """
-        problem = LinearProblem.of(_NAME, primary, harmful, theta0, self.ridge, self.corridor)
-        theta = problem.settled(problem.start)
-        problem.record(theta)
-        for step in range(self.steps):
-            share = 1.0 - step / self.steps
-            theta = multiplicative_step(
-                theta,
-                problem.primary,
-                problem.harmful,
-                eta_primary=share * self.eta_primary,
-                eta_harmful=share * self.eta_harmful,
-            )
-            theta = problem.settled(theta)
-            problem.record(theta)
-        return Immunized(
-            "multiplicative", theta, problem.start, plain_settings(asdict(self)), problem.history
-        )
+        return self.steps, advance

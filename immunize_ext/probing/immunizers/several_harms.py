@@ -17,18 +17,25 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
-from typing import Literal, get_args
+from dataclasses import dataclass
+from pathlib import Path
+from typing import ClassVar, Literal, get_args
 
 import torch
 from torch import Tensor
 
+from immunize_ext.probing.data.gram_equivalent import gram_rows
+from immunize_ext.probing.data.problem import Problem
 from immunize_ext.probing.data.task import Task
-from immunize_ext.probing.immunizers.closed_form import grades, random_rotation
+from immunize_ext.probing.immunizers.closed_form import STRENGTHS, grades, random_rotation
 from immunize_ext.probing.immunizers.immunized import Immunized
+from immunize_ext.probing.immunizers.loop import LinearImmunizer, identity_or
+from immunize_ext.probing.immunizers.registry import METHODS
 from immunize_ext.probing.metrics.hessian import with_ridge
 from immunize_ext.probing.metrics.pencil import log_rir_ceiling, pencil
 from immunize_ext.probing.metrics.rir import relative_immunization_ratio
+from immunize_ext.seams import Progress
+from immunize_ext.settings import plain
 
 SeveralGrading = Literal["top", "log"]
 
@@ -122,9 +129,10 @@ def _top(bases: list[Tensor]) -> tuple[Tensor, Tensor]:
     return exponents, left
 
 
+@METHODS.register
 @dataclass(frozen=True)
-class SeveralHarmsImmunizer:
-    """Immunize a linear extractor against several harmful tasks without training.
+class SeveralHarmsImmunizer(LinearImmunizer):
+    """The closed form against several harmful tasks at once.
 
     Attributes:
         strength: c, the condition number that the primary Hessian gets.
@@ -136,10 +144,16 @@ class SeveralHarmsImmunizer:
     Example:
         >>> from immunize_ext.probing.data import digits_task
         >>> harms = [digits_task((4,), (9,)), digits_task((1,), (7,))]
-        >>> immunized = SeveralHarmsImmunizer().fit(digits_task((3,), (8,)), harms)
+        >>> problem = Problem.of(digits_task((3,), (8,)), *harms)
+        >>> immunized = SeveralHarmsImmunizer().fit(None, problem)
         >>> immunized.history[1]["share_of_log_ceiling_2"] > 0.98
         True
     """
+
+    method: ClassVar[str] = "several-harms"
+    knob: ClassVar[str | None] = "strength"
+    grid: ClassVar[tuple[float, ...]] = STRENGTHS
+    takes_several: ClassVar[bool] = True
 
     strength: float = 30.0
     ridge: float = 1e-2
@@ -147,44 +161,46 @@ class SeveralHarmsImmunizer:
     rotate: bool = True
     seed: int = 0
 
-    def fit(self, primary: Task, harmful: Task | Sequence[Task]) -> Immunized:
-        """Immunize against every task of ``harmful`` while keeping ``primary``.
+    @property
+    def label(self) -> str:
+        """The method, with a grading that is not the usual one."""
+        return self.method if self.grading == "top" else f"{self.method}, grading {self.grading}"
 
-        Args:
-            primary: The task to keep; its training inputs are used.
-            harmful: The task or tasks to make hard; training inputs alone are used.
+    def fit(
+        self,
+        model: Tensor | None,
+        problem: Problem[Task],
+        *,
+        progress: Progress | None = None,
+        resume: Path | None = None,
+    ) -> Immunized:
+        """Immunize; arguments and errors as in the base class. No labels are used.
 
         Returns:
             The immunized extractor. Its history has one record before and one after, with ``step``,
             ``log_kappa_primary``, the smallest ``log_rir``, and for each harmful task h, counted
             from 1, ``log_kappa_harmful_h``, ``log_rir_h`` and ``share_of_log_ceiling_h`` (log RIR
             over the log of its ceiling; 1 where both are 0).
-
-        Raises:
-            ValueError: If the tasks have different numbers of features or a setting is out of
-                range.
         """
-        harms = [harmful] if isinstance(harmful, Task) else list(harmful)
+        theta0 = identity_or(model, problem.primary, "SeveralHarmsImmunizer")
+        primary, *harms = (gram_rows(t.x_train) for t in (problem.primary, *problem.harmful))
+        seen = [x if model is None else x.to(torch.float64) @ theta0 for x in (primary, *harms)]
         theta = several_harms_theta(
-            primary.x_train,
-            [task.x_train for task in harms],
+            seen[0],
+            seen[1:],
             strength=self.strength,
             ridge=self.ridge,
             grading=self.grading,
             rotate=self.rotate,
             seed=self.seed,
         )
-        theta0 = torch.eye(theta.shape[0], dtype=theta.dtype, device=theta.device)
-        ceilings = [
-            log_rir_ceiling(primary.x_train, task.x_train, ridge=self.ridge) for task in harms
-        ]
+        theta = theta if model is None else theta0 @ theta
+        ceilings = [log_rir_ceiling(primary, x, theta0, ridge=self.ridge) for x in harms]
         history = []
         for step, extractor in enumerate((theta0, theta)):
             record = {"step": float(step), "log_rir": math.inf}
-            for number, (task, ceiling) in enumerate(zip(harms, ceilings, strict=True), start=1):
-                ratio = relative_immunization_ratio(
-                    primary.x_train, task.x_train, extractor, theta0, ridge=self.ridge
-                )
+            for number, (x, ceiling) in enumerate(zip(harms, ceilings, strict=True), start=1):
+                ratio = relative_immunization_ratio(primary, x, extractor, theta0, ridge=self.ridge)
                 record["log_kappa_primary"] = ratio.log_kappa_primary
                 record["log_rir"] = min(record["log_rir"], ratio.log_rir)
                 record[f"log_kappa_harmful_{number}"] = ratio.log_kappa_harmful
@@ -192,4 +208,6 @@ class SeveralHarmsImmunizer:
                 share = ratio.log_rir / ceiling if ceiling > 0.0 else 1.0
                 record[f"share_of_log_ceiling_{number}"] = share
             history.append(record)
-        return Immunized("several_harms", theta, theta0, asdict(self), history)
+        if progress is not None:
+            progress(self.label, 1.0)
+        return Immunized(self.method, theta, theta0, plain(self), history)

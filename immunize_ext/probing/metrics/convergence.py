@@ -4,13 +4,11 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
-from itertools import islice
 from typing import Literal, NamedTuple
 
 import torch
 from torch import Tensor
 
-from immunize_ext.probing.attacks.probes import line_search_descent
 from immunize_ext.quantities import Slowdown, slowdown
 
 
@@ -250,11 +248,20 @@ def line_search_norm_ratio(x: Tensor, y: Tensor, *, steps: int = 100) -> Tensor:
             f"{tuple(y.shape)} and {tuple(x.shape)}"
         )
     x, y = x.detach().to(torch.float64), y.detach().to(torch.float64)
-    weights = torch.stack(list(islice(line_search_descent(x, y), steps + 1)))
-    left, sigma, right = torch.linalg.svd(x, full_matrices=False)
+    left, sigma, _ = torch.linalg.svd(x, full_matrices=False)
     counted = sigma > max(x.shape) * torch.finfo(torch.float64).eps * sigma[0]
-    optimum = right[counted].mT @ ((left[:, counted].mT @ y) / sigma[counted])
-    return norm_ratio(weights, optimum)
+    # Coordinates of w - w* in the right singular basis: H is diagonal there, and from w = 0 no
+    # other coordinate ever moves.
+    eigenvalues = sigma[counted].square()
+    distance = (left[:, counted].mT @ y) / sigma[counted]
+    iterates = [distance]
+    for _ in range(steps):
+        gradient = eigenvalues * distance
+        curvature = eigenvalues @ gradient.square()
+        step = torch.where(curvature > 0, gradient @ gradient / curvature, 0.0)
+        distance = distance - step * gradient
+        iterates.append(distance)
+    return norm_ratio(torch.stack(iterates), torch.zeros_like(distance))
 
 
 class AttackerSteps(NamedTuple):
@@ -297,8 +304,8 @@ def worst_case(attackers: Mapping[str, AttackerSteps]) -> WorstCase:
     a step of another.
 
     Args:
-        attackers: Steps by name; ``AttackerSteps(c.base_steps, c.steps, c.immunized.steps)`` for an
-            :class:`immunize_ext.probing.attacks.AttackComparison` c.
+        attackers: Steps by name; ``AttackerSteps(c.base_steps, c.steps, c.immunized.steps[-1])`` for an
+            comparison c of :mod:`immunize_ext.probing.attacks`.
 
     Returns:
         The worst cases. A slow-down cut off by the budget is a lower bound and counts as such.

@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 
 from immunize_ext.errors import NotPositiveDefiniteError
 from immunize_ext.probing.attacks import compare_attack
-from immunize_ext.probing.data import Task
+from immunize_ext.probing.data import Problem, Task
 from immunize_ext.probing.immunizers import (
     ClosedFormImmunizer,
     calibrate_strength,
@@ -110,13 +110,13 @@ def test_calibration_does_not_see_test_data_or_harmful_labels() -> None:
     primary, harmful = task(1), task(2)
     flipped = Task("flipped", harmful.x_train, -harmful.y_train, harmful.x_test, harmful.y_test)
     noise = Task("noise", primary.x_train, primary.y_train, 9 * primary.x_test, -primary.y_test)
-    first = ClosedFormImmunizer().fit(primary, harmful)
-    second = ClosedFormImmunizer().fit(noise, flipped)
+    first = ClosedFormImmunizer().fit(None, Problem.of(primary, harmful))
+    second = ClosedFormImmunizer().fit(None, Problem.of(noise, flipped))
     assert torch.equal(first.theta, second.theta)
 
 
 def test_fit_records_before_and_after() -> None:
-    immunized = ClosedFormImmunizer(strength=20.0).fit(task(1), task(2))
+    immunized = ClosedFormImmunizer(strength=20.0).fit(None, Problem.of(task(1), task(2)))
     before, after = immunized.history
     assert before["log_rir"] == 0.0
     assert after["log_kappa_primary"] == pytest.approx(math.log(20.0))
@@ -137,7 +137,7 @@ def test_refusals() -> None:
         with pytest.raises(ValueError, match="strength must be finite and at least 1"):
             closed_form_theta(x, x, strength=strength)
     with pytest.raises(ValueError, match="strength must be a number or 'auto'"):
-        ClosedFormImmunizer(strength="much").fit(task(1), task(2))
+        ClosedFormImmunizer(strength="much").fit(None, Problem.of(task(1), task(2)))
     with pytest.raises(ValueError, match="max_primary_slowdown must be positive"):
         calibrate_strength(task(1), x, max_primary_slowdown=0.0)
     with pytest.raises(NotPositiveDefiniteError, match="rank 3 of 4"):

@@ -13,6 +13,7 @@ from torch.utils.data import TensorDataset
 
 from immunize_ext.errors import NumericalWarning
 from immunize_ext.ops.regularizers import gram_r_ill, gram_r_well
+from immunize_ext.probing.data import Problem
 from immunize_ext.probing.extractors.feature_extractor import FeatureExtractor, block_state
 from immunize_ext.probing.immunizers import DeepExtractorImmunizer, ImmunizedExtractor
 from immunize_ext.probing.immunizers.deep_extractor import Features, probe_targets, terms_of
@@ -78,7 +79,9 @@ PRIMARY, HARMFUL = vectors(0), vectors(1, flip=True)
 
 
 def test_it_raises_kappa_of_the_harm_and_lowers_that_of_the_primary() -> None:
-    immunized = DeepExtractorImmunizer(("3",), steps=200, **FAST).fit(PRIMARY, HARMFUL, body())
+    immunized = DeepExtractorImmunizer(("3",), steps=200, **FAST).fit(
+        body(), Problem.of(PRIMARY, HARMFUL)
+    )
     ratio = immunized.rir(PRIMARY, HARMFUL, group_size=100)
     for policy in ("official", "ridge", "rank_aware"):
         log_i, log_ii = ratio.full[policy]  # type: ignore[index]
@@ -100,7 +103,7 @@ def test_it_raises_kappa_of_the_harm_and_lowers_that_of_the_primary() -> None:
 )
 def test_baselines_lower_their_own_objective(objective: str, value: str) -> None:
     immunizer = DeepExtractorImmunizer(("3",), objective=objective, steps=120, **FAST)  # type: ignore[arg-type]
-    history = immunizer.fit(PRIMARY, HARMFUL, body()).history
+    history = immunizer.fit(body(), Problem.of(PRIMARY, HARMFUL)).history
     first, last = (sum(r[value] for r in part) for part in (history[:10], history[-10:]))
     assert last < first
 
@@ -112,7 +115,7 @@ def test_difference_of_condition_numbers() -> None:
     expected = (sigma[0][0] / sigma[0][-1]) ** 2 - (sigma[1][0] / sigma[1][-1]) ** 2
     torch.testing.assert_close(terms[0].value(Features(x, h, HARMFUL[1])), expected)
     immunizer = DeepExtractorImmunizer(("3",), objective="kappa_difference", steps=3, **FAST)
-    assert len(immunizer.fit(PRIMARY, HARMFUL, body()).history) == 3
+    assert len(immunizer.fit(body(), Problem.of(PRIMARY, HARMFUL)).history) == 3
 
 
 def test_imma_is_minus_the_loss_of_a_probe() -> None:
@@ -147,7 +150,7 @@ def test_first_step_by_hand() -> None:
         precondition="last",
         precondition_ridge=ridge,
     )
-    immunized = immunizer.fit(PRIMARY, HARMFUL, model, head=head)
+    immunized = immunizer.fit(model, Problem.of(PRIMARY, HARMFUL, head=head))
     last = model.eval()[3]
     hidden = [model[:3](x).detach() for x in (PRIMARY[0], HARMFUL[0])]
     loss = functional.cross_entropy(head(last(hidden[0])), PRIMARY[1], label_smoothing=0.1)
@@ -167,7 +170,7 @@ def test_first_step_by_hand() -> None:
 def test_lambdas_balance_gradient_norms() -> None:
     model = body().eval()
     one = DeepExtractorImmunizer(("3",), steps=1, batch_size=240, share=0.5).fit(
-        PRIMARY, HARMFUL, model
+        model, Problem.of(PRIMARY, HARMFUL)
     )
     last = model[3]
     head = nn.Linear(4, 2)
@@ -188,7 +191,7 @@ def test_lambdas_balance_gradient_norms() -> None:
     assert one.config["lambdas"]["well"] == pytest.approx(0.5 * norms[0] / norms[1], rel=1e-4)
     assert one.config["lambdas"]["ill"] == pytest.approx(0.5 * norms[0] / norms[2], rel=1e-4)
     anew = DeepExtractorImmunizer(("3",), steps=3, rebalance_every=2, **FAST)
-    found = [r["lambda_ill"] for r in anew.fit(PRIMARY, HARMFUL, model).history]
+    found = [r["lambda_ill"] for r in anew.fit(model, Problem.of(PRIMARY, HARMFUL)).history]
     assert found[0] == found[1] != found[2]
 
 
@@ -199,7 +202,7 @@ def test_only_the_chosen_blocks_move(make: Any, count: int, size: int) -> None:
     modes = {name: module.training for name, module in model.named_modules()}
     immunizer = DeepExtractorImmunizer(count, steps=3, batch_size=12, learning_rate=1e-2)
     primary, harmful = images(0, size=size), images(1, size=size)
-    immunized = immunizer.fit(primary, harmful, model)
+    immunized = immunizer.fit(model, Problem.of(primary, harmful))
     # The user's model is left alone: weights, statistics, modes.
     assert all(torch.equal(v, model.state_dict()[name]) for name, v in before.items())
     assert modes == {name: module.training for name, module in model.named_modules()}
@@ -227,12 +230,13 @@ def test_two_and_two_steps_are_four(objective: str, tmp_path: Path) -> None:
         "learning_rate": 1e-2,
         "seed": 4,
     }
-    primary, harmful, model = images(0), images(1), vit()
-    whole = DeepExtractorImmunizer(steps=4, **settings).fit(primary, harmful, model)
-    half = DeepExtractorImmunizer(steps=2, **settings).fit(primary, harmful, model)
-    half.save(tmp_path / "half.safetensors")
-    loaded = ImmunizedExtractor.load(tmp_path / "half.safetensors", model)
-    joined = DeepExtractorImmunizer(steps=4, **settings).fit(primary, harmful, model, resume=loaded)
+    model, problem = vit(), Problem.of(images(0), images(1))
+
+    def run(steps: int, folder: Path | None = None) -> ImmunizedExtractor:
+        return DeepExtractorImmunizer(steps=steps, **settings).fit(model, problem, resume=folder)
+
+    whole, half = run(4), run(2, tmp_path)
+    joined = run(4, tmp_path)
     for first, second in (
         (whole.extractor.state_dict(), joined.extractor.state_dict()),
         (whole.head.state_dict(), joined.head.state_dict()),
@@ -245,13 +249,16 @@ def test_two_and_two_steps_are_four(objective: str, tmp_path: Path) -> None:
     assert whole.config == joined.config
     assert len(half.history) == 2
     # To resume a finished run is to hand it back.
-    again = DeepExtractorImmunizer(steps=4, **settings).fit(primary, harmful, model, resume=whole)
-    assert again.history == whole.history
+    assert run(4, tmp_path).history == whole.history
+    with pytest.raises(ValueError, match="steps must be at least the 4 that are done"):
+        run(3, tmp_path)
 
 
 def test_save_and_load(tmp_path: Path) -> None:
     model = body()
-    immunized = DeepExtractorImmunizer(("3",), steps=2, **FAST).fit(PRIMARY, HARMFUL, model)
+    immunized = DeepExtractorImmunizer(("3",), steps=2, **FAST).fit(
+        model, Problem.of(PRIMARY, HARMFUL)
+    )
     path = tmp_path / "run.safetensors"
     immunized.save(path)
     loaded = ImmunizedExtractor.load(path, model)
@@ -269,9 +276,9 @@ def test_save_and_load(tmp_path: Path) -> None:
     with pytest.raises(FileNotFoundError):
         ImmunizedExtractor.load(tmp_path / "none.safetensors", model)
     deep = nn.Sequential(nn.Linear(4, 3), nn.ReLU(), nn.Linear(3, 2))
-    DeepExtractorImmunizer(("3",), steps=1, **FAST).fit(PRIMARY, HARMFUL, model, head=deep).save(
-        path
-    )
+    DeepExtractorImmunizer(("3",), steps=1, **FAST).fit(
+        model, Problem.of(PRIMARY, HARMFUL, head=deep)
+    ).save(path)
     with pytest.raises(ValueError, match="head must be given where it is no linear layer"):
         ImmunizedExtractor.load(path, model)
     with pytest.raises(ValueError, match="head must fit the file"):
@@ -284,7 +291,7 @@ def test_runs_repeat_and_leave_the_global_state_alone() -> None:
     state = torch.get_rng_state()
     weights = [
         DeepExtractorImmunizer(("3",), steps=3, seed=seed, **FAST)
-        .fit(PRIMARY, HARMFUL, model)
+        .fit(model, Problem.of(PRIMARY, HARMFUL))
         .extractor.state_dict()["3.weight"]
         for seed in (1, 1, 2)
     ]
@@ -295,17 +302,15 @@ def test_runs_repeat_and_leave_the_global_state_alone() -> None:
 
 def test_data_sets_regression_and_callback() -> None:
     x, y = PRIMARY[0], PRIMARY[0].sum(1)
-    seen: list[tuple[int, int]] = []
+    seen: list[float] = []
     immunized = DeepExtractorImmunizer(("3",), steps=40, **FAST).fit(
-        TensorDataset(x, y),
-        TensorDataset(*HARMFUL),
         body(),
-        head=nn.Linear(4, 1),
-        callback=lambda step, total, record: seen.append((step, total)),
+        Problem.of(TensorDataset(x, y), TensorDataset(*HARMFUL), head=nn.Linear(4, 1)),
+        progress=lambda text, share: seen.append(share),
     )
-    assert seen == [(step, 40) for step in range(1, 41)]
+    assert seen == [step / 40 for step in range(2, 41, 2)]
     assert immunized.history[-1]["loss"] < immunized.history[0]["loss"]
-    pair = DeepExtractorImmunizer(("3",), steps=1, **FAST).fit((x, y), HARMFUL, body())
+    pair = DeepExtractorImmunizer(("3",), steps=1, **FAST).fit(body(), Problem.of((x, y), HARMFUL))
     assert pair.head.weight.shape == (1, 4)  # type: ignore[union-attr]
 
 
@@ -329,18 +334,20 @@ def test_settings_refused(settings: dict[str, Any], message: str) -> None:
 
 def test_fits_refused() -> None:
     model = body()
-    with pytest.raises(ValueError, match="blocks must be at most the 0 blocks found"):
-        DeepExtractorImmunizer(1).fit(PRIMARY, HARMFUL, model)
+    with pytest.raises(ValueError, match="blocks must be at most the 2 blocks found"):
+        DeepExtractorImmunizer(3).fit(model, Problem.of(PRIMARY, HARMFUL))
     with pytest.raises(ValueError, match=r"precondition must name a linear layer in 3, got '0'"):
-        DeepExtractorImmunizer(("3",), precondition="0").fit(PRIMARY, HARMFUL, model)
+        DeepExtractorImmunizer(("3",), precondition="0").fit(model, Problem.of(PRIMARY, HARMFUL))
     with pytest.raises(ValueError, match="must keep the features finite"):
-        DeepExtractorImmunizer(("3",), learning_rate=1e30).fit(PRIMARY, HARMFUL, model)
+        DeepExtractorImmunizer(("3",), learning_rate=1e30).fit(model, Problem.of(PRIMARY, HARMFUL))
     with pytest.raises(ValueError, match="primary labels must be classes from 0 on"):
-        DeepExtractorImmunizer(("3",)).fit((PRIMARY[0], PRIMARY[1] - 1), HARMFUL, model)
+        DeepExtractorImmunizer(("3",)).fit(model, Problem.of((PRIMARY[0], PRIMARY[1] - 1), HARMFUL))
     with pytest.raises(ValueError, match="primary must say its classes"):
-        DeepExtractorImmunizer(("3",)).fit(TensorDataset(*PRIMARY), HARMFUL, model)
-    with pytest.raises(ValueError, match=r"theta0 must yield features \(n, p\)"):
-        DeepExtractorImmunizer(("0",)).fit(images(0), images(1), nn.Sequential(nn.Conv2d(1, 2, 3)))
+        DeepExtractorImmunizer(("3",)).fit(model, Problem.of(TensorDataset(*PRIMARY), HARMFUL))
+    with pytest.raises(ValueError, match=r"model must yield features \(n, p\)"):
+        DeepExtractorImmunizer(("0",)).fit(
+            nn.Sequential(nn.Conv2d(1, 2, 3)), Problem.of(images(0), images(1))
+        )
     side = nn.ModuleDict({"used": nn.Linear(6, 4), "unused": nn.Linear(6, 4)})
 
     class Half(nn.Module):
@@ -353,20 +360,39 @@ def test_fits_refused() -> None:
             return features
 
     with pytest.raises(ValueError, match="blocks must have a part in the features"):
-        DeepExtractorImmunizer(("parts.unused",)).fit(PRIMARY, HARMFUL, Half())
+        DeepExtractorImmunizer(("parts.unused",)).fit(Half(), Problem.of(PRIMARY, HARMFUL))
 
 
-def test_resume_refused() -> None:
-    model = body()
-    run = DeepExtractorImmunizer(("3",), steps=2, **FAST).fit(PRIMARY, HARMFUL, model)
-    with pytest.raises(ValueError, match="resume must have the same learning_rate"):
-        DeepExtractorImmunizer(("3",), steps=4, batch_size=32).fit(
-            PRIMARY, HARMFUL, model, resume=run
+@pytest.mark.parametrize("change", ["settings", "model", "problem", "head"])
+def test_another_run_is_not_gone_on_from(change: str, tmp_path: Path) -> None:
+    model, head = body(), nn.Linear(4, 2)
+    settings: dict[str, Any] = {**FAST, "steps": 2}
+    primary = PRIMARY
+    DeepExtractorImmunizer(("3",), **settings).fit(
+        model, Problem.of(primary, HARMFUL, head=head), resume=tmp_path
+    )
+    if change == "settings":
+        settings["momentum"] = 0.8
+    elif change == "problem":
+        primary = (PRIMARY[0] * (1 + 1e-6), PRIMARY[1])
+    else:
+        with torch.no_grad():
+            (model[3] if change == "model" else head).weight[0, 0] += 1e-3
+    with pytest.raises(ValueError, match="same settings, model and problem, got another's"):
+        DeepExtractorImmunizer(("3",), **settings).fit(
+            model, Problem.of(primary, HARMFUL, head=head), resume=tmp_path
         )
-    with pytest.raises(ValueError, match="steps must be at least the 2 of resume"):
-        DeepExtractorImmunizer(("3",), steps=1, **FAST).fit(PRIMARY, HARMFUL, model, resume=run)
-    other = copy.deepcopy(model)
-    with torch.no_grad():
-        other[3].weight[0, 0] += 1.0
-    with pytest.raises(ValueError, match="theta0 must be the extractor that resume started from"):
-        DeepExtractorImmunizer(("3",), steps=4, **FAST).fit(PRIMARY, HARMFUL, other, resume=run)
+
+
+def test_one_block_of_a_plain_mlp_is_its_last_layer() -> None:
+    immunized = DeepExtractorImmunizer(1, steps=1, **FAST).fit(body(), Problem.of(PRIMARY, HARMFUL))
+    assert immunized.blocks == ["3"]
+
+
+@pytest.mark.parametrize("rate", [10.0, 1000.0])
+def test_a_run_that_diverges_says_where_and_what_to_do(rate: float) -> None:
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(6, 8), nn.ReLU(), nn.Linear(8, 8), nn.ReLU(), nn.Linear(8, 4))
+    immunizer = DeepExtractorImmunizer(("2", "4"), steps=60, batch_size=32, learning_rate=rate)
+    with pytest.raises(ValueError, match=r"at step \d+ of 60.*; lower learning_rate or share"):
+        immunizer.fit(model, Problem.of(PRIMARY, HARMFUL))

@@ -9,7 +9,7 @@ import torch
 from immunizer_problems import task
 
 from immunize_ext.probing.attacks.probes import gradient_descent
-from immunize_ext.probing.data import Task
+from immunize_ext.probing.data import Problem, Task
 from immunize_ext.probing.immunizers import ImmaImmunizer
 from immunize_ext.probing.immunizers.imma import probe_after_steps
 
@@ -40,7 +40,7 @@ def test_scale_of_the_features_gains_nothing() -> None:
 @pytest.mark.parametrize("unrolled", [True, False])
 def test_harm_is_slowed_within_its_own_budget(unrolled: bool) -> None:
     immunizer = ImmaImmunizer(steps=60, unrolled=unrolled, first_change=0.02)
-    fitted = immunizer.fit(task(1), task(2))
+    fitted = immunizer.fit(None, Problem.of(task(1), task(2)))
     first, last = fitted.history[0], fitted.history[-1]
     assert last["harmful_loss"] > first["harmful_loss"]
     assert last["primary_loss"] < first["primary_loss"]
@@ -49,15 +49,17 @@ def test_harm_is_slowed_within_its_own_budget(unrolled: bool) -> None:
 
 def test_same_seed_same_result_and_no_global_state() -> None:
     state = torch.get_rng_state()
-    first, second = (ImmaImmunizer(steps=5).fit(task(1), task(2)) for _ in range(2))
+    first, second = (
+        ImmaImmunizer(steps=5).fit(None, Problem.of(task(1), task(2))) for _ in range(2)
+    )
     assert torch.equal(first.theta, second.theta)
     assert torch.equal(state, torch.get_rng_state())
-    other = ImmaImmunizer(steps=5, seed=1).fit(task(1), task(2))
+    other = ImmaImmunizer(steps=5, seed=1).fit(None, Problem.of(task(1), task(2)))
     assert not torch.equal(first.theta, other.theta)
 
 
 def test_corridor() -> None:
-    fitted = ImmaImmunizer(steps=10, corridor=(1.0, 3.0)).fit(task(1), task(2))
+    fitted = ImmaImmunizer(steps=10, corridor=(1.0, 3.0)).fit(None, Problem.of(task(1), task(2)))
     assert all(r["log_kappa_primary"] <= math.log(3.0) + 1e-7 for r in fitted.history)
 
 
@@ -67,4 +69,4 @@ def test_refusals() -> None:
     toy: Task = task(2)
     silent = replace(toy, y_train=torch.zeros_like(toy.y_train))
     with pytest.raises(ValueError, match="targets must not all be 0"):
-        ImmaImmunizer(steps=1).fit(task(1), silent)
+        ImmaImmunizer(steps=1).fit(None, Problem.of(task(1), silent))

@@ -8,6 +8,7 @@ from hypothesis import assume, given
 from hypothesis import strategies as st
 from immunizer_problems import kappa, task
 
+from immunize_ext.probing.data import Problem
 from immunize_ext.probing.immunizers import MultiplicativeImmunizer, multiplicative_step
 from immunize_ext.probing.metrics import log_rir_ceiling
 
@@ -67,13 +68,15 @@ def test_small_joint_steps_raise_rir(seed: int) -> None:
 
 def test_many_steps_come_close_to_the_ceiling() -> None:
     primary, harmful = task(1), task(2)
-    history = MultiplicativeImmunizer().fit(primary, harmful).history
+    history = MultiplicativeImmunizer().fit(None, Problem.of(primary, harmful)).history
     ceiling = log_rir_ceiling(primary.x_train, harmful.x_train, ridge=1e-2)
     assert 0.9 * ceiling < history[-1]["log_rir"] <= ceiling + 1e-8
 
 
 def test_corridor_and_refusals() -> None:
-    fitted = MultiplicativeImmunizer(steps=20, corridor=(4.0, 4.0)).fit(task(1), task(2))
+    fitted = MultiplicativeImmunizer(steps=20, corridor=(4.0, 4.0)).fit(
+        None, Problem.of(task(1), task(2))
+    )
     assert all(r["log_kappa_primary"] == pytest.approx(math.log(4.0)) for r in fitted.history)
     with pytest.raises(ValueError, match="eta_harmful must be finite and positive"):
         MultiplicativeImmunizer(eta_harmful=-1.0)

@@ -8,6 +8,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from immunizer_problems import kappa, task
 
+from immunize_ext.probing.data import Problem
 from immunize_ext.probing.immunizers import (
     ClosedFormImmunizer,
     SeveralHarmsImmunizer,
@@ -79,16 +80,16 @@ def test_top_boosts_the_largest_eigenvalue_of_every_harm_by_the_strength(
 
 def test_immunizer_reports_each_harm() -> None:
     harms = [task(2, p=12, n=60), task(3, p=12, n=60)]
-    fitted = SeveralHarmsImmunizer(strength=50.0).fit(task(1, p=12, n=60), harms)
+    fitted = SeveralHarmsImmunizer(strength=50.0).fit(None, Problem.of(task(1, p=12, n=60), *harms))
     before, after = fitted.history
     assert before["log_rir"] == 0.0
     assert after["log_kappa_primary"] == pytest.approx(math.log(50.0))
     assert after["log_rir"] == min(after["log_rir_1"], after["log_rir_2"])
     for number in (1, 2):
         assert 0.9 < after[f"share_of_log_ceiling_{number}"] <= 1.0 + 1e-9
-    single = SeveralHarmsImmunizer().fit(task(1), task(2))
+    single = SeveralHarmsImmunizer().fit(None, Problem.of(task(1), task(2)))
     assert single.history[1]["share_of_log_ceiling_1"] == pytest.approx(1.0)
-    assert fitted.method == "several_harms"
+    assert fitted.method == "several-harms"
 
 
 def test_equal_harms_count_once() -> None:
@@ -138,4 +139,4 @@ def test_grading_refusals() -> None:
     with pytest.raises(ValueError, match="grading must be one of log, linear, top"):
         closed_form_theta(x.x_train, h.x_train, strength=2.0, grading="square")  # type: ignore[arg-type]
     with pytest.raises(ValueError, match="grading must be 'log' for strength='auto'"):
-        ClosedFormImmunizer(grading="top").fit(x, h)
+        ClosedFormImmunizer(grading="top").fit(None, Problem.of(x, h))

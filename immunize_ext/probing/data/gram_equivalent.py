@@ -24,9 +24,6 @@ from torch import Tensor
 
 from immunize_ext.probing.data.task import Task
 
-# Attackers who draw samples or count them.
-NEED_SAMPLES = ("sgd_momentum", "closed_form_ridge")
-
 
 def _factors(x: Tensor) -> tuple[Tensor, Tensor]:
     """U and S V^T over the numerical rank, float64."""
@@ -56,7 +53,7 @@ def gram_rows(x: Tensor) -> Tensor:
     return _factors(x)[1]
 
 
-class CompressedTask(Task):
+class _FewerRows(Task):
     """A task whose training rows are no samples any more; the test part tells its kind."""
 
     @property
@@ -65,7 +62,7 @@ class CompressedTask(Task):
         return bool((self.y_test.abs() == 1).all())
 
 
-def compressed(task: Task) -> Task:
+def gram_equivalent(task: Task) -> Task:
     """A task with rank + 1 training rows, the same K up to its scale, and the same losses.
 
     Args:
@@ -76,7 +73,7 @@ def compressed(task: Task) -> Task:
 
     Example:
         >>> x = torch.randn(8, 2, dtype=torch.float64)
-        >>> short = compressed(Task("toy", x, x[:, 0], x, x[:, 0]))
+        >>> short = gram_equivalent(Task("toy", x, x[:, 0], x, x[:, 0]))
         >>> tuple(short.x_train.shape), tuple(short.x_test.shape)
         ((3, 2), (8, 2))
     """
@@ -92,4 +89,4 @@ def compressed(task: Task) -> Task:
     # The mean over these rows is then the mean over all samples.
     scale = math.sqrt(len(rows) / n)
     test = task.x_test.to(torch.float64), task.y_test.to(torch.float64)
-    return CompressedTask(task.name, scale * rows, scale * targets, *test)
+    return _FewerRows(task.name, scale * rows, scale * targets, *test)

@@ -1,0 +1,315 @@
+"""The command line of settings: a flag for every field, its help and its YAML key from one place.
+
+What flags and files say is put together by :func:`read_settings`: flags override the file, and both
+are checked alike.
+"""
+
+from __future__ import annotations
+
+import argparse
+import collections.abc
+import dataclasses
+import difflib
+import re
+import sys
+import typing
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any, Literal, NamedTuple, NoReturn, TypeVar
+
+from immunize_ext.settings import (
+    Registry,
+    Setting,
+    build,
+    options_of,
+    parse_yaml,
+    read_yaml,
+    settings_of,
+    suggestion,
+    typed,
+)
+
+USAGE_ERROR = 2
+
+T = TypeVar("T")
+
+# Fields of a run that hold what its method and its attacks are given, by name.
+_METHOD, _ATTACKS = "settings", "attack_settings"
+
+
+class CommandParser(argparse.ArgumentParser):
+    """A parser whose errors are one line and say what was probably meant.
+
+    Args:
+        aliases: Flags that have another name now; they still work, and say so.
+        **more: As for ``argparse.ArgumentParser``.
+    """
+
+    def __init__(self, *, aliases: Mapping[str, str] | None = None, **more: Any) -> None:
+        # No abbreviations: what is unique today is not once another method is registered.
+        super().__init__(**{"allow_abbrev": False, **more})
+        self._aliases = dict(aliases or {})
+
+    def parse_args(self, args: Any = None, namespace: Any = None) -> Any:
+        """Parse, with the old names of flags replaced."""
+        known = []
+        for text in sys.argv[1:] if args is None else args:
+            name, sign, value = text.partition("=")
+            new = self._aliases.get(name, name)
+            if new != name:
+                print(f"{self.prog}: {name} is called {new} now", file=sys.stderr)
+            known.append(new + sign + value)
+        return super().parse_args(known, namespace)
+
+    def error(self, message: str) -> NoReturn:
+        """Print the message and how to get help, and leave with status 2."""
+        prefix = "unrecognized arguments: "
+        if message.startswith(prefix):
+            name = message.removeprefix(prefix).split()[0].partition("=")[0]
+            flags = [flag for flag in self._option_string_actions if flag.startswith("--")]
+            near = difflib.get_close_matches(name, flags, n=1)
+            message += f"; did you mean {near[0]}" if near else ""
+        self.exit(USAGE_ERROR, f"{self.prog}: {message}; see {self.prog} --help\n")
+
+
+# --- one flag for each setting --------------------------------------------------------------------
+
+
+def add_flags(parser: Any, cls: type, *, leave_out: Sequence[str] = ()) -> None:
+    """Add a flag for each setting of a dataclass. What is not given stays out of the namespace.
+
+    ``steps: int`` becomes ``--steps N``, ``erase: bool`` becomes ``--erase`` and ``--no-erase``, a
+    tuple takes several values, a table takes ``NAME=VALUE`` and can be given again.
+
+    Args:
+        parser: A parser, or a group of one.
+        cls: The dataclass.
+        leave_out: Names that get no flag.
+    """
+    for setting in settings_of(cls).values():
+        if setting.name not in leave_out:
+            _add_flag(parser, setting, setting.name)
+
+
+def add_registry_flags(
+    parser: CommandParser, methods: Registry[Any], attacks: Registry[Any], of_run: type
+) -> None:
+    """Add the flags of the settings of every method and every attack of a wing.
+
+    A setting of a method is a flag of its own, ``--steps``; one of an attack names it:
+    ``--lora.rank``. A setting that the run has as well (its seed, its loss) goes for both, and gets
+    no second flag.
+
+    Args:
+        parser: The parser.
+        methods: The methods.
+        attacks: The attacks.
+        of_run: The dataclass of the run.
+    """
+    shared = settings_of(of_run)
+    if methods:
+        parser.add_argument(
+            "--set",
+            dest=_METHOD,
+            action="append",
+            default=argparse.SUPPRESS,
+            metavar="NAME=VALUE",
+            help="a setting of the method, as its flag sets it; again for more",
+        )
+    group = parser.add_argument_group("settings of methods", ", ".join(methods))
+    for name, owners in methods.all_settings().items():
+        if name in shared:
+            continue
+        default = [getattr(methods[owner], name) for owner in owners]
+        setting = settings_of(type(methods[owners[0]]))[name]
+        shown = default[0] if all(value == default[0] for value in default) else None
+        _add_flag(
+            group,
+            setting._replace(default=shown),
+            f"{_METHOD}.{name}",
+            of="" if len(owners) == len(methods) else ", ".join(owners),
+        )
+    group = parser.add_argument_group("settings of attacks", ", ".join(attacks))
+    for owner, attack in attacks.items():
+        for setting in settings_of(type(attack)).values():
+            if setting.name != attacks.key and setting.name not in shared:
+                shown = getattr(attack, setting.name)
+                dest = f"{_ATTACKS}.{owner}.{setting.name}"
+                _add_flag(group, setting._replace(default=shown), dest, prefix=f"{owner}.")
+
+
+def _add_flag(parser: Any, setting: Setting, dest: str, *, prefix: str = "", of: str = "") -> None:
+    flag = "--" + (prefix + setting.name).replace("_", "-")
+    if flag in parser._option_string_actions:
+        return
+    options = [kind for kind in options_of(setting.type) if kind is not type(None)]
+    # Help is for a terminal: no marks of the documentation, no full stop before a default.
+    text = re.sub(r":\w+:`~?([^`]*)`", r"\1", setting.help).replace("`", "").removesuffix(".")
+    text = (f"{of}: " if of else "") + text + _shown(setting.default)
+    more: dict[str, Any] = {"dest": dest, "default": argparse.SUPPRESS}
+    more["help"] = text.replace("%", "%%")
+    if options == [bool]:
+        more["action"] = argparse.BooleanOptionalAction
+    elif any(typing.get_origin(kind) is tuple for kind in options):
+        more |= {"nargs": "+", "metavar": setting.name.removesuffix("s").upper()}
+    elif _is_table(setting):
+        more |= {"action": "append", "metavar": "NAME=VALUE"}
+    elif all(typing.get_origin(kind) is Literal for kind in options):
+        choices = [str(value) for kind in options for value in typing.get_args(kind)]
+        more["metavar"] = "{" + ",".join(choices) + "}"
+    else:
+        more["metavar"] = {int: "N", float: "X"}.get(options[0], setting.name.upper())
+    parser.add_argument(flag, **more)
+
+
+def _shown(default: Any) -> str:
+    if default in (None, (), {}, "") or default is dataclasses.MISSING:
+        return ""
+    text = " ".join(map(str, default)) if isinstance(default, tuple) else str(default)
+    return f" (default: {text})"
+
+
+def _is_table(setting: Setting) -> bool:
+    origins = {typing.get_origin(kind) for kind in options_of(setting.type)}
+    return bool(origins & {dict, collections.abc.Mapping})
+
+
+# --- what was given -------------------------------------------------------------------------------
+
+
+def name_and_value(text: str) -> tuple[str, Any]:
+    """Read ``NAME=VALUE``, the value as YAML has it.
+
+    Raises:
+        ValueError: If it has another form.
+
+    Example:
+        >>> name_and_value("inner-rate=1e-3")
+        ('inner_rate', 0.001)
+    """
+    name, sign, value = text.partition("=")
+    if not sign or not name:
+        raise ValueError(f"a setting must look like NAME=VALUE, got {text!r}")
+    try:
+        return name.replace("-", "_"), parse_yaml(value)
+    except ValueError as error:
+        raise ValueError(f"{name} must have a plain value, got {value!r}: {error}") from error
+
+
+def given(arguments: argparse.Namespace, cls: type) -> dict[str, Any]:
+    """The settings of a dataclass that flags gave, as texts and lists."""
+    found = {}
+    for name, setting in settings_of(cls).items():
+        if hasattr(arguments, name):
+            value = getattr(arguments, name)
+            found[name] = dict(map(name_and_value, value)) if _is_table(setting) else value
+    return found
+
+
+class _Given(NamedTuple):
+    """What one source says: of the run, of its method, of its attacks by name."""
+
+    where: str
+    run: dict[str, Any]
+    method: dict[str, Any]
+    attacks: dict[str, dict[str, Any]]
+
+
+def read_settings(
+    arguments: argparse.Namespace,
+    cls: type[T],
+    methods: Registry[Any],
+    attacks: Registry[Any],
+    *,
+    old_names: Mapping[str, str] | None = None,
+    **fixed: Any,
+) -> T:
+    """The settings of a run, out of its config file and its flags.
+
+    Args:
+        arguments: What was parsed by a parser with :func:`add_flags` and
+            :func:`add_registry_flags`; ``config`` names the file, if any.
+        cls: The dataclass of the run; ``settings`` and ``attack_settings`` of it hold what its
+            method and its attacks are given.
+        methods: The methods of the wing.
+        attacks: The attacks of the wing.
+        old_names: Keys that have another name now.
+        **fixed: Settings that the command itself says.
+
+    Returns:
+        The settings, in their types.
+
+    Raises:
+        FileNotFoundError: If the config file is missing.
+        ValueError: If a name is unknown or a value is wrong.
+    """
+    sources = [_of_flags(arguments, cls)]
+    path = getattr(arguments, "config", None)
+    if path is not None:
+        values = {(old_names or {}).get(k, k): v for k, v in read_yaml(path).items()}
+        sources.insert(0, _of_file(values, f"--config {path}", cls, methods, attacks))
+    run: dict[str, Any] = {}
+    for source in sources:
+        run |= typed(cls, source.run, source.where)
+    run |= fixed
+    # A method that is unknown is named by whoever looks it up, with the settings it has.
+    method: dict[str, Any] = {}
+    attack: dict[str, dict[str, Any]] = {}
+    known = run.get("method", getattr(settings_of(cls).get("method"), "default", None))
+    for source in sources:
+        method |= methods.typed(known, source.method, source.where) if known else source.method
+        for name, values in source.attacks.items():
+            found = attacks.typed(name, values, source.where)
+            attack[name] = attack.get(name, {}) | found
+    if _METHOD in settings_of(cls):
+        run[_METHOD] = method
+    if _ATTACKS in settings_of(cls):
+        run[_ATTACKS] = attack
+    return build(cls, run, "settings")
+
+
+def _of_flags(arguments: argparse.Namespace, cls: type) -> _Given:
+    method = dict(map(name_and_value, getattr(arguments, _METHOD, ())))
+    attacks: dict[str, dict[str, Any]] = {}
+    for dest, value in vars(arguments).items():
+        first, _, name = dest.partition(".")
+        if first == _METHOD and name:
+            method[name] = value
+        elif first == _ATTACKS and name:
+            owner, _, setting = name.partition(".")
+            attacks.setdefault(owner, {})[setting] = value
+    run = {k: v for k, v in given(arguments, cls).items() if k not in (_METHOD, _ATTACKS)}
+    return _Given("flags", run, method, attacks)
+
+
+def _of_file(
+    values: Mapping[str, Any],
+    where: str,
+    cls: type,
+    methods: Registry[Any],
+    attacks: Registry[Any],
+) -> _Given:
+    """A file names settings of the method beside those of the run, and attacks as tables."""
+    of_run, of_methods = settings_of(cls), methods.all_settings()
+    found = _Given(where, {}, {}, {})
+    for name, value in values.items():
+        if name == _METHOD:
+            found.method.update(_table(name, value, where))
+        elif name == _ATTACKS:
+            for owner, settings in _table(name, value, where).items():
+                found.attacks[owner] = _table(owner, settings, where)
+        elif name in of_run:
+            found.run[name] = value
+        elif name in of_methods:
+            found.method[name] = value
+        elif name in attacks:
+            found.attacks[name] = _table(name, value, where)
+        else:
+            known: Iterable[str] = (*of_run, *of_methods, *attacks)
+            raise ValueError(f"{where}: {name} is no setting; {suggestion(name, known)}")
+    return found
+
+
+def _table(name: str, value: Any, where: str) -> dict[str, Any]:
+    if not isinstance(value, Mapping):
+        raise ValueError(f"{where}: {name} must be a table of names and values, got {value!r}")
+    return {str(key).replace("-", "_"): item for key, item in value.items()}

@@ -1,0 +1,302 @@
+"""A primary task and the harmful ones: what an immunizer is handed, and where to get it by name."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from functools import lru_cache
+from pathlib import Path
+from typing import Generic, TypeVar
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from immunize_ext.probing.data.digits import digits_task, load_digits
+from immunize_ext.probing.data.download import fetch_house_prices, fetch_mnist
+from immunize_ext.probing.data.features import FILES, features_task, load_features
+from immunize_ext.probing.data.house_prices import house_prices_task
+from immunize_ext.probing.data.mnist import load_mnist, mnist_task
+from immunize_ext.probing.data.samples import Samples
+from immunize_ext.probing.data.task import Task
+from immunize_ext.storage import tensor_digest
+
+TaskT = TypeVar("TaskT")
+
+
+@dataclass(frozen=True)
+class Problem(Generic[TaskT]):
+    """What to keep and what to make hard.
+
+    Attributes:
+        primary: The task to keep: a :class:`Task`, or samples for a deep extractor.
+        harmful: The tasks to make hard, in the same form; at least one.
+        head: Head of the primary task that is trained along, for methods that train one; a linear
+            one when ``None``.
+
+    Example:
+        >>> from immunize_ext.probing.data import digits_task
+        >>> problem = Problem.of(digits_task((3,), (8,)), digits_task((4,), (9,)))
+        >>> len(problem.harmful), problem.only_harm("toy").name
+        (1, 'digit 4 against 9')
+    """
+
+    primary: TaskT
+    harmful: tuple[TaskT, ...]
+    head: nn.Module | None = None
+
+    def __post_init__(self) -> None:
+        if not self.harmful:
+            raise ValueError("Problem: harmful must hold at least one task, got none")
+        tasks = [task for task in (self.primary, *self.harmful) if isinstance(task, Task)]
+        for task in tasks[1:]:
+            if task.num_features != tasks[0].num_features:
+                raise ValueError(
+                    f"Problem: harmful must have the {tasks[0].num_features} features of primary, "
+                    f"got {task.num_features}; preprocess both tasks alike"
+                )
+
+    @classmethod
+    def of(cls, primary: TaskT, *harmful: TaskT, head: nn.Module | None = None) -> Problem[TaskT]:
+        """One primary task against the others."""
+        return cls(primary, harmful, head)
+
+    def only_harm(self, function: str) -> TaskT:
+        """The harmful task of a method that takes one.
+
+        Raises:
+            ValueError: If there are several.
+        """
+        if len(self.harmful) > 1:
+            raise ValueError(
+                f"{function}: harmful must be one task, got {len(self.harmful)}; "
+                "use the method several-harms"
+            )
+        return self.harmful[0]
+
+    def digest(self) -> str:
+        """SHA-256 over all numbers: whether a later attack or a resumed run sees the same data."""
+        return tensor_digest(
+            (f"{index}.{name}", value)
+            for index, task in enumerate((self.primary, *self.harmful))
+            for name, value in _tensors(task)
+        )
+
+
+def _tensors(task: object) -> list[tuple[str, Tensor]]:
+    names = ("x_train", "y_train", "x_test", "y_test")
+    if isinstance(task, Task):
+        return [(name, getattr(task, name).to(torch.float64)) for name in names]
+    samples = Samples(task)
+    if samples.tensors is not None:
+        return list(zip(("inputs", "labels"), samples.tensors, strict=True))
+    # A data set may be larger than memory: its length and samples from all over it have to do.
+    count = len(samples)
+    chosen = sorted({round(i * (count - 1) / 15) for i in range(16)})
+    inputs, labels = samples.batch(chosen)
+    return [("inputs", inputs), ("labels", labels), ("count", torch.tensor(count))]
+
+
+_DEFAULTS = {"digits": ("4,6:2,3,7", ("5,9:0,1,8",)), "mnist": ("4", ("9",))}
+
+
+def parse_sides(text: str) -> tuple[tuple[int, ...], tuple[int, ...]]:
+    """Read ``"4,6:2,3"`` as classes against classes, and ``"4"`` as one class alone.
+
+    Args:
+        text: A task as the command line writes it.
+
+    Returns:
+        Positive and negative classes; none of the latter for one class alone.
+
+    Raises:
+        ValueError: If the text has another form.
+
+    Example:
+        >>> parse_sides("4,6:2,3"), parse_sides("9")
+        (((4, 6), (2, 3)), ((9,), ()))
+    """
+    sides = text.split(":")
+    try:
+        classes = tuple(tuple(int(part) for part in side.split(",")) for side in sides)
+        if len(classes) > 2 or min(min(side) for side in classes) < 0:
+            raise ValueError
+    except ValueError:
+        raise ValueError(
+            f"a task must look like '4,6:2,3,7' (classes against classes) or '4' (one class), got "
+            f"{text!r}"
+        ) from None
+    negative = classes[1] if len(classes) == 2 else ()
+    both = sorted(set(classes[0]) & set(negative))
+    if both:
+        raise ValueError(f"a task must not have a class on both sides, got {both[0]} in {text!r}")
+    return classes[0], negative
+
+
+def check_names(data: str, primary: str | None, harmful: tuple[str, ...]) -> None:
+    """Refuse names of data and tasks that cannot be, before anything is read.
+
+    Args:
+        data: As for :func:`load_problem`, like the others.
+        primary: The task to keep.
+        harmful: The tasks to make hard.
+
+    Raises:
+        ValueError: If one of them has another form, or one is missing.
+    """
+    file = data.endswith(FILES)
+    if data == "house":
+        if primary is not None or harmful:
+            raise ValueError("house has its two tasks; leave out primary and harmful")
+        return
+    if not file and data not in _DEFAULTS:
+        raise ValueError(
+            f"data must be digits, mnist, house or a file ending in {' or '.join(FILES)}, got "
+            f"{data!r}"
+        )
+    if file or primary is not None or harmful:
+        if not harmful:
+            raise ValueError("harmful must name a task, got none; give --harmful")
+        if primary is None and not file:
+            raise ValueError("primary must name a task, got none; give --primary")
+    for text in (primary, *harmful):
+        if text is None or text.endswith(FILES):
+            continue
+        positive, negative = parse_sides(text)
+        if not file and max(positive + negative) > 9:
+            raise ValueError(f"{data}: a task must hold digits from 0 to 9, got {text!r}")
+
+
+def load_problem(
+    data: str = "digits",
+    primary: str | None = None,
+    harmful: tuple[str, ...] = (),
+    *,
+    data_dir: str | None = None,
+    size: int = 28,
+    max_train: int | None = None,
+    seed: int = 0,
+) -> Problem[Task]:
+    """Load the two sides of an immunization by name.
+
+    Args:
+        data: ``digits``, ``mnist``, ``house``, or a file of features (.npz, .safetensors).
+        primary: The task to keep: classes against classes (``4,6:2,3,7``), one class (``4``), whose
+            images then get a constant label, or a file; nothing for ``house`` and for a file that
+            is one task.
+        harmful: The tasks to make hard, in the same form.
+        data_dir: Folder of the files of ``mnist`` and ``house``; fetched into a cache when omitted.
+        size: Side of MNIST images.
+        max_train: Largest number of training samples of each task; all when omitted.
+        seed: Seed of splits and orders.
+
+    Returns:
+        The problem.
+
+    Raises:
+        ConnectionError: If files have to be fetched and there is no network.
+        FileNotFoundError: If a file is missing.
+        ValueError: If an argument is out of range.
+    """
+    if max_train is not None and max_train < 1:
+        raise ValueError(f"max_train must be at least 1, got {max_train}")
+    check_names(data, primary, harmful)
+    if data == "house":
+        folder = _folder(data, data_dir)
+        first, second = (house_prices_task(folder, r) for r in ("primary", "harmful"))
+        return Problem.of(_cut(first, max_train), _cut(second, max_train))
+    if primary is None and not harmful:
+        primary, harmful = _DEFAULTS[data]
+    tasks = []
+    for text in (primary, *harmful):
+        if text is not None and text.endswith(FILES):
+            task = features_task(text, seed=seed)
+        elif data.endswith(FILES):
+            task = features_task(data, seed=seed) if text is None else _classes(data, text, seed)
+        else:
+            assert text is not None  # check_names asked
+            task = _digits(data, parse_sides(text), data_dir, size, seed)
+        tasks.append(_cut(task, max_train))
+    return Problem(tasks[0], tuple(tasks[1:]))
+
+
+def _digits(
+    data: str,
+    sides: tuple[tuple[int, ...], tuple[int, ...]],
+    data_dir: str | None,
+    size: int,
+    seed: int,
+) -> Task:
+    positive, negative = sides
+    if data == "digits":
+        if negative:
+            return digits_task(positive, negative, seed=seed)
+        return _one_class(*load_digits(), None, positive, seed)
+    folder = _folder(data, data_dir)
+    if negative:
+        return mnist_task(folder, positive, negative, size=size, seed=seed)
+    train, test = (_mnist(str(folder), size, part) for part in (True, False))
+    return _one_class(*train, test, positive, seed)
+
+
+@lru_cache(maxsize=2)
+def _mnist(folder: str, size: int, train: bool) -> tuple[np.ndarray, np.ndarray]:
+    """Images and labels, kept for the next point of a sweep: unpacking takes seconds."""
+    return load_mnist(folder, train=train, size=size)
+
+
+def _one_class(
+    images: np.ndarray,
+    labels: np.ndarray,
+    test: tuple[np.ndarray, np.ndarray] | None,
+    digits: tuple[int, ...],
+    seed: int,
+) -> Task:
+    """Images of these digits alone with the label +1, as the released code has them."""
+    chosen = np.flatnonzero(np.isin(labels, digits))
+    chosen = chosen[np.random.default_rng(seed).permutation(len(chosen))]
+    if test is None:
+        cut = round(0.6 * len(chosen))
+        parts = images[chosen[:cut]], images[chosen[cut:]]
+    else:
+        parts = images[chosen], test[0][np.isin(test[1], digits)]
+    tensors = [torch.from_numpy(np.ascontiguousarray(part)) for part in parts]
+    ones = [torch.ones(len(part), dtype=torch.float64) for part in tensors]
+    name = f"images of digit {' or '.join(map(str, digits))}, constant label"
+    return Task(name, tensors[0], ones[0], tensors[1], ones[1])
+
+
+def _classes(path: str, text: str, seed: int) -> Task:
+    """Some classes of a file of features: +1 against -1, or one class with the label +1."""
+    positive, negative = parse_sides(text)
+    name = Path(path).stem
+    found = load_features(path, seed=seed)
+    parts = []
+    for x, y in (found[:2], found[2:]):
+        for wanted in positive + negative:
+            if not bool((y == wanted).any()):
+                raise ValueError(
+                    f"{name}: both parts must hold the classes of {text!r}, got no {wanted}"
+                )
+        is_positive = torch.isin(y, y.new_tensor(positive))
+        kept = is_positive | torch.isin(y, y.new_tensor(negative))
+        parts += [x[kept], (is_positive.to(x.dtype) * 2.0 - 1.0)[kept]]
+    return Task(f"{name}, {text}", *parts)
+
+
+def _cut(task: Task, count: int | None) -> Task:
+    if count is None:
+        return task
+    return Task(task.name, task.x_train[:count], task.y_train[:count], task.x_test, task.y_test)
+
+
+def _folder(data: str, data_dir: str | None) -> Path:
+    """The folder of the files: the one given, or the cache, into which they are fetched once."""
+    if data_dir is None:
+        fetch = fetch_house_prices if data == "house" else fetch_mnist
+        try:
+            return fetch()
+        except ConnectionError as error:
+            raise ConnectionError(f"{error} with --data-dir") from None
+    if not Path(data_dir).is_dir():
+        raise FileNotFoundError(f"data_dir must name a folder, got {data_dir}")
+    return Path(data_dir)

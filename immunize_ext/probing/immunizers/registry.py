@@ -1,0 +1,31 @@
+"""Every way to immunize linear features by name. A new one is a dataclass and one line here."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from immunize_ext.seams import Immunizer
+from immunize_ext.settings import Registry
+
+METHODS: Registry[Immunizer[Any, Any, Any]] = Registry("method", key="method")
+
+
+def label_of(immunizer: Immunizer[Any, Any, Any]) -> str:
+    """What reports call a method with its variant: its label, or its name.
+
+    Example:
+        >>> label_of(METHODS["opt-kappa"]), label_of(METHODS["whitening"])
+        ('opt-kappa, log-ratio', 'whitening')
+    """
+    return str(getattr(immunizer, "label", immunizer.method))
+
+
+def knob_of(immunizer: Immunizer[Any, Any, Any]) -> str | None:
+    """The setting by which a method trades slow-down of the harm for cost; ``None`` without one."""
+    knob: str | None = getattr(immunizer, "knob", None)
+    return knob
+
+
+def grid_of(immunizer: Immunizer[Any, Any, Any]) -> tuple[float, ...]:
+    """Values of the knob that a frontier tries."""
+    return tuple(getattr(immunizer, "grid", ()))
