@@ -2,13 +2,15 @@
 
 import itertools
 from collections.abc import Iterator
+from dataclasses import replace
+from typing import Any
 
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from immunize_ext.probing.attacks import ATTACKERS
+from immunize_ext.probing.attacks import ATTACKS, knows
 from immunize_ext.probing.attacks.losses import LOSSES
 from immunize_ext.probing.attacks.probes import (
     conjugate_gradients,
@@ -130,16 +132,22 @@ def test_standardising_does_not_see_a_diagonal_theta(seed: int, exponent: int) -
     torch.testing.assert_close(immunized, plain, rtol=1e-7, atol=1e-8)
 
 
-CASES = [(name, loss) for name in ATTACKERS for loss in LOSSES if ATTACKERS[name].knows(loss)]
+CASES = [(name, loss) for name in ATTACKS for loss in LOSSES if knows(ATTACKS[name], loss)]
+
+
+def few_rates(name: str, loss: str, count: int) -> Any:
+    """The attack, with the first of its learning rates where it has some."""
+    attack: Any = replace(ATTACKS[name], loss=loss)  # type: ignore[type-var]
+    return replace(attack, learning_rates=attack.rates[:count]) if attack.rates else attack
 
 
 @pytest.mark.parametrize(("name", "loss"), CASES)
 @pytest.mark.parametrize("scale", [1e-6, 1e5])
 def test_no_scale_of_the_features_helps_the_defender(name: str, loss: str, scale: float) -> None:
     z, y = problem(3)
-    rates = ATTACKERS[name].learning_rates[:3]
-    plain = take(ATTACKERS[name].run(z, y, LOSSES[loss], rates), 12)
-    scaled = take(ATTACKERS[name].run(scale * z, y, LOSSES[loss], rates), 12)
+    attack = few_rates(name, loss, 3)
+    plain = take(attack.iterates(z, y, LOSSES[loss]), 12)
+    scaled = take(attack.iterates(scale * z, y, LOSSES[loss]), 12)
     torch.testing.assert_close(scale * scaled, plain, rtol=1e-6, atol=1e-9)
 
 
@@ -149,9 +157,9 @@ def test_every_attacker_starts_at_zero_and_stays_finite(
     name: str, loss: str, shape: tuple[int, int]
 ) -> None:
     z, y = problem(0, *shape)
-    rates = ATTACKERS[name].learning_rates[:2]
-    weights = take(ATTACKERS[name].run(z, y, LOSSES[loss], rates), 30)
-    assert weights.shape == (30, shape[1], max(1, len(rates)))
+    attack = few_rates(name, loss, 2)
+    weights = take(attack.iterates(z, y, LOSSES[loss]), 30)
+    assert weights.shape == (30, shape[1], max(1, len(attack.rates)))
     assert not weights[0].any()
     assert torch.isfinite(weights).all()
 
@@ -159,5 +167,5 @@ def test_every_attacker_starts_at_zero_and_stays_finite(
 @pytest.mark.parametrize(("name", "loss"), CASES)
 def test_every_attacker_survives_features_that_are_zero(name: str, loss: str) -> None:
     zeros, ones = torch.zeros(5, 3, dtype=torch.float64), torch.ones(5, dtype=torch.float64)
-    rates = ATTACKERS[name].learning_rates[:2]
-    assert not take(ATTACKERS[name].run(zeros, ones, LOSSES[loss], rates), 4).any()
+    attack = few_rates(name, loss, 2)
+    assert not take(attack.iterates(zeros, ones, LOSSES[loss]), 4).any()

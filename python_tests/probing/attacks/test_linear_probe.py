@@ -1,9 +1,13 @@
 """The attack: curves, budgets, and the comparison without and with immunization."""
 
+import itertools
+from typing import Any
+
 import pytest
 import torch
 
-from immunize_ext.probing.attacks import PROBES, attack, compare_attack
+from immunize_ext.probing.attacks import ATTACKS, STANDARD, AttackCurve, compare_attack
+from immunize_ext.probing.attacks.losses import LOSSES
 from immunize_ext.probing.data import Task
 
 
@@ -17,64 +21,79 @@ def task(n: int = 40, p: int = 4, *, labels: bool = True) -> Task:
     return Task("toy", x[:n], y[:n], x[n:], y[n:])
 
 
-@pytest.mark.parametrize("name", PROBES)
+def attack(
+    toy: Task, theta: torch.Tensor | None = None, *, attacker: str = "gradient_descent", **more: Any
+) -> AttackCurve:
+    """One attack; with ``stop_at`` it may end early."""
+    found: AttackCurve = ATTACKS[attacker].run(theta, toy, **more)
+    return found
+
+
+def scores(curve: AttackCurve, name: str = "test_loss") -> torch.Tensor:
+    return torch.tensor(curve.score(name), dtype=torch.float64)
+
+
+@pytest.mark.parametrize("name", STANDARD)
 def test_curve_is_what_the_weights_say(name: str) -> None:
     toy = task()
     theta = torch.randn(4, 4, dtype=torch.float64)
-    curve = attack(toy, theta, attacker=name, budget=7)
-    assert curve.attacker == name
-    assert curve.steps == 7
-    predicted = toy.x_test @ theta @ curve.weights
-    assert float(curve.test_loss[-1]) == pytest.approx(
-        float((predicted - toy.y_test).square().mean())
-    )
-    assert curve.test_accuracy is not None
+    curve = attack(toy, theta, attacker=name, steps=7)
+    assert curve.attack == name
+    assert curve.target == "toy"
+    assert curve.steps == list(range(8))
+    iterates = ATTACKS[name].iterates(toy.x_train @ theta, toy.y_train, LOSSES["squared"])
+    head = next(itertools.islice(iterates, 7, None))[:, 0]
+    predicted = toy.x_test @ theta @ head
+    assert scores(curve)[-1] == pytest.approx(float((predicted - toy.y_test).square().mean()))
     expected = (predicted.sign() == toy.y_test).double().mean()
-    assert float(curve.test_accuracy[-1]) == pytest.approx(float(expected))
+    assert curve.score("test_accuracy")[-1] == pytest.approx(float(expected))
     # The start is the head 0.
-    assert float(curve.train_loss[0]) == 1.0
-    assert float(curve.test_accuracy[0]) == 0.0
+    assert curve.score("train_loss")[0] == 1.0
+    assert curve.score("test_accuracy")[0] == 0.0
+    assert AttackCurve.from_dict(curve.to_dict()) == curve
 
 
 def test_regression_has_no_accuracy() -> None:
-    assert attack(task(labels=False), budget=3).test_accuracy is None
+    assert "test_accuracy" not in attack(task(labels=False), steps=3).scores
 
 
 def test_no_theta_is_the_identity() -> None:
     toy = task()
-    plain = attack(toy, budget=9)
-    identity = attack(toy, torch.eye(4), budget=9)
-    assert torch.equal(plain.test_loss, identity.test_loss)
+    plain = attack(toy, steps=9)
+    identity = attack(toy, torch.eye(4), steps=9)
+    assert plain.scores == identity.scores
 
 
 def test_chunks_do_not_matter(monkeypatch: pytest.MonkeyPatch) -> None:
-    whole = attack(task(), budget=20)
+    whole = attack(task(), steps=20)
     monkeypatch.setattr("immunize_ext.probing.attacks.linear_probe._CHUNK", 4)
-    pieces = attack(task(), budget=20)
-    torch.testing.assert_close(whole.test_loss, pieces.test_loss)
-    assert pieces.steps == 20
+    pieces = attack(task(), steps=20)
+    torch.testing.assert_close(scores(whole), scores(pieces))
+    assert pieces.steps[-1] == 20
 
 
 def test_stop_at_ends_the_attack_once_reached(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("immunize_ext.probing.attacks.linear_probe._CHUNK", 4)
-    whole = attack(task(), budget=40)
-    target = float(whole.test_loss[5])
-    stopped = attack(task(), budget=40, stop_at=target)
-    assert stopped.steps < 12
-    assert stopped.steps_to(target) == whole.steps_to(target)
+    whole = attack(task(), steps=40)
+    target = whole.score("test_loss")[5]
+    stopped = attack(task(), steps=40, stop_at=target)
+    assert stopped.steps[-1] < 12
+    reached = [c.steps_to("test_loss", target, below=True) for c in (stopped, whole)]
+    assert reached[0] == reached[1]
 
 
 def test_float32_task_is_attacked_in_float64() -> None:
-    curve = attack(task().to(dtype=torch.float32), budget=3)
-    assert curve.test_loss.dtype == torch.float64
+    toy = task().to(dtype=torch.float32)
+    exact = attack(toy.to(dtype=torch.float64), steps=3)
+    assert attack(toy, steps=3).scores == exact.scores
 
 
 def test_extractor_may_change_the_number_of_features() -> None:
-    assert attack(task(), torch.randn(4, 2), budget=3).weights.shape == (2,)
+    assert attack(task(), torch.randn(4, 2), steps=3).steps == [0, 1, 2, 3]
 
 
 def test_comparison_without_change_is_one() -> None:
-    for name in PROBES:
+    for name in STANDARD:
         result = compare_attack(task(), torch.eye(4), attacker=name)
         assert result.slowdown == (1.0, False)
         assert result.steps == result.base_steps
@@ -84,13 +103,14 @@ def test_comparison_counts_steps_to_the_target() -> None:
     toy = task(labels=False)
     theta = torch.diag(torch.tensor([5.0, 2.0, 1.0, 1.0], dtype=torch.float64))
     result = compare_attack(toy, theta, tolerance=0.05, base_budget=300, stop_early=False)
-    lowest = float(result.base.test_loss.min())
+    base, found = scores(result.base), scores(result.immunized)
+    lowest = float(base.min())
     assert result.target == pytest.approx(1.05 * lowest)
-    assert result.base_steps == int(torch.nonzero(result.base.test_loss <= result.target)[0])
-    assert result.steps == int(torch.nonzero(result.immunized.test_loss <= result.target)[0])
+    assert result.base_steps == int(torch.nonzero(base <= result.target)[0])
+    assert result.steps == int(torch.nonzero(found <= result.target)[0])
     assert result.slowdown.ratio == result.steps / result.base_steps
     assert result.slowdown.ratio > 1.5
-    assert result.immunized.steps == 128 * result.base_steps
+    assert result.immunized.steps[-1] == 128 * result.base_steps
 
 
 def test_comparison_says_when_the_budget_ran_out() -> None:
@@ -107,12 +127,12 @@ def test_comparison_against_theta0() -> None:
 
 
 def test_refusals() -> None:
-    with pytest.raises(ValueError, match="attacker must be one of gradient_descent, line_search"):
-        attack(task(), attacker="sgd")
-    with pytest.raises(ValueError, match="budget must be at least 1"):
-        attack(task(), budget=0)
+    with pytest.raises(ValueError, match="sgd is no attack; did you mean sgd_momentum|known are"):
+        compare_attack(task(), torch.eye(4), attacker="sgd")
+    with pytest.raises(ValueError, match="gradient_descent: steps must be at least 1"):
+        attack(task(), steps=0)
     with pytest.raises(ValueError, match=r"theta must have shape \(4, q\)"):
-        attack(task(), torch.eye(3))
+        attack(task(), torch.eye(3), steps=1)
     for arguments in ({"tolerance": -0.1}, {"limit": 0.5}):
         with pytest.raises(ValueError, match="tolerance must be at least 0 and limit at least 1"):
             compare_attack(task(), torch.eye(4), **arguments)

@@ -8,7 +8,6 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from immunize_ext.probing.attacks import PROBES
 from immunize_ext.probing.attacks.probes import (
     closed_form_ridge,
     conjugate_gradients,
@@ -17,6 +16,14 @@ from immunize_ext.probing.attacks.probes import (
     whitened_descent,
 )
 from immunize_ext.probing.metrics import norm_ratio
+
+PROBES = {
+    "gradient_descent": gradient_descent,
+    "line_search": line_search_descent,
+    "conjugate_gradients": conjugate_gradients,
+    "whitened": whitened_descent,
+    "closed_form_ridge": closed_form_ridge,
+}
 
 seeds = st.integers(0, 2**31 - 1)
 

@@ -1,16 +1,41 @@
 """Attackers with a learning rate against torch's own optimizers, and the harness around them."""
 
 import itertools
+from dataclasses import replace
+from typing import Any
 
 import pytest
 import torch
 
-from immunize_ext.probing.attacks import ATTACKERS, attack, attack_at_budgets, compare_attack
+from immunize_ext.probing.attacks import (
+    ATTACKS,
+    AttackCurve,
+    TunedAttack,
+    attack_at_budgets,
+    compare_attack,
+    knows,
+)
 from immunize_ext.probing.attacks.losses import LOSSES
 from immunize_ext.probing.attacks.probes import safe_step
 from immunize_ext.probing.data import Task
 
-TUNED = [name for name, attacker in ATTACKERS.items() if attacker.tuned is not None]
+TUNED = [name for name, attack in ATTACKS.items() if isinstance(attack, TunedAttack)]
+
+
+def with_(name: str, **settings: Any) -> Any:
+    return replace(ATTACKS[name], **settings)  # type: ignore[type-var]
+
+
+def run(task: Task, theta: torch.Tensor | None = None, **more: Any) -> AttackCurve:
+    """An attack by name, with settings of its own."""
+    steps, name = more.pop("budget"), more.pop("attacker")
+    found: AttackCurve = with_(name, **more).run(theta, task, steps=steps)
+    return found
+
+
+def lowest(curve: AttackCurve) -> float:
+    losses = torch.tensor(curve.score("test_loss"), dtype=torch.float64)
+    return float(losses.nan_to_num(nan=torch.inf).min())
 
 
 def toy(n: int = 60, p: int = 4, *, labels: bool = True) -> Task:
@@ -47,7 +72,8 @@ def torch_run(
 @pytest.mark.parametrize("loss", ["squared", "logistic"])
 def test_each_column_is_what_torch_does(name: str, loss: str) -> None:
     task, rates = toy(), (0.03, 0.3)
-    runs = ATTACKERS[name].run(task.x_train, task.y_train, LOSSES[loss], rates)
+    attack = with_(name, learning_rates=rates)
+    runs = attack.iterates(task.x_train, task.y_train, LOSSES[loss])
     found = next(itertools.islice(runs, 25, None))
     for column, rate in enumerate(rates):
         expected = torch_run(name, task.x_train, task.y_train, loss, rate, 25)
@@ -59,7 +85,10 @@ def test_one_batch_of_sgd_is_momentum() -> None:
     pair = [
         list(
             itertools.islice(
-                ATTACKERS[name].run(task.x_train, task.y_train, LOSSES["squared"], rates), 9
+                with_(name, learning_rates=rates).iterates(
+                    task.x_train, task.y_train, LOSSES["squared"]
+                ),
+                9,
             )
         )
         for name in ("momentum", "sgd_momentum")
@@ -69,32 +98,32 @@ def test_one_batch_of_sgd_is_momentum() -> None:
 
 def test_sgd_is_the_same_every_time_and_leaves_the_global_state_alone() -> None:
     state = torch.get_rng_state()
-    runs = [attack(toy(200), attacker="sgd_momentum", budget=30) for _ in range(2)]
-    assert torch.equal(runs[0].test_loss, runs[1].test_loss)
+    runs = [ATTACKS["sgd_momentum"].run(None, toy(200), steps=30, seed=s) for s in (0, 0, 1)]
+    assert runs[0] == runs[1]
+    assert runs[0].scores != runs[2].scores
     assert torch.equal(state, torch.get_rng_state())
 
 
 @pytest.mark.parametrize("name", TUNED)
 def test_harness_keeps_the_best_learning_rate(name: str) -> None:
-    curve = attack(toy(), attacker=name, budget=50)
+    curve = run(toy(), attacker=name, budget=50)
     singles = [
-        attack(toy(), attacker=name, budget=50, learning_rates=[rate])
-        for rate in ATTACKERS[name].learning_rates
+        run(toy(), attacker=name, budget=50, learning_rates=[rate]) for rate in with_(name).rates
     ]
-    lowest = [float(single.test_loss.nan_to_num(nan=torch.inf).min()) for single in singles]
-    assert float(curve.test_loss.min()) == pytest.approx(min(lowest))
-    assert curve.learning_rate == ATTACKERS[name].learning_rates[lowest.index(min(lowest))]
+    least = [lowest(single) for single in singles]
+    assert lowest(curve) == pytest.approx(min(least))
+    assert curve.config["learning_rate"] == with_(name).rates[least.index(min(least))]
 
 
-@pytest.mark.parametrize("name", ATTACKERS)
+@pytest.mark.parametrize("name", list(ATTACKS))
 @pytest.mark.parametrize("loss", ["squared", "logistic"])
 def test_nothing_changed_gives_one(name: str, loss: str) -> None:
-    if not ATTACKERS[name].knows(loss):
+    if not knows(ATTACKS[name], loss):
         return
-    result = compare_attack(toy(), torch.eye(4), attacker=name, loss=loss, base_budget=60)  # type: ignore[arg-type]
+    result = compare_attack(toy(), torch.eye(4), attacker=with_(name, loss=loss), base_budget=60)
     assert result.slowdown == (1.0, False)
-    assert result.base.loss_name == loss
-    assert result.base.learning_rate == result.immunized.learning_rate
+    assert result.base.config["loss"] == loss
+    assert result.base.config.get("learning_rate") == result.immunized.config.get("learning_rate")
 
 
 def test_the_fastest_learning_rate_counts_on_both_sides() -> None:
@@ -103,10 +132,10 @@ def test_the_fastest_learning_rate_counts_on_both_sides() -> None:
     result = compare_attack(task, theta, attacker="momentum", base_budget=200, stop_early=False)
     for extractor, steps in ((None, result.base_steps), (theta, result.steps)):
         singles = [
-            attack(task, extractor, attacker="momentum", budget=400, learning_rates=[rate])
-            for rate in ATTACKERS["momentum"].learning_rates
+            run(task, extractor, attacker="momentum", budget=400, learning_rates=[rate])
+            for rate in with_("momentum").rates
         ]
-        reached = [single.steps_to(result.target) for single in singles]
+        reached = [single.steps_to("test_loss", result.target, below=True) for single in singles]
         assert steps == min(found for found in reached if found is not None)
 
 
@@ -118,24 +147,27 @@ def test_budgets_tune_each_budget_and_agree_with_single_runs() -> None:
     for row in rows:
         for extractor, loss in ((None, row.loss_without), (theta, row.loss_with)):
             singles = [
-                attack(task, extractor, attacker="adam", budget=row.steps, learning_rates=[rate])
-                for rate in ATTACKERS["adam"].learning_rates
+                run(task, extractor, attacker="adam", budget=row.steps, learning_rates=[rate])
+                for rate in with_("adam").rates
             ]
-            assert loss == pytest.approx(min(float(s.test_loss[-1]) for s in singles))
+            assert loss == pytest.approx(min(s.score("test_loss")[-1] for s in singles))
         assert row.accuracy_with is not None
     plain = attack_at_budgets(toy(labels=False), theta, budgets=[3])[0]
     assert plain.accuracy_without is None
 
 
 def test_refusals() -> None:
-    with pytest.raises(ValueError, match="able to minimise the logistic loss"):
-        attack(toy(), attacker="closed_form_ridge", loss="logistic")
+    with pytest.raises(ValueError, match="loss must be one that it can minimise, squared"):
+        with_("closed_form_ridge", loss="logistic")
+    with pytest.raises(ValueError, match="loss must be one of squared, logistic"):
+        with_("adam", loss="hinge")
     with pytest.raises(ValueError, match="'squared' for a regression task"):
-        attack(toy(labels=False), loss="logistic")
-    with pytest.raises(ValueError, match="learning_rates must be positive numbers"):
-        attack(toy(), attacker="adam", learning_rates=[0.0])
-    with pytest.raises(ValueError, match="learning_rates must be positive numbers"):
-        attack(toy(), learning_rates=[0.1])
+        run(toy(labels=False), attacker="adam", budget=3, loss="logistic")
+    for rates in ((0.0,), (), (float("nan"),)):
+        with pytest.raises(ValueError, match="learning_rates must be positive numbers"):
+            with_("adam", learning_rates=rates)
+    with pytest.raises(ValueError, match="batch_size must be at least 1"):
+        with_("sgd_momentum", batch_size=0)
     with pytest.raises(ValueError, match="base_budget must be at least 1"):
         compare_attack(toy(), torch.eye(4), base_budget=0)
     with pytest.raises(ValueError, match="budgets must be numbers of at least 1 step"):

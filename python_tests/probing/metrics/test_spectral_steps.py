@@ -7,7 +7,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from immunize_ext.probing.attacks import attack
+from immunize_ext.probing.attacks import ATTACKS
 from immunize_ext.probing.attacks.probes import conjugate_gradients, gradient_descent
 from immunize_ext.probing.data import Task
 from immunize_ext.probing.metrics import (
@@ -75,7 +75,9 @@ def test_slowdown_equals_that_of_runs() -> None:
         best = torch.linalg.lstsq(x, y[:, None]).solution[:, 0]
         target = 1.1 * float((x @ best - y).square().mean())
         steps = [
-            attack(task, extractor, attacker=attacker, budget=3000).steps_to(target, "train")
+            ATTACKS[attacker]
+            .run(extractor, task, steps=3000)
+            .steps_to("train_loss", target, below=True)
             for extractor in (theta, None)
         ]
         assert steps[0] is not None
