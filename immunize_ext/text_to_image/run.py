@@ -487,7 +487,11 @@ def _measured(
         seconds,
         projections,
         tuple(erased),
-        tuple(dict.fromkeys(text for immunized in made for text in immunized.warnings)),
+        tuple(
+            text if count == 1 else f"seed {seed}: {text}"
+            for seed, immunized in zip(settings.seeds, made, strict=True)
+            for text in immunized.warnings
+        ),
     )
 
 
