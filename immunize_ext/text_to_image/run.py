@@ -487,7 +487,11 @@ def _measured(
         seconds,
         projections,
         tuple(erased),
-        tuple(dict.fromkeys(text for immunized in made for text in immunized.warnings)),
+        tuple(
+            text if count == 1 else f"seed {seed}: {text}"
+            for seed, immunized in zip(settings.seeds, made, strict=True)
+            for text in immunized.warnings
+        ),
     )
 
 
@@ -813,31 +817,31 @@ class SweepSettings(RunSettings):
         Raises:
             ValueError: If a value is out of range.
         """
-        axes = {
-            "count": self.counts,
-            "captions": self.captions,
-            "inner_steps": self.inner_steps,
-            "ridge": self.ridges,
-        }
         common = {name: getattr(self, name) for name in settings_of(RunSettings)}
         found = {}
-        for values in product(*(axis or (None,) for axis in axes.values()), self.seeds):
-            chosen = {k: v for k, v in zip(axes, values, strict=False) if v is not None}
-            seed = values[-1]
-            settings = {k: chosen[k] for k in ("inner_steps", "ridge") if k in chosen}
+        for count, captions, steps, ridge, seed in product(
+            self.counts or (None,),
+            self.captions or (None,),
+            self.inner_steps or (None,),
+            self.ridges or (None,),
+            self.seeds,
+        ):
+            settings = {"inner_steps": steps, "ridge": ridge}
+            settings = {name: value for name, value in settings.items() if value is not None}
             point = replace(
                 RunSettings(**common),
                 settings={**self.settings, **settings},
                 seeds=(seed,),
-                targets=self._targets(chosen.get("count")),
-                caption_count=chosen.get("captions", self.caption_count),
+                targets=self._targets(count),
+                caption_count=self.caption_count if captions is None else captions,
             )
             point.check()
-            name = "-".join([*(f"{k}{v:g}" for k, v in chosen.items()), f"seed{seed}"])
-            found[name] = point
+            axes = {"count": count, "captions": captions, **settings}
+            words = [f"{name}{value:g}" for name, value in axes.items() if value is not None]
+            found["-".join([*words, f"seed{seed}"])] = point
         return found
 
-    def _targets(self, count: Any) -> tuple[str, ...]:
+    def _targets(self, count: int | None) -> tuple[str, ...]:
         if count is None:
             return self.targets
         available = self.targets or (DIGIT_NAMES if self.model == DIGITS else ())

@@ -111,7 +111,7 @@ def test_variants_and_pickles(tmp_path: Path) -> None:
     pipeline.save_pretrained(tmp_path / "half", variant="fp16", safe_serialization=True)
     assert TextToImage.from_pretrained(tmp_path / "half").dtype == torch.float16
     assert TextToImage.from_pretrained(tmp_path / "half", variant="fp16").dtype == torch.float16
-    with pytest.raises(ValueError, match="variant must be one of 'fp16' in .*got 'ema'"):
+    with pytest.raises(ValueError, match=r"variant must be one of 'fp16' in .*got 'ema'"):
         TextToImage.from_pretrained(tmp_path / "half", variant="ema")
     pipeline.save_pretrained(tmp_path / "pickled", safe_serialization=False)
     with pytest.raises(ValueError, match=r"must hold safetensors files, got \.bin, which are"):
