@@ -13,6 +13,7 @@ Tests that take ``route`` run on the compiled kernels and on the torch-only rout
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any, ClassVar, NamedTuple
 
@@ -102,6 +103,7 @@ class OperatorContract:
         routes_rtol: between kernels and torch-only route, of values and gradients of order 1.
         forward_mode: "supported" or "refused".
         poisons: what a degenerate element of a batch does: leave the others alone, or raise.
+        independent_routes: the routes on which the rest of a batch changes no bit of an element.
         batched: takes one more leading dimension on all inputs at once.
         layout_rtol: of results for other strides; default 1000 max side eps.
         autocast_inputs: dtypes of inputs that autocast must not touch.
@@ -126,6 +128,7 @@ class OperatorContract:
         "rank_one": "independent",
         "nan": "raised",
     }
+    independent_routes: ClassVar[Sequence[str]] = ROUTES
     batched: ClassVar[bool] = True
     layout_rtol: ClassVar[float | None] = None
     autocast_inputs: ClassVar[Sequence[torch.dtype]] = (
@@ -400,13 +403,14 @@ class OperatorContract:
         for kink in self.kinks.values():
             testing.check_determinism(self.outputs, kink)
 
-    def test_batch_independence(self, route):
+    def test_batch_independence(self):
         """A degenerate element leaves the others alone bit for bit, whatever the shape."""
         raising = tuple(p for p, what in self.poisons.items() if what == "raised")
-        for inputs in self.batches():
-            outcome = testing.check_batch_independence(
-                self.outputs, inputs, poisons=tuple(self.poisons), may_raise=raising
-            )
+        for route, inputs in itertools.product(self.independent_routes, self.batches()):
+            with taking_route(route):
+                outcome = testing.check_batch_independence(
+                    self.outputs, inputs, poisons=tuple(self.poisons), may_raise=raising
+                )
             assert outcome == self.poisons
 
     def test_arguments_and_random_state_stay_as_they_are(self, route, case):
