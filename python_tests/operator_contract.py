@@ -101,11 +101,13 @@ class OperatorContract:
         gradient_rtol: of gradients against reference and composition, on ``smooth``.
         second_rtol: of second derivatives against the reference, on ``smooth``.
         routes_rtol: between kernels and torch-only route, of values and gradients of order 1.
+        vmap_rtol: of values under vmap; 0 where it is the same kernel on a batch.
         forward_mode: "supported" or "refused".
         poisons: what a degenerate element of a batch does: leave the others alone, or raise.
         independent_routes: the routes on which the rest of a batch changes no bit of an element.
         batched: takes one more leading dimension on all inputs at once.
         layout_rtol: of results for other strides; default 1000 max side eps.
+        finite_message: what is said of a non-finite entry; default names operator and argument.
         autocast_inputs: dtypes of inputs that autocast must not touch.
         refusals: calls that must raise ``ValueError``, starting with the name of the operator.
     """
@@ -122,6 +124,7 @@ class OperatorContract:
     gradient_rtol: ClassVar[float] = 1e-11
     second_rtol: ClassVar[float] = 1e-10
     routes_rtol: ClassVar[float] = 1e-11
+    vmap_rtol: ClassVar[float] = 0.0
     forward_mode: ClassVar[str] = "supported"
     poisons: ClassVar[Mapping[Any, str]] = {
         "zero": "independent",
@@ -131,6 +134,7 @@ class OperatorContract:
     independent_routes: ClassVar[Sequence[str]] = ROUTES
     batched: ClassVar[bool] = True
     layout_rtol: ClassVar[float | None] = None
+    finite_message: ClassVar[str] = ""
     autocast_inputs: ClassVar[Sequence[torch.dtype]] = (
         torch.float32,
         torch.float64,
@@ -343,8 +347,8 @@ class OperatorContract:
             *(x.flatten(0, 1).movedim(0, -1) for x in inputs)
         )
         for a, b, right in zip(nested, last, truth, strict=True):
-            assert torch.equal(a.flatten(0, 1), right)
-            assert torch.equal(b, right)
+            torch.testing.assert_close(a.flatten(0, 1), right, rtol=self.vmap_rtol, atol=0)
+            torch.testing.assert_close(b, right, rtol=self.vmap_rtol, atol=0)
 
     def test_jacobian_and_hessian(self):
         """Row by row what backward and the reference say."""
@@ -372,10 +376,13 @@ class OperatorContract:
         for of in self.autocast_inputs:
             inputs = self.sample(dtype=of)
             truth = self._run(inputs, None, None)
+            if of in HALF_TYPES:
+                truth = truth[: -len(inputs)]  # the gradient in between is rounded or is not
             for forward, backward in ((dtype, None), (dtype, dtype), (None, dtype)):
-                for found, right in zip(self._run(inputs, forward, backward), truth, strict=True):
-                    assert found.dtype == right.dtype
-                    assert torch.equal(found, right)
+                found = self._run(inputs, forward, backward)
+                for got, right in zip(found, truth, strict=of not in HALF_TYPES):
+                    assert got.dtype == right.dtype
+                    assert torch.equal(got, right)
 
     # --- memory, determinism, settings ------------------------------------------------------------
 
@@ -445,20 +452,19 @@ class OperatorContract:
             assert with_graph.requires_grad
             assert not a.requires_grad
             torch.testing.assert_close(with_graph.detach(), right)
-            assert torch.equal(a, right)
+            torch.testing.assert_close(a, right)
             assert torch.equal(b, right)
 
     # --- refusals ---------------------------------------------------------------------------------
 
     @pytest.mark.parametrize("bad", [float("nan"), float("inf"), -float("inf")])
-    @pytest.mark.parametrize("place", [0, -1])
     @pytest.mark.parametrize("dtype", [torch.float64, torch.float16])
-    def test_non_finite_input_is_named(self, route, bad, place, dtype):
-        inputs = self.sample(3, dtype=dtype)
-        inputs[0].view(-1)[place] = bad
-        pattern = f"^{self._name()}: {self.argument} must be finite"
-        with pytest.raises(ValueError, match=pattern):
-            self.call(*inputs)
+    def test_non_finite_input_is_named(self, route, bad, dtype):
+        for place in (0, 16, -1):
+            inputs = self.sample(3, dtype=dtype)
+            inputs[0].view(-1)[place] = bad
+            with pytest.raises(ValueError, match=self.finite_message or self._finite()):
+                self.call(*inputs)
 
     def test_bad_arguments_are_named(self, route, refusal):
         pattern = f"^{self._name()}: .*{refusal.message}"
@@ -470,6 +476,9 @@ class OperatorContract:
             type(self).function(np.eye(2))
 
     # --- helpers ----------------------------------------------------------------------------------
+
+    def _finite(self) -> str:
+        return f"^{self._name()}: {self.argument} must be finite"
 
     def _name(self) -> str:
         return self.name or type(self).function.__name__
@@ -497,8 +506,8 @@ class OperatorContract:
         with torch.autocast("cpu", dtype=backward or torch.bfloat16, enabled=backward is not None):
             grads = torch.autograd.grad(total, leaves, create_graph=True)
             squares = torch.stack([g.float().square().sum() for g in grads]).sum()
-            second = torch.autograd.grad(squares, leaves, allow_unused=True)
-        return [y.detach() for y in (*values, *grads, *second) if y is not None]
+            second = torch.autograd.grad(squares, leaves)
+        return [y.detach() for y in (*values, *grads, *second)]
 
 
 class SpectralContract(OperatorContract):
@@ -510,7 +519,10 @@ class SpectralContract(OperatorContract):
     """
 
     smooth = SIMPLE_MATRICES
-    kinks: ClassVar[Mapping[str, Inputs]] = {"clusters": (symmetric_clusters(),)}
+    kinks: ClassVar[Mapping[str, Inputs]] = {
+        "clusters": (symmetric_clusters(),),
+        "rows in another order": (symmetric_clusters().flip(0),),
+    }
     large = (gaussian(5, 20, 30),)
     which: ClassVar[Sequence[str]] = ()
     degree: ClassVar[int | Sequence[int]]
