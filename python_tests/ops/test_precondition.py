@@ -34,6 +34,7 @@ class PreconditionContract(OperatorContract):
     test_non_finite_input_is_named = None  # passed on: test_non_finite_gradient_stays_in_its_row
     # Linear: every higher derivative is zero.
     test_second_derivative_equals_the_reference = None
+    test_second_derivative_is_refused_at_kinks = None
     test_third_derivative_is_refused = None
     test_jacobian_and_hessian = None
     test_something_that_is_no_tensor_is_refused = None
