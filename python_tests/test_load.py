@@ -52,7 +52,6 @@ def run_python(code: str, folder: Path, **changes: str) -> str:
         env=keep | changes,
         capture_output=True,
         text=True,
-        timeout=120,
         check=False,
     )
     assert done.returncode == 0, done.stderr

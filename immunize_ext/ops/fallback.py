@@ -346,7 +346,7 @@ def precondition(grad: Tensor, factor: Tensor, x: Tensor, ridge: float, woodbury
         result = (flat - inner.mT @ x) / ridge
     else:
         result = torch.cholesky_solve(flat.mT, factor).mT
-    return result.reshape(grad.shape).to(grad.dtype)
+    return result.reshape(grad.shape).to(grad.dtype).contiguous()
 
 
 _REFUSAL = (

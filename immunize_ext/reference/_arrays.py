@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import TypeAlias
+from typing import Any, TypeAlias
 
 import numpy as np
 import numpy.typing as npt
@@ -11,8 +11,8 @@ import numpy.typing as npt
 FloatArray: TypeAlias = npt.NDArray[np.float64]
 IntArray: TypeAlias = npt.NDArray[np.int64]
 
+EPS = float(np.finfo(np.float64).eps)
 _SINGLE_EPS = float(np.finfo(np.float32).eps)
-_DOUBLE_EPS = float(np.finfo(np.float64).eps)
 
 
 def eps_of(array: npt.ArrayLike) -> float:
@@ -24,7 +24,7 @@ def eps_of(array: npt.ArrayLike) -> float:
     dtype = np.asarray(array).dtype
     if dtype.kind == "f" and dtype.itemsize < 8:
         return _SINGLE_EPS
-    return _DOUBLE_EPS
+    return EPS
 
 
 def as_matrices(function: str, argument: str, array: npt.ArrayLike) -> FloatArray:
@@ -65,26 +65,32 @@ def require_shape(
         )
 
 
-def map_matrices(
-    function: Callable[..., tuple[npt.NDArray[np.generic], ...]], *batches: FloatArray
-) -> tuple[npt.NDArray[np.generic], ...]:
+def matrices_and_direction(
+    function: str, argument: str, array: npt.ArrayLike, direction: npt.ArrayLike
+) -> tuple[FloatArray, FloatArray]:
+    """Both arguments of a Hessian-vector product, in float64 and of one shape."""
+    matrices = as_matrices(function, argument, array)
+    along = as_matrices(function, "direction", direction)
+    require_shape(function, "direction", along, matrices.shape)
+    return matrices, along
+
+
+def map_matrices(function: Callable[..., tuple[Any, ...]], *batches: FloatArray) -> tuple[Any, ...]:
     """Apply a function of single matrices to every element of equally batched arrays.
 
-    All arrays have the same leading shape and the function gets one matrix of each.  For an empty
-    batch the function is called once on matrices with ones on the diagonal, only to learn the
-    shapes and dtypes of its results.
+    All arrays have the same leading shape and the function gets one matrix of each; it returns
+    arrays and numbers.  For an empty batch the function is called once on matrices with ones on the
+    diagonal, only to learn the shapes and dtypes of its results.
     """
     lead = batches[0].shape[:-2]
     count = int(np.prod(lead, dtype=np.int64))
     flat = [array.reshape((count, *array.shape[-2:])) for array in batches]
     if count == 0:
-        probe = function(*(np.eye(*array.shape[-2:]) for array in batches))
+        probe = map(np.asarray, function(*(np.eye(*array.shape[-2:]) for array in batches)))
         return tuple(np.empty((*lead, *part.shape), dtype=part.dtype) for part in probe)
-    results = [function(*(array[i] for array in flat)) for i in range(count)]
-    return tuple(
-        np.stack([result[j] for result in results]).reshape((*lead, *results[0][j].shape))
-        for j in range(len(results[0]))
-    )
+    columns = zip(*(function(*(array[i] for array in flat)) for i in range(count)), strict=True)
+    stacked = (np.stack([np.asarray(part) for part in column]) for column in columns)
+    return tuple(part.reshape((*lead, *part.shape[1:])) for part in stacked)
 
 
 def symmetric_part(matrix: FloatArray) -> FloatArray:

@@ -12,7 +12,8 @@ import numpy as np
 import numpy.typing as npt
 import scipy.linalg
 
-from immunize_ext.reference._arrays import FloatArray, require_finite
+from immunize_ext.reference._arrays import EPS, FloatArray, require_finite
+from immunize_ext.reference._policy import count_above, numerical_rank
 
 Contradictions: TypeAlias = Literal["raise", "average"]
 
@@ -22,7 +23,6 @@ DEPENDENCE_RTOL = 1e-12
 # Targets of dependent rows may differ by this much, relative to |V| + |W0 C^T|, and still count as
 # equal: the targets of float32 models carry rounding of 1e-7 of their size.
 CONTRADICTION_RTOL = 1e-6
-_EPS = float(np.finfo(np.float64).eps)
 
 
 class MergeProblem(NamedTuple):
@@ -155,7 +155,7 @@ def row_and_null_space(rows: FloatArray, rtol: float) -> tuple[FloatArray, Float
     q: FloatArray = np.asarray(factors[0], dtype=np.float64)
     r = np.asarray(factors[1], dtype=np.float64)
     diagonal = np.abs(np.diagonal(r))
-    rank = int(np.count_nonzero(diagonal > rtol * diagonal[0]))
+    rank = count_above(diagonal, rtol)
     return q[:, :rank], q[:, rank:]
 
 
@@ -190,7 +190,7 @@ def regularization_root(problem: MergeProblem, function: str) -> FloatArray:
     stacked = np.concatenate([problem.c_reg, np.sqrt(problem.ridge) * np.eye(d)], axis=0)
     root: FloatArray = scipy.linalg.qr(stacked, mode="r")[0][:d]
     spectrum = scipy.linalg.svdvals(root)
-    rank = int(np.count_nonzero(spectrum > max(stacked.shape) * _EPS * spectrum[0]))
+    rank = numerical_rank(spectrum, stacked.shape)
     if rank < d:
         raise ValueError(
             f"{function}: Q = c_reg^T c_reg + ridge I must be positive definite, got rank {rank} "
@@ -254,7 +254,7 @@ def pseudo_inverse(t: FloatArray, dependence_rtol: float = DEPENDENCE_RTOL) -> F
                [0.  , 0.  ]])
     """
     values, vectors = scipy.linalg.eigh(t, driver="ev")
-    floor = max(dependence_rtol**2, t.shape[0] * _EPS) * values[-1]
+    floor = max(dependence_rtol**2, t.shape[0] * EPS) * values[-1]
     keep = values > floor
     inverse: FloatArray = (vectors[:, keep] / values[keep]) @ vectors[:, keep].T
     return inverse

@@ -5,39 +5,24 @@ Conventions as in ``spectrum``: sigma_min is the smallest value that counts, unl
 
 from __future__ import annotations
 
+from typing import Unpack
+
 import numpy as np
 import numpy.typing as npt
 
-from immunize_ext.reference._arrays import (
-    FloatArray,
-    as_matrices,
-    per_matrix,
-)
-from immunize_ext.reference._decomposition import (
-    RankPolicy,
-    Tolerances,
-)
-from immunize_ext.reference.spectrum import (
-    extremal_singular_values,
-    extremal_singular_values_gradient,
-    extremal_singular_values_hvp,
-)
+from immunize_ext.reference._arrays import FloatArray
+from immunize_ext.reference._jets import Jet, difference, exponential, logarithm
+from immunize_ext.reference._policy import Tolerances
+from immunize_ext.reference.spectrum import extremal_singular_values, extreme_jet
 
 
-def condition_number(
-    a: npt.ArrayLike,
-    *,
-    rank: RankPolicy = "numerical",
-    rank_rtol: float | None = None,
-    cluster_rtol: float | None = None,
-) -> FloatArray:
+def condition_number(a: npt.ArrayLike, **tolerances: Unpack[Tolerances]) -> FloatArray:
     """Condition number kappa = sigma_max / sigma_min; infinity where sigma_min is 0.
 
     Args:
         a: ``(*, n, p)``.
-        rank: as in :func:`extremal_singular_values`.
-        rank_rtol: as in :func:`extremal_singular_values`.
-        cluster_rtol: as in :func:`extremal_singular_values`.
+        **tolerances: rank, rank_rtol and cluster_rtol, as in
+            :func:`extremal_singular_values`.
 
     Returns:
         ``(*,)`` float64, at least 1.
@@ -49,28 +34,16 @@ def condition_number(
         >>> float(condition_number([[4.0, 0.0], [0.0, 0.5]]))
         8.0
     """
-    extremes = extremal_singular_values(
-        a, rank=rank, rank_rtol=rank_rtol, cluster_rtol=cluster_rtol
-    )
+    extremes = extremal_singular_values(a, **tolerances)
     return _ratio(extremes.sigma_max, extremes.sigma_min)
 
 
-# Derivation.  d kappa = d sigma_max / sigma_min - kappa d sigma_min / sigma_min.  The second factor
-# is written kappa / sigma_min, since sigma_min^2 underflows at 1e-160.
-def condition_number_gradient(
-    a: npt.ArrayLike,
-    *,
-    rank: RankPolicy = "numerical",
-    rank_rtol: float | None = None,
-    cluster_rtol: float | None = None,
-) -> FloatArray:
+def condition_number_gradient(a: npt.ArrayLike, **tolerances: Unpack[Tolerances]) -> FloatArray:
     """Gradient (G_max - kappa G_min) / sigma_min; 0 where kappa is infinite.
 
     Args:
         a: ``(*, n, p)``.
-        rank: as in :func:`extremal_singular_values`.
-        rank_rtol: as in :func:`extremal_singular_values`.
-        cluster_rtol: as in :func:`extremal_singular_values`.
+        **tolerances: as in :func:`condition_number`.
 
     Returns:
         ``(*, n, p)`` float64.
@@ -83,150 +56,18 @@ def condition_number_gradient(
         array([[ 0.5,  0. ],
                [ 0. , -1. ]])
     """
-    options: Tolerances = {"rank_rtol": rank_rtol, "cluster_rtol": cluster_rtol}
-    extremes = extremal_singular_values(a, rank=rank, **options)
-    gradient = extremal_singular_values_gradient(a, rank=rank, **options)
-    positive = extremes.sigma_min > 0
-    sigma_min = per_matrix(np.where(positive, extremes.sigma_min, 1.0))
-    kappa = per_matrix(np.where(positive, _ratio(extremes.sigma_max, extremes.sigma_min), 0.0))
-    result: FloatArray = np.where(
-        positive[..., None, None],
-        (gradient.sigma_max - kappa * gradient.sigma_min) / sigma_min,
-        0.0,
-    )
-    return result
-
-
-def log_condition_number(
-    a: npt.ArrayLike,
-    *,
-    rank: RankPolicy = "numerical",
-    rank_rtol: float | None = None,
-    cluster_rtol: float | None = None,
-) -> FloatArray:
-    """Logarithm log kappa = log sigma_max - log sigma_min; infinity where sigma_min is 0.
-
-    Args:
-        a: ``(*, n, p)``.
-        rank: as in :func:`extremal_singular_values`.
-        rank_rtol: as in :func:`extremal_singular_values`.
-        cluster_rtol: as in :func:`extremal_singular_values`.
-
-    Returns:
-        ``(*,)`` float64.
-
-    Raises:
-        ValueError: as :func:`extremal_singular_values`.
-
-    Example:
-        >>> float(log_condition_number([[1.0, 0.0], [0.0, 1.0]]))
-        0.0
-    """
-    kappa = condition_number(a, rank=rank, rank_rtol=rank_rtol, cluster_rtol=cluster_rtol)
-    return np.log(kappa)
-
-
-def log_condition_number_gradient(
-    a: npt.ArrayLike,
-    *,
-    rank: RankPolicy = "numerical",
-    rank_rtol: float | None = None,
-    cluster_rtol: float | None = None,
-) -> FloatArray:
-    """Gradient G_max / sigma_max - G_min / sigma_min; 0 where kappa is infinite.
-
-    Args:
-        a: ``(*, n, p)``.
-        rank: as in :func:`extremal_singular_values`.
-        rank_rtol: as in :func:`extremal_singular_values`.
-        cluster_rtol: as in :func:`extremal_singular_values`.
-
-    Returns:
-        ``(*, n, p)`` float64.
-
-    Raises:
-        ValueError: as :func:`extremal_singular_values`.
-
-    Example:
-        >>> log_condition_number_gradient([[4.0, 0.0], [0.0, 2.0]])
-        array([[ 0.25,  0.  ],
-               [ 0.  , -0.5 ]])
-    """
-    options: Tolerances = {"rank_rtol": rank_rtol, "cluster_rtol": cluster_rtol}
-    extremes = extremal_singular_values(a, rank=rank, **options)
-    gradient = extremal_singular_values_gradient(a, rank=rank, **options)
-    positive = extremes.sigma_min > 0
-    sigma_max = per_matrix(np.where(positive, extremes.sigma_max, 1.0))
-    sigma_min = per_matrix(np.where(positive, extremes.sigma_min, 1.0))
-    result: FloatArray = np.where(
-        positive[..., None, None],
-        gradient.sigma_max / sigma_max - gradient.sigma_min / sigma_min,
-        0,
-    )
-    return result
-
-
-# Derivation.  With s = <G, E> the slope of an extreme and C its Hessian-vector product,
-# D(G / sigma)[E] = C / sigma - s G / sigma^2; and kappa = exp(log kappa) gives
-# D(kappa grad log kappa)[E] = kappa (<grad log kappa, E> grad log kappa + D(grad log kappa)[E]).
-def log_condition_number_hvp(
-    a: npt.ArrayLike,
-    direction: npt.ArrayLike,
-    *,
-    rank_rtol: float | None = None,
-    cluster_rtol: float | None = None,
-) -> FloatArray:
-    """Hessian of log kappa applied to a direction.
-
-    Args:
-        a: ``(*, n, p)``.
-        direction: ``(*, n, p)``.
-        rank_rtol: as in :func:`extremal_singular_values`.
-        cluster_rtol: as in :func:`extremal_singular_values`.
-
-    Returns:
-        ``(*, n, p)`` float64.
-
-    Raises:
-        ValueError: an extreme is a cluster or zero, or bad arguments.
-
-    Example:
-        >>> log_condition_number_hvp([[4.0, 0.0], [0.0, 2.0]], [[1.0, 0.0], [0.0, 0.0]])
-        array([[-0.0625,  0.    ],
-               [ 0.    ,  0.    ]])
-    """
-    options: Tolerances = {"rank_rtol": rank_rtol, "cluster_rtol": cluster_rtol}
-    directions = as_matrices("log_condition_number_hvp", "direction", direction)
-    top = extremal_singular_values_hvp(a, direction, which="max", **options)
-    bottom = extremal_singular_values_hvp(a, direction, which="min", **options)
-    values = extremal_singular_values(a, **options)
-    gradient = extremal_singular_values_gradient(a, **options)
-
-    def part(sigma: FloatArray, slope: FloatArray, curvature: FloatArray) -> FloatArray:
-        along = np.sum(slope * directions, axis=(-1, -2))
-        piece: FloatArray = (curvature - per_matrix(along / sigma) * slope) / per_matrix(sigma)
-        return piece
-
-    result: FloatArray = part(values.sigma_max, gradient.sigma_max, top) - part(
-        values.sigma_min, gradient.sigma_min, bottom
-    )
-    return result
+    return _kappa("condition_number_gradient", a, **tolerances).gradient
 
 
 def condition_number_hvp(
-    a: npt.ArrayLike,
-    direction: npt.ArrayLike,
-    *,
-    rank_rtol: float | None = None,
-    cluster_rtol: float | None = None,
+    a: npt.ArrayLike, direction: npt.ArrayLike, **tolerances: Unpack[Tolerances]
 ) -> FloatArray:
     """Hessian of kappa applied to a direction.
 
     Args:
         a: ``(*, n, p)``.
         direction: ``(*, n, p)``.
-        rank_rtol: as in :func:`extremal_singular_values`.
-        cluster_rtol: as in :func:`extremal_singular_values`.
+        **tolerances: as in :func:`condition_number`.
 
     Returns:
         ``(*, n, p)`` float64.
@@ -239,13 +80,107 @@ def condition_number_hvp(
         array([[ 0.  ,  0.  ],
                [ 0.  , -0.25]])
     """
-    options: Tolerances = {"rank_rtol": rank_rtol, "cluster_rtol": cluster_rtol}
-    directions = as_matrices("condition_number_hvp", "direction", direction)
-    kappa = per_matrix(condition_number(a, **options))
-    slope = log_condition_number_gradient(a, **options)
-    along = per_matrix(np.sum(slope * directions, axis=(-1, -2)))
-    result: FloatArray = kappa * (along * slope + log_condition_number_hvp(a, direction, **options))
-    return result
+    product = _kappa("condition_number_hvp", a, direction, **tolerances).product
+    assert product is not None
+    return product
+
+
+def log_condition_number(a: npt.ArrayLike, **tolerances: Unpack[Tolerances]) -> FloatArray:
+    """Logarithm log kappa = log sigma_max - log sigma_min; infinity where sigma_min is 0.
+
+    Args:
+        a: ``(*, n, p)``.
+        **tolerances: as in :func:`condition_number`.
+
+    Returns:
+        ``(*,)`` float64.
+
+    Raises:
+        ValueError: as :func:`extremal_singular_values`.
+
+    Example:
+        >>> float(log_condition_number([[1.0, 0.0], [0.0, 1.0]]))
+        0.0
+    """
+    return np.log(condition_number(a, **tolerances))
+
+
+def log_condition_number_gradient(a: npt.ArrayLike, **tolerances: Unpack[Tolerances]) -> FloatArray:
+    """Gradient G_max / sigma_max - G_min / sigma_min; 0 where kappa is infinite.
+
+    Args:
+        a: ``(*, n, p)``.
+        **tolerances: as in :func:`condition_number`.
+
+    Returns:
+        ``(*, n, p)`` float64.
+
+    Raises:
+        ValueError: as :func:`extremal_singular_values`.
+
+    Example:
+        >>> log_condition_number_gradient([[4.0, 0.0], [0.0, 2.0]])
+        array([[ 0.25,  0.  ],
+               [ 0.  , -0.5 ]])
+    """
+    return _log_kappa("log_condition_number_gradient", a, **tolerances).gradient
+
+
+def log_condition_number_hvp(
+    a: npt.ArrayLike, direction: npt.ArrayLike, **tolerances: Unpack[Tolerances]
+) -> FloatArray:
+    """Hessian of log kappa applied to a direction.
+
+    Args:
+        a: ``(*, n, p)``.
+        direction: ``(*, n, p)``.
+        **tolerances: as in :func:`condition_number`.
+
+    Returns:
+        ``(*, n, p)`` float64.
+
+    Raises:
+        ValueError: an extreme is a cluster or zero, or bad arguments.
+
+    Example:
+        >>> log_condition_number_hvp([[4.0, 0.0], [0.0, 2.0]], [[1.0, 0.0], [0.0, 0.0]])
+        array([[-0.0625,  0.    ],
+               [ 0.    ,  0.    ]])
+    """
+    product = _log_kappa("log_condition_number_hvp", a, direction, **tolerances).product
+    assert product is not None
+    return product
+
+
+def _log_kappa(
+    function: str,
+    a: npt.ArrayLike,
+    direction: npt.ArrayLike | None = None,
+    **tolerances: Unpack[Tolerances],
+) -> Jet:
+    """The jet log sigma_max - log sigma_min; gradient 0 where sigma_min is 0."""
+    top, bottom = (
+        extreme_jet(function, "a", a, which, direction, **tolerances) for which in ("max", "min")
+    )
+    positive = bottom.value > 0
+    held = [
+        logarithm(part._replace(value=np.where(positive, part.value, 1.0)))
+        for part in (top, bottom)
+    ]
+    found = difference(*held)
+    return found._replace(gradient=np.where(positive[..., None, None], found.gradient, 0.0))
+
+
+def _kappa(
+    function: str,
+    a: npt.ArrayLike,
+    direction: npt.ArrayLike | None = None,
+    **tolerances: Unpack[Tolerances],
+) -> Jet:
+    """The jet exp log kappa, with kappa as a quotient."""
+    kappa = condition_number(a, **tolerances)
+    finite = np.where(np.isfinite(kappa), kappa, 0.0)
+    return exponential(_log_kappa(function, a, direction, **tolerances), finite)
 
 
 def _ratio(sigma_max: FloatArray, sigma_min: FloatArray) -> FloatArray:

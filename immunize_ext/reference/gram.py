@@ -7,7 +7,7 @@ of the singular values of X.
 
 from __future__ import annotations
 
-from typing import Literal, NamedTuple
+from typing import Literal, NamedTuple, Unpack
 
 import numpy as np
 import numpy.typing as npt
@@ -17,25 +17,11 @@ from immunize_ext.reference._arrays import (
     IntArray,
     as_matrices,
     map_matrices,
-    per_matrix,
-    require_shape,
+    matrices_and_direction,
 )
-from immunize_ext.reference._decomposition import (
-    RankPolicy,
-    Spectrum,
-    Tolerances,
-    checked_tolerances,
-    cluster_mean,
-    decompose,
-    multiplicity_max_of,
-    reported_max,
-    reported_min,
-)
-from immunize_ext.reference.spectrum import (
-    extremal_singular_values,
-    extremal_singular_values_gradient,
-    extremal_singular_values_hvp,
-)
+from immunize_ext.reference._jets import Jet, half_square, jet, scaled
+from immunize_ext.reference._policy import Policy, Tolerances
+from immunize_ext.reference.spectrum import Extreme, Spectrum, extreme_jet
 
 
 class GramExtremes(NamedTuple):
@@ -57,13 +43,7 @@ class GramExtremesGradient(NamedTuple):
     squared_frobenius: FloatArray
 
 
-def gram_extremes(
-    x: npt.ArrayLike,
-    *,
-    rank: RankPolicy = "numerical",
-    rank_rtol: float | None = None,
-    cluster_rtol: float | None = None,
-) -> GramExtremes:
+def gram_extremes(x: npt.ArrayLike, **tolerances: Unpack[Tolerances]) -> GramExtremes:
     """Extremal eigenvalues of K = X^T X and |K|_F^2 from the singular values of X.
 
     lambda_i(K) = sigma_i(X)^2 and |K|_F^2 = sum_i sigma_i^4; K itself is never formed, so
@@ -71,9 +51,8 @@ def gram_extremes(
 
     Args:
         x: ``(*, n, p)`` features.
-        rank: "full" counts all p eigenvalues: with n < p, lambda_min is 0.
-        rank_rtol: in units of the singular values of X.
-        cluster_rtol: in units of the singular values of X.
+        **tolerances: rank ("full" counts all p eigenvalues: with n < p, lambda_min is 0), and
+            rank_rtol and cluster_rtol in units of the singular values of X.
 
     Returns:
         :class:`GramExtremes`.  With rank="full" and a zero eigenvalue, multiplicity_min is
@@ -92,48 +71,26 @@ def gram_extremes(
     """
     name = "gram_extremes"
     matrices = as_matrices(name, "x", x)
-    tolerances = checked_tolerances(name, x, matrices.shape, rank, rank_rtol, cluster_rtol)
+    policy = Policy.of(name, x, **tolerances)
 
-    def one(matrix: FloatArray) -> tuple[npt.NDArray[np.generic], ...]:
-        spectrum = _decompose_gram(matrix, rank, *tolerances)
-        with np.errstate(over="ignore", under="ignore"):
-            fourth = np.sum(spectrum.sigma**4) * spectrum.scale**2 * spectrum.scale**2
-            return (
-                np.asarray(reported_max(spectrum) ** 2),
-                np.asarray(reported_min(spectrum) ** 2),
-                np.asarray(fourth),
-                np.asarray(spectrum.rank, dtype=np.int64),
-                np.asarray(multiplicity_max_of(spectrum), dtype=np.int64),
-                np.asarray(spectrum.multiplicity_min, dtype=np.int64),
-            )
+    def one(matrix: FloatArray) -> tuple[float, float, float, int, int, int]:
+        spectrum = Spectrum.of(matrix, policy, gram=True)
+        largest, smallest, *counts = spectrum.all
+        fourth = np.sum(spectrum.sigma**4) * spectrum.scale**2 * spectrum.scale**2
+        return np.square(largest), np.square(smallest), fourth, *counts
 
-    parts = map_matrices(one, matrices)
-    return GramExtremes(
-        np.asarray(parts[0], dtype=np.float64),
-        np.asarray(parts[1], dtype=np.float64),
-        np.asarray(parts[2], dtype=np.float64),
-        np.asarray(parts[3], dtype=np.int64),
-        np.asarray(parts[4], dtype=np.int64),
-        np.asarray(parts[5], dtype=np.int64),
-    )
+    with np.errstate(over="ignore", under="ignore"):
+        return GramExtremes(*map_matrices(one, matrices))
 
 
-# Derivation.  lambda = sigma(X)^2, so d lambda = 2 sigma u^T dX v.  |K|_F^2 = tr(K K) and
-# dK = dX^T X + X^T dX give d|K|_F^2 = 2 tr(K dK) = 4 tr(K X^T dX), gradient 4 X K = 4 (X X^T) X.
 def gram_extremes_gradient(
-    x: npt.ArrayLike,
-    *,
-    rank: RankPolicy = "numerical",
-    rank_rtol: float | None = None,
-    cluster_rtol: float | None = None,
+    x: npt.ArrayLike, **tolerances: Unpack[Tolerances]
 ) -> GramExtremesGradient:
     """Gradients with respect to X: 2 sigma mean(u v^T) for both extremes, 4 X K for |K|_F^2.
 
     Args:
         x: ``(*, n, p)``.
-        rank: as in :func:`gram_extremes`.
-        rank_rtol: as in :func:`gram_extremes`.
-        cluster_rtol: as in :func:`gram_extremes`.
+        **tolerances: as in :func:`gram_extremes`.
 
     Returns:
         :class:`GramExtremesGradient`, each ``(*, n, p)`` float64.
@@ -147,34 +104,19 @@ def gram_extremes_gradient(
                [0., 4.]])
     """
     name = "gram_extremes_gradient"
-    matrices = as_matrices(name, "x", x)
-    tolerances = checked_tolerances(name, x, matrices.shape, rank, rank_rtol, cluster_rtol)
-
-    def one(matrix: FloatArray) -> tuple[FloatArray, ...]:
-        spectrum = _decompose_gram(matrix, rank, *tolerances)
-        return (
-            2.0 * reported_max(spectrum) * cluster_mean(spectrum, spectrum.first),
-            2.0 * reported_min(spectrum) * cluster_mean(spectrum, spectrum.last),
-        )
-
-    parts = map_matrices(one, matrices)
-    transposed = np.swapaxes(matrices, -1, -2)
-    with np.errstate(over="ignore", under="ignore", invalid="ignore"):
-        frobenius = 4.0 * (matrices @ transposed) @ matrices
     return GramExtremesGradient(
-        np.asarray(parts[0], dtype=np.float64), np.asarray(parts[1], dtype=np.float64), frobenius
+        gram_jet(name, x, "max", **tolerances).gradient,
+        gram_jet(name, x, "min", **tolerances).gradient,
+        squared_frobenius_jet(name, x).gradient,
     )
 
 
-# Derivation.  D(2 sigma u v^T)[E] = 2 (u^T E v) u v^T + 2 sigma D(u v^T)[E], and
-# D(4 X X^T X)[E] = 4 (E X^T X + X E^T X + X X^T E).
 def gram_extremes_hvp(
     x: npt.ArrayLike,
     direction: npt.ArrayLike,
     *,
     which: Literal["max", "min", "squared_frobenius"],
-    rank_rtol: float | None = None,
-    cluster_rtol: float | None = None,
+    **tolerances: Unpack[Tolerances],
 ) -> FloatArray:
     """Hessian of lambda_max, lambda_min or |K|_F^2 with respect to X, applied to a direction.
 
@@ -182,8 +124,7 @@ def gram_extremes_hvp(
         x: ``(*, n, p)``.
         direction: ``(*, n, p)``.
         which: "max", "min" (the smallest counted eigenvalue) or "squared_frobenius".
-        rank_rtol: as in :func:`gram_extremes`.
-        cluster_rtol: as in :func:`gram_extremes`.
+        **tolerances: as in :func:`gram_extremes`.
 
     Returns:
         ``(*, n, p)`` float64.
@@ -196,33 +137,43 @@ def gram_extremes_hvp(
         array([[48.]])
     """
     name = "gram_extremes_hvp"
-    matrices = as_matrices(name, "x", x)
-    directions = as_matrices(name, "direction", direction)
-    require_shape(name, "direction", directions, matrices.shape)
-    if which == "squared_frobenius":
-        xt = np.swapaxes(matrices, -1, -2)
-        et = np.swapaxes(directions, -1, -2)
-        product: FloatArray = 4.0 * (
-            directions @ (xt @ matrices) + matrices @ (et @ matrices) + matrices @ (xt @ directions)
-        )
-        return product
-    options: Tolerances = {"rank_rtol": rank_rtol, "cluster_rtol": cluster_rtol}
-    curvature = extremal_singular_values_hvp(x, direction, which=which, **options)
-    values = extremal_singular_values(x, **options)
-    gradients = extremal_singular_values_gradient(x, **options)
-    sigma = values.sigma_max if which == "max" else values.sigma_min
-    gradient = gradients.sigma_max if which == "max" else gradients.sigma_min
-    slope = np.sum(gradient * directions, axis=(-1, -2))
-    result: FloatArray = 2.0 * per_matrix(slope) * gradient + 2.0 * per_matrix(sigma) * curvature
-    return result
+    found = (
+        squared_frobenius_jet(name, x, direction)
+        if which == "squared_frobenius"
+        else gram_jet(name, x, which, direction, **tolerances)
+    )
+    assert found.product is not None
+    return found.product
 
 
-def _decompose_gram(
-    matrix: FloatArray, rank: RankPolicy, rank_rtol: float, cluster_rtol: float
-) -> Spectrum:
-    """As :func:`decompose`, with the p - min(n, p) zero eigenvalues of K counted for "full"."""
-    spectrum = decompose(matrix, rank, rank_rtol, cluster_rtol)
-    missing = matrix.shape[1] - spectrum.rank
-    if spectrum.rank == 0 or (rank == "full" and missing):
-        return spectrum._replace(last=slice(0, 0), multiplicity_min=missing)
-    return spectrum
+# Derivation.  lambda = sigma(X)^2 is twice the half square of sigma, so d lambda = 2 sigma u^T dX v
+# and D(2 sigma u v^T)[E] = 2 (u^T E v) u v^T + 2 sigma D(u v^T)[E].
+def gram_jet(
+    function: str,
+    x: npt.ArrayLike,
+    which: Extreme,
+    direction: npt.ArrayLike | None = None,
+    **tolerances: Unpack[Tolerances],
+) -> Jet:
+    """An extreme eigenvalue of K as a function of X."""
+    sigma = extreme_jet(function, "x", x, which, direction, gram=True, **tolerances)
+    return scaled(half_square(sigma), 2.0)
+
+
+# Derivation.  dK = dX^T X + X^T dX gives d|K|_F^2 = 2 tr(K dK) = 4 tr(K X^T dX), gradient
+# 4 X K = 4 (X X^T) X, and D(4 X X^T X)[E] = 4 (E X^T X + X E^T X + X X^T E).
+def squared_frobenius_jet(
+    function: str, x: npt.ArrayLike, direction: npt.ArrayLike | None = None
+) -> Jet:
+    """|K|_F^2 as a function of X; |X X^T|_F^2 is the same number."""
+    matrices = as_matrices(function, "x", x)
+    xt = np.swapaxes(matrices, -1, -2)
+    with np.errstate(over="ignore", under="ignore", invalid="ignore"):
+        gram = matrices @ xt
+        value, gradient = np.sum(gram**2, axis=(-1, -2)), 4.0 * gram @ matrices
+    if direction is None:
+        return jet(value, gradient)
+    _, along = matrices_and_direction(function, "x", x, direction)
+    et = np.swapaxes(along, -1, -2)
+    product = 4.0 * (along @ (xt @ matrices) + matrices @ (et @ matrices) + gram @ along)
+    return jet(value, gradient, along, product)

@@ -12,7 +12,7 @@ import numpy as np
 import numpy.typing as npt
 import scipy.linalg
 
-from immunize_ext.reference._arrays import FloatArray
+from immunize_ext.reference._arrays import EPS, FloatArray
 from immunize_ext.reference._merge_problem import (
     CONTRADICTION_RTOL,
     DEPENDENCE_RTOL,
@@ -23,8 +23,6 @@ from immunize_ext.reference._merge_problem import (
     single_candidates,
     single_problems,
 )
-
-_EPS = float(np.finfo(np.float64).eps)
 
 
 class MergeResiduals(NamedTuple):
@@ -230,7 +228,7 @@ def _residuals(problem: MergeProblem, w: FloatArray) -> tuple[float, float]:
     size += float(np.linalg.norm(misfit_soft) * np.linalg.norm(c_s))
     pulls = (np.linalg.norm(w) * np.linalg.norm(c_s, axis=1) + np.linalg.norm(v_s, axis=0)) / nu
     rounding += float(np.sum(pulls * np.linalg.norm(c_s, axis=1)))
-    excess = float(np.linalg.norm(gradient @ null)) - 16 * _EPS * rounding
+    excess = float(np.linalg.norm(gradient @ null)) - 16 * EPS * rounding
     stationarity = max(excess, 0.0) / size if size > 0 else 0.0
     return feasibility, stationarity
 

@@ -21,10 +21,9 @@ import numpy as np
 import numpy.typing as npt
 import scipy.linalg
 
-from immunize_ext.reference._arrays import FloatArray, as_matrices, require_finite
+from immunize_ext.reference._arrays import EPS, FloatArray, as_matrices, require_finite
 from immunize_ext.reference._merge_problem import absolute_ridge
-
-_EPS = float(np.finfo(np.float64).eps)
+from immunize_ext.reference._policy import numerical_rank
 
 
 def preconditioned_gradient(
@@ -123,8 +122,8 @@ def _require_definite(
     n, p = shape
     smallest = float(sigma[-1]) ** 2 if n >= p else 0.0
     largest = float(sigma[0]) ** 2
-    if smallest + ridge <= (max(n, p) * _EPS) ** 2 * (largest + ridge):
-        rank = int(np.count_nonzero(sigma > max(n, p) * _EPS * sigma[0]))
+    if smallest + ridge <= (max(n, p) * EPS) ** 2 * (largest + ridge):
+        rank = numerical_rank(sigma, shape)
         raise ValueError(
             f"{function}: K = x^T x + ridge I must be positive definite, got rank {rank} of {p} "
             f"with ridge {ridge:g}; pass ridge > 0"

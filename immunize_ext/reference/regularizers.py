@@ -35,33 +35,21 @@ and likewise 2 p R_well = sum_i (sigma_max - sigma_i)(sigma_max + sigma_i) + (p 
 D is 0 iff all counted singular values are equal and none is left out: R_ill is infinite there, and
 a ``ValueError`` says so.
 
-Derivation of the Hessian-vector products along E, with C the Hessian-vector product of sigma and
-s = <u v^T, E> its slope:  D(sigma u v^T)[E] = s u v^T + sigma C, so
-
-    R_well:  s u v^T + sigma_max C - E / p
-    R_ill :  2 <grad D, E> grad D / D^3 - (E / k - s u v^T - sigma_min C) / D^2.
+Hessian-vector products follow by the rules of ``_jets``.
 """
 
 from __future__ import annotations
 
+from typing import Literal, Unpack
+
 import numpy as np
 import numpy.typing as npt
 
-from immunize_ext.reference._arrays import (
-    FloatArray,
-    as_matrices,
-    eps_of,
-    per_matrix,
-    require_shape,
-)
-from immunize_ext.reference._decomposition import Tolerances, default_rtol
-from immunize_ext.reference.gram import gram_extremes, gram_extremes_gradient, gram_extremes_hvp
-from immunize_ext.reference.spectrum import (
-    extremal_singular_values,
-    extremal_singular_values_gradient,
-    extremal_singular_values_hvp,
-    singular_values,
-)
+from immunize_ext.reference._arrays import FloatArray, as_matrices, matrices_and_direction
+from immunize_ext.reference._jets import Jet, difference, divided, half_square, jet, reciprocal
+from immunize_ext.reference._policy import Policy, Tolerances
+from immunize_ext.reference.gram import gram_jet, squared_frobenius_jet
+from immunize_ext.reference.spectrum import Extreme, extreme_jet, singular_values
 
 
 def r_well(s: npt.ArrayLike, *, p: float | None = None) -> FloatArray:
@@ -81,20 +69,18 @@ def r_well(s: npt.ArrayLike, *, p: float | None = None) -> FloatArray:
         >>> print(f"{float(r_well([[3.0, 0.0, 0.0], [0.0, 2.0, 0.0], [0.0, 0.0, 1.0]])):.6f}")
         2.166667
     """
-    matrices = as_matrices("r_well", "s", s)
-    width = _width("r_well", "p", p, min(matrices.shape[-2:]))
-    return _well_value(singular_values(matrices), width)
+    return _well("r_well", s, p, gram=False)
 
 
 def r_well_gradient(
-    s: npt.ArrayLike, *, p: float | None = None, cluster_rtol: float | None = None
+    s: npt.ArrayLike, *, p: float | None = None, **tolerances: Unpack[Tolerances]
 ) -> FloatArray:
     """Gradient sigma_max mean(u v^T) - S / p.
 
     Args:
         s: ``(*, n, q)``.
         p: as in :func:`r_well`.
-        cluster_rtol: as in ``spectrum.extremal_singular_values``.
+        **tolerances: as in ``spectrum.extremal_singular_values``.
 
     Returns:
         ``(*, n, q)`` float64.
@@ -106,12 +92,7 @@ def r_well_gradient(
         >>> float(abs(r_well_gradient([[2.0, 0.0], [0.0, 2.0]])).max())
         0.0
     """
-    matrices = as_matrices("r_well_gradient", "s", s)
-    width = _width("r_well_gradient", "p", p, min(matrices.shape[-2:]))
-    sigma = extremal_singular_values(s, cluster_rtol=cluster_rtol).sigma_max
-    slope = extremal_singular_values_gradient(s, cluster_rtol=cluster_rtol).sigma_max
-    gradient: FloatArray = per_matrix(sigma) * slope - matrices / width
-    return gradient
+    return _well_jet("r_well_gradient", s, None, p, gram=False, **tolerances).gradient
 
 
 def r_well_hvp(
@@ -119,7 +100,7 @@ def r_well_hvp(
     direction: npt.ArrayLike,
     *,
     p: float | None = None,
-    cluster_rtol: float | None = None,
+    **tolerances: Unpack[Tolerances],
 ) -> FloatArray:
     """Hessian of R_well applied to a direction.
 
@@ -127,7 +108,7 @@ def r_well_hvp(
         s: ``(*, n, q)``.
         direction: ``(*, n, q)``.
         p: as in :func:`r_well_gradient`.
-        cluster_rtol: as in :func:`r_well_gradient`.
+        **tolerances: as in ``spectrum.extremal_singular_values``.
 
     Returns:
         ``(*, n, q)`` float64.
@@ -140,24 +121,20 @@ def r_well_hvp(
         array([[0.5, 0. ],
                [0. , 0. ]])
     """
-    matrices, along = _with_direction("r_well_hvp", "s", s, direction)
-    width = _width("r_well_hvp", "p", p, min(matrices.shape[-2:]))
-    sigma = extremal_singular_values(s, cluster_rtol=cluster_rtol).sigma_max
-    gradient = extremal_singular_values_gradient(s, cluster_rtol=cluster_rtol).sigma_max
-    curvature = extremal_singular_values_hvp(s, along, which="max", cluster_rtol=cluster_rtol)
-    product: FloatArray = _square_hvp(sigma, gradient, curvature, along) - along / width
+    product = _well_jet("r_well_hvp", s, direction, p, gram=False, **tolerances).product
+    assert product is not None
     return product
 
 
 def r_ill(
-    s: npt.ArrayLike, *, k: float | None = None, rank_rtol: float | None = None
+    s: npt.ArrayLike, *, k: float | None = None, **tolerances: Unpack[Tolerances]
 ) -> FloatArray:
     """R_ill(S) = 1 / (|S|_F^2 / (2 k) - sigma_min^2 / 2); 0 in the limit of infinite kappa.
 
     Args:
         s: ``(*, n, q)``.
         k: the width that normalises the Frobenius part; default the numerical rank of each matrix.
-        rank_rtol: as in ``spectrum.extremal_singular_values``.
+        **tolerances: as in ``spectrum.extremal_singular_values``.
 
     Returns:
         ``(*,)`` float64, positive for the default k.
@@ -170,24 +147,18 @@ def r_ill(
         >>> print(f"{float(r_ill([[3.0, 0.0, 0.0], [0.0, 2.0, 0.0], [0.0, 0.0, 1.0]])):.6f}")
         0.545455
     """
-    denominator: FloatArray = _ill_denominator("r_ill", "s", s, k, rank_rtol, power=1)
-    return 1.0 / denominator
+    return 1.0 / _ill_denominator("r_ill", s, k, gram=False, **tolerances)[0]
 
 
 def r_ill_gradient(
-    s: npt.ArrayLike,
-    *,
-    k: float | None = None,
-    rank_rtol: float | None = None,
-    cluster_rtol: float | None = None,
+    s: npt.ArrayLike, *, k: float | None = None, **tolerances: Unpack[Tolerances]
 ) -> FloatArray:
     """Gradient (sigma_min mean(u v^T) - S / k) / D^2.
 
     Args:
         s: ``(*, n, q)``.
         k: as in :func:`r_ill`.
-        rank_rtol: as in :func:`r_ill`.
-        cluster_rtol: as in ``spectrum.extremal_singular_values``.
+        **tolerances: as in ``spectrum.extremal_singular_values``.
 
     Returns:
         ``(*, n, q)`` float64.
@@ -196,20 +167,11 @@ def r_ill_gradient(
         ValueError: as :func:`r_ill`.
 
     Example:
-        >>> r_ill_gradient([[3.0, 0.0], [0.0, 1.0]])
+        >>> r_ill_gradient([[3.0, 0.0], [0.0, 1.0]]) + 0.0
         array([[-0.375,  0.   ],
                [ 0.   ,  0.125]])
     """
-    matrices = as_matrices("r_ill_gradient", "s", s)
-    denominator = _ill_denominator("r_ill_gradient", "s", s, k, rank_rtol, power=1)
-    options: Tolerances = {"rank_rtol": rank_rtol, "cluster_rtol": cluster_rtol}
-    extremes = extremal_singular_values(s, **options)
-    slope = extremal_singular_values_gradient(s, **options).sigma_min
-    width = per_matrix(_rank_width("r_ill_gradient", k, extremes.rank))
-    gradient: FloatArray = (per_matrix(extremes.sigma_min) * slope - matrices / width) / per_matrix(
-        denominator
-    ) ** 2
-    return gradient
+    return _ill_jet("r_ill_gradient", s, None, k, gram=False, **tolerances).gradient
 
 
 def r_ill_hvp(
@@ -217,8 +179,7 @@ def r_ill_hvp(
     direction: npt.ArrayLike,
     *,
     k: float | None = None,
-    rank_rtol: float | None = None,
-    cluster_rtol: float | None = None,
+    **tolerances: Unpack[Tolerances],
 ) -> FloatArray:
     """Hessian of R_ill applied to a direction.
 
@@ -226,8 +187,7 @@ def r_ill_hvp(
         s: ``(*, n, q)``.
         direction: ``(*, n, q)``.
         k: as in :func:`r_ill_gradient`.
-        rank_rtol: as in :func:`r_ill_gradient`.
-        cluster_rtol: as in :func:`r_ill_gradient`.
+        **tolerances: as in ``spectrum.extremal_singular_values``.
 
     Returns:
         ``(*, n, q)`` float64.
@@ -240,16 +200,9 @@ def r_ill_hvp(
         array([[ 0.4375,  0.    ],
                [ 0.    , -0.1875]])
     """
-    matrices, along = _with_direction("r_ill_hvp", "s", s, direction)
-    denominator = _ill_denominator("r_ill_hvp", "s", s, k, rank_rtol, power=1)
-    options: Tolerances = {"rank_rtol": rank_rtol, "cluster_rtol": cluster_rtol}
-    extremes = extremal_singular_values(s, **options)
-    gradient = extremal_singular_values_gradient(s, **options).sigma_min
-    curvature = extremal_singular_values_hvp(s, along, which="min", **options)
-    width = per_matrix(_rank_width("r_ill_hvp", k, extremes.rank))
-    grad_d = matrices / width - per_matrix(extremes.sigma_min) * gradient
-    second = along / width - _square_hvp(extremes.sigma_min, gradient, curvature, along)
-    return _reciprocal_hvp(denominator, grad_d, second, along)
+    product = _ill_jet("r_ill_hvp", s, direction, k, gram=False, **tolerances).product
+    assert product is not None
+    return product
 
 
 def gram_r_well(x: npt.ArrayLike, *, p: float | None = None) -> FloatArray:
@@ -269,20 +222,19 @@ def gram_r_well(x: npt.ArrayLike, *, p: float | None = None) -> FloatArray:
         >>> float(gram_r_well([[2.0, 0.0], [0.0, 1.0]]))
         3.75
     """
-    matrices = as_matrices("gram_r_well", "x", x)
-    width = _width("gram_r_well", "p", p, matrices.shape[-1])
-    return _well_value(singular_values(matrices) ** 2, width)
+    return _well("gram_r_well", x, p, gram=True)
 
 
 def gram_r_well_gradient(
-    x: npt.ArrayLike, *, p: float | None = None, cluster_rtol: float | None = None
+    x: npt.ArrayLike, *, p: float | None = None, **tolerances: Unpack[Tolerances]
 ) -> FloatArray:
     """Gradient with respect to X: lambda_max grad lambda_max - 2 X K / p.
 
     Args:
         x: ``(*, n, p)``.
         p: as in :func:`gram_r_well`.
-        cluster_rtol: in units of the singular values of X.
+        **tolerances: as in ``spectrum.extremal_singular_values``, in units of the singular
+            values of X.
 
     Returns:
         ``(*, n, p)`` float64.
@@ -295,14 +247,7 @@ def gram_r_well_gradient(
         array([[ 8.,  0.],
                [ 0., -1.]])
     """
-    matrices = as_matrices("gram_r_well_gradient", "x", x)
-    width = _width("gram_r_well_gradient", "p", p, matrices.shape[-1])
-    extremes = gram_extremes(x, cluster_rtol=cluster_rtol)
-    slopes = gram_extremes_gradient(x, cluster_rtol=cluster_rtol)
-    gradient: FloatArray = per_matrix(
-        extremes.lambda_max
-    ) * slopes.lambda_max - slopes.squared_frobenius / (2.0 * width)
-    return gradient
+    return _well_jet("gram_r_well_gradient", x, None, p, gram=True, **tolerances).gradient
 
 
 def gram_r_well_hvp(
@@ -310,7 +255,7 @@ def gram_r_well_hvp(
     direction: npt.ArrayLike,
     *,
     p: float | None = None,
-    cluster_rtol: float | None = None,
+    **tolerances: Unpack[Tolerances],
 ) -> FloatArray:
     """Hessian of R_well(X^T X) with respect to X, applied to a direction.
 
@@ -318,7 +263,8 @@ def gram_r_well_hvp(
         x: ``(*, n, p)``.
         direction: ``(*, n, p)``.
         p: as in :func:`gram_r_well_gradient`.
-        cluster_rtol: as in :func:`gram_r_well_gradient`.
+        **tolerances: as in ``spectrum.extremal_singular_values``, in units of the singular
+            values of X.
 
     Returns:
         ``(*, n, p)`` float64.
@@ -331,25 +277,21 @@ def gram_r_well_hvp(
         array([[12.,  0.],
                [ 0.,  0.]])
     """
-    matrices, along = _with_direction("gram_r_well_hvp", "x", x, direction)
-    width = _width("gram_r_well_hvp", "p", p, matrices.shape[-1])
-    value = gram_extremes(x, cluster_rtol=cluster_rtol).lambda_max
-    gradient = gram_extremes_gradient(x, cluster_rtol=cluster_rtol).lambda_max
-    curvature = gram_extremes_hvp(x, along, which="max", cluster_rtol=cluster_rtol)
-    frobenius = gram_extremes_hvp(x, along, which="squared_frobenius")
-    product: FloatArray = _square_hvp(value, gradient, curvature, along) - frobenius / (2.0 * width)
+    product = _well_jet("gram_r_well_hvp", x, direction, p, gram=True, **tolerances).product
+    assert product is not None
     return product
 
 
 def gram_r_ill(
-    x: npt.ArrayLike, *, k: float | None = None, rank_rtol: float | None = None
+    x: npt.ArrayLike, *, k: float | None = None, **tolerances: Unpack[Tolerances]
 ) -> FloatArray:
     """R_ill of K = X^T X from the singular values of X; k defaults to the numerical rank of X.
 
     Args:
         x: ``(*, n, p)`` features.
         k: the width that normalises |K|_F^2.
-        rank_rtol: in units of the singular values of X.
+        **tolerances: as in ``spectrum.extremal_singular_values``, in units of the singular
+            values of X.
 
     Returns:
         ``(*,)`` float64.
@@ -361,24 +303,19 @@ def gram_r_ill(
         >>> print(f"{float(gram_r_ill([[2.0, 0.0], [0.0, 1.0]])):.6f}")
         0.266667
     """
-    denominator: FloatArray = _ill_denominator("gram_r_ill", "x", x, k, rank_rtol, power=2)
-    return 1.0 / denominator
+    return 1.0 / _ill_denominator("gram_r_ill", x, k, gram=True, **tolerances)[0]
 
 
 def gram_r_ill_gradient(
-    x: npt.ArrayLike,
-    *,
-    k: float | None = None,
-    rank_rtol: float | None = None,
-    cluster_rtol: float | None = None,
+    x: npt.ArrayLike, *, k: float | None = None, **tolerances: Unpack[Tolerances]
 ) -> FloatArray:
     """Gradient with respect to X: (lambda_min grad lambda_min - 2 X K / k) / D^2.
 
     Args:
         x: ``(*, n, p)``.
         k: as in :func:`gram_r_ill`.
-        rank_rtol: as in :func:`gram_r_ill`.
-        cluster_rtol: in units of the singular values of X.
+        **tolerances: as in ``spectrum.extremal_singular_values``, in units of the singular
+            values of X.
 
     Returns:
         ``(*, n, p)`` float64.
@@ -391,16 +328,7 @@ def gram_r_ill_gradient(
         [[-0.568889  0.      ]
          [ 0.        0.071111]]
     """
-    denominator = _ill_denominator("gram_r_ill_gradient", "x", x, k, rank_rtol, power=2)
-    options: Tolerances = {"rank_rtol": rank_rtol, "cluster_rtol": cluster_rtol}
-    extremes = gram_extremes(x, **options)
-    slopes = gram_extremes_gradient(x, **options)
-    width = per_matrix(_rank_width("gram_r_ill_gradient", k, extremes.rank))
-    gradient: FloatArray = (
-        per_matrix(extremes.lambda_min) * slopes.lambda_min
-        - slopes.squared_frobenius / (2.0 * width)
-    ) / per_matrix(denominator) ** 2
-    return gradient
+    return _ill_jet("gram_r_ill_gradient", x, None, k, gram=True, **tolerances).gradient
 
 
 def gram_r_ill_hvp(
@@ -408,8 +336,7 @@ def gram_r_ill_hvp(
     direction: npt.ArrayLike,
     *,
     k: float | None = None,
-    rank_rtol: float | None = None,
-    cluster_rtol: float | None = None,
+    **tolerances: Unpack[Tolerances],
 ) -> FloatArray:
     """Hessian of R_ill(X^T X) with respect to X, applied to a direction.
 
@@ -417,8 +344,8 @@ def gram_r_ill_hvp(
         x: ``(*, n, p)``.
         direction: ``(*, n, p)``.
         k: as in :func:`gram_r_ill_gradient`.
-        rank_rtol: as in :func:`gram_r_ill_gradient`.
-        cluster_rtol: as in :func:`gram_r_ill_gradient`.
+        **tolerances: as in ``spectrum.extremal_singular_values``, in units of the singular
+            values of X.
 
     Returns:
         ``(*, n, p)`` float64.
@@ -432,26 +359,16 @@ def gram_r_ill_hvp(
         [[ 1.573926  0.      ]
          [ 0.       -0.303407]]
     """
-    _, along = _with_direction("gram_r_ill_hvp", "x", x, direction)
-    denominator = _ill_denominator("gram_r_ill_hvp", "x", x, k, rank_rtol, power=2)
-    options: Tolerances = {"rank_rtol": rank_rtol, "cluster_rtol": cluster_rtol}
-    extremes = gram_extremes(x, **options)
-    slopes = gram_extremes_gradient(x, **options)
-    curvature = gram_extremes_hvp(x, along, which="min", **options)
-    frobenius = gram_extremes_hvp(x, along, which="squared_frobenius")
-    width = per_matrix(_rank_width("gram_r_ill_hvp", k, extremes.rank))
-    grad_d = (
-        slopes.squared_frobenius / (2.0 * width)
-        - per_matrix(extremes.lambda_min) * slopes.lambda_min
-    )
-    second = frobenius / (2.0 * width) - _square_hvp(
-        extremes.lambda_min, slopes.lambda_min, curvature, along
-    )
-    return _reciprocal_hvp(denominator, grad_d, second, along)
+    product = _ill_jet("gram_r_ill_hvp", x, direction, k, gram=True, **tolerances).product
+    assert product is not None
+    return product
 
 
-def _well_value(sigma: FloatArray, width: float) -> FloatArray:
+def _well(function: str, array: npt.ArrayLike, p: float | None, *, gram: bool) -> FloatArray:
     """sigma_1^2 / 2 - sum sigma_i^2 / (2 p) from differences, exactly 0 for equal values."""
+    matrices = as_matrices(function, "x" if gram else "s", array)
+    sigma = singular_values(matrices) ** (2 if gram else 1)
+    width = _well_width(function, matrices, p, gram=gram)
     largest = sigma[..., :1]
     differences = np.sum((largest - sigma) * (largest + sigma), axis=-1)
     # p values of which the last p - m are zero contribute sigma_1^2 each.
@@ -460,35 +377,102 @@ def _well_value(sigma: FloatArray, width: float) -> FloatArray:
     return total / (2.0 * width)
 
 
+def _well_jet(
+    function: str,
+    array: npt.ArrayLike,
+    direction: npt.ArrayLike | None,
+    p: float | None,
+    *,
+    gram: bool,
+    **tolerances: Unpack[Tolerances],
+) -> Jet:
+    """sigma_max^2 / 2 - |S|_F^2 / (2 p)."""
+    frobenius = _frobenius(function, array, direction, gram=gram)
+    width = _well_width(function, frobenius.gradient, p, gram=gram)
+    top = _extreme(function, array, "max", direction, gram=gram, **tolerances)
+    return difference(half_square(top), divided(frobenius, 2.0 * width))
+
+
+def _ill_jet(
+    function: str,
+    array: npt.ArrayLike,
+    direction: npt.ArrayLike | None,
+    k: float | None,
+    *,
+    gram: bool,
+    **tolerances: Unpack[Tolerances],
+) -> Jet:
+    """1 / D with D = |S|_F^2 / (2 k) - sigma_min^2 / 2, the value of D from differences."""
+    denominator, width = _ill_denominator(function, array, k, gram=gram, **tolerances)
+    frobenius = _frobenius(function, array, direction, gram=gram)
+    bottom = _extreme(function, array, "min", direction, gram=gram, **tolerances)
+    d = difference(divided(frobenius, 2.0 * width), half_square(bottom))
+    return reciprocal(d._replace(value=denominator))
+
+
+def _extreme(
+    function: str,
+    array: npt.ArrayLike,
+    which: Extreme,
+    direction: npt.ArrayLike | None,
+    *,
+    gram: bool,
+    **tolerances: Unpack[Tolerances],
+) -> Jet:
+    """An extreme of S, or of K as a function of X."""
+    if gram:
+        return gram_jet(function, array, which, direction, **tolerances)
+    return extreme_jet(function, "s", array, which, direction, **tolerances)
+
+
+def _frobenius(
+    function: str, array: npt.ArrayLike, direction: npt.ArrayLike | None, *, gram: bool
+) -> Jet:
+    """|S|_F^2, or |K|_F^2 as a function of X."""
+    if gram:
+        return squared_frobenius_jet(function, array, direction)
+    matrices = as_matrices(function, "s", array)
+    with np.errstate(over="ignore", under="ignore"):
+        value = np.sum(matrices**2, axis=(-1, -2))
+    if direction is None:
+        return jet(value, 2.0 * matrices)
+    _, along = matrices_and_direction(function, "s", array, direction)
+    return jet(value, 2.0 * matrices, along, 2.0 * along)
+
+
 def _ill_denominator(
     function: str,
-    argument: str,
     array: npt.ArrayLike,
     k: float | None,
-    rank_rtol: float | None,
     *,
-    power: int,
-) -> FloatArray:
-    """D of S (power 1) or of K = X^T X (power 2), from differences; raises where it is 0."""
+    gram: bool,
+    **tolerances: Unpack[Tolerances],
+) -> tuple[FloatArray, FloatArray]:
+    """D of S or of K = X^T X from differences, and k; raises where D is 0."""
+    argument: Literal["x", "s"] = "x" if gram else "s"
+    power = 2 if gram else 1
     matrices = as_matrices(function, argument, array)
-    default = default_rtol(matrices.shape, eps_of(array))
-    tolerance = default if rank_rtol is None else rank_rtol
+    policy = Policy.of(function, array, **tolerances)
     sigma = singular_values(matrices)
     largest = sigma[..., :1]
     # Relative to the largest, so that squares of tiny or huge singular values lose nothing before
     # the decision; a zero matrix keeps its zeros.
     unit = sigma / np.where(largest > 0, largest, 1.0)
-    counts = (unit > tolerance).astype(np.float64)
+    counts = unit > policy.rank_rtol
     rank = np.sum(counts, axis=-1)
-    width = _rank_width(function, k, rank)
+    # Rank 0 has D = 0 and is refused before this is used.
+    width = np.maximum(rank, 1.0) if k is None else np.full(rank.shape, _width(function, "k", k))
     values = unit**power
-    last = np.maximum(rank.astype(np.int64) - 1, 0)
-    smallest = np.take_along_axis(values, last[..., None], axis=-1)
-    differences = counts * (values - smallest) * (values + smallest) + (1.0 - counts) * values**2
-    total = np.sum(differences, axis=-1) + (rank - width) * smallest[..., 0] ** 2
+    side = matrices.shape[-1] if gram else unit.shape[-1]
+    last = np.maximum(rank - 1, 0)[..., None]
+    smallest = np.take_along_axis(values, last, axis=-1)
+    if policy.rank == "full":
+        smallest = np.where(rank[..., None] < side, 0.0, smallest)
+    squares = np.where(counts, (values - smallest) * (values + smallest), values**2)
+    total = np.sum(squares, axis=-1) + (rank - width) * smallest[..., 0] ** 2
     denominator = total / (2.0 * width)
     # What rounding of the singular values alone can produce where D is 0.
-    equal = np.abs(denominator) <= 4.0 * power * default
+    equal = np.abs(denominator) <= 4.0 * power * policy.default
     if np.any(equal):
         first = tuple(int(i[0]) for i in np.nonzero(np.atleast_1d(equal)))
         where = f" at batch index {first}" if denominator.ndim else ""
@@ -499,50 +483,19 @@ def _ill_denominator(
         )
     with np.errstate(over="ignore", under="ignore"):
         result: FloatArray = denominator * (largest[..., 0] ** power) ** 2
-    return result
+    return result, width
 
 
-def _square_hvp(
-    value: FloatArray, gradient: FloatArray, curvature: FloatArray, along: FloatArray
-) -> FloatArray:
-    """Hessian-vector product of value^2 / 2."""
-    slope = np.sum(gradient * along, axis=(-1, -2))
-    product: FloatArray = per_matrix(slope) * gradient + per_matrix(value) * curvature
-    return product
+def _well_width(function: str, matrices: FloatArray, p: float | None, *, gram: bool) -> float:
+    """P as given; default the number of values that S or K has."""
+    n, q = matrices.shape[-2:]
+    return float(q if gram else min(n, q)) if p is None else _width(function, "p", p)
 
 
-def _reciprocal_hvp(
-    value: FloatArray, gradient: FloatArray, curvature: FloatArray, along: FloatArray
-) -> FloatArray:
-    """Hessian-vector product of 1 / value."""
-    slope = np.sum(gradient * along, axis=(-1, -2))
-    product: FloatArray = (
-        2.0 * per_matrix(slope / value**3) * gradient - curvature / per_matrix(value) ** 2
-    )
-    return product
-
-
-def _width(function: str, name: str, given: float | None, default: int) -> float:
-    width = float(default) if given is None else float(given)
-    if not width > 0 or not np.isfinite(width):
+def _width(function: str, name: str, given: float) -> float:
+    if not given > 0 or not np.isfinite(given):
         raise ValueError(
             f"{function}: {name} must be positive and finite, got {given}; "
             "leave it out for the default"
         )
-    return width
-
-
-def _rank_width(function: str, k: float | None, rank: npt.NDArray[np.generic]) -> FloatArray:
-    ranks = np.asarray(rank, dtype=np.float64)
-    if k is None:
-        return np.maximum(ranks, 1.0)  # rank 0 has D = 0 and is refused before this is used
-    return np.full(ranks.shape, _width(function, "k", k, 1))
-
-
-def _with_direction(
-    function: str, argument: str, array: npt.ArrayLike, direction: npt.ArrayLike
-) -> tuple[FloatArray, FloatArray]:
-    matrices = as_matrices(function, argument, array)
-    along = as_matrices(function, "direction", direction)
-    require_shape(function, "direction", along, matrices.shape)
-    return matrices, along
+    return float(given)

@@ -57,32 +57,24 @@ exist inside a cluster nor at sigma_k = 0; those raise.
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from dataclasses import dataclass
+from typing import Literal, NamedTuple, TypeAlias, Unpack
 
 import numpy as np
 import numpy.typing as npt
+import scipy.linalg
 
 from immunize_ext.reference._arrays import (
     FloatArray,
     IntArray,
     as_matrices,
     map_matrices,
-    require_shape,
+    matrices_and_direction,
 )
-from immunize_ext.reference._decomposition import (
-    Extreme,
-    RankPolicy,
-    checked_tolerances,
-    cluster_mean,
-    decompose,
-    multiplicity_max_of,
-    reported_max,
-    reported_min,
-    require_extreme,
-    scaled_svd,
-    sigma_hvp,
-    simple_index,
-)
+from immunize_ext.reference._jets import Jet, jet
+from immunize_ext.reference._policy import Policy, Tolerances, count_above
+
+Extreme: TypeAlias = Literal["max", "min"]
 
 
 class SingularExtremes(NamedTuple):
@@ -122,28 +114,22 @@ def singular_values(a: npt.ArrayLike) -> FloatArray:
     """
     matrices = as_matrices("singular_values", "a", a)
 
-    def one(matrix: FloatArray) -> tuple[FloatArray, ...]:
-        _, sigma, _, scale = scaled_svd(matrix)
+    def one(matrix: FloatArray) -> tuple[FloatArray]:
+        _, sigma, _, scale = _scaled_svd(matrix)
         return (sigma * scale,)
 
-    (values,) = map_matrices(one, matrices)
-    return np.asarray(values, dtype=np.float64)
+    values: FloatArray = map_matrices(one, matrices)[0]
+    return values
 
 
 def extremal_singular_values(
-    a: npt.ArrayLike,
-    *,
-    rank: RankPolicy = "numerical",
-    rank_rtol: float | None = None,
-    cluster_rtol: float | None = None,
+    a: npt.ArrayLike, **tolerances: Unpack[Tolerances]
 ) -> SingularExtremes:
     """Largest and smallest singular value, rank and multiplicities.
 
     Args:
         a: ``(*, n, p)``, any real dtype; computed in float64.
-        rank: "numerical" leaves out values at or below the tolerance, "full" reports them as 0.
-        rank_rtol: a value counts iff it is larger than rank_rtol times the largest.
-        cluster_rtol: values closer to an extreme than this times the largest belong to it.
+        **tolerances: rank, rank_rtol and cluster_rtol, see the conventions above.
 
     Returns:
         :class:`SingularExtremes`.
@@ -161,42 +147,18 @@ def extremal_singular_values(
     """
     name = "extremal_singular_values"
     matrices = as_matrices(name, "a", a)
-    tolerances = checked_tolerances(name, a, matrices.shape, rank, rank_rtol, cluster_rtol)
-
-    def one(matrix: FloatArray) -> tuple[npt.NDArray[np.generic], ...]:
-        spectrum = decompose(matrix, rank, *tolerances)
-        return (
-            np.asarray(reported_max(spectrum)),
-            np.asarray(reported_min(spectrum)),
-            np.asarray(spectrum.rank, dtype=np.int64),
-            np.asarray(multiplicity_max_of(spectrum), dtype=np.int64),
-            np.asarray(spectrum.multiplicity_min, dtype=np.int64),
-        )
-
-    parts = map_matrices(one, matrices)
-    return SingularExtremes(
-        np.asarray(parts[0], dtype=np.float64),
-        np.asarray(parts[1], dtype=np.float64),
-        np.asarray(parts[2], dtype=np.int64),
-        np.asarray(parts[3], dtype=np.int64),
-        np.asarray(parts[4], dtype=np.int64),
-    )
+    policy = Policy.of(name, a, **tolerances)
+    return SingularExtremes(*map_matrices(lambda matrix: Spectrum.of(matrix, policy).all, matrices))
 
 
 def extremal_singular_values_gradient(
-    a: npt.ArrayLike,
-    *,
-    rank: RankPolicy = "numerical",
-    rank_rtol: float | None = None,
-    cluster_rtol: float | None = None,
+    a: npt.ArrayLike, **tolerances: Unpack[Tolerances]
 ) -> SingularExtremesGradient:
     """Gradients of both extremes: the mean of u_i v_i^T over the cluster.
 
     Args:
         a: ``(*, n, p)``.
-        rank: as in :func:`extremal_singular_values`.
-        rank_rtol: as in :func:`extremal_singular_values`.
-        cluster_rtol: as in :func:`extremal_singular_values`.
+        **tolerances: as in :func:`extremal_singular_values`.
 
     Returns:
         :class:`SingularExtremesGradient`, each ``(*, n, p)`` float64.
@@ -210,16 +172,8 @@ def extremal_singular_values_gradient(
                [0. , 0.5]])
     """
     name = "extremal_singular_values_gradient"
-    matrices = as_matrices(name, "a", a)
-    tolerances = checked_tolerances(name, a, matrices.shape, rank, rank_rtol, cluster_rtol)
-
-    def one(matrix: FloatArray) -> tuple[FloatArray, ...]:
-        spectrum = decompose(matrix, rank, *tolerances)
-        return cluster_mean(spectrum, spectrum.first), cluster_mean(spectrum, spectrum.last)
-
-    parts = map_matrices(one, matrices)
     return SingularExtremesGradient(
-        np.asarray(parts[0], dtype=np.float64), np.asarray(parts[1], dtype=np.float64)
+        *(extreme_jet(name, "a", a, which, **tolerances).gradient for which in ("max", "min"))
     )
 
 
@@ -228,9 +182,7 @@ def extremal_singular_values_hvp(
     direction: npt.ArrayLike,
     *,
     which: Extreme,
-    rank: RankPolicy = "numerical",
-    rank_rtol: float | None = None,
-    cluster_rtol: float | None = None,
+    **tolerances: Unpack[Tolerances],
 ) -> FloatArray:
     """Hessian of one extreme applied to a direction: du v^T + u dv^T.
 
@@ -238,9 +190,7 @@ def extremal_singular_values_hvp(
         a: ``(*, n, p)``.
         direction: ``(*, n, p)``, the direction E.
         which: "max" for sigma_max, "min" for sigma_min.
-        rank: as in :func:`extremal_singular_values`.
-        rank_rtol: as in :func:`extremal_singular_values`.
-        cluster_rtol: as in :func:`extremal_singular_values`.
+        **tolerances: as in :func:`extremal_singular_values`.
 
     Returns:
         ``(*, n, p)`` float64.
@@ -257,20 +207,153 @@ def extremal_singular_values_hvp(
                [1., 0.]])
     """
     name = "extremal_singular_values_hvp"
-    matrices = as_matrices(name, "a", a)
-    directions = as_matrices(name, "direction", direction)
-    require_shape(name, "direction", directions, matrices.shape)
-    require_extreme(name, which)
-    tolerances = checked_tolerances(name, a, matrices.shape, rank, rank_rtol, cluster_rtol)
+    product = extreme_jet(name, "a", a, which, direction, **tolerances).product
+    assert product is not None
+    return product
 
-    def one(matrix: FloatArray, along: FloatArray) -> tuple[FloatArray, ...]:
-        spectrum = decompose(matrix, rank, *tolerances)
-        index = simple_index(name, spectrum, which)
+
+def extreme_jet(
+    function: str,
+    argument: str,
+    array: npt.ArrayLike,
+    which: Extreme,
+    direction: npt.ArrayLike | None = None,
+    *,
+    gram: bool = False,
+    **tolerances: Unpack[Tolerances],
+) -> Jet:
+    """One extreme with its gradient and, along a direction, its second derivative.
+
+    Args:
+        function: the name for errors.
+        argument: the name of ``array`` for errors.
+        array: ``(*, n, p)``.
+        which: "max" or "min".
+        direction: ``(*, n, p)``; with it a cluster or a zero is refused.
+        gram: of the p singular values that sqrt(X^T X) has, min(n, p) of which are those of X.
+        **tolerances: as in :func:`extremal_singular_values`.
+    """
+    if which not in ("max", "min"):
+        raise ValueError(f"{function}: which must be 'max' or 'min', got {which!r}; choose one")
+    policy = Policy.of(function, array, **tolerances)
+
+    def first(matrix: FloatArray) -> tuple[float, FloatArray]:
+        spectrum = Spectrum.of(matrix, policy, gram=gram)
+        return spectrum.value(which), spectrum.mean(which)
+
+    if direction is None:
+        return jet(*map_matrices(first, as_matrices(function, argument, array)))
+    matrices, along = matrices_and_direction(function, argument, array, direction)
+    if matrices.size == 0:
+        return jet(np.zeros(matrices.shape[:-2]), matrices, along, matrices)
+
+    def second(matrix: FloatArray, e: FloatArray) -> tuple[float, FloatArray, FloatArray]:
+        spectrum = Spectrum.of(matrix, policy, gram=gram)
+        index = spectrum.simple_index(function, which)
         # grad sigma(A) = grad sigma(A / scale), so its derivative along E is the one at A / scale
         # along E / scale.
-        return (sigma_hvp(spectrum, index, along / spectrum.scale),)
+        product = _sigma_hvp(spectrum, index, e / spectrum.scale)
+        return spectrum.value(which), spectrum.mean(which), product
 
-    if matrices.size == 0:
-        return np.zeros(matrices.shape)
-    (product,) = map_matrices(one, matrices, directions)
-    return np.asarray(product, dtype=np.float64)
+    value, gradient, product = map_matrices(second, matrices, along)
+    return jet(value, gradient, along, product)
+
+
+@dataclass(frozen=True)
+class Spectrum:
+    """One matrix: thin decomposition of A / scale, and what the policy says about it."""
+
+    u: FloatArray  # (n, m)
+    sigma: FloatArray  # (m,), of A / scale, descending
+    vt: FloatArray  # (m, p)
+    scale: float  # power of two, so that dividing by it is exact
+    rank: int
+    first: slice  # cluster of sigma_max
+    last: slice  # cluster of sigma_min; empty where sigma_min is reported as 0
+    multiplicity_min: int
+
+    @classmethod
+    def of(cls, matrix: FloatArray, policy: Policy, *, gram: bool = False) -> Spectrum:
+        """The decomposition; ``gram`` counts the p - min(n, p) zeros of K = A^T A too."""
+        u, sigma, vt, scale = _scaled_svd(matrix)
+        rank = count_above(sigma, policy.rank_rtol)
+        live, largest = sigma[:rank], float(sigma[0])
+        nothing = slice(0, 0)
+        zeros = (matrix.shape[1] if gram else sigma.size) - rank
+        if rank == 0:
+            return cls(u, sigma, vt, scale, 0, nothing, nothing, zeros)
+        first = slice(0, policy.cluster(live, largest, largest))
+        if policy.rank == "full" and zeros:
+            return cls(u, sigma, vt, scale, rank, first, nothing, zeros)
+        last = slice(rank - policy.cluster(live, float(live[-1]), largest), rank)
+        return cls(u, sigma, vt, scale, rank, first, last, last.stop - last.start)
+
+    @property
+    def all(self) -> tuple[float, float, int, int, int]:
+        """Both extremes, the rank and both multiplicities."""
+        most = int(self.first.stop) if self.rank else self.multiplicity_min
+        return self.value("max"), self.value("min"), self.rank, most, self.multiplicity_min
+
+    def cluster(self, which: Extreme) -> slice:
+        """Positions of an extreme; empty where it is reported as 0."""
+        return self.first if which == "max" else self.last
+
+    def value(self, which: Extreme) -> float:
+        """An extreme of the matrix itself."""
+        cluster = self.cluster(which)
+        if cluster.stop == 0:
+            return 0.0
+        position = cluster.start if which == "max" else cluster.stop - 1
+        return float(self.sigma[position] * self.scale)
+
+    def mean(self, which: Extreme) -> FloatArray:
+        """Mean of u_i v_i^T over the cluster; zeros for an empty one."""
+        cluster = self.cluster(which)
+        size = max(cluster.stop - cluster.start, 1)
+        mean: FloatArray = self.u[:, cluster] @ self.vt[cluster] / size
+        return mean
+
+    def simple_index(self, function: str, which: Extreme) -> int:
+        """Position of a simple, positive extreme; anything else has no second derivative."""
+        cluster = self.cluster(which)
+        size = cluster.stop - cluster.start
+        if size != 1:
+            found = "0" if size == 0 else f"a cluster of {size} equal values"
+            raise ValueError(
+                f"{function}: sigma_{which} must be simple and positive, got {found}; "
+                "no second derivative exists there"
+            )
+        return int(cluster.start)
+
+
+def power_of_two(matrix: FloatArray) -> float:
+    """Largest power of two not above max|entry|, 1 for a zero matrix."""
+    largest = float(np.max(np.abs(matrix)))
+    if largest == 0.0:
+        return 1.0
+    _, exponent = np.frexp(largest)
+    return float(np.ldexp(1.0, int(exponent) - 1))
+
+
+def _scaled_svd(matrix: FloatArray) -> tuple[FloatArray, FloatArray, FloatArray, float]:
+    """U, sigma and V^T of matrix / scale, and the scale, a power of two."""
+    scale = power_of_two(matrix)
+    u, sigma, vt = scipy.linalg.svd(matrix / scale, full_matrices=False, lapack_driver="gesvd")
+    return u, sigma, vt, scale
+
+
+def _sigma_hvp(spectrum: Spectrum, k: int, direction: FloatArray) -> FloatArray:
+    """Product du v^T + u dv^T of the k-th singular value along a direction."""
+    u, sigma, v = spectrum.u, spectrum.sigma, spectrum.vt.T
+    left, right = u.T @ direction @ v[:, k], v.T @ direction.T @ u[:, k]
+    others = np.arange(sigma.size) != k
+    gap = np.where(others, (sigma[k] - sigma) * (sigma[k] + sigma), 1.0)
+    along_u = np.where(others, (sigma[k] * left + sigma * right) / gap, 0.0)
+    along_v = np.where(others, (sigma[k] * right + sigma * left) / gap, 0.0)
+    du, dv = u @ along_u, v @ along_v
+    # Only where there is an outside: for a square U the difference is rounding, times 1 / sigma_k.
+    if u.shape[0] > u.shape[1]:
+        du = du + (direction @ v[:, k] - u @ left) / sigma[k]
+    if v.shape[0] > v.shape[1]:
+        dv = dv + (direction.T @ u[:, k] - v @ right) / sigma[k]
+    return np.outer(du, v[:, k]) + np.outer(u[:, k], dv)

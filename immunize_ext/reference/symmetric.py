@@ -16,17 +16,12 @@ from immunize_ext.reference._arrays import (
     FloatArray,
     IntArray,
     as_matrices,
-    eps_of,
     map_matrices,
-    require_shape,
+    matrices_and_direction,
     symmetric_part,
 )
-from immunize_ext.reference._decomposition import (
-    Extreme,
-    default_rtol,
-    power_of_two,
-    require_extreme,
-)
+from immunize_ext.reference._policy import Policy
+from immunize_ext.reference.spectrum import Extreme, power_of_two
 
 
 class SymmetricExtremes(NamedTuple):
@@ -66,25 +61,14 @@ def symmetric_extremes(h: npt.ArrayLike, *, cluster_rtol: float | None = None) -
         >>> float(result.lambda_min), float(result.lambda_max)
         (-5.0, 4.0)
     """
-    matrices, rtol = _symmetric_arguments("symmetric_extremes", h, cluster_rtol)
+    matrices, policy = _symmetric_arguments("symmetric_extremes", h, cluster_rtol)
 
-    def one(matrix: FloatArray) -> tuple[npt.NDArray[np.generic], ...]:
+    def one(matrix: FloatArray) -> tuple[float, float, int, int]:
         values, _, scale = _scaled_eigh(matrix)
-        low, high = _symmetric_clusters(values, rtol)
-        return (
-            np.asarray(values[-1] * scale),
-            np.asarray(values[0] * scale),
-            np.asarray(high, dtype=np.int64),
-            np.asarray(low, dtype=np.int64),
-        )
+        low, high = _symmetric_clusters(values, policy)
+        return values[-1] * scale, values[0] * scale, high, low
 
-    parts = map_matrices(one, matrices)
-    return SymmetricExtremes(
-        np.asarray(parts[0], dtype=np.float64),
-        np.asarray(parts[1], dtype=np.float64),
-        np.asarray(parts[2], dtype=np.int64),
-        np.asarray(parts[3], dtype=np.int64),
-    )
+    return SymmetricExtremes(*map_matrices(one, matrices))
 
 
 # Derivation.  H q = lambda q and q^T dq = 0 give d lambda = q^T dH q; over a cluster the least
@@ -109,18 +93,15 @@ def symmetric_extremes_gradient(
         array([[1., 0.],
                [0., 0.]])
     """
-    matrices, rtol = _symmetric_arguments("symmetric_extremes_gradient", h, cluster_rtol)
+    matrices, policy = _symmetric_arguments("symmetric_extremes_gradient", h, cluster_rtol)
 
     def one(matrix: FloatArray) -> tuple[FloatArray, ...]:
         values, vectors, _ = _scaled_eigh(matrix)
-        low, high = _symmetric_clusters(values, rtol)
+        low, high = _symmetric_clusters(values, policy)
         top, bottom = vectors[:, values.size - high :], vectors[:, :low]
         return top @ top.T / high, bottom @ bottom.T / low
 
-    parts = map_matrices(one, matrices)
-    return SymmetricExtremesGradient(
-        np.asarray(parts[0], dtype=np.float64), np.asarray(parts[1], dtype=np.float64)
-    )
+    return SymmetricExtremesGradient(*map_matrices(one, matrices))
 
 
 # Derivation.  Differentiating (H - lambda I) q = 0 and multiplying by q_j^T, j != k:
@@ -154,18 +135,19 @@ def symmetric_extremes_hvp(
                [1., 0.]])
     """
     name = "symmetric_extremes_hvp"
-    matrices, rtol = _symmetric_arguments(name, h, cluster_rtol)
-    directions = as_matrices(name, "direction", direction)
-    require_shape(name, "direction", directions, matrices.shape)
-    require_extreme(name, which)
+    matrices, policy = _symmetric_arguments(name, h, cluster_rtol)
+    _, directions = matrices_and_direction(name, "h", h, direction)
+    if which not in ("max", "min"):
+        raise ValueError(f"{name}: which must be 'max' or 'min', got {which!r}; choose one")
 
-    def one(matrix: FloatArray, along: FloatArray) -> tuple[FloatArray, ...]:
+    def one(matrix: FloatArray, along: FloatArray) -> tuple[FloatArray]:
         values, vectors, scale = _scaled_eigh(matrix)
-        low, high = _symmetric_clusters(values, rtol)
-        if (high if which == "max" else low) > 1:
+        low, high = _symmetric_clusters(values, policy)
+        multiplicity = high if which == "max" else low
+        if multiplicity > 1:
             raise ValueError(
-                f"{name}: lambda_{which} must be simple, got multiplicity "
-                f"{high if which == 'max' else low}; a cluster has no second derivative"
+                f"{name}: lambda_{which} must be simple, got multiplicity {multiplicity}; "
+                "a cluster has no second derivative"
             )
         k = values.size - 1 if which == "max" else 0
         others = np.arange(values.size) != k
@@ -176,33 +158,26 @@ def symmetric_extremes_hvp(
 
     if matrices.size == 0:
         return np.zeros(matrices.shape)
-    (product,) = map_matrices(one, matrices, directions)
-    return np.asarray(product, dtype=np.float64)
+    product: FloatArray = map_matrices(one, matrices, directions)[0]
+    return product
 
 
 def _symmetric_arguments(
     function: str, h: npt.ArrayLike, cluster_rtol: float | None
-) -> tuple[FloatArray, float]:
+) -> tuple[FloatArray, Policy]:
     matrices = as_matrices(function, "h", h)
     if matrices.shape[-1] != matrices.shape[-2]:
         raise ValueError(
             f"{function}: h must be square, got shape {matrices.shape}; "
             "use extremal_singular_values for a rectangular matrix"
         )
-    if cluster_rtol is not None and not 0 <= cluster_rtol < 1:
-        raise ValueError(
-            f"{function}: cluster_rtol must lie in [0, 1), got {cluster_rtol}; "
-            "it is relative to max|lambda|"
-        )
-    rtol = default_rtol(matrices.shape, eps_of(h)) if cluster_rtol is None else cluster_rtol
-    return symmetric_part(matrices), rtol
+    return symmetric_part(matrices), Policy.of(function, h, cluster_rtol=cluster_rtol)
 
 
-def _symmetric_clusters(values: FloatArray, rtol: float) -> tuple[int, int]:
+def _symmetric_clusters(values: FloatArray, policy: Policy) -> tuple[int, int]:
     """Sizes of the clusters at the lower and at the upper end of ascending eigenvalues."""
-    width = rtol * max(abs(values[0]), abs(values[-1]))
-    low = int(np.count_nonzero(values - values[0] <= width))
-    high = int(np.count_nonzero(values[-1] - values <= width))
+    largest = float(max(abs(values[0]), abs(values[-1])))
+    low, high = (policy.cluster(values, float(values[end]), largest) for end in (0, -1))
     return low, high
 
 

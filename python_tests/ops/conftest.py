@@ -1,4 +1,4 @@
-"""What holds for every test of the operators: they leave the settings of torch alone."""
+"""What holds for every test of the operators: both routes, and the settings of torch left alone."""
 
 from __future__ import annotations
 
@@ -6,6 +6,21 @@ from collections.abc import Iterator
 
 import pytest
 import torch
+from sample_inputs import ROUTES, taking_route
+
+
+def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
+    """A test that takes ``route`` runs on the compiled kernels and on the torch-only route."""
+    if "route" in metafunc.fixturenames:
+        metafunc.parametrize("route", ROUTES)
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_runtest_call(item: pytest.Item) -> Iterator[None]:
+    """A hook and no fixture, which hypothesis would not enter anew for every example."""
+    parameters = item.callspec.params if hasattr(item, "callspec") else {}
+    with taking_route(parameters.get("route", "kernel")):
+        return (yield)
 
 
 def _settings() -> dict[str, object]:

@@ -164,8 +164,9 @@ class TestBatchIndependence:
         testing.check_batch_independence(depends_on_size, [BATCH], singles="skip")
 
     def test_shared_inputs(self):
+        # Not a @ b: BLAS picks its kernel by the number of rows, and with it the order of sums.
         found = testing.check_batch_independence(
-            lambda a, b: a @ b, [BATCH, randn(5, 2)], batched=[0], singles="bitwise"
+            lambda a, b: a * b, [BATCH, randn(4, 5)], batched=[0], singles="bitwise"
         )
         assert set(found) == {"zero", "rank_one", "huge", "tiny", "nan"}
 

@@ -23,7 +23,7 @@ def _restore_profile():
 
 @pytest.mark.parametrize(
     ("name", "examples", "derandomize"),
-    [("dev", 25, False), ("ci", 100, True), ("nightly", 2000, False)],
+    [("dev", 25, True), ("ci", 100, True), ("nightly", 2000, False)],
 )
 def test_profile_from_the_environment(monkeypatch, name, examples, derandomize):
     monkeypatch.setenv(profiles.PROFILE_VARIABLE, name)

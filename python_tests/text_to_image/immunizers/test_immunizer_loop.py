@@ -375,7 +375,6 @@ def test_two_processes_make_the_same_steps_as_two_accumulated_batches(tmp_path: 
         env=environment,
         capture_output=True,
         text=True,
-        timeout=240,
         check=False,
     )
     assert done.returncode == 0, done.stderr[-2000:]
