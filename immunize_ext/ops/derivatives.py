@@ -20,7 +20,7 @@ from typing import Any, NamedTuple, cast
 
 import torch
 from torch import Tensor
-from torch._functorch.autograd_function import enable_single_level_autograd_function
+from torch._functorch import autograd_function as functorch
 from torch.autograd import forward_ad
 from torch.autograd.forward_ad import _set_fwd_grad_enabled
 from torch.autograd.function import _SingleLevelFunction
@@ -41,7 +41,7 @@ def carries_tangent(tensor: Tensor) -> bool:
         and not torch._C._are_functorch_transforms_active()
     ):
         return False
-    return torch._VF._unpack_dual(tensor, level=0)[1] is not None  # type: ignore[attr-defined]
+    return torch._VF._unpack_dual(tensor, level=0)[1] is not None
 
 
 def carries_derivative(tensor: Tensor) -> bool:
@@ -118,7 +118,7 @@ def _primals(tensors: tuple[Tensor, ...]) -> list[Tensor]:
     What is computed from them then belongs to the levels outside: that is what makes forward mode
     over forward mode right.
     """
-    unpack = torch._VF._unpack_dual  # type: ignore[attr-defined]
+    unpack = torch._VF._unpack_dual
     return [unpack(tensor, level=0)[0] for tensor in tensors]
 
 
@@ -164,7 +164,7 @@ def _undefined(family: Family, outputs: tuple[Tensor, ...]) -> list[Tensor]:
     return found
 
 
-class Values(_SingleLevelFunction):  # type: ignore[misc]
+class Values(_SingleLevelFunction):
     """``op``: the differentiable values of one matrix, and what belongs to them."""
 
     @staticmethod
@@ -207,7 +207,7 @@ class Values(_SingleLevelFunction):  # type: ignore[misc]
         return (*tangents, *(None,) * (len(outputs) - family.values))
 
 
-class Gradient(_SingleLevelFunction):  # type: ignore[misc]
+class Gradient(_SingleLevelFunction):
     """``op_backward``: linear in the incoming gradients, and with a symmetric derivative in a."""
 
     @staticmethod
@@ -255,7 +255,7 @@ class Gradient(_SingleLevelFunction):  # type: ignore[misc]
         return total
 
 
-class _Refusal(_SingleLevelFunction):  # type: ignore[misc]
+class _Refusal(_SingleLevelFunction):
     """A result whose derivative is an error with a given text."""
 
     @staticmethod
@@ -292,7 +292,7 @@ def differentiable(operator: Kernel, function: type[_SingleLevelFunction], *give
         if _differentiated(args) is None:
             with torch._C._AutoDispatchBelowAutograd():
                 return operator(*args)
-        with enable_single_level_autograd_function():
+        with functorch.enable_single_level_autograd_function():
             return cast(Any, function).apply(*given, *args)
 
     return kernel
@@ -309,10 +309,10 @@ def refusing(operator: Kernel, text: str) -> Kernel:
         if carries_tangent(cause):
             raise NotImplementedError(text)
         outputs = below_autograd(operator, *args)
-        with enable_single_level_autograd_function():
+        with functorch.enable_single_level_autograd_function():
             return pytree.tree_map_only(
                 Tensor,
-                lambda out: _Refusal.apply(text, out, cause) if out.is_floating_point() else out,
+                lambda out: cast(Any, _Refusal).apply(text, out, cause) if out.is_floating_point() else out,
                 outputs,
             )
 

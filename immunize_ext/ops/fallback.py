@@ -39,7 +39,7 @@ _EPS = torch.finfo(torch.float64).eps
 class _Extreme(NamedTuple):
     """One extreme of each spectrum (*, t)."""
 
-    index: Tensor  # (*,) of the extreme itself, 0 where there is none
+    at: Tensor  # (*,) index of the extreme itself, 0 where there is none
     members: Tensor  # (*, t) bool, its cluster; empty where the gradient is zero
     multiplicity: Tensor  # (*,) int64, as told to the user
     exists: Tensor  # (*,) bool: it is not zero by definition
@@ -106,13 +106,13 @@ def _ranked(sigma: Tensor, policy: SpectrumPolicy, side: int) -> tuple[Tensor, _
 
 def _pick(values: Tensor, extreme: _Extreme) -> Tensor:
     """The values (*, t) at the extreme, 0 where there is none."""
-    found = values.gather(-1, extreme.index.unsqueeze(-1)).squeeze(-1)
+    found = values.gather(-1, extreme.at.unsqueeze(-1)).squeeze(-1)
     return torch.where(extreme.exists, found, 0.0)
 
 
 def _column(vectors: Tensor, extreme: _Extreme) -> Tensor:
     """The column of vectors (*, side, t) at the extreme, 0 where the gradient is."""
-    index = extreme.index[..., None, None].expand(*vectors.shape[:-1], 1)
+    index = extreme.at[..., None, None].expand(*vectors.shape[:-1], 1)
     found = vectors.gather(-1, index).squeeze(-1)
     return torch.where(extreme.exists.unsqueeze(-1), found, 0.0).contiguous()
 
@@ -254,9 +254,9 @@ def _second_derivative(d: _Decomposition, extreme: _Extreme, grad: Tensor, z: Te
     ztu = (z.mT @ u.unsqueeze(-1)).squeeze(-1)
     x = (u_all.mT @ zv.unsqueeze(-1)).squeeze(-1)
     y = (d.vh @ ztu.unsqueeze(-1)).squeeze(-1)
-    s_i = d.sigma.gather(-1, extreme.index.unsqueeze(-1))
+    s_i = d.sigma.gather(-1, extreme.at.unsqueeze(-1))
     # The product neither cancels nor overflows where the difference of squares would.
-    skip = (extreme.index.unsqueeze(-1) == torch.arange(d.sigma.shape[-1], device=z.device)) | (
+    skip = (extreme.at.unsqueeze(-1) == torch.arange(d.sigma.shape[-1], device=z.device)) | (
         ~active.unsqueeze(-1)
     )
     gap = ((s_i - d.sigma) * (s_i + d.sigma)).masked_fill(skip, torch.inf)
@@ -643,7 +643,7 @@ def symmetric_extremes_double_backward(
         _require_simple(function, name, weight, extreme)
         found.append((_mean_weights(extreme) * along).sum(-1))
         active = ((extreme.multiplicity == 1) & (weight != 0)).unsqueeze(-1)
-        at = extreme.index.unsqueeze(-1)
+        at = extreme.at.unsqueeze(-1)
         gap = e.values.gather(-1, at) - e.values
         skip = (at == torch.arange(h.shape[-1], device=h.device)) | ~active
         row = inner.gather(-1, at.unsqueeze(-2).expand(*inner.shape[:-1], 1)).squeeze(-1)

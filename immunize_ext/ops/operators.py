@@ -32,7 +32,7 @@ from immunize_ext.ops.derivatives import (
 )
 
 _NAMESPACE = "immunize_ext"
-_LIBRARY = torch.library.Library(_NAMESPACE, "DEF")  # noqa: TOR901 - lives as long as the process
+_LIBRARY = torch.library.Library(_NAMESPACE, "DEF")
 
 
 @dataclass(frozen=True)
@@ -508,7 +508,7 @@ def fallbacks_only() -> Iterator[None]:
 
     For the whole process, as the dispatcher is; not while another thread calls operators.
     """
-    library = torch.library.Library(_NAMESPACE, "IMPL")  # noqa: TOR901
+    library = torch.library.Library(_NAMESPACE, "IMPL")
     try:
         for name, operator in OPERATORS.items():
             for key in ("CPU", "CUDA"):
