@@ -350,7 +350,8 @@ def _precondition(device: str) -> list[Sample]:
     few = gaussian(2, 4, seed=101)
     ridge = 0.3
     factor = torch.linalg.cholesky(x.mT @ x + ridge * torch.eye(4))
-    thin = torch.linalg.cholesky(few @ few.mT + ridge * torch.eye(2))
+    q, r = torch.linalg.qr(few.mT)
+    basis, thin = q.mT, torch.linalg.cholesky(r @ r.mT + ridge * torch.eye(2))
     cases: list[tuple[str, tuple[Any, ...]]] = []
     for name, grad in (
         ("matrix", gaussian(3, 4, seed=102)),
@@ -360,8 +361,8 @@ def _precondition(device: str) -> list[Sample]:
         ("float32", gaussian(3, 4, seed=105, dtype=torch.float32)),
         ("float16", gaussian(3, 4, seed=106, dtype=torch.float16)),
     ):
-        cases.append((name, (grad, factor, x[:0], ridge, False)))
-        cases.append((f"{name}, few samples", (grad, thin, few, ridge, True)))
+        cases.append((name, (grad, factor, x[:0], ridge)))
+        cases.append((f"{name}, few samples", (grad, thin, basis, ridge)))
     return [
         Sample(name, tuple(a.to(device) if isinstance(a, Tensor) else a for a in arguments))
         for name, arguments in cases
@@ -387,6 +388,7 @@ _BUILDERS: dict[str, Callable[[str], list[Sample]]] = {
     "merge_apply": _merge_apply,
     "merge_apply_backward": _merge_apply_backward,
     "precondition": _precondition,
+    "precondition_gradient": _precondition,
 }
 
 RAW_OPERATORS = tuple(_BUILDERS)
@@ -397,11 +399,14 @@ DIFFERENTIABLE = (
     "symmetric_extremes",
     "merge_apply",
 )
-# Differentiable in grad and matrix together, as a part of the operator whose gradient they are.
+# Gradients are differentiable in grad and matrix together, as a part of their operator; the
+# preconditioner in grad alone, and what it holds has no gradient of a function, on purpose.
 HALF_DIFFERENTIABLE = (
     "extremal_singular_values_backward",
     "gram_extremes_backward",
     "gram_regularizer_backward",
+    "precondition",
+    "precondition_gradient",
     "symmetric_extremes_backward",
 )
 # Whether it succeeds depends on the numbers, and is a bool: it cannot be traced.

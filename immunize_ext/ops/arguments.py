@@ -29,6 +29,11 @@ def require_floating_matrix(operator: str, name: str, value: Tensor) -> None:
             f"{operator}: {name} must be a torch.Tensor, got {type(value).__name__}; "
             "convert it with torch.as_tensor"
         )
+    if value.dtype.is_complex:
+        raise ValueError(
+            f"{operator}: {name} must have a real floating-point dtype, got {value.dtype}; the "
+            "singular values of a + ib are those of the real matrix [[a, -b], [b, a]], each twice"
+        )
     if not value.dtype.is_floating_point:
         raise ValueError(
             f"{operator}: {name} must have a real floating-point dtype, got {value.dtype}; "
@@ -43,7 +48,10 @@ def require_floating_matrix(operator: str, name: str, value: Tensor) -> None:
 
 def require_finite(operator: str, name: str, value: Tensor) -> None:
     """Refuse NaN and infinity. Reads the tensor on the host."""
-    if any_true(~torch.isfinite(value.detach())):
+    numbers = value.detach()
+    if value.element_size() == 1:  # isfinite knows not all of the 8-bit types
+        numbers = numbers.to(torch.float32)
+    if any_true(~torch.isfinite(numbers)):
         raise ValueError(
             f"{operator}: {name} must be finite, got NaN or infinity; "
             "look for an overflow upstream, float16 features for instance"
@@ -62,22 +70,23 @@ def require_same_device(operator: str, named: Sequence[tuple[str, Tensor]]) -> N
 
 
 def resolution(dtype: torch.dtype) -> float:
-    """Unit roundoff that default tolerances use; half types count as exact float32 numbers.
+    """Unit roundoff that default tolerances use; narrower types count as exact float32 numbers.
 
-    ``max(n, p) * eps(bfloat16)`` exceeds 1 from 128 columns on and would leave no singular value.
+    ``max(n, p) * eps(bfloat16)`` exceeds 1 from 128 columns on and would leave no singular value;
+    so would that of the 8-bit types from 4 on.
     """
-    half = dtype in (torch.float16, torch.bfloat16)
-    return float(torch.finfo(torch.float32 if half else dtype).eps)
+    return float(torch.finfo(torch.float64 if dtype == torch.float64 else torch.float32).eps)
 
 
 def cluster_resolution(side: int, dtype: torch.dtype) -> float:
     """Default ``cluster_rtol``: what rounding makes of values that are equal.
 
     The values of a rotated multiple of an orthogonal matrix spread over up to 7 eps at every side
-    from 2 to 64 (the worst of 300 each), so ``side * eps`` is too little below 16: at side 2 it
-    missed every fifth of them. Values that differ by more than 16 eps are left apart.
+    from 2 to 64 (the worst of 300 each). But vectors are rotated into each other by eps / gap, so
+    between gaps of 16 and 64 eps there is neither a cluster nor a pair of vectors to tell apart:
+    what is closer than 64 eps counts as equal.
     """
-    return min(max(side, 16) * resolution(dtype), 0.5)
+    return min(max(side, 64) * resolution(dtype), 0.5)
 
 
 def spectrum_policy(

@@ -255,6 +255,34 @@ class Gradient(_SingleLevelFunction):
         return total
 
 
+class Linear(_SingleLevelFunction):
+    """An operator that is linear in its first argument and self-adjoint: its own derivative.
+
+    Or another one, ``derivative``, on purpose: what comes out is then no gradient of a function.
+    """
+
+    @staticmethod
+    def forward(name: str, derivative: str, *args: Any) -> Any:
+        return below_autograd(getattr(torch.ops.immunize_ext, name), *args)
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+        _, ctx.derivative, _, factor, basis, ctx.ridge = inputs
+        ctx.save_for_backward(factor, basis)
+        ctx.save_for_forward(factor, basis)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Any, ...]:
+        operator = getattr(torch.ops.immunize_ext, ctx.derivative)
+        return None, None, operator(grad, *ctx.saved_tensors, ctx.ridge), None, None, None
+
+    @staticmethod
+    def jvp(ctx: Any, _: Any, __: Any, tangent: Tensor, *___: Any) -> Tensor:
+        with _set_fwd_grad_enabled(True):
+            operator = getattr(torch.ops.immunize_ext, ctx.derivative)
+            return operator(tangent, *ctx.saved_tensors, ctx.ridge)
+
+
 class _Refusal(_SingleLevelFunction):
     """A result whose derivative is an error with a given text."""
 
@@ -312,7 +340,9 @@ def refusing(operator: Kernel, text: str) -> Kernel:
         with functorch.enable_single_level_autograd_function():
             return pytree.tree_map_only(
                 Tensor,
-                lambda out: cast(Any, _Refusal).apply(text, out, cause) if out.is_floating_point() else out,
+                lambda out: (
+                    cast(Any, _Refusal).apply(text, out, cause) if out.is_floating_point() else out
+                ),
                 outputs,
             )
 

@@ -344,9 +344,9 @@ def gram_extremes(
         far = far / torch.where(extreme.exists, _pick(sigma, extreme), 1.0).unsqueeze(-1)
         pairs += (near, far) if n <= p else (far, near)
     squared = scale[..., 0, 0].square()
+    largest, smallest = _pick(eigenvalues, top), _pick(eigenvalues, bottom)
     return (
-        _pick(eigenvalues, top) * squared,
-        _pick(eigenvalues, bottom) * squared,
+        *(torch.where(x == 0, 0.0, x * squared) for x in (largest, smallest)),  # 0 of infinity
         thin.square().sum(dim=(-2, -1)) * squared.square(),
         rank,
         top.multiplicity,
@@ -687,30 +687,45 @@ def symmetric_track(
 # --- precondition ---------------------------------------------------------------------------------
 
 
-def precondition(grad: Tensor, factor: Tensor, x: Tensor, ridge: float, woodbury: bool) -> Tensor:
-    """Grad K^-1 on the input side, K = x^T x + ridge I, from the Cholesky factor given.
+def precondition(grad: Tensor, factor: Tensor, basis: Tensor, ridge: float) -> Tensor:
+    """Grad K^-1 on the input side, from the Cholesky factor of K or of what K is within a basis.
 
-    In float64 whatever the dtype of grad: K is squared in condition, and the gradient is small.
+    K = basis^T (L L^T - ridge I) basis + ridge I for n < p samples, so within the row space the
+    solve is n x n, and beside it K is the ridge. What rounding to the dtype of grad left there is
+    dropped: divided by the ridge it would drown the rest. In float64 whatever the dtype of grad.
     """
     function = "precondition"
     require_floating_matrix(function, "grad", grad)
-    p = grad.shape[-1]
-    side = x.shape[0] if woodbury else p
-    for name, value, shape in (("factor", factor, (side, side)), ("x", x, (x.shape[0], p))):
+    n, p = basis.shape[0], grad.shape[-1]
+    side = n or p
+    for name, value, shape in (("factor", factor, (side, side)), ("basis", basis, (n, p))):
         if value.dtype != torch.float64:
             raise ValueError(f"{function}: {name} must have dtype float64, got {value.dtype}")
         if value.shape != shape:
             raise ValueError(
                 f"{function}: {name} must have shape {shape}, got {tuple(value.shape)}"
             )
-    if woodbury and not ridge > 0.0:
+    flat = grad.to(torch.float64).reshape(-1, p)
+    if n == 0:
+        return _like(torch.cholesky_solve(flat.mT, factor).mT, grad)
+    if not ridge > 0.0:
         raise ValueError(
             f"{function}: ridge must be positive with fewer samples than features, got {ridge}"
         )
-    flat = grad.to(torch.float64).reshape(-1, grad.shape[-1])
-    if woodbury:
-        inner = torch.cholesky_solve(x @ flat.mT, factor)
-        result = (flat - inner.mT @ x) / ridge
-    else:
-        result = torch.cholesky_solve(flat.mT, factor).mT
-    return _like(result, grad)
+    within = flat @ basis.mT
+    beside = flat - within @ basis
+    rounding = beside.norm(dim=1, keepdim=True) <= rounding_beside(grad) * flat.norm(
+        dim=1, keepdim=True
+    )
+    solved = torch.cholesky_solve(within.mT, factor).mT @ basis
+    return _like(solved + beside.masked_fill(rounding, 0.0) / ridge, grad)
+
+
+def rounding_beside(grad: Tensor) -> float:
+    """Share of a row that rounding may put beside the row space it was computed in."""
+    return 8.0 * grad.shape[-1] ** 0.5 * torch.finfo(grad.dtype).eps
+
+
+def precondition_gradient(weight: Tensor, factor: Tensor, basis: Tensor, ridge: float) -> Tensor:
+    """The weight itself; its derivative is :func:`precondition`."""
+    return weight.contiguous().clone()

@@ -14,7 +14,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
@@ -25,6 +25,7 @@ from immunize_ext.ops import fallback, merge_fallback
 from immunize_ext.ops.derivatives import (
     Family,
     Gradient,
+    Linear,
     Values,
     differentiable,
     fold_batch,
@@ -44,9 +45,9 @@ class Operator:
         fallback: The operator in torch, for devices without a kernel.
         fake: Shapes, dtypes and (contiguous) strides of the outputs; None where they depend on the
             numbers.
-        derivative: The ``autograd.Function`` and the family whose rules it is; or, for an operator
+        derivative: The function of its rules and what that is given first; or, for an operator
             without rules, the text that refuses them; None where csrc has them.
-        folds: Whether every tensor argument carries the batch, so that vmap folds into it.
+        vmap: Which tensor arguments carry the batch that vmap folds into: all, or the first alone.
         autocast: Whether autocast hands over float32. Half precision gains nothing here: kernels
             compute in float64 or float32, and a parameter must not lose digits on the way in.
         composed: Whether the fallback is no loss worth a word where a device has no kernel.
@@ -55,8 +56,8 @@ class Operator:
     schema: str
     fallback: Callable[..., Any]
     fake: Callable[..., Any] | None
-    derivative: tuple[Any, Family] | str | None
-    folds: bool = False
+    derivative: tuple[Any, ...] | str | None
+    vmap: Literal["all", "first"] | None = None
     autocast: bool = False
     composed: bool = False
 
@@ -234,7 +235,7 @@ OPERATORS: dict[str, Operator] = {
         fallback.extremal_singular_values,
         _singular,
         (Values, SINGULAR),
-        folds=True,
+        vmap="all",
         autocast=True,
     ),
     # Incoming gradients [*] float64; the result [*, n, p] in the dtype of a.
@@ -244,7 +245,7 @@ OPERATORS: dict[str, Operator] = {
         fallback.extremal_singular_values_backward,
         _gradient_of(2),
         (Gradient, SINGULAR),
-        folds=True,
+        vmap="all",
     ),
     # The cotangent [*, n, p] is that of grad_a.
     "extremal_singular_values_double_backward": Operator(
@@ -253,7 +254,7 @@ OPERATORS: dict[str, Operator] = {
         fallback.extremal_singular_values_double_backward,
         _double_backward_of(2),
         _third(SINGULAR),
-        folds=True,
+        vmap="all",
         composed=True,
     ),
     # Extremes of K = x^T x, in units of K, and |K|_F^2; tolerances stay in units of the singular
@@ -264,7 +265,7 @@ OPERATORS: dict[str, Operator] = {
         fallback.gram_extremes,
         _gram,
         (Values, GRAM),
-        folds=True,
+        vmap="all",
         autocast=True,
     ),
     "gram_extremes_backward": Operator(
@@ -274,7 +275,7 @@ OPERATORS: dict[str, Operator] = {
         fallback.gram_extremes_backward,
         _gradient_of(3),
         (Gradient, GRAM),
-        folds=True,
+        vmap="all",
     ),
     "gram_extremes_double_backward": Operator(
         "(Tensor cotangent, Tensor grad_max, Tensor grad_min, Tensor grad_squared_frobenius, "
@@ -283,7 +284,7 @@ OPERATORS: dict[str, Operator] = {
         fallback.gram_extremes_double_backward,
         _double_backward_of(3),
         _third(GRAM),
-        folds=True,
+        vmap="all",
         composed=True,
     ),
     # R_well (ill = false) or R_ill of K = x^T x. normaliser: p or k, by default the width of x or
@@ -315,7 +316,7 @@ OPERATORS: dict[str, Operator] = {
         fallback.symmetric_extremes,
         _symmetric,
         (Values, SYMMETRIC),
-        folds=True,
+        vmap="all",
         autocast=True,
     ),
     "symmetric_extremes_backward": Operator(
@@ -324,7 +325,7 @@ OPERATORS: dict[str, Operator] = {
         fallback.symmetric_extremes_backward,
         _gradient_of(2),
         (Gradient, SYMMETRIC),
-        folds=True,
+        vmap="all",
     ),
     "symmetric_extremes_double_backward": Operator(
         "(Tensor cotangent, Tensor grad_max, Tensor grad_min, Tensor h, float cluster_rtol) -> "
@@ -332,7 +333,7 @@ OPERATORS: dict[str, Operator] = {
         fallback.symmetric_extremes_double_backward,
         _double_backward_of(2),
         _third(SYMMETRIC),
-        folds=True,
+        vmap="all",
         composed=True,
     ),
     # A trajectory of symmetric matrices [p, p]: what a cold call leaves behind, all float64.
@@ -374,7 +375,7 @@ OPERATORS: dict[str, Operator] = {
         merge_fallback.merge_solve,
         _merge_solve,
         _no_derivative("merge_solve", "merge_kv"),
-        folds=True,
+        vmap="all",
     ),
     # The part per layer: W_l = W0_l + R_l b with R_l = V_l - W0_l c^T. base L x [*, o_l, d];
     # targets: concept weights, concept-major (N * L tensors [*, o_l, d]) with rows[n] tokens each,
@@ -398,12 +399,23 @@ OPERATORS: dict[str, Operator] = {
         _no_derivative("merge_apply_backward", "merge_kv"),
     ),
     # grad [*, o, p] times K^-1 for K = x^T x + ridge I, from the lower Cholesky factor of K
-    # [p, p], or with woodbury from that of x x^T + ridge I [n, n] and x [n, p]; float64.
+    # [p, p] and a basis [0, p]; or, for n < p samples, from that of basis K basis^T [n, n] and an
+    # orthonormal basis [n, p] of the rows of x. float64.
     "precondition": Operator(
-        "(Tensor grad, Tensor factor, Tensor x, float ridge, bool woodbury) -> Tensor",
+        "(Tensor grad, Tensor factor, Tensor basis, float ridge) -> Tensor",
         fallback.precondition,
         _gradient_of(0),
-        _no_derivative("precondition", "precondition_gradient"),
+        (Linear, "precondition", "precondition"),
+        vmap="first",
+        composed=True,
+    ),
+    # The weight; what reaches it as a derivative is multiplied by K^-1.
+    "precondition_gradient": Operator(
+        "(Tensor weight, Tensor factor, Tensor basis, float ridge) -> Tensor",
+        fallback.precondition_gradient,
+        _gradient_of(0),
+        (Linear, "precondition_gradient", "precondition"),
+        vmap="first",
         composed=True,
     ),
 }
@@ -435,6 +447,19 @@ def _folding(op: Callable[..., Any]) -> Callable[..., Any]:
     def rule(info: Any, in_dims: tuple[Any, ...], *args: Any) -> tuple[Any, Any]:
         outputs = op(*fold_batch(info.batch_size, in_dims, args))
         return outputs, 0 if isinstance(outputs, Tensor) else (0,) * len(outputs)
+
+    return rule
+
+
+def _leading(name: str, op: Callable[..., Any]) -> Callable[..., Any]:
+    """The first argument takes leading dimensions; the others are the same for all of them."""
+
+    def rule(info: Any, in_dims: tuple[Any, ...], first: Tensor, *rest: Any) -> tuple[Any, int]:
+        if any(dim is not None for dim in in_dims[1:]):
+            raise NotImplementedError(
+                f"immunize_ext: {name} under vmap takes one factor for all; loop over the factors"
+            )
+        return op(first.movedim(in_dims[0], 0), *rest), 0
 
     return rule
 
@@ -489,13 +514,13 @@ def _register() -> None:
         if isinstance(operator.derivative, str):
             _LIBRARY.impl(name, refusing(op, operator.derivative), "Autograd")
         elif operator.derivative is not None:
-            function, family = operator.derivative
-            _LIBRARY.impl(name, differentiable(op, function, family), "Autograd")
+            _LIBRARY.impl(name, differentiable(op, *operator.derivative), "Autograd")
         elif name.startswith("gram_regularizer") and not _load.available():
             text = _no_derivative(name, "regularizers.gram_r_well")
             _LIBRARY.impl(name, refusing(op, text), "Autograd")
-        if operator.folds:
-            torch.library.register_vmap(full_name, _folding(op), lib=_LIBRARY)
+        if operator.vmap is not None:
+            rule = _folding(op) if operator.vmap == "all" else _leading(name, op)
+            torch.library.register_vmap(full_name, rule, lib=_LIBRARY)
         if operator.autocast:
             for device in ("cpu", "cuda"):
                 torch.library.register_autocast(full_name, device, torch.float32, lib=_LIBRARY)

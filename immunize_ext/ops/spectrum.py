@@ -20,6 +20,7 @@ from torch import Tensor
 from immunize_ext.ops.arguments import (
     RankPolicy,
     SpectrumPolicy,
+    any_true,
     cluster_resolution,
     require_floating_matrix,
     spectrum_policy,
@@ -114,7 +115,7 @@ def extremal_singular_values(
         rank_rtol: sigma_i counts iff ``sigma_i > rank_rtol * sigma_max``. Default
             ``max(n, p) * eps`` of a's dtype (of float32 for half types).
         cluster_rtol: Singular values within ``cluster_rtol * sigma_max`` of an extreme are one
-            cluster. Default ``max(n, p, 16) * eps``; widen it to smooth the gradient.
+            cluster. Default ``max(n, p, 64) * eps``; widen it to smooth the gradient.
 
     Returns:
         ``sigma_max`` and ``sigma_min`` (*,) in a's dtype; ``rank`` (*,) int64, how many singular
@@ -174,7 +175,7 @@ def gram_extremes(
         rank: As in :func:`extremal_singular_values`. K is p x p, so with ``"full"`` and n < p
             lambda_min is 0.
         rank_rtol: In units of the singular values of x, not of K. Default ``max(n, p) * eps``.
-        cluster_rtol: In the same units. Default ``max(n, p, 16) * eps``.
+        cluster_rtol: In the same units. Default ``max(n, p, 64) * eps``.
 
     Returns:
         ``lambda_max``, ``lambda_min`` and ``squared_frobenius`` (*,) in x's dtype; ``rank``,
@@ -222,7 +223,7 @@ def symmetric_extremes(h: Tensor, *, cluster_rtol: float | None = None) -> Symme
             computed in float64. Both triangles are read; where they differ by rounding their mean
             counts.
         cluster_rtol: Eigenvalues within ``cluster_rtol * max |lambda|`` of an extreme are one
-            cluster. Default ``max(p, 16) * eps`` of h's dtype (of float32 for half types).
+            cluster. Default ``max(p, 64) * eps`` of h's dtype (of float32 for half types).
 
     Returns:
         ``lambda_max`` and ``lambda_min`` (*,) in h's dtype; ``multiplicity_max`` and
@@ -254,7 +255,23 @@ def symmetric_extremes(h: Tensor, *, cluster_rtol: float | None = None) -> Symme
     return SymmetricExtremes(largest.to(h.dtype), smallest.to(h.dtype), *counts)
 
 
-def _condition(extremes: SingularExtremes, logarithm: bool) -> Tensor:
+def _out_of_range(sigma_max: Tensor) -> Tensor:
+    """Where float64 cannot hold sigma_max, or cannot hold digits of sigma_min beside it."""
+    return torch.isinf(sigma_max) | ((sigma_max > 0) & (sigma_max < 2.0**-800))
+
+
+def _inverse_scale(a: Tensor) -> Tensor:
+    """Power of two (*, 1, 1) that brings the largest entry of each matrix near 1; a constant."""
+    _, exponent = torch.frexp(a.detach().abs().amax(dim=(-2, -1), keepdim=True))
+    # Within the range of normal numbers, where products with it are exact.
+    return torch.ldexp(torch.ones_like(exponent, dtype=a.dtype), (-exponent).clamp(-1000, 1000))
+
+
+def _condition(a: Tensor, policy: SpectrumPolicy, logarithm: bool) -> Tensor:
+    extremes = singular_extremes_float64(a, policy)
+    if a.dtype == torch.float64 and any_true(_out_of_range(extremes.sigma_max)):
+        # kappa has no scale. The factor is exact, the singular values are then in range.
+        extremes = singular_extremes_float64(a * _inverse_scale(a), policy)
     # Where sigma_min is 0 the condition number is infinite and, by the least-norm rule, has
     # gradient 0; the stand-in 1 keeps 0 / 0 out of the backward pass.
     singular = extremes.sigma_min == 0
@@ -304,7 +321,7 @@ def condition_number(
         tensor(3.7321)
     """
     policy = spectrum_policy("condition_number", "a", a, rank, rank_rtol, cluster_rtol)
-    return _condition(singular_extremes_float64(a, policy), logarithm=False).to(a.dtype)
+    return _condition(a, policy, logarithm=False).to(a.dtype)
 
 
 def log_condition_number(
@@ -344,4 +361,4 @@ def log_condition_number(
         tensor(2.3026)
     """
     policy = spectrum_policy("log_condition_number", "a", a, rank, rank_rtol, cluster_rtol)
-    return _condition(singular_extremes_float64(a, policy), logarithm=True).to(a.dtype)
+    return _condition(a, policy, logarithm=True).to(a.dtype)

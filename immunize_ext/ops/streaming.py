@@ -17,7 +17,13 @@ from collections.abc import Callable, Iterable, Iterator
 import torch
 from torch import Tensor
 
-from immunize_ext.ops.arguments import RankPolicy, cluster_resolution, resolution, spectrum_policy
+from immunize_ext.ops.arguments import (
+    RankPolicy,
+    cluster_resolution,
+    require_finite,
+    resolution,
+    spectrum_policy,
+)
 from immunize_ext.ops.spectrum import GramExtremes
 
 Blocks = Iterable[Tensor] | Callable[[], Iterable[Tensor]]
@@ -49,10 +55,7 @@ def _checked(blocks: Blocks) -> Iterator[Tensor]:
                 f"{_OPERATOR}: blocks must have one width p >= 1, got {block.shape[1]} after "
                 f"{width} at block {index}"
             )
-        if not bool(torch.isfinite(block.detach()).all()):
-            raise ValueError(
-                f"{_OPERATOR}: blocks must be finite, got NaN or infinity at block {index}"
-            )
+        require_finite(_OPERATOR, f"block {index} of blocks", block)
         yield block
 
 
