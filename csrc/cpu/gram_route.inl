@@ -14,9 +14,8 @@
 //    itself; the residual r = S v - sigma u makes (sigma, u, v) an exact triplet of S + E with
 //    |E| = |r|. It is accepted if |r| <= 4 sqrt(n + p) eps sigma_max: backward stable, as gesdd is.
 // 3. Refinement. From T alone |r| is about eps kappa sigma_max. One step of Newton's method with
-// the
-//    residual taken from S, (G - lambda) delta = -sigma r, delta orthogonal to u, multiplies the
-//    error by noise / gap; three steps are allowed.
+//    the residual taken from S, (G - lambda) delta = -sigma r, delta orthogonal to u, multiplies
+//    the error by noise / gap; three steps are allowed.
 //
 // Which eigenvalue a triplet belongs to is checked too: |sigma^2 - lambda| <= noise.
 
@@ -111,8 +110,8 @@ inline void refine_thin(const Reduction& reduction, const Tridiagonal& m, Candid
     x.u[i] *= inverse;
 }
 
-// v <- normalised v - S^T (G + lambda)^-1 r. Returns the larger of |S v - sigma u|, |S^T u - sigma
-// v|.
+// v <- normalised v - S^T (G + lambda)^-1 r.
+// Returns the larger of |S v - sigma u| and |S^T u - sigma v|.
 template <typename T>
 double refine_long(
     const Thin<T>& thin,

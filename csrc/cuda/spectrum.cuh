@@ -9,11 +9,10 @@
 //
 // Why this is as accurate as a bidiagonal SVD although it forms Gram matrices. The product B V is
 // computed with an error of c eps |M|, so B is exactly (M + E) V: backward stable, at every
-// iteration. What remains is the error of the Gram matrix, |dG_jk| <= c eps d_j d_k with d_j =
-// |b_j|, which changes lambda_i by at most
-//     c eps (sum_j |V_ji| d_j)^2 ~ c eps s_i,  s_i = sum_j V_ji^2 d_j^2    (rounding errors add up
-//     as
-// a root mean square), so sigma_i by c eps s_i / (2 sigma_i), or by sqrt(c eps s_i) at sigma_i = 0.
+// iteration. What remains is the error of the Gram matrix, |dG_jk| <= c eps d_j d_k with
+// d_j = |b_j|, which changes lambda_i by at most
+//     c eps (sum_j |V_ji| d_j)^2 ~ c eps s_i,  s_i = sum_j V_ji^2 d_j^2
+// (rounding errors add up as a root mean square), so sigma_i by c eps s_i / (2 sigma_i), or by sqrt(c eps s_i) at sigma_i = 0.
 // Both are a small multiple of eps sigma_max iff
 //     s_i <= kSpread sigma_max max(sigma_i, eps sigma_max),                                    (*)
 // which the block tests for every i. Well-conditioned matrices pass at once: no product with V, M
