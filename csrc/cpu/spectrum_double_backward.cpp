@@ -57,7 +57,7 @@ std::tuple<Tensor, Tensor, Tensor> extremal_singular_values_double_backward(
     bool full_rank) {
   constexpr const char* op = "extremal_singular_values_double_backward";
   const ScaledBatch scaled = scale_batch(op, "a", a);
-  const Policy policy{rank_rtol, cluster_rtol, full_rank};
+  const Policy policy{rank_rtol, cluster_rtol, full_rank, std::min(scaled.n, scaled.p)};
   const auto options = scaled.matrices.options();
   const int64_t batch = scaled.batch;
   const Tensor z = cotangent.to(at::kDouble).reshape({batch, scaled.n, scaled.p});
@@ -66,7 +66,7 @@ std::tuple<Tensor, Tensor, Tensor> extremal_singular_values_double_backward(
   Tensor d_max = at::zeros({batch}, options), d_min = at::zeros({batch}, options);
   Tensor grad = at::zeros({batch, scaled.n, scaled.p}, options);
   for (int64_t b = 0; b < batch; ++b) {
-    const Decomposition d = decompose_one(scaled.matrices[b], std::min(scaled.n, scaled.p), policy);
+    const Decomposition d = decompose_one(scaled.matrices[b], policy);
     const Clusters& found = d.clusters;
     const double scale = scaled.scale.const_data_ptr<double>()[b];
     const double weight_max = g_max.const_data_ptr<double>()[b];
@@ -104,7 +104,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> gram_extremes_double_backward(
   constexpr const char* op = "gram_extremes_double_backward";
   const ScaledBatch scaled = scale_batch(op, "x", x);
   const int64_t batch = scaled.batch, n = scaled.n, p = scaled.p;
-  const Policy policy{rank_rtol, cluster_rtol, full_rank};
+  const Policy policy{rank_rtol, cluster_rtol, full_rank, p};
   const auto options = scaled.matrices.options();
   const Tensor z = cotangent.to(at::kDouble).reshape({batch, n, p});
   const Tensor g_max = grad_max.to(at::kDouble).reshape({batch}).contiguous();
@@ -116,7 +116,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> gram_extremes_double_backward(
   for (int64_t b = 0; b < batch; ++b) {
     const Tensor xb = scaled.matrices[b], zb = z[b];
     const double scale = scaled.scale.const_data_ptr<double>()[b];
-    const Decomposition d = decompose_one(xb, p, policy);
+    const Decomposition d = decompose_one(xb, policy);
     const Clusters& found = d.clusters;
     const double weights[2] = {
         g_max.const_data_ptr<double>()[b], g_min.const_data_ptr<double>()[b]};

@@ -15,7 +15,7 @@
 #include <tuple>
 
 #include "../checks.h"
-#include "power_of_two.h"
+#include "../tensors.h"
 
 namespace immunize_ext {
 namespace {
