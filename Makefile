@@ -36,7 +36,7 @@ export IMMUNIZE_EXT_BUILD ?= 1
 NATIVE := setup.py pyproject.toml immunize_ext/_version.py \
   $(sort $(wildcard csrc/*.* csrc/cpu/*.* csrc/cuda/*.*))
 PYTHON_SOURCES := immunize_ext python_tests benchmarks csrc setup.py .ci
-CPP_SOURCES := $(sort $(shell find csrc -name '*.h' -o -name '*.cpp' -o -name '*.cu*'))
+CPP_SOURCES := $(sort $(shell find csrc -name '*.h' -o -name '*.inl' -o -name '*.cpp' -o -name '*.cu*'))
 
 .PHONY: help build test test-fallback simt cuda gpu sanitizer lint format docs demo bench doctor sdist clean distclean
 

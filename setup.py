@@ -193,7 +193,7 @@ def make_extension(decision: Decision, toolkit: Toolkit | None, version: str) ->
     files = sources("csrc/*.cpp", "csrc/cpu/*.cpp")
     options: dict[str, Any] = {
         "include_dirs": [str(ROOT / "csrc")],
-        "depends": sources("csrc/**/*.h", "csrc/**/*.cuh"),
+        "depends": sources("csrc/**/*.h", "csrc/**/*.inl", "csrc/**/*.cuh"),
         "extra_compile_args": {"cxx": cxx, "nvcc": nvcc},
     }
     if not decision.cuda:

@@ -44,7 +44,7 @@ products with many right-hand sides; up to 128 `small_precondition` fuses them),
 symmetric, possibly indefinite matrices and the second derivatives (cuSOLVER), the solve with the
 factor of Q for d > 128 (cuBLAS). From a side of 1024 on, block Krylov spaces with a proof find the
 extremes of symmetric matrices and of features from products and factorisations of the libraries
-(`csrc/cuda/krylov.h`). These compositions are run on CPU tensors in the same step.
+(`csrc/krylov.h`). These compositions are run on CPU tensors in the same step.
 
 """
 

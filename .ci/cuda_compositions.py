@@ -1,7 +1,8 @@
 """What the CUDA build composes of torch operators, run on CPU tensors and compared with the CPU.
 
-Symmetric extremes and the library route of the preconditioned gradient hold no
-kernel of ours, so the function registered for CUDA can be called on any tensor: no GPU is needed.
+The search of large features holds no kernel of ours, so the function that is registered for CUDA
+can be called on any tensor: no GPU is needed. What every build registers for
+CUDA is tested by python_tests/ops/test_compositions.py.
 Run by cuda_build.py with the Python of the CUDA environment and the built package in its path.
 """
 
@@ -56,87 +57,6 @@ def refused(what: str, operator: str, *arguments: object) -> None:
     if len(messages) != 2 or messages[0] != messages[1]:
         sys.exit(f"cuda_compositions: {operator}, {what}: refusals differ: {messages}")
     print(f"  {operator}: {what}: refused alike")
-
-
-def symmetric() -> None:
-    """Values, multiplicities, vectors and the derivative of indefinite matrices."""
-    rtol = 1e-12
-    basis, _ = torch.linalg.qr(normal(2, 6, 6))
-    for eigenvalues in (
-        [-3.0, -1.0, 0.5, 1.0, 2.0, 4.0],
-        [1e-3, 1.0, 1.1, 1.2, 1.3, 2.0],
-        [-2.0, -2.0, 0.0, 1.0, 3.0, 3.0],
-    ):
-        values = torch.tensor(eigenvalues, dtype=torch.float64)
-        h = (basis * values) @ basis.mT
-        h = (h + h.mT) / 2
-        cluster = eigenvalues[0] == eigenvalues[1]
-        for scale in (1.0, 2.0**-300, 2.0**300):
-            what = f"{eigenvalues}, scale {scale:.0e}"
-            name = "symmetric_extremes"
-            forward = torch.ops.immunize_ext.symmetric_extremes(h * scale, rtol)
-            if not cluster:
-                compare(what, name, h * scale, rtol)
-            g = [normal(2, seed=1), normal(2, seed=2)]
-            compare(what, f"{name}_backward", *g, h * scale, *forward[2:], rtol)
-    compare("float32", "symmetric_extremes", torch.diag(torch.tensor([1.0, -2.0, 5.0])), 1e-5)
-    compare("empty", "symmetric_extremes", normal(0, 4, 4), rtol)
-    refused("not symmetric", "symmetric_extremes", normal(2, 4, 4), rtol)
-    bad = torch.full((2, 3, 3), torch.inf, dtype=torch.float64)
-    refused("infinity", "symmetric_extremes", bad, rtol)
-
-
-def large_symmetric() -> None:
-    """Sides where Krylov spaces search and a factorisation proves, with every way to fall back."""
-    t, rtol = 1030, 1030 * torch.finfo(torch.float64).eps
-    basis, _ = torch.linalg.qr(normal(t, t, seed=5))
-
-    def spectrum(low: list[float], high: list[float], start: float, end: float) -> Tensor:
-        inner = torch.linspace(start, end, t - len(low) - len(high), dtype=torch.float64)
-        ends = (torch.tensor(e, dtype=torch.float64) for e in (low, high))
-        first, last = ends
-        return torch.cat([first, inner, last])
-
-    graded = torch.logspace(-4, 0, t, dtype=torch.float64)
-    batches = {
-        "graded, negative, indefinite": [graded, -graded.flip(0), spectrum([-1.0], [], -0.9, 2.0)],
-        "repeated ends, an outlier": [
-            spectrum([0.5] * 3, [3.0] * 2, 1.0, 2.0),
-            spectrum([], [50.0], 1.0, 1.5),
-        ],
-        "a proven one beside a null space and one value": [
-            graded,
-            spectrum([0.0] * 600, [], 1.0, 2.0),
-            torch.ones(t, dtype=torch.float64),
-            torch.zeros(t, dtype=torch.float64),
-        ],
-    }
-    name = "symmetric_extremes"
-    call = getattr(torch.ops.immunize_ext, name).default.redispatch
-    for what, spectra in batches.items():
-        h = torch.stack([(basis * values) @ basis.mT for values in spectra])
-        h = (h + h.mT) / 2
-        forward = call(CUDA, h, rtol)
-        for number, values in enumerate(spectra):
-            size = float(values.abs().max())
-            error = max(
-                abs(float(forward[0][number] - values.max())),
-                abs(float(forward[1][number] - values.min())),
-            )
-            if not error <= 8 * t * torch.finfo(torch.float64).eps * size:
-                sys.exit(f"cuda_compositions: {name}, {what}, matrix {number}: off by {error:.1e}")
-            counts = [int((values == end).sum()) for end in (values.max(), values.min())]
-            if [int(forward[2][number]), int(forward[3][number])] != counts:
-                sys.exit(f"cuda_compositions: {name}, {what}, matrix {number}: other counts")
-            for vector, value in ((forward[4], forward[0]), (forward[5], forward[1])):
-                v = vector[number]
-                residual = float((h[number] @ v - value[number] * v).norm())
-                if not residual <= 8 * t * torch.finfo(torch.float64).eps * size:
-                    sys.exit(f"cuda_compositions: {name}, {what}, matrix {number}: other vectors")
-        again = call(CUDA, h, rtol)
-        if not all(torch.equal(a, b) for a, b in zip(forward, again, strict=True)):
-            sys.exit(f"cuda_compositions: {name}, {what}: two calls differ")
-        print(f"  {name}, side {t}: {what}")
 
 
 def large_features() -> None:
@@ -196,21 +116,6 @@ def large_features() -> None:
     refused("NaN in large features", "extremal_singular_values", bad, k * eps, k * eps, False)
 
 
-def precondition() -> None:
-    """The library route, with more rows than one call of the library takes."""
-    x = normal(8, 20)
-    q, r = torch.linalg.qr(x.mT)
-    basis, chol = q.mT, torch.linalg.cholesky(r @ r.mT + 0.1 * torch.eye(8, dtype=torch.float64))
-    full = torch.linalg.cholesky(x.mT @ x + 0.1 * torch.eye(20, dtype=torch.float64))
-    grad = normal(2, 7, 20, seed=1)
-    compare("few samples", "precondition", grad, chol, basis, 0.1)
-    compare("Cholesky", "precondition", grad, full, x[:0], 0.1)
-    compare("many rows", "precondition", normal(70000, 20, seed=2), full, x[:0], 0.1)
-
-
 if __name__ == "__main__":
     torch.set_num_threads(1)
-    symmetric()
-    large_symmetric()
     large_features()
-    precondition()

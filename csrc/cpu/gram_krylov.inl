@@ -217,8 +217,7 @@ template <typename T, typename Run>
 bool large_extremes(
     const Thin<T>& thin,
     const double* g,
-    int64_t full_side,
-    Policy policy,
+    const Policy& policy,
     Wanted wanted,
     const Run& run,
     Extremes& out) {
@@ -246,8 +245,8 @@ bool large_extremes(
       return false;
   }
   out.rank = t;
-  const bool has_min = wanted.min && !(policy.full_rank && t < full_side);
-  out.multiplicity_min = full_side - t;  // of the value zero, if there is no other
+  const bool has_min = wanted.min && !(policy.full_rank && t < policy.full_side);
+  out.multiplicity_min = policy.full_side - t;  // of the value zero, if there is no other
   double sigma_min = 0.0;
   std::vector<double> images;
   if (wanted.min) {

@@ -8,15 +8,16 @@
 //
 // 1. Counts. Rank and multiplicities are numbers of eigenvalues beyond a threshold. Each is counted
 //    at the threshold plus and minus noise. Where the two agree G decides; where not, it refuses.
-//    With the default rank tolerance in float64 the threshold lies below noise, so G decides only
-//    if lambda_min > noise, that is kappa < (4 max(t, 16) eps)^-1/2: 4e6 at t = 64, 2e6 at t = 256.
+//    With the default rank tolerance in float64 the threshold lies below noise, so G decides alone
+//    only if lambda_min > noise, that is kappa < (4 max(t, 16) eps)^-1/2: 4e6 at t = 64, 2e6 at
+//    t = 256. Of features without full rank it knows how many singular values certainly count; that
+//    the others certainly do not is for the caller to prove, from S.
 // 2. Values and vectors. For the thin vector u take w = S^T u, sigma = |w|, v = w / sigma from S
 //    itself; the residual r = S v - sigma u makes (sigma, u, v) an exact triplet of S + E with
 //    |E| = |r|. It is accepted if |r| <= 4 sqrt(n + p) eps sigma_max: backward stable, as gesdd is.
 // 3. Refinement. From T alone |r| is about eps kappa sigma_max. One step of Newton's method with
-// the
-//    residual taken from S, (G - lambda) delta = -sigma r, delta orthogonal to u, multiplies the
-//    error by noise / gap; three steps are allowed.
+//    the residual taken from S, (G - lambda) delta = -sigma r, delta orthogonal to u, multiplies
+//    the error by noise / gap; three steps are allowed.
 //
 // Which eigenvalue a triplet belongs to is checked too: |sigma^2 - lambda| <= noise.
 
@@ -111,8 +112,8 @@ inline void refine_thin(const Reduction& reduction, const Tridiagonal& m, Candid
     x.u[i] *= inverse;
 }
 
-// v <- normalised v - S^T (G + lambda)^-1 r. Returns the larger of |S v - sigma u|, |S^T u - sigma
-// v|.
+// v <- normalised v - S^T (G + lambda)^-1 r.
+// Returns the larger of |S v - sigma u| and |S^T u - sigma v|.
 template <typename T>
 double refine_long(
     const Thin<T>& thin,
@@ -140,16 +141,17 @@ double refine_long(
 }
 
 // Extremes of the matrix whose thin Gram matrix g (leading dimension work.ld(), kept) is given.
-// full_side: how many singular values the policy full_rank speaks of. False: refused.
-template <typename T, typename Run>
+// proves(missing, noise, threshold): that S has so many singular values of at most `threshold`, g
+// having as many eigenvalues of at most a few noise. False: refused.
+template <typename T, typename Run, typename Proves>
 bool extremes(
     const Thin<T>& thin,
     const double* g,
-    int64_t full_side,
-    Policy policy,
+    const Policy& policy,
     Wanted wanted,
     Workspace& work,
     const Run& run,
+    const Proves& proves,
     Extremes& out) {
   const int64_t t = thin.side(), k = thin.length(), ld = work.ld();
   work.reset();
@@ -184,6 +186,7 @@ bool extremes(
   points[1] = rank_threshold + noise;
   points[2] = max_threshold - noise;
   points[3] = max_threshold + noise;
+  points[4] = rank_threshold + 8.0 * noise;
   count(m, points, below);
   // The extreme itself belongs to its cluster, wherever its own rounding puts it.
   const int64_t most = std::max<int64_t>(1, t - below[2]);
@@ -191,14 +194,17 @@ bool extremes(
     return false;
   int64_t missing = 0;
   if (wanted.min && below[1] > 0) {
-    if (rank_threshold <= 4.0 * noise || below[0] != below[1])
+    const bool decided = rank_threshold > 4.0 * noise && below[0] == below[1];
+    // With a gap beyond noise, or the value beside it could not be refined.
+    if (!decided &&
+        (below[4] != below[1] || !proves(below[1], noise, policy.rank_rtol * sigma_max)))
       return false;
-    missing = below[0];
+    missing = below[1];
   }
   out.rank = t - missing;
   out.multiplicity_max = std::min(most, out.rank);
-  const bool has_min = wanted.min && !(policy.full_rank && out.rank < full_side);
-  out.multiplicity_min = full_side - out.rank;
+  const bool has_min = wanted.min && !(policy.full_rank && out.rank < policy.full_side);
+  out.multiplicity_min = policy.full_side - out.rank;
   double lambda_min = 0.0;
   if (has_min) {
     lambda_min = eigenvalue(m, missing);

@@ -1,8 +1,8 @@
 // Three products between short blocks of rows, the whole arithmetic of the K/V merge. Torch-free.
 //
 //   multiply_transposed   out  = X Y^T            (m x d) (q x d)^T -> m x q
-//   add_product           out  = base + sign C Y  (m x q) (q x d)   -> m x d; base null (zero) or
-//   out accumulate_product    sum += C^T X            (m x q)^T (m x d) -> q x d, in float64
+//   add_product           out  = base + sign C Y  (m x q) (q x d)   -> m x d; base null (0) or out
+//   accumulate_product    sum += C^T X            (m x q)^T (m x d) -> q x d, in float64
 //
 // m is a block of rows that fits the cache, q a number of prompt tokens, d the text width. Register
 // tiles are 4 rows by 3 vectors: 12 accumulators hide the latency of two FMA units and leave room

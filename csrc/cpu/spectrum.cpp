@@ -1,130 +1,391 @@
-// Extremal singular values and extremes of Gram matrices on the CPU: forward and backward.
+// Extremes of a batch on the CPU, and their gradient; the formulas stand in ../spectrum.cpp.
+//
+// Routes: the thin Gram matrix, reduced (gram_route.inl) or searched (gram_krylov.inl), and a
+// singular value decomposition for what these refuse. Which one a matrix takes depends on this
+// matrix alone.
+
+#include "../spectrum.h"
 
 #include <ATen/ATen.h>
-#include <torch/library.h>
+#include <ATen/CPUGeneratorImpl.h>
+#include <ATen/Parallel.h>
 
-#include <tuple>
+#include <algorithm>
+#include <cmath>
+#include <vector>
 
-#include "../checks.h"
+#include "../tensors.h"
 #include "spectrum_common.h"
-#include "spectrum_engine.h"
+#include "spectrum_kernels.h"
 
 namespace immunize_ext {
 namespace {
 
-using Forward = std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor>;
+using namespace spectrum;
 
-Forward extremal_singular_values(
-    const Tensor& a,  // [*, n, p]
-    double rank_rtol,
-    double cluster_rtol,
-    bool full_rank) {
-  check_floating_matrix("extremal_singular_values", "a", a);
-  const int64_t n = a.size(-2), p = a.size(-1);
-  const ExtremesBatch e = extremes_of(
-      "extremal_singular_values", "a", a, std::min(n, p), {rank_rtol, cluster_rtol, full_rank},
-      Wanted{}, /*of_gram=*/false);
-  const auto shape = batch_shape(a);
-  return {
-      e.sigma_max.view(shape),
-      e.sigma_min.view(shape),
-      e.rank.view(shape),
-      e.multiplicity_max.view(shape),
-      e.multiplicity_min.view(shape),
-      e.u_max.view(with_side(shape, n)),
-      e.v_max.view(with_side(shape, p)),
-      e.u_min.view(with_side(shape, n)),
-      e.v_min.view(with_side(shape, p))};
+enum class Route : char { settled, decompose, not_finite };
+
+// Entries between 2^-200 and 2^200 can be squared twice and summed without over- or underflow that
+// matters; the trace of the thin Gram matrix, the sum of all squares, tells.
+const double kSmallestTrace = std::ldexp(1.0, -400);
+const double kLargestTrace = std::ldexp(1.0, 400);
+
+// Slices of the tiles of one symmetric product: enough for the threads, few enough to pay.
+template <typename T>
+void thin_gram(const Thin<T>& thin, double* g) {
+  const int64_t t = thin.side(), ld = padded(t), tiles = symmetric_tiles(t);
+  std::fill(g, g + ld * ld, 0.0);
+  // 2 * 12 * 4 flops a tile and depth: a slice below about 2e6 is not worth a thread.
+  const int64_t grain = std::max<int64_t>(1, 20000 / thin.length());
+  at::parallel_for(0, tiles, grain, [&](int64_t begin, int64_t end) {
+    std::vector<double> packed(ld * kDepth);
+    IMMUNIZE_EXT_SPECTRUM(add_symmetric_product(thin, begin, end, packed.data(), g));
+  });
+  mirror(g, t, ld);
 }
 
-Tensor extremal_singular_values_backward(
-    const Tensor& grad_max,  // [*] float64
-    const Tensor& grad_min,  // [*] float64
-    const Tensor& a,         // [*, n, p]
-    const Tensor& multiplicity_max,
-    const Tensor& multiplicity_min,
-    const Tensor& u_max,
-    const Tensor& v_max,
-    const Tensor& u_min,
-    const Tensor& v_min,
-    double rank_rtol,
-    double cluster_rtol,
-    bool full_rank) {
-  Saved saved;
-  saved.multiplicity_max = multiplicity_max;
-  saved.multiplicity_min = multiplicity_min;
-  saved.u_max = u_max;
-  saved.v_max = v_max;
-  saved.u_min = u_min;
-  saved.v_min = v_min;
-  return gradient_of(grad_max, grad_min, Tensor(), a, saved, {rank_rtol, cluster_rtol, full_rank});
+struct Outcome {
+  Route route = Route::settled;
+  bool postponed = false;  // what would settle it calls torch, and this is a parallel region
+  double scale = 1.0;
+  double squared_frobenius = 0.0;  // of the scaled matrix
+  Extremes extremes;
+};
+
+template <typename T>
+double largest_magnitude(const T* a, int64_t count) {
+  double largest = 0.0;
+  for (int64_t i = 0; i < count; ++i) {
+    const double x = std::abs(static_cast<double>(a[i]));
+    if (!(x <= largest))  // NaN gets in, and stays
+      largest = x;
+    if (std::isnan(largest))
+      return largest;
+  }
+  return largest;
 }
 
-using GramForward = std::
-    tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor>;
-
-GramForward gram_extremes(
-    const Tensor& x,  // [*, n, p]
-    double rank_rtol,
-    double cluster_rtol,
-    bool full_rank) {
-  check_floating_matrix("gram_extremes", "x", x);
-  const int64_t n = x.size(-2), p = x.size(-1), t = std::min(n, p);
-  const ExtremesBatch e = extremes_of(
-      "gram_extremes", "x", x, p, {rank_rtol, cluster_rtol, full_rank}, Wanted{}, /*of_gram=*/true);
-  const auto shape = batch_shape(x);
-  return {
-      e.lambda_max.view(shape),
-      e.lambda_min.view(shape),
-      e.squared_frobenius.view(shape),
-      e.rank.view(shape),
-      e.multiplicity_max.view(shape),
-      e.multiplicity_min.view(shape),
-      e.u_max.view(with_side(shape, n)),
-      e.v_max.view(with_side(shape, p)),
-      e.u_min.view(with_side(shape, n)),
-      e.v_min.view(with_side(shape, p)),
-      e.thin_gram.view(with_side(with_side(shape, t), t))};
+// Whether a matrix has `missing` singular values of at most `threshold`: whether there are as many
+// orthonormal z with |S^T z| below it (Courant and Fischer), S the thin side. g: S S^T up to noise,
+// leading dimension ld.
+//
+// The Gram matrix knows a null space Z only to noise over the eigenvalue beside it, far worse than
+// the threshold. A step of Newton's method with the product S^T Z taken from S itself,
+//   Z <- Z - (G + delta)^-1 S (S^T Z),
+// leaves the null space alone and multiplies what else there is in Z by (noise + delta) / lambda.
+template <typename T>
+bool has_null_space(
+    const Thin<T>& thin,
+    const double* g,
+    int64_t ld,
+    int64_t missing,
+    double noise,
+    double threshold) {
+  constexpr int kSteps = 4;
+  const int64_t t = thin.side();
+  const auto options = at::TensorOptions().dtype(at::kDouble);
+  const auto source = at::TensorOptions().dtype(c10::CppTypeToScalarType<T>::value);
+  const Tensor a = at::from_blob(const_cast<T*>(thin.a), {thin.n, thin.p}, source).to(at::kDouble);
+  const Tensor s = thin.left() ? a : a.mT();
+  Tensor shifted = at::from_blob(const_cast<double*>(g), {t, t}, {ld, 1}, options).clone();
+  shifted.diagonal().add_(2.0 * noise);
+  const auto [factor, info] = at::linalg_cholesky_ex(shifted);
+  if (info.item<int>() != 0)
+    return false;
+  const auto orthonormal = [](const Tensor& x) { return std::get<0>(at::linalg_qr(x)); };
+  // Always the same start; nothing of the caller's random state is touched.
+  const Tensor start = at::randn({t, missing}, at::detail::createCPUGenerator(20250701), options);
+  Tensor z =
+      orthonormal(at::cholesky_solve(orthonormal(at::cholesky_solve(start, factor)), factor));
+  for (int step = 0; step < kSteps; ++step) {
+    const Tensor image = s.mT().mm(z);
+    // Half: the rest is for rounding in the product.
+    if (at::linalg_vector_norm(image).item<double>() <= 0.5 * threshold)
+      return true;
+    z = orthonormal(z - at::cholesky_solve(s.mm(image), factor));
+  }
+  return false;
 }
 
-Tensor gram_extremes_backward(
-    const Tensor& grad_max,
-    const Tensor& grad_min,
-    const Tensor& grad_squared_frobenius,
-    const Tensor& x,  // [*, n, p]
-    const Tensor& lambda_max,
-    const Tensor& lambda_min,
-    const Tensor& multiplicity_max,
-    const Tensor& multiplicity_min,
-    const Tensor& u_max,
-    const Tensor& v_max,
-    const Tensor& u_min,
-    const Tensor& v_min,
-    const Tensor& thin_gram,  // [*, t, t]
-    double rank_rtol,
-    double cluster_rtol,
-    bool full_rank) {
-  Saved saved;
-  saved.multiplicity_max = multiplicity_max;
-  saved.multiplicity_min = multiplicity_min;
-  saved.u_max = u_max;
-  saved.v_max = v_max;
-  saved.u_min = u_min;
-  saved.v_min = v_min;
-  saved.sigma_max = lambda_max.sqrt();
-  saved.sigma_min = lambda_min.sqrt();
-  saved.thin_gram = thin_gram;
-  return gradient_of(
-      grad_max, grad_min, grad_squared_frobenius, x, saved, {rank_rtol, cluster_rtol, full_rank});
+// Everything about one matrix. thin_gram_out ([t, t], contiguous) may be null.
+template <typename T>
+void settle(
+    const Thin<T>& thin, const Policy& policy, Wanted wanted, double* thin_gram_out, Outcome& out) {
+  const int64_t t = thin.side(), ld = padded(t);
+  std::vector<double> g(ld * ld);
+  thin_gram(thin, g.data());
+  double trace = 0.0;
+  for (int64_t i = 0; i < t; ++i)
+    trace += g[i * ld + i];
+  if (!(trace >= kSmallestTrace && trace <= kLargestTrace)) {
+    const double largest = largest_magnitude(thin.a, thin.n * thin.p);
+    if (!std::isfinite(largest)) {
+      out.route = Route::not_finite;
+      return;
+    }
+    if (largest == 0.0) {
+      out.extremes.multiplicity_max = out.extremes.multiplicity_min = policy.full_side;
+      if (thin_gram_out != nullptr)
+        std::fill(thin_gram_out, thin_gram_out + t * t, 0.0);
+      return;
+    }
+    out.scale = power_of_two_scale(largest);
+    std::vector<double> scaled(thin.n * thin.p);
+    for (size_t i = 0; i < scaled.size(); ++i)
+      scaled[i] = static_cast<double>(thin.a[i]) / out.scale;
+    settle<double>({scaled.data(), thin.n, thin.p}, policy, wanted, thin_gram_out, out);
+    if (thin_gram_out != nullptr)
+      for (int64_t i = 0; i < t * t; ++i)
+        thin_gram_out[i] = thin_gram_out[i] * out.scale * out.scale;  // the square may overflow
+    return;
+  }
+  for (int64_t i = 0; i < t; ++i)
+    for (int64_t j = 0; j < t; ++j)
+      out.squared_frobenius += g[i * ld + j] * g[i * ld + j];
+  if (thin_gram_out != nullptr)
+    for (int64_t i = 0; i < t; ++i)
+      std::copy(g.data() + i * ld, g.data() + i * ld + t, thin_gram_out + i * t);
+  const auto searched = [&] {
+    return t >= kKrylovSide && IMMUNIZE_EXT_SPECTRUM(large_extremes(
+                                   thin, g.data(), policy, wanted, Threads{}, out.extremes));
+  };
+  const auto reduced = [&] {
+    if (t > kLargestSide)
+      return false;
+    Workspace work(thin.n, thin.p);
+    const auto proves = [&](int64_t missing, double noise, double threshold) {
+      out.postponed = at::in_parallel_region();
+      return !out.postponed && has_null_space(thin, g.data(), ld, missing, noise, threshold);
+    };
+    return IMMUNIZE_EXT_SPECTRUM(
+        extremes(thin, g.data(), policy, wanted, work, Threads{}, proves, out.extremes));
+  };
+  out.route = searched() || reduced() ? Route::settled : Route::decompose;
+}
+
+// The same by a full decomposition.
+void decompose(const Tensor& matrix, const Policy& policy, Wanted wanted, Outcome& out) {
+  const OneThread one;
+  const Decomposition d = decompose_one(matrix.to(at::kDouble) / out.scale, policy);
+  const Clusters& found = d.clusters;
+  const bool has_min = found.min_end > found.min_begin;
+  Extremes& x = out.extremes;
+  x.rank = found.rank;
+  x.sigma_max = d.sigma[0].item<double>();
+  x.sigma_min = has_min ? d.sigma[found.rank - 1].item<double>() : 0.0;
+  x.multiplicity_max = found.rank > 0 ? found.max_end : policy.full_side;
+  x.multiplicity_min = has_min ? found.min_end - found.min_begin : policy.full_side - found.rank;
+  const bool left = matrix.size(0) <= matrix.size(1);
+  const auto fill = [&](const Tensor& columns, int64_t index, double* to) {
+    const Tensor column = columns.select(1, index).contiguous();
+    const double* from = column.const_data_ptr<double>();
+    std::copy(from, from + column.size(0), to);
+  };
+  const auto fill_pair = [&](int64_t index, double* thin, double* along) {
+    fill(left ? d.u : d.v, index, thin);
+    if (wanted.long_vectors)
+      fill(left ? d.v : d.u, index, along);
+  };
+  if (found.rank > 0 && wanted.max)
+    fill_pair(0, x.thin_max, x.long_max);
+  if (has_min && wanted.min)
+    fill_pair(found.rank - 1, x.thin_min, x.long_min);
+}
+
+double* row_of(const Tensor& t, int64_t b) {
+  return t.defined() ? t.mutable_data_ptr<double>() + b * t.size(1) : nullptr;
+}
+
+// Operations on one matrix, about: the Gram matrix and its reduction.
+int64_t cost_of(const MatrixBatch& a) {
+  return a.n * a.p * a.thin();
+}
+
+ExtremesBatch extremes_of(
+    const char* op,
+    const char* name,
+    const MatrixBatch& a,
+    const Policy& policy,
+    Wanted wanted,
+    bool of_gram) {
+  const int64_t n = a.n, p = a.p, t = a.thin();
+  ExtremesBatch out(a, wanted, of_gram);
+  std::vector<Outcome> outcomes(a.batch);
+  const auto settle_one = [&](int64_t b) {
+    Outcome& outcome = outcomes[b];
+    outcome = {};
+    outcome.extremes.thin_max = row_of(out.thin_max, b);
+    outcome.extremes.thin_min = row_of(out.thin_min, b);
+    outcome.extremes.long_max = row_of(out.long_max, b);
+    outcome.extremes.long_min = row_of(out.long_min, b);
+    double* gram = of_gram ? out.thin_gram.mutable_data_ptr<double>() + b * t * t : nullptr;
+    const auto run = [&](auto* data) {
+      settle<std::remove_const_t<std::remove_pointer_t<decltype(data)>>>(
+          {data + b * n * p, n, p}, policy, wanted, gram, outcome);
+    };
+    if (a.matrices.scalar_type() == at::kDouble)
+      run(a.matrices.const_data_ptr<double>());
+    else
+      run(a.matrices.const_data_ptr<float>());
+  };
+  for_each_matrix(a.batch, cost_of(a), settle_one);
+
+  for (int64_t b = 0; b < a.batch; ++b) {
+    Outcome& outcome = outcomes[b];
+    TORCH_CHECK_VALUE(
+        outcome.route != Route::not_finite, op, ": ", name,
+        " must be finite, got NaN or infinity at batch index ", b,
+        "; look for an overflow upstream, float16 features for instance");
+    if (outcome.postponed)
+      settle_one(b);
+    if (outcome.route == Route::decompose)
+      decompose(a.matrices[b], policy, wanted, outcome);
+    const Extremes& x = outcome.extremes;
+    const double scale = outcome.scale, largest = x.sigma_max * scale;
+    const double smallest = x.sigma_min * scale;
+    out.value_max.mutable_data_ptr<double>()[b] = of_gram ? largest * largest : largest;
+    out.value_min.mutable_data_ptr<double>()[b] = of_gram ? smallest * smallest : smallest;
+    if (of_gram)  // in this order: the fourth power of the scale may overflow where F is zero
+      out.squared_frobenius.mutable_data_ptr<double>()[b] =
+          outcome.squared_frobenius * scale * scale * scale * scale;
+    out.rank.mutable_data_ptr<int64_t>()[b] = x.rank;
+    out.multiplicity_max.mutable_data_ptr<int64_t>()[b] = x.multiplicity_max;
+    out.multiplicity_min.mutable_data_ptr<int64_t>()[b] = x.multiplicity_min;
+  }
+  return out;
+}
+
+// Weights of one matrix in the gradient.
+struct Weights {
+  double max, min, frobenius;
+};
+
+// out = sum over the two extremes of weight u v^T.
+template <typename T>
+void rank_two(
+    int64_t n,
+    int64_t p,
+    const double weight[2],
+    const double* const u[2],
+    const double* const v[2],
+    T* out) {
+  for (int64_t i = 0; i < n; ++i) {
+    const double first = weight[0] * u[0][i], second = weight[1] * u[1][i];
+    for (int64_t j = 0; j < p; ++j)
+      out[i * p + j] = static_cast<T>(first * v[0][j] + second * v[1][j]);
+  }
+}
+
+// out = m x or x m with m = 4 g_F gram + 2 g_max z z^T + 2 g_min z z^T, z the thin vectors.
+template <typename T>
+void thin_product(
+    const Thin<T>& x,
+    Weights weights,
+    const double* gram,
+    const double* z_max,
+    const double* z_min,
+    T* out) {
+  const int64_t t = x.side(), ld = padded(t);
+  std::vector<double> m(ld * ld);
+  for (int64_t i = 0; i < t; ++i) {
+    const double first = 2.0 * weights.max * z_max[i], second = 2.0 * weights.min * z_min[i];
+    for (int64_t j = 0; j < t; ++j)
+      m[i * ld + j] = first * z_max[j] + second * z_min[j];
+    const double factor = 4.0 * weights.frobenius;
+    // A Gram matrix that overflows is no part of a gradient that does not ask for its norm.
+    for (int64_t j = 0; j < t && factor != 0.0; ++j)
+      m[i * ld + j] += factor * gram[i * t + j];
+  }
+  if (x.left()) {
+    const int64_t grain = std::max<int64_t>(1, 100000 / (t * t));
+    at::parallel_for(0, panels_of(x.p), grain, [&](int64_t begin, int64_t end) {
+      IMMUNIZE_EXT_SPECTRUM(multiply_left(m.data(), ld, x.a, t, x.p, begin, end, out));
+    });
+    return;
+  }
+  std::vector<double> packed(panels_of(t) * kPanel * t);
+  pack_columns(m.data(), ld, t, packed.data());
+  const int64_t blocks = (x.n + kRowBlock - 1) / kRowBlock;
+  const int64_t grain = std::max<int64_t>(1, 1000000 / (t * t * kRowBlock));
+  at::parallel_for(0, blocks, grain, [&](int64_t begin, int64_t end) {
+    IMMUNIZE_EXT_SPECTRUM(multiply_right(
+        x.a, packed.data(), t, begin * kRowBlock, std::min(end * kRowBlock, x.n), out));
+  });
+}
+
+// A cluster: the mean over it, from a full decomposition.
+Tensor cluster_gradient(
+    const Tensor& matrix, Weights weights, const Tensor& gram, bool of_gram, const Policy& policy) {
+  const OneThread one;
+  const Tensor wide = matrix.to(at::kDouble);
+  const int64_t n = wide.size(0), p = wide.size(1);
+  const double scale = power_of_two_scale(wide.abs().max().item<double>());
+  const Decomposition d = decompose_one(wide / scale, policy);
+  const Clusters& found = d.clusters;
+  const double factor = of_gram ? 2.0 * scale : 1.0;
+  Tensor grad = cluster_mean(d, 0, found.max_end, weights.max * factor, of_gram) +
+                cluster_mean(d, found.min_begin, found.min_end, weights.min * factor, of_gram);
+  if (weights.frobenius != 0.0) {
+    const Tensor weighted = gram * (4.0 * weights.frobenius);
+    grad.add_(n <= p ? weighted.mm(wide) : wide.mm(weighted));
+  }
+  return grad;
+}
+
+Tensor gradient_of(
+    const char* /*op*/, const MatrixBatch& a, const GradientInputs& in, const Policy& policy) {
+  const int64_t n = a.n, p = a.p, t = a.thin();
+  const bool of_gram = in.of_gram();
+  const Tensor grad = at::empty_like(a.matrices);
+  const auto at_index = [](const Tensor& x, int64_t b) { return x.const_data_ptr<double>()[b]; };
+  const auto weights_of = [&](int64_t b) {
+    return Weights{
+        at_index(in.grad_max, b), at_index(in.grad_min, b),
+        of_gram ? at_index(in.grad_squared_frobenius, b) : 0.0};
+  };
+  const auto is_cluster = [&](int64_t b) {
+    const Weights w = weights_of(b);
+    return (in.multiplicity_max.const_data_ptr<int64_t>()[b] > 1 && w.max != 0.0) ||
+           (in.multiplicity_min.const_data_ptr<int64_t>()[b] > 1 && w.min != 0.0);
+  };
+  // Whether u v^T can be had from the vectors kept: lambda = sigma^2 leaves the range before sigma.
+  const auto is_whole = [&](int64_t b) {
+    return in.long_max.defined() && (!of_gram || (std::isnormal(at_index(in.lambda_max, b)) &&
+                                                  std::isnormal(at_index(in.lambda_min, b))));
+  };
+  const auto fill = [&](int64_t b, auto* x, auto* out) {
+    using T = std::remove_pointer_t<decltype(out)>;
+    const Weights w = weights_of(b);
+    const double* thin[2] = {row_of(in.thin_max, b), row_of(in.thin_min, b)};
+    if (w.frobenius == 0.0 && is_whole(b)) {
+      const double weight[2] = {
+          of_gram ? 2.0 * std::sqrt(at_index(in.lambda_max, b)) * w.max : w.max,
+          of_gram ? 2.0 * std::sqrt(at_index(in.lambda_min, b)) * w.min : w.min};
+      const double* along[2] = {row_of(in.long_max, b), row_of(in.long_min, b)};
+      rank_two<T>(n, p, weight, a.wide() ? thin : along, a.wide() ? along : thin, out + b * n * p);
+      return;
+    }
+    thin_product<T>(
+        {x + b * n * p, n, p}, w, in.thin_gram.const_data_ptr<double>() + b * t * t, thin[0],
+        thin[1], out + b * n * p);
+  };
+  for_each_matrix(a.batch, cost_of(a), [&](int64_t b) {
+    if (is_cluster(b))
+      return;
+    if (a.matrices.scalar_type() == at::kDouble)
+      fill(b, a.matrices.const_data_ptr<double>(), grad.mutable_data_ptr<double>());
+    else
+      fill(b, a.matrices.const_data_ptr<float>(), grad.mutable_data_ptr<float>());
+  });
+  for (int64_t b = 0; b < a.batch; ++b)
+    if (is_cluster(b))
+      grad[b].copy_(cluster_gradient(
+          a.matrices[b], weights_of(b), of_gram ? in.thin_gram[b] : Tensor(), of_gram, policy));
+  return grad;
 }
 
 }  // namespace
 
-TORCH_LIBRARY_IMPL(immunize_ext, CPU, m) {
-  m.impl("extremal_singular_values", &extremal_singular_values);
-  m.impl("extremal_singular_values_backward", &extremal_singular_values_backward);
-  m.impl("gram_extremes", &gram_extremes);
-  m.impl("gram_extremes_backward", &gram_extremes_backward);
-}
+const SpectrumEngine cpu_spectrum{&extremes_of, &gradient_of};
 
 }  // namespace immunize_ext

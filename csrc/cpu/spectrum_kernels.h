@@ -13,9 +13,21 @@
 #include <limits>
 #include <vector>
 
-#include "extremes.h"
+#include "../extremes.h"
 
 namespace immunize_ext::spectrum {
+
+// Extremes of one matrix. The vectors point to zeroed memory (null where not wanted) and stay zero
+// where the gradient is.
+struct Extremes {
+  double sigma_max = 0.0;
+  double sigma_min = 0.0;
+  int64_t rank = 0;
+  int64_t multiplicity_max = 0;
+  int64_t multiplicity_min = 0;
+  double *thin_max = nullptr, *long_max = nullptr;
+  double *thin_min = nullptr, *long_min = nullptr;
+};
 
 // Where the thin side of a (n x p, row-major) lies: its rows if n <= p, its columns otherwise, or
 // whatever the matrix is if `columns`.

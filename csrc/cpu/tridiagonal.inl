@@ -1,9 +1,9 @@
 // Reduction of a symmetric matrix to tridiagonal form, and vectors back. Torch-free.
 //
-// Householder: for i = t-1 .. 1 the reflector H_i = I - tau v v^T, v supported on [0, i), v[i-1] =
-// 1, maps the part of row i left of the diagonal to a multiple of its last unit vector. With
-//   q = tau A v,  w = q - (tau v^T q / 2) v,   H A H = A - v w^T - w v^T   on the leading i x i
-//   part,
+// Householder: for i = t-1 .. 1 the reflector H_i = I - tau v v^T, v supported on [0, i) with
+// v[i-1] = 1, maps the part of row i left of the diagonal to a multiple of its last unit vector.
+// With
+//   q = tau A v,  w = q - (tau v^T q / 2) v,  H A H = A - v w^T - w v^T  on the leading i x i part,
 // so that G = Q T Q^T with Q = H_{t-1} ... H_1.
 //
 // Both the update and the product A v read the whole remaining matrix, which is what limits the

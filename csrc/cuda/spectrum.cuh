@@ -9,11 +9,10 @@
 //
 // Why this is as accurate as a bidiagonal SVD although it forms Gram matrices. The product B V is
 // computed with an error of c eps |M|, so B is exactly (M + E) V: backward stable, at every
-// iteration. What remains is the error of the Gram matrix, |dG_jk| <= c eps d_j d_k with d_j =
-// |b_j|, which changes lambda_i by at most
-//     c eps (sum_j |V_ji| d_j)^2 ~ c eps s_i,  s_i = sum_j V_ji^2 d_j^2    (rounding errors add up
-//     as
-// a root mean square), so sigma_i by c eps s_i / (2 sigma_i), or by sqrt(c eps s_i) at sigma_i = 0.
+// iteration. What remains is the error of the Gram matrix, |dG_jk| <= c eps d_j d_k with
+// d_j = |b_j|, which changes lambda_i by at most
+//     c eps (sum_j |V_ji| d_j)^2 ~ c eps s_i,  s_i = sum_j V_ji^2 d_j^2
+// (rounding errors add up as a root mean square), so sigma_i by c eps s_i / (2 sigma_i), or by sqrt(c eps s_i) at sigma_i = 0.
 // Both are a small multiple of eps sigma_max iff
 //     s_i <= kSpread sigma_max max(sigma_i, eps sigma_max),                                    (*)
 // which the block tests for every i. Well-conditioned matrices pass at once: no product with V, M
@@ -301,7 +300,7 @@ __device__ __forceinline__ void unit_products(
 
 // What the operators return for matrix b, from the extremes of M.
 __device__ __forceinline__ void write_values(
-    const Outputs& out, std::int64_t b, const Extremes& found, double scale) {
+    const Outputs& out, std::int64_t b, const ClusterBounds& found, double scale) {
   const double largest = found.largest * scale;
   const double smallest = found.smallest * scale;
   out.value_max[b] = out.of_gram ? largest * largest : largest;
@@ -329,7 +328,7 @@ __device__ __forceinline__ void write_not_finite(
     }
   }
   if (threadIdx.x == 0) {
-    write_values(out, b, Extremes{nan, nan, nan, nan, -1, -1, 0, 0, 0}, 1.0);
+    write_values(out, b, ClusterBounds{nan, nan, nan, nan, -1, -1, 0, 0, 0}, 1.0);
     if (out.of_gram) {
       out.squared_frobenius[b] = nan;
     }
@@ -364,7 +363,7 @@ __global__ void __launch_bounds__(kMaxThreads) small_extremes(
     const double scale = ldexp(1.0, exponent);
     const InputRows<T> rows = tall_rows<T>(matrix, m, t, plan.transposed, exponent);
     const int products = decompose_small<false>(rows, plan, space, work, out, b, scale);
-    const Extremes found = find_extremes(space.sigma, t, policy);
+    const ClusterBounds found = find_extremes(space.sigma, t, policy);
     const SharedPtr<double> long_max = out.long_max + b * m;
     const SharedPtr<double> long_min = out.long_min + b * m;
     const SharedPtr<double> short_max = out.short_max + b * t;
@@ -673,7 +672,7 @@ __device__ __forceinline__ double cluster_weight(
     const Incoming& in,
     std::int64_t b,
     const ClustersAsked& asked,
-    const Extremes& found,
+    const ClusterBounds& found,
     double sigma,
     double scale) {
   double weight = 0.0;
@@ -744,7 +743,7 @@ __global__ void __launch_bounds__(kMaxThreads) small_cluster_gradient(
     const double scale = ldexp(1.0, exponent);
     const InputRows<T> rows = tall_rows<T>(matrix, m, t, plan.transposed, exponent);
     decompose_small<true>(rows, plan, space, work, Outputs{}, b, scale);
-    const Extremes found = find_extremes(space.sigma, t, policy);
+    const ClusterBounds found = find_extremes(space.sigma, t, policy);
     for (int i = static_cast<int>(threadIdx.x); i < t; i += static_cast<int>(blockDim.x)) {
       const double sigma = space.sigma[i];
       space.norms[i] = cluster_weight(in, b, asked, found, sigma, scale);

@@ -10,6 +10,7 @@
 #include <cfloat>
 #include <cstdint>
 
+#include "../extremes.h"
 #include "portable.cuh"
 
 namespace immunize_ext::spectrum {
@@ -504,15 +505,8 @@ __device__ __forceinline__ bool diagonalise(
 
 // --- Which singular values count, and which belong to an extreme ---------------------------------
 
-struct Policy {
-  double rank_rtol;
-  double cluster_rtol;
-  bool full_rank;
-  std::int64_t full_side;  // how many singular values full_rank speaks of: p for a Gram matrix
-};
-
 // For singular values in any order. An extreme without index has value and gradient 0.
-struct Extremes {
+struct ClusterBounds {
   double largest, smallest;
   double near;  // values within this of an extreme belong to it
   double cut;   // values above this count
@@ -527,9 +521,9 @@ struct Extremes {
   }
 };
 
-__device__ __forceinline__ Extremes
+__device__ __forceinline__ ClusterBounds
 find_extremes(SharedPtr<const double> sigma, int t, const Policy& policy) {
-  Extremes found{0.0, 0.0, 0.0, 0.0, -1, -1, 0, policy.full_side, policy.full_side};
+  ClusterBounds found{0.0, 0.0, 0.0, 0.0, -1, -1, 0, policy.full_side, policy.full_side};
   for (int i = 0; i < t; ++i) {
     const double value = sigma[i];
     if (value > found.largest) {

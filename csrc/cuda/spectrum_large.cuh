@@ -319,7 +319,7 @@ static __global__ void __launch_bounds__(kLargeThreads) large_results(
     return;
   }
   const int side = plan.side;
-  const Extremes found = find_extremes(space.sigma + b * side, t, policy);
+  const ClusterBounds found = find_extremes(space.sigma + b * side, t, policy);
   const SharedPtr<double> work = space.work + b * plan.work_doubles();
   const int first = larger(found.largest_index, 0);
   const int second = larger(found.smallest_index, 0);
@@ -378,7 +378,7 @@ static __global__ void __launch_bounds__(kLargeThreads)
   const SharedPtr<double> sigma = space.sigma + b * plan.side;
   const Bits largest = space.largest[b];
   const double scale = ldexp(1.0, scale_exponent(largest));
-  const Extremes found = find_extremes(sigma, plan.t, policy);
+  const ClusterBounds found = find_extremes(sigma, plan.t, policy);
   __syncthreads();
   for (int i = static_cast<int>(threadIdx.x); i < plan.t; i += static_cast<int>(blockDim.x)) {
     const double value = sigma[i];

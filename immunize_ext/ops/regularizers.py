@@ -138,6 +138,12 @@ def _ill(
     return torch.where(overflows, 0.0, torch.where(vanished, torch.inf, value))
 
 
+def _squared_norm(s: Tensor) -> Tensor:
+    """|S|_F^2 in float64. In one go torch would add up in an order that depends on the threads."""
+    longer = -1 if s.shape[-2] <= s.shape[-1] else -2
+    return s.to(torch.float64).square().sum(longer).sum(-1)
+
+
 def r_well(
     s: Tensor,
     *,
@@ -185,7 +191,7 @@ def r_well(
     policy = spectrum_policy("r_well", "s", s, "numerical", rank_rtol, cluster_rtol)
     p = _positive("r_well", "p", p)
     extremes = singular_extremes_float64(s, policy)
-    squared_frobenius = s.to(torch.float64).square().sum(dim=(-2, -1))
+    squared_frobenius = _squared_norm(s)
     width = min(s.shape[-2:]) if p is None else p
     return _well(extremes.sigma_max, squared_frobenius, width).to(s.dtype)
 
@@ -242,7 +248,7 @@ def r_ill(
     k = _positive("r_ill", "k", k)
     _require_floor("r_ill", floor)
     extremes = singular_extremes_float64(s, policy)
-    squared_frobenius = s.to(torch.float64).square().sum(dim=(-2, -1))
+    squared_frobenius = _squared_norm(s)
     counts = (extremes.rank, extremes.multiplicity_min)
     vanishing = _VANISHING * max(s.shape[-2:])
     value = _ill("r_ill", "s", extremes.sigma_min, squared_frobenius, counts, k, floor, vanishing)

@@ -9,6 +9,7 @@
 namespace {
 
 using namespace immunize_ext::spectrum;
+using immunize_ext::Policy;
 using simt::Array;
 using simt::Buffer;
 using simt::py::arg;

@@ -1,6 +1,6 @@
 // Extremes of a batch of large symmetric matrices, and extreme singular triplets of large features
 // by their thin Gram matrix, from block Krylov spaces, found and then proven: a composition of ATen
-// operators, for devices where only the library's own solvers are fast.
+// operators, for devices where only the library's own solvers are fast; it names none.
 //
 // A full eigendecomposition costs more than ten factorisations. Here a matrix is multiplied with
 // panels of 16 vectors and factorised a few times, as cpu/krylov.inl does; the derivations of the
@@ -26,7 +26,10 @@
 #include <cmath>
 #include <limits>
 #include <tuple>
+#include <utility>
 #include <vector>
+
+#include "symmetric.h"
 
 namespace immunize_ext::krylov {
 
@@ -38,14 +41,6 @@ constexpr int64_t kBlock = 16;
 constexpr int64_t kMostAbove = kBlock - 4;  // eigenvalues above tau: some vectors are to spare
 constexpr int kForwardSteps = 6, kInverseSteps = 5, kPolishingSteps = 4;
 constexpr int kSearches = 3, kShifts = 5, kProofs = 4;
-
-// Of all matrices [n, t, t] of a batch.
-struct Extremes {
-  Tensor proven;                              // [n] bool; where false the rest has no meaning
-  Tensor lambda_max, lambda_min;              // [n] float64
-  Tensor multiplicity_max, multiplicity_min;  // [n] int64
-  Tensor v_max, v_min;                        // [n, t] float64
-};
 
 // The 16 vectors of one end: Ritz values of s H, descending, and |s H x - theta x|.
 struct End {
@@ -278,8 +273,9 @@ inline Tensor size_of(const std::array<End, 2>& ends) {
       .clamp_min(1e-100);
 }
 
-// Extremes of h [n, t, t], exactly symmetric, finite, entries up to 2 in magnitude.
-inline Extremes extremes(const Tensor& h, double cluster_rtol) {
+// Extremes of h [n, t, t], exactly symmetric, finite, entries up to 2 in magnitude; and where they
+// are proven, [n] bool. Elsewhere they have no meaning.
+inline std::pair<Tensor, SymmetricBatch> extremes(const Tensor& h, double cluster_rtol) {
   const int64_t n = h.size(0), t = h.size(1);
   std::array<End, 2> ends = start_ends(h);
   for (int k = 0; k < 2; ++k) {
@@ -291,15 +287,15 @@ inline Extremes extremes(const Tensor& h, double cluster_rtol) {
   }
   const Tensor size = size_of(ends), near = size * cluster_rtol, noise = noise_of(t, size);
   const Tensor number = at::arange(kBlock, h.options().dtype(at::kLong));
-  Extremes found;
-  found.proven = at::ones({n}, h.options().dtype(at::kBool));
+  SymmetricBatch found;
+  Tensor proven = at::ones({n}, h.options().dtype(at::kBool));
   Tensor counts[2];
   for (int k = 0; k < 2; ++k) {
     const End& end = ends[k];
     const Tensor distance = end.theta.select(1, 0).unsqueeze(1) - end.theta;
     counts[k] = (distance <= near.unsqueeze(1)).logical_and(number < end.above.unsqueeze(1)).sum(1);
-    found.proven = found.proven.logical_and(end.proven)
-                       .logical_and(end.theta.select(1, 0) - end.tau > near + noise * 2.0);
+    proven = proven.logical_and(end.proven)
+                 .logical_and(end.theta.select(1, 0) - end.tau > near + noise * 2.0);
   }
   found.multiplicity_max = counts[0];
   found.multiplicity_min = counts[1];
@@ -307,7 +303,7 @@ inline Extremes extremes(const Tensor& h, double cluster_rtol) {
   found.lambda_min = at::minimum(-ends[1].theta.select(1, 0), found.lambda_max);
   found.v_max = ends[0].x.select(2, 0);
   found.v_min = ends[1].x.select(2, 0);
-  return found;
+  return {proven, found};
 }
 
 // Extreme singular triplets of features, where both are simple and the rank is full.

@@ -6,7 +6,7 @@
 // So dR = c_max d lambda_max + c_min d lambda_min + c_F dF with
 //   R_well: c_max = lambda_max, c_F = -1 / (2 p);
 //   R_ill:  c_min = lambda_min / D^2, c_F = -1 / (2 k D^2),
-// and the gradient is that of the extremes (spectrum_engine.cpp): one product on the thin side. As
+// and the gradient is that of the extremes (spectrum.cpp): one product on the thin side. As
 // R_well does not ask for the smallest eigenvalue nor R_ill for the vector of the largest, neither
 // is computed. Second derivatives are in gram_regularizer_autograd.cpp.
 
@@ -18,9 +18,9 @@
 #include <optional>
 #include <tuple>
 
-#include "../checks.h"
-#include "spectrum_common.h"
-#include "spectrum_engine.h"
+#include "checks.h"
+#include "spectrum.h"
+#include "tensors.h"
 
 namespace immunize_ext {
 namespace {
@@ -39,19 +39,18 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> gram_regularizer(
     double cluster_rtol,
     bool full_rank) {
   const char* op = ill ? "gram_r_ill" : "gram_r_well";
-  check_floating_matrix(op, "x", x);
-  const int64_t n = x.size(-2), p = x.size(-1), t = std::min(n, p), batch = x.numel() / (n * p);
+  const MatrixBatch m = as_batch(op, "x", x);
   Wanted wanted;
   wanted.max = !ill;
   wanted.min = ill;
   wanted.long_vectors = false;
-  const ExtremesBatch e =
-      extremes_of(op, "x", x, p, {rank_rtol, cluster_rtol, full_rank}, wanted, /*of_gram=*/true);
-  const auto options = e.lambda_max.options();
-  const Tensor value = at::empty({batch}, options);
-  const Tensor coefficients = at::zeros({batch, 3}, options);
+  const ExtremesBatch e = cpu_spectrum.extremes(
+      op, "x", m, {rank_rtol, cluster_rtol, full_rank, m.p}, wanted, /*of_gram=*/true);
+  const auto options = e.value_max.options();
+  const Tensor value = at::empty({m.batch}, options);
+  const Tensor coefficients = at::zeros({m.batch, 3}, options);
   const Tensor multiplicity = ill ? e.multiplicity_min : e.multiplicity_max;
-  for (int64_t b = 0; b < batch; ++b) {
+  for (int64_t b = 0; b < m.batch; ++b) {
     double* c = coefficients.mutable_data_ptr<double>() + 3 * b;
     double& result = value.mutable_data_ptr<double>()[b];
     const double squared_frobenius = e.squared_frobenius.const_data_ptr<double>()[b];
@@ -64,23 +63,22 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> gram_regularizer(
       continue;
     }
     if (!ill) {
-      const double width = 2.0 * normaliser.value_or(static_cast<double>(p));
-      const double largest = e.lambda_max.const_data_ptr<double>()[b];
+      const double width = 2.0 * normaliser.value_or(static_cast<double>(m.p));
+      const double largest = e.value_max.const_data_ptr<double>()[b];
       result = largest * largest / 2.0 - squared_frobenius / width;
       c[0] = largest;
       c[2] = -1.0 / width;
       continue;
     }
     const double width = 2.0 * normaliser.value_or(static_cast<double>(std::max<int64_t>(rank, 1)));
-    const double smallest = e.lambda_min.const_data_ptr<double>()[b];
+    const double smallest = e.value_min.const_data_ptr<double>()[b];
     const double mean_square = squared_frobenius / width;
     const double denominator = mean_square - smallest * smallest / 2.0;
     const double least =
-        mean_square * floor.value_or(kVanishing * static_cast<double>(std::max(n, p)));
+        mean_square * floor.value_or(kVanishing * static_cast<double>(std::max(m.n, m.p)));
     // One cluster of all singular values: what D has left of itself is rounding. Zeros that full
     // rank counts are no cluster: D is then |K|_F^2 / (2 k).
-    const bool one_cluster =
-        smallest > 0.0 && multiplicity.const_data_ptr<int64_t>()[b] >= rank;
+    const bool one_cluster = smallest > 0.0 && multiplicity.const_data_ptr<int64_t>()[b] >= rank;
     if (denominator <= least || (one_cluster && !normaliser && !floor)) {
       TORCH_CHECK_VALUE(
           floor.has_value(), op,
@@ -95,11 +93,10 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> gram_regularizer(
     c[2] = -result * result / width;
   }
   const auto shape = batch_shape(x);
-  const Tensor& thin = n <= p ? (ill ? e.u_min : e.u_max) : (ill ? e.v_min : e.v_max);
   return {
-      value.view(shape).to(x.scalar_type()), coefficients.view(with_side(shape, 3)),
-      multiplicity.view(shape), thin.view(with_side(shape, t)),
-      e.thin_gram.view(with_side(with_side(shape, t), t))};
+      value.view(shape).to(x.scalar_type()), coefficients.view(with_sides(shape, {3})),
+      multiplicity.view(shape), (ill ? e.thin_min : e.thin_max).view(with_sides(shape, {m.thin()})),
+      e.thin_gram.view(with_sides(shape, {m.thin(), m.thin()}))};
 }
 
 Tensor gram_regularizer_backward(
@@ -114,22 +111,26 @@ Tensor gram_regularizer_backward(
     double rank_rtol,
     double cluster_rtol,
     bool full_rank) {
-  const int64_t n = x.size(-2), p = x.size(-1), batch = x.numel() / (n * p);
-  const Tensor weights =
-      coefficients.reshape({batch, 3}) * grad.to(at::kDouble).reshape({batch, 1});
-  Saved saved;
+  constexpr const char* op = "gram_regularizer_backward";
+  const MatrixBatch m = as_batch(op, "x", x);
+  const Tensor weights = saved_numbers(op, "coefficients", coefficients, x, {3}) *
+                         incoming_gradient(op, "grad", grad, x).unsqueeze(1);
+  GradientInputs in;
+  in.grad_max = weights.select(1, 0).contiguous();
+  in.grad_min = weights.select(1, 1).contiguous();
+  in.grad_squared_frobenius = weights.select(1, 2).contiguous();
   // The extreme that is not asked for has weight 0, so that its vector and multiplicity are moot.
-  saved.multiplicity_max = saved.multiplicity_min = multiplicity;
-  (n <= p ? saved.u_max : saved.v_max) = thin_vector;
-  (n <= p ? saved.u_min : saved.v_min) = thin_vector;
-  saved.thin_gram = thin_gram;
-  return gradient_of(
-      weights.select(1, 0), weights.select(1, 1), weights.select(1, 2), x, saved,
-      {rank_rtol, cluster_rtol, full_rank});
+  in.multiplicity_max = in.multiplicity_min = saved_counts(op, "multiplicity", multiplicity, x);
+  in.thin_max = in.thin_min = saved_numbers(op, "thin_vector", thin_vector, x, {m.thin()});
+  in.thin_gram = saved_numbers(op, "thin_gram", thin_gram, x, {m.thin(), m.thin()});
+  return cpu_spectrum.gradient(op, m, in, {rank_rtol, cluster_rtol, full_rank, m.p})
+      .view(x.sizes())
+      .to(x.scalar_type());
 }
 
 }  // namespace
 
+// Other devices compose it from gram_extremes without a loss worth a kernel.
 TORCH_LIBRARY_IMPL(immunize_ext, CPU, m) {
   m.impl("gram_regularizer", &gram_regularizer);
   m.impl("gram_regularizer_backward", &gram_regularizer_backward);

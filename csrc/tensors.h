@@ -1,0 +1,69 @@
+// Shapes, types and scales of tensors: what the operators share on every device.
+
+#pragma once
+
+#include <ATen/ATen.h>
+
+#include <cmath>
+#include <initializer_list>
+#include <tuple>
+#include <vector>
+
+// Of MKL, which libtorch_cpu brings on x86; null where there is another LAPACK.
+extern "C" __attribute__((weak)) int mkl_set_num_threads_local(int threads);
+
+namespace immunize_ext {
+
+using at::Tensor;
+
+// Decompositions and products of libraries add up in an order that depends on the number of
+// threads. While one of these stands, the calls of this thread take one, and the bits of a result
+// are the same whatever torch.set_num_threads says.
+class OneThread {
+ public:
+  OneThread() : before_(mkl_set_num_threads_local != nullptr ? mkl_set_num_threads_local(1) : 0) {}
+  ~OneThread() {
+    if (mkl_set_num_threads_local != nullptr)
+      mkl_set_num_threads_local(before_);
+  }
+  OneThread(const OneThread&) = delete;
+  OneThread& operator=(const OneThread&) = delete;
+
+ private:
+  int before_;
+};
+
+// float32 and float64 pass as they are, half types as float32, which holds them exactly; contiguous.
+inline Tensor readable(const Tensor& a) {
+  const bool native = a.scalar_type() == at::kDouble || a.scalar_type() == at::kFloat;
+  return (native ? a : a.to(at::kFloat)).contiguous();
+}
+
+inline at::IntArrayRef batch_shape(const Tensor& a) {
+  return a.sizes().slice(0, a.dim() - 2);
+}
+
+inline std::vector<int64_t> with_sides(
+    at::IntArrayRef batch, std::initializer_list<int64_t> sides) {
+  std::vector<int64_t> shape(batch.begin(), batch.end());
+  shape.insert(shape.end(), sides.begin(), sides.end());
+  return shape;
+}
+
+// The power of two that brings the largest magnitude into [1, 2); 1 for zero. Dividing by it is
+// exact as long as the quotient is normal, and it is finite for the largest number there is.
+inline double power_of_two_scale(double largest) {
+  if (largest == 0.0)
+    return 1.0;
+  int exponent = 0;
+  std::frexp(largest, &exponent);
+  return std::ldexp(1.0, exponent - 1);
+}
+
+// The same for each of many.
+inline Tensor power_of_two_scale(const Tensor& largest) {
+  const Tensor exponent = std::get<1>(at::frexp(largest)), one = at::ones_like(largest);
+  return at::where(largest > 0, at::ldexp(one, exponent - 1), one);
+}
+
+}  // namespace immunize_ext

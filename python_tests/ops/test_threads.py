@@ -1,0 +1,121 @@
+"""Threads change neither a bit of a result, nor whether there is one in a forked child."""
+
+from __future__ import annotations
+
+import multiprocessing
+from collections.abc import Callable, Iterator
+
+import pytest
+import torch
+from torch import Tensor
+
+from immunize_ext import ops
+from immunize_ext.ops.regularizers import gram_r_ill, gram_r_well, r_ill, r_well
+
+
+def gaussian(*shape: int, seed: int = 0) -> Tensor:
+    """Standard normal numbers in float64."""
+    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
+
+
+@pytest.fixture(autouse=True)
+def _threads_stay() -> Iterator[None]:
+    before = torch.get_num_threads()
+    yield
+    torch.set_num_threads(before)
+
+
+def with_cluster(p: int, count: int) -> Tensor:
+    """A symmetric matrix whose largest eigenvalue is repeated ``count`` times."""
+    basis, _ = torch.linalg.qr(gaussian(p, p, seed=4))
+    values = torch.linspace(0.0, 1.0, p, dtype=torch.float64)
+    values[p - count :] = 2.0
+    h = (basis * values) @ basis.mT
+    return (h + h.mT) / 2
+
+
+def with_singular_cluster(n: int, p: int, count: int) -> Tensor:
+    """A matrix whose largest singular value is repeated ``count`` times."""
+    u, _ = torch.linalg.qr(gaussian(n, p, seed=5))
+    v, _ = torch.linalg.qr(gaussian(p, p, seed=6))
+    sigma = torch.linspace(2.0, 1.0, p, dtype=torch.float64)
+    sigma[:count] = 2.0
+    return (u * sigma) @ v.mT
+
+
+def deficient() -> Tensor:
+    """Features without full rank, whose null space is proven by products."""
+    return gaussian(500, 60, seed=7) @ gaussian(60, 100, seed=8)
+
+
+# What is measured, and of which matrix. The losses have one output each.
+LOSSES: dict[str, tuple[Callable[[Tensor], Tensor], Callable[[], Tensor]]] = {
+    "r_well, 64 x 784": (r_well, lambda: gaussian(64, 784)),
+    "r_ill, 64 x 784": (r_ill, lambda: gaussian(64, 784)),
+    "r_well, 40000 rows": (r_well, lambda: gaussian(40000, 3)),
+    "gram_r_well, 64 x 784": (gram_r_well, lambda: gaussian(64, 784)),
+    "gram_r_ill, 784 x 64": (gram_r_ill, lambda: gaussian(784, 64)),
+    "gram_r_ill, rank deficient": (gram_r_ill, deficient),
+    "condition number": (ops.condition_number, lambda: gaussian(200, 300)),
+    "symmetric": (lambda h: ops.symmetric_extremes(h).lambda_max, lambda: with_cluster(300, 1)),
+    "cluster of 24": (
+        lambda h: ops.symmetric_extremes(h).lambda_max,
+        lambda: with_cluster(300, 24),
+    ),
+    "cluster of 24, a third repeated": (
+        lambda h: ops.symmetric_extremes(h).lambda_max,
+        lambda: with_cluster(72, 24),
+    ),
+    "singular cluster of 24": (
+        lambda a: ops.extremal_singular_values(a).sigma_max,
+        lambda: with_singular_cluster(500, 200, 24),
+    ),
+}
+
+
+@pytest.mark.parametrize("name", LOSSES)
+def test_threads_change_no_bit(name):
+    """Values and gradients with one, two and four threads."""
+    loss, matrix = LOSSES[name]
+    found = []
+    for threads in (1, 2, 4):
+        torch.set_num_threads(1)  # the matrix itself is made with one
+        a = matrix().requires_grad_()
+        torch.set_num_threads(threads)
+        value = loss(a)
+        (grad,) = torch.autograd.grad(value, a)
+        found.append((value.detach(), grad))
+    for value, grad in found[1:]:
+        assert torch.equal(value, found[0][0])
+        assert torch.equal(grad, found[0][1])
+
+
+def work_on_small_batches(queue: multiprocessing.Queue) -> None:
+    """Forward and backward of small batches, as a data loader's worker would ask for them."""
+    a = gaussian(8, 5, 7).requires_grad_()
+    ops.condition_number(a).sum().backward()
+    h = gaussian(8, 6, 6)
+    symmetric = (h + h.mT).requires_grad_()
+    ops.symmetric_extremes(symmetric).lambda_max.sum().backward()
+    gram_r_well(gaussian(16, 5, 7)).sum()
+    queue.put("done")
+
+
+@pytest.mark.filterwarnings("ignore:This process .* is multi-threaded:DeprecationWarning")
+def test_small_batches_in_a_forked_child():
+    """OpenMP's threads do not survive a fork: what asks for them in the child waits for ever."""
+    torch.set_num_threads(2)
+    a, b = gaussian(600, 600), gaussian(600, 600)
+    (a * b + a).sum()  # torch's threads run once in the parent
+    ops.condition_number(gaussian(8, 100, 200))  # and those of the operators
+    context = multiprocessing.get_context("fork")
+    queue = context.Queue()
+    child = context.Process(target=work_on_small_batches, args=(queue,))
+    child.start()
+    child.join(60)
+    hung = child.is_alive()
+    if hung:
+        child.kill()
+        child.join()
+    assert not hung
+    assert queue.get(timeout=10) == "done"
