@@ -300,7 +300,7 @@ def _sweep_kappa(parser: CommandParser, argv: Sequence[str]) -> int:
 
 def _sweep_mima(parser: CommandParser, argv: Sequence[str]) -> int:
     """Text-to-image runs over the number of concepts, captions, inner steps, ridge and seeds."""
-    return _sweep(parser, argv, _text_to_image(), "runs/sweep-mima")
+    return _sweep(parser, argv, _text_to_image(), "runs/mima-sweep")
 
 
 def sweep(parser: CommandParser, argv: Sequence[str]) -> int:

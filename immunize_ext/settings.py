@@ -23,7 +23,7 @@ import types
 import typing
 from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
-from typing import Any, Generic, Literal, NamedTuple, TypeVar, cast
+from typing import Any, Generic, Literal, NamedTuple, TypeVar
 
 from immunize_ext._extras import require_extra
 
@@ -231,12 +231,11 @@ def typed(cls: type, values: Mapping[str, Any], where: str) -> dict[str, Any]:
     for name, value in values.items():
         if name not in known:
             raise ValueError(f"{where}: {name} is no setting; {suggestion(name, known)}")
-        options: tuple[Any, ...] = options_of(known[name].type)
-        table = next((kind for kind in options if dataclasses.is_dataclass(kind)), None)
-        if table is not None and isinstance(value, str):
+        tables: list[Any] = list(filter(dataclasses.is_dataclass, options_of(known[name].type)))
+        if tables and isinstance(value, str):
             value = parse_yaml(value)
-        if table is not None and isinstance(value, Mapping):
-            found[name] = build(cast(type, table), value, f"{where}: {name}")
+        if tables and isinstance(value, Mapping):
+            found[name] = build(tables[0], value, f"{where}: {name}")
             continue
         try:
             found[name] = _convert(value, known[name].type)
