@@ -1,5 +1,6 @@
 """Reports: complete run directories, honest sentences, a page that stands alone."""
 
+import copy
 import json
 import math
 import re
@@ -16,15 +17,13 @@ from page_parser import ParsedPage
 from saved_results import saved
 
 from immunize_ext import report
-from immunize_ext.probing.attacks import AttackComparison
-from immunize_ext.probing.data import Task
-from immunize_ext.probing.evaluation import Evaluation, evaluate
-from immunize_ext.probing.immunizers import ClosedFormImmunizer, ConditionNumberImmunizer
-from immunize_ext.probing.metrics import RelativeImmunizationRatio
-from immunize_ext.probing.plots import curves_of, log_spaced_steps, spectrum_of
+from immunize_ext.probing.data import Problem, Task
+from immunize_ext.probing.evaluation import Evaluation, evaluate, log_spaced_steps, warnings_of
+from immunize_ext.probing.immunizers import ClosedFormImmunizer, ConditionNumberImmunizer, Immunized
 from immunize_ext.probing.report import attack_summary, describe_attack, headline, summary, verdict
 from immunize_ext.probing.results import Attacked, AttackerInfo
 from immunize_ext.quantities import Slowdown
+from immunize_ext.report.page import page_of
 from immunize_ext.storage import check_target, run_directory, to_json
 
 
@@ -39,30 +38,29 @@ def task(seed: int, *, labels: bool = True, n: int = 80, p: int = 5) -> Task:
     return Task(f"task <{seed}> & more", x[:50], y[:50], x[50:], y[50:])
 
 
+def immunized(primary: Task, harmful: Task, **settings: Any) -> Immunized:
+    return ClosedFormImmunizer(**settings).fit(None, Problem.of(primary, harmful))
+
+
 @pytest.fixture(scope="module")
 def evaluation() -> Evaluation:
     primary, harmful = task(1), task(2)
-    immunized = ClosedFormImmunizer(strength=10.0).fit(primary, harmful)
-    return evaluate(immunized, primary, harmful, base_budget=200, limit=16.0)
+    extractor = immunized(primary, harmful, strength=10.0)
+    return evaluate(extractor, primary, harmful, base_budget=200, limit=16.0)
 
 
-def replaced(evaluation: Evaluation, **slowdowns: Slowdown) -> Evaluation:
-    """The same evaluation with other slow-downs of gradient descent, by role."""
-    comparisons = {role: dict(found) for role, found in evaluation.comparisons.items()}
-    for role, slowdown in slowdowns.items():
-        old = comparisons[role]["gradient_descent"]
-        comparisons[role]["gradient_descent"] = AttackComparison(
-            **{**vars(old), "slowdown": slowdown}
-        )
-    return Evaluation(**{**vars(evaluation), "comparisons": comparisons})
+def results_of(evaluation: Evaluation) -> dict[str, Any]:
+    """What ``results.json`` of such a run holds, as it reads back."""
+    about = {"kind": "kappa", "method": "closed-form", "config": {}, "environment": {}}
+    found: dict[str, Any] = json.loads(json.dumps(to_json({**about, **evaluation.to_dict()})))
+    return found
 
 
 # --- measurements -------------------------------------------------------------------------------
 
 
 def test_results_hold_what_a_report_needs(evaluation: Evaluation) -> None:
-    results = evaluation.results()
-    assert results["method"] == "closed_form"
+    results = evaluation.to_dict()
     assert set(results["rir"]) == {"official", "ridge", "rank_aware"}
     assert results["rir"]["ridge"] == pytest.approx(results["i"] / results["ii"])
     assert results["ceiling"] == pytest.approx(results["rir"]["ridge"], rel=1e-6)
@@ -70,8 +68,8 @@ def test_results_hold_what_a_report_needs(evaluation: Evaluation) -> None:
     for role in ("harmful", "primary"):
         assert results["slowdown"][role]["whitened"] == 1.0
         assert results["slowdown"][role]["closed_form_ridge"] == 1.0
-    assert results["config"]["strength"] == 10.0
-    assert {"torch", "compiled_operators", "python"} <= set(results["environment"])
+    assert not results["attackers"]["whitened"]["sees_theta"]
+    assert Evaluation.from_dict(results_of(evaluation)) == evaluation
 
 
 def test_evaluation_on_each_device(device: torch.device) -> None:
@@ -80,53 +78,55 @@ def test_evaluation_on_each_device(device: torch.device) -> None:
         ClosedFormImmunizer(strength=10.0),
         ConditionNumberImmunizer(steps=3, preconditioner="explicit"),
     ):
-        immunized = immunizer.fit(primary, harmful)
-        assert immunized.theta.device.type == device.type
-        found = evaluate(immunized, primary, harmful, base_budget=50, limit=2.0)
-        assert found.results()["environment"]["device"].startswith(device.type)
-        assert found.comparisons["harmful"]["whitened"].slowdown == (1.0, False)
+        extractor = immunizer.fit(None, Problem.of(primary, harmful))
+        assert extractor.theta.device.type == device.type
+        found = evaluate(extractor, primary, harmful, base_budget=50, limit=2.0)
+        assert found.slowdown["harmful"]["whitened"] == 1.0
+        assert not found.slowdown_is_lower_bound["harmful"]["whitened"]
 
 
 def test_metrics_rows_follow_the_curves(evaluation: Evaluation) -> None:
-    rows = evaluation.metrics()
-    assert [row["step"] for row in rows if row["kind"] == "immunize"] == [0.0, 1.0]
-    curve = evaluation.comparisons["harmful"]["gradient_descent"].immunized
+    curve = evaluation.attacks["harmful"]["gradient_descent"]["curves"]["with"]
+    about = ("harmful", "gradient_descent", True)
     mine = [
         row
-        for row in rows
-        if row["kind"] == "attack"
-        and (row["role"], row["attacker"], row["immunized"])
-        == ("harmful", "gradient_descent", True)
+        for row in evaluation.metrics()
+        if (row["role"], row["attacker"], row["immunized"]) == about
     ]
-    assert mine[0]["step"] == 0
-    assert mine[-1]["step"] == curve.steps
-    for row in mine:
-        assert row["test_loss"] == float(curve.test_loss[row["step"]])
+    assert [row["step"] for row in mine] == curve["steps"]
+    assert [row["test_loss"] for row in mine] == curve["test_loss"]
+
+
+def warned(evaluation: Evaluation, **changes: Any) -> list[str]:
+    """Warnings where some measurements came out otherwise; ``__`` leads into tables."""
+    found = copy.deepcopy(evaluation.to_dict())
+    for path, value in changes.items():
+        *outer, last = path.split("__")
+        table = found
+        for name in outer:
+            table = table[name]
+        table[last] = value
+    return warnings_of(found, {})
 
 
 def test_warnings_name_what_is_wrong(evaluation: Evaluation) -> None:
-    same = replaced(evaluation, harmful=Slowdown(1.0, False))
-    assert any("does not work" in text for text in same.warnings())
-    costly = replaced(evaluation, primary=Slowdown(3.0, False))
-    assert any("primary task is slowed as well (3.0x" in text for text in costly.warnings())
-    few = evaluation.tasks["harmful"]
-    short = Task(few.name, few.x_train[:3], few.y_train[:3], few.x_test, few.y_test)
-    scarce = Evaluation(
-        **{
-            **vars(evaluation),
-            "tasks": {**evaluation.tasks, "harmful": short},
-            "ceiling_growth": 50.0,
-        }
-    )
-    assert any("fewer training samples (3) than features (5)" in t for t in scarce.warnings())
-    assert any("grows 50 times" in text for text in scarce.warnings())
+    free = {"slowdown__harmful__gradient_descent": 1.0}
+    free["slowdown_is_lower_bound__harmful__gradient_descent"] = False
+    same = warned(evaluation, **free)
+    assert any("does not work" in text for text in same)
+    costly = warned(evaluation, slowdown__primary__gradient_descent=3.0)
+    assert any("primary task is slowed as well (3.0x" in text for text in costly)
+    scarce = warned(evaluation, tasks__harmful__train_samples=3, ceiling_growth=50.0)
+    assert any("fewer training samples (3) than features (5)" in text for text in scarce)
+    assert any("grows 50 times" in text for text in scarce)
+    alone = warned(evaluation, tasks__harmful__kind="constant labels")
+    assert any("has one class" in text for text in alone)
 
 
 def test_warning_when_rir_is_high_for_the_wrong_reason(evaluation: Evaluation) -> None:
     # kappa_H fell by e, kappa_P by e^3: RIR is e^2.
-    ratio = RelativeImmunizationRatio("ridge", 1e-2, 2.0, 3.0, 1.0, 4.0, 5, 5, 5, 5)
-    easier = Evaluation(**{**vars(evaluation), "rir": {**evaluation.rir, "ridge": ratio}})
-    assert any("although RIR is 7.39" in text for text in easier.warnings())
+    easier = warned(evaluation, i=math.exp(-1.0), log_rir__ridge=2.0, rir__ridge=math.exp(2.0))
+    assert any("although RIR is 7.39" in text for text in easier)
 
 
 def test_log_spaced_steps() -> None:
@@ -320,43 +320,33 @@ def test_further_attacks_in_plain_text() -> None:
 
 
 def test_curves_are_thinned_and_keep_what_sentences_quote(evaluation: Evaluation) -> None:
-    comparison = evaluation.comparisons["harmful"]["gradient_descent"]
-    curves = curves_of(comparison, accuracy=True)
-    for side, curve in (("without", comparison.base), ("with", comparison.immunized)):
-        steps = curves[side]["steps"]
+    facts = evaluation.attacks["harmful"]["gradient_descent"]
+    for side, last in (("without", None), ("with", facts["budget_with"])):
+        curve = facts["curves"][side]
+        steps = curve["steps"]
         assert steps == sorted(set(steps))
-        assert {0, 1, 10, comparison.base_steps, curve.steps} <= {*steps}
+        assert {0, 1, 10, facts["steps_without"]} <= {*steps}
         assert len(steps) <= 130
-        for key in ("test_loss", "test_accuracy"):
-            expected = getattr(curve, key)[steps].tolist()
-            assert curves[side][key] == pytest.approx(expected, rel=1e-5)
-    assert "test_accuracy" not in curves_of(comparison, accuracy=False)["with"]
-
-
-def test_spectra_are_thinned() -> None:
-    before = torch.linspace(2.0, 1.0, 1000)
-    found = spectrum_of(before, 2.0 * before)
-    assert len(found["places"]) == len(found["before"]) == len(found["after"]) <= 256
-    assert (found["places"][0], found["places"][-1]) == (1, 1000)
-    assert (found["before"][0], found["after"][-1]) == (2.0, 2.0)
+        assert len(curve["test_loss"]) == len(curve["test_accuracy"]) == len(steps)
+        assert last in (None, steps[-1])
 
 
 def test_a_run_is_drawn_from_what_was_measured(evaluation: Evaluation) -> None:
-    results = {"kind": "kappa", **json.loads(json.dumps(to_json(evaluation.results())))}
-    page = ParsedPage(report.render(results))
+    page = ParsedPage(report.render(results_of(evaluation)))
     page.check()
     assert "task <2> & more" in page.text  # escaped once, not twice
     assert "Right answers while the attack runs" in page.text
+    assert "Why: the spectra" in page.text
 
 
 def test_regression_has_no_accuracy_plot() -> None:
     primary, harmful = task(1, labels=False), task(2, labels=False)
-    immunized = ClosedFormImmunizer(strength=5.0).fit(primary, harmful)
-    found = evaluate(immunized, primary, harmful, base_budget=100, limit=4.0)
-    page = report.page.page_of({"kind": "kappa", **found.results()})
+    extractor = immunized(primary, harmful, strength=5.0)
+    found = results_of(evaluate(extractor, primary, harmful, base_budget=100, limit=4.0))
+    page = page_of(found)
     assert page.panels["accuracy"] == []
     assert page.panels["convergence"]
-    assert "Right answers" not in report.render({"kind": "kappa", **found.results()})
+    assert "Right answers" not in report.render(found)
 
 
 # --- run directories ----------------------------------------------------------------------------
