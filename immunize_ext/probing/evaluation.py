@@ -496,8 +496,9 @@ def _about_rates(found: Mapping[str, Any], attacks: Mapping[str, Attack[Any, Any
             rates = [facts.get(f"learning_rate_{side}") for side in ("without", "with")]
             best = next((rate for rate in rates if rate in edges), None)
             if best is not None:
+                label = found["attackers"][name]["label"]
                 sentences.append(
-                    f"{found['attackers'][name]['label']} on the {role} task does best at {best:g}, "
+                    f"{label} on the {role} task does best at {best:g}, "
                     "the end of the learning rates tried: it may be faster still beyond."
                 )
     return sentences

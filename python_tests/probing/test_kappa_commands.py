@@ -11,10 +11,10 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from immunize_ext.probing.tmp_methods import METHODS
 
 from immunize_ext.cli import main
 from immunize_ext.probing.immunizers import Immunized
-from immunize_ext.probing.tmp_methods import METHODS
 from immunize_ext.storage import KINDS
 
 pytest.importorskip("sklearn")

@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from immunize_ext.probing.tmp_write import write_run
 
 from immunize_ext._extras import MissingExtraError
 from immunize_ext.probing.attacks import AttackComparison, AttackCurve
@@ -16,7 +17,6 @@ from immunize_ext.probing.evaluation import Evaluation, evaluate, log_spaced_ste
 from immunize_ext.probing.immunizers import ClosedFormImmunizer, ConditionNumberImmunizer, Immunized
 from immunize_ext.probing.metrics import RelativeImmunizationRatio
 from immunize_ext.probing.report import describe_attack, headline, render_html, times
-from immunize_ext.probing.tmp_write import write_run
 from immunize_ext.quantities import Slowdown
 from immunize_ext.storage import check_target, run_directory, to_json
 

@@ -8,11 +8,11 @@ from typing import Any
 
 import numpy as np
 import pytest
+from immunize_ext.probing.tmp_sweep import parse_pairs
 
 import immunize_ext.probing.run
 from immunize_ext.cli import main
 from immunize_ext.probing.comparison import heat_map
-from immunize_ext.probing.tmp_sweep import parse_pairs
 
 pytest.importorskip("sklearn")
 pytest.importorskip("matplotlib")

@@ -7,6 +7,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
 from immunize_ext.probing.data.samples import Samples, Source
@@ -156,7 +157,7 @@ class ImmunizedExtractor:
         if rank_rtol is None:
             # The features are held in float64, but computed in the precision of the weights.
             weights = [p.dtype for p in self.extractor.parameters() if p.is_floating_point()]
-            coarsest = max(weights, key=lambda dtype: torch.finfo(dtype).eps, default=torch.float64)
+            coarsest = max(weights, key=lambda d: torch.finfo(d).eps, default=torch.float64)
             rank_rtol = computed_rank_rtol(features[0], coarsest)
         return deep_rir(
             *features,
