@@ -47,7 +47,7 @@ from immunize_ext.probing.metrics import (
 from immunize_ext.quantities import Slowdown
 from immunize_ext.seams import Attack, Progress
 
-ROLES = ("harmful", "primary")
+ROLES: tuple[Literal["harmful", "primary"], ...] = ("harmful", "primary")
 
 
 POLICIES: tuple[Literal["official", "ridge", "rank_aware"], ...] = (

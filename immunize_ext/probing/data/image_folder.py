@@ -91,7 +91,7 @@ class ImageFolder:
 
 
 def read_image(path: str | Path, size: int) -> Tensor:
-    """Read an image as :mod:`immunize_ext.images` does, resize its shorter side, cut out the middle.
+    """Read an image (:mod:`immunize_ext.images`), resize its shorter side, cut out the middle.
 
     Args:
         path: An image file.

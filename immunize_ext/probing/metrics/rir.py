@@ -682,7 +682,7 @@ def grouped_linear_rir(
         ]
         ratios.append(
             relative_immunization_ratio(
-                *rows, theta, theta0, policy=policy, ridge=ridge, rank_rtol=rank_rtol
+                rows[0], rows[1], theta, theta0, policy=policy, ridge=ridge, rank_rtol=rank_rtol
             )
         )
     logs = [[getattr(r, name) for r in ratios] for name in ("log_i", "log_ii")]

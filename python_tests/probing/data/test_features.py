@@ -107,7 +107,7 @@ def test_labels_0_and_1_are_a_classification_task(whole: bool, tmp_path: Path) -
     named = (
         {"x": x, "y": y}
         if whole
-        else dict(x_train=x[:8], y_train=y[:8], x_test=x[8:], y_test=y[8:])
+        else {"x_train": x[:8], "y_train": y[:8], "x_test": x[8:], "y_test": y[8:]}
     )
     signed = {k: 2 * v - 1 if k.startswith("y") else v for k, v in named.items()}
     task = features_task(write(tmp_path / "zeros.npz", **named))
