@@ -20,7 +20,7 @@ EXTRAS = MappingProxyType(
     {
         "data": ("scikit-learn", "pandas"),
         "diffusion": ("diffusers", "transformers", "peft", "accelerate", "safetensors"),
-        "report": ("matplotlib", "rich"),
+        "report": ("jinja2", "matplotlib", "rich"),
     }
 )
 
@@ -75,7 +75,7 @@ def diagnose() -> Diagnosis:
             Finding("immunize_ext", __version__),
             Finding("python", f"{platform.python_version()} on {platform.platform()}"),
             _torch(),
-            *(_package(name) for name in ("numpy", "scipy")),
+            *(_package(name) for name in ("numpy", "scipy", "jsonargparse", "docstring-parser")),
             *_compiled(),
             *_gpus(),
             *_tools(),

@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import argparse
 import os
+import shutil
 import signal
 import sys
 import time
@@ -34,7 +35,7 @@ from immunize_ext.flags import (
 )
 from immunize_ext.runtime import Interrupted, check_count, interruptible, progress_bar, threads
 from immunize_ext.seams import Progress
-from immunize_ext.settings import Registry, build, suggestion
+from immunize_ext.settings import Registry, build, settings_of, suggestion
 
 Command: TypeAlias = Callable[[CommandParser, Sequence[str]], int]
 
@@ -112,7 +113,7 @@ def _add_settings(parser: CommandParser, wing: _Wing, cls: type, *leave_out: str
         "--config", metavar="FILE", help="YAML of these settings; flags override it"
     )
     add_flags(parser, cls, leave_out=("settings", "attack_settings", *leave_out))
-    add_registry_flags(parser, wing.methods, wing.attacks)
+    add_registry_flags(parser, wing.methods, wing.attacks, cls)
 
 
 def _read(arguments: argparse.Namespace, wing: _Wing, cls: type, **fixed: Any) -> Any:
@@ -145,6 +146,9 @@ def _left_behind(out: Path) -> str:
     if (out / SWEEP).is_file() and not (out / "results.json").is_file():
         return f"{len(finished(out))} points are kept in {out}; the same command goes on from there"
     work = work_folder(out)
+    with suppress(OSError):
+        work.rmdir()  # where nothing is in it
+        out.parent.rmdir()
     if work.is_dir():
         return (
             f"what is done is kept in {work}; the same command goes on from there, and who does "
@@ -193,7 +197,7 @@ def kappa(parser: CommandParser, argv: Sequence[str]) -> int:
     and write a run directory with results.json, the immunized theta and report.html.
     """
     wing = _probing()
-    _add_common_flags(parser, "runs/kappa", jobs=True)
+    _add_common_flags(parser, "runs/kappa")
     _add_settings(parser, wing, wing.run.RunSettings)
     arguments = parser.parse_args(argv)
     return _run(arguments, wing, _read(arguments, wing, wing.run.RunSettings))
@@ -296,7 +300,7 @@ def _sweep_kappa(parser: CommandParser, argv: Sequence[str]) -> int:
 
 def _sweep_mima(parser: CommandParser, argv: Sequence[str]) -> int:
     """Text-to-image runs over the number of concepts, captions, inner steps, ridge and seeds."""
-    return _sweep(parser, argv, _text_to_image(), "runs/sweep-mima")
+    return _sweep(parser, argv, _text_to_image(), "runs/mima-sweep")
 
 
 def sweep(parser: CommandParser, argv: Sequence[str]) -> int:
@@ -316,6 +320,7 @@ def attack(parser: CommandParser, argv: Sequence[str]) -> int:
     """
     from immunize_ext.storage import RESULTS, read_results
 
+    parser.usage = f"{parser.prog} RUN [OPTIONS]"
     parser.add_argument("run_folder", metavar="RUN", help="run directory")
     parser.add_argument("--quiet", action="store_true", help="print the table alone")
     parser.add_argument("--threads", type=int, metavar="N", help="threads (default: 1)")
@@ -333,8 +338,8 @@ def attack(parser: CommandParser, argv: Sequence[str]) -> int:
             "again with --attacks"
         )
     cls = wing.run.AttackSettings
-    add_flags(parser, cls, leave_out=("attack_settings",))
-    add_registry_flags(parser, Registry("method", key="method"), wing.attacks)
+    wing = wing._replace(methods=Registry("method", key="method"))  # nothing is immunized
+    _add_settings(parser, wing, cls)
     arguments = parser.parse_args(argv)
     settings = _read(arguments, wing, cls)
     with _working(arguments) as progress:
@@ -351,6 +356,7 @@ def report(parser: CommandParser, argv: Sequence[str]) -> int:
     """
     from immunize_ext.storage import check_target, read_results
 
+    parser.usage = f"{parser.prog} RUN [RUN ...] [OPTIONS]"
     parser.add_argument("runs", nargs="+", metavar="RUN", help="run or sweep directories")
     parser.add_argument("--out", default="runs/report", metavar="DIR", help="directory to write")
     parser.add_argument("--force", action="store_true", help="replace an existing report")
@@ -420,6 +426,10 @@ def doctor(parser: CommandParser, argv: Sequence[str]) -> int:
     return 0 if diagnose().ok else 1
 
 
+# What the demo of features can be told; the rest is as it is.
+_DEMO_FLAGS = ("primary", "harmful", "method", "ridge", "seed")
+
+
 def demo(parser: CommandParser, argv: Sequence[str]) -> int:
     """Both jobs on small real data: immunize, attack, one report.
 
@@ -428,17 +438,74 @@ def demo(parser: CommandParser, argv: Sequence[str]) -> int:
     both, write one report. Takes two to three minutes on two cores and needs no network. The two
     runs stand in DIR/features and DIR/pipeline, where `immunize attack` and `report` take them.
     """
-    from immunize_ext import demo as demos
-
+    wing = _probing()
+    cls = wing.run.RunSettings
     _add_common_flags(parser, "runs/demo")
-    add_flags(parser, demos.DemoSettings)
+    add_flags(parser, cls, leave_out=[name for name in settings_of(cls) if name not in _DEMO_FLAGS])
+    parser.add_argument(
+        "--strength", metavar="C", help="of the method (default: auto, for closed-form)"
+    )
+    parser.add_argument(
+        "--skip-mima", action="store_true", help="leave out the text-to-image half; takes seconds"
+    )
     arguments = parser.parse_args(argv)
-    settings = build(demos.DemoSettings, given(arguments, demos.DemoSettings), "flags")
+    values = {"base_budget": 2000, "limit": 128.0, **given(arguments, cls)}
+    values["compare"] = [
+        "closed-form",
+        "condition-number",
+        "condition-number-plain",
+        "whitening",
+    ]
+    method = values.get("method", "closed-form")
+    strength = arguments.strength or ("auto" if method == "closed-form" else None)
+    if strength is not None:
+        values["settings"] = wing.methods.typed(method, {"strength": strength}, "flags")
+    features = build(cls, values, "flags")
+    runs: dict[str, tuple[_Wing, Any]] = {"features": (wing, features)}
+    if not arguments.skip_mima:
+        other = _text_to_image()
+        pipeline = other.run.RunSettings(seeds=(features.seed,), images=16)
+        runs["pipeline"] = (other, pipeline)
+    return _demo(arguments, runs)
+
+
+def _demo(arguments: argparse.Namespace, runs: Mapping[str, tuple[_Wing, Any]]) -> int:
+    from immunize_ext import report as pages
+    from immunize_ext import storage
+
+    storage.check_target(arguments.out, force=arguments.force)
+    require_extra("sklearn", extra="data", purpose="the digits data set")
+    pages.check_extras()
     started = time.perf_counter()
+    work = storage.work_folder(arguments.out)
+    found: dict[str, Any] = {}
     with _working(arguments) as progress:
-        found = demos.run(settings, arguments.out, force=arguments.force, progress=progress)
-    page = Path(arguments.out) / "report.html"
-    _print_done(found.summary(), "report", page, time.perf_counter() - started)
+        for name, (wing, settings) in runs.items():
+            # The features take seconds, the pipeline minutes.
+            low, high = {"features": (0.0, 0.1), "pipeline": (0.1, 1.0)}[name]
+            high = high if len(runs) > 1 else 1.0
+
+            def part(text: str, share: float, low: float = low, high: float = high) -> None:
+                progress(text, low + (high - low) * share)
+
+            found[name] = wing.run.run(settings, work / name, force=True, progress=part)
+        results = {run.results()["kind"]: run.results() for run in found.values()}
+        seconds = {kind: one["seconds"]["total"] for kind, one in results.items()}
+        content = {
+            "schema": storage.SCHEMA,
+            "kind": "demo",
+            **results,
+            "seconds": {**seconds, "total": time.perf_counter() - started},
+            "environment": storage.environment(),
+        }
+        with storage.run_directory(arguments.out, force=arguments.force) as folder:
+            for name in found:
+                (work / name).rename(folder / name)
+            pages.write(content, folder)
+            storage.write_json(folder / storage.RESULTS, content)
+        shutil.rmtree(work, ignore_errors=True)
+    words = "\n\n".join(run.summary() for run in found.values())
+    _print_done(words, "report", Path(arguments.out) / "report.html", time.perf_counter() - started)
     return 0
 
 
@@ -463,8 +530,9 @@ def _choose(parser: CommandParser, argv: Sequence[str], commands: Mapping[str, C
     """Run the command that is named first, with a parser of its own."""
     if argv and argv[0] in commands:
         command = commands[argv[0]]
+        prog = f"{parser.prog} {argv[0]}"
         inner = CommandParser(
-            prog=f"{parser.prog} {argv[0]}", description=command.__doc__, aliases=_ALIASES
+            prog=prog, usage=f"{prog} [OPTIONS]", description=command.__doc__, aliases=_ALIASES
         )
         return command(inner, argv[1:])
     width = max(map(len, commands)) + 2

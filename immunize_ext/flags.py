@@ -10,6 +10,7 @@ import argparse
 import collections.abc
 import dataclasses
 import difflib
+import re
 import sys
 import typing
 from collections.abc import Iterable, Mapping, Sequence
@@ -90,13 +91,21 @@ def add_flags(parser: Any, cls: type, *, leave_out: Sequence[str] = ()) -> None:
 
 
 def add_registry_flags(
-    parser: CommandParser, methods: Registry[Any], attacks: Registry[Any]
+    parser: CommandParser, methods: Registry[Any], attacks: Registry[Any], of_run: type
 ) -> None:
     """Add the flags of the settings of every method and every attack of a wing.
 
-    A setting of a method is a flag of its own, ``--steps``, unless the run has one of that name,
-    which then goes for the method too. One of an attack names it: ``--lora.rank``.
+    A setting of a method is a flag of its own, ``--steps``; one of an attack names it:
+    ``--lora.rank``. A setting that the run has as well (its seed, its loss) goes for both, and gets
+    no second flag.
+
+    Args:
+        parser: The parser.
+        methods: The methods.
+        attacks: The attacks.
+        of_run: The dataclass of the run.
     """
+    shared = settings_of(of_run)
     if methods:
         parser.add_argument(
             "--set",
@@ -108,6 +117,8 @@ def add_registry_flags(
         )
     group = parser.add_argument_group("settings of methods", ", ".join(methods))
     for name, owners in methods.all_settings().items():
+        if name in shared:
+            continue
         default = [getattr(methods[owner], name) for owner in owners]
         setting = settings_of(type(methods[owners[0]]))[name]
         shown = default[0] if all(value == default[0] for value in default) else None
@@ -120,7 +131,7 @@ def add_registry_flags(
     group = parser.add_argument_group("settings of attacks", ", ".join(attacks))
     for owner, attack in attacks.items():
         for setting in settings_of(type(attack)).values():
-            if setting.name != attacks.key:
+            if setting.name != attacks.key and setting.name not in shared:
                 shown = getattr(attack, setting.name)
                 dest = f"{_ATTACKS}.{owner}.{setting.name}"
                 _add_flag(group, setting._replace(default=shown), dest, prefix=f"{owner}.")
@@ -131,7 +142,9 @@ def _add_flag(parser: Any, setting: Setting, dest: str, *, prefix: str = "", of:
     if flag in parser._option_string_actions:
         return
     options = [kind for kind in options_of(setting.type) if kind is not type(None)]
-    text = (f"{of}: " if of else "") + setting.help.replace("``", "") + _shown(setting.default)
+    # Help is for a terminal: no marks of the documentation, no full stop before a default.
+    text = re.sub(r":\w+:`~?([^`]*)`", r"\1", setting.help).replace("`", "").removesuffix(".")
+    text = (f"{of}: " if of else "") + text + _shown(setting.default)
     more: dict[str, Any] = {"dest": dest, "default": argparse.SUPPRESS}
     more["help"] = text.replace("%", "%%")
     if options == [bool]:

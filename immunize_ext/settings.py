@@ -181,6 +181,8 @@ def _as_text(value: Any) -> Any:
 def _convert(value: Any, kind: Any) -> Any:
     """A plain value in the type of its field."""
     options = options_of(kind)
+    if value is None and type(None) not in options:
+        raise _WrongKindError
     if any(typing.get_origin(option) is tuple for option in options):
         if value is not None and not isinstance(value, (tuple, list)):
             value = [value]  # one name alone is a list of one
@@ -229,6 +231,12 @@ def typed(cls: type, values: Mapping[str, Any], where: str) -> dict[str, Any]:
     for name, value in values.items():
         if name not in known:
             raise ValueError(f"{where}: {name} is no setting; {suggestion(name, known)}")
+        tables: list[Any] = list(filter(dataclasses.is_dataclass, options_of(known[name].type)))
+        if tables and isinstance(value, str):
+            value = parse_yaml(value)
+        if tables and isinstance(value, Mapping):
+            found[name] = build(tables[0], value, f"{where}: {name}")
+            continue
         try:
             found[name] = _convert(value, known[name].type)
         except _WrongKindError:
@@ -342,7 +350,7 @@ def parse_yaml(text: str) -> Any:
 _CORE = (
     ("null", r"~|null|Null|NULL|", [*"~nN", ""]),
     ("bool", r"true|True|TRUE|false|False|FALSE", [*"tTfF"]),
-    ("int", r"[-+]?(?:0|[1-9][0-9]*)|0x[0-9a-fA-F]+", [*"-+0123456789"]),
+    ("int", r"[-+]?[0-9]+|0x[0-9a-fA-F]+", [*"-+0123456789"]),
     (
         "float",
         r"[-+]?(?:\.[0-9]+|[0-9]+(?:\.[0-9]*)?)(?:[eE][-+]?[0-9]+)?"
@@ -370,6 +378,10 @@ def _loader() -> Any:
                 seen.add(key.value)
             return super().construct_mapping(node, deep)
 
+        def construct_int(self, node: Any) -> int:
+            return int(node.value, 16 if node.value.startswith("0x") else 10)
+
+    Loader.add_constructor("tag:yaml.org,2002:int", Loader.construct_int)
     Loader.yaml_implicit_resolvers = {}  # those of YAML 1.1
     for kind, pattern, first in _CORE:
         Loader.add_implicit_resolver(

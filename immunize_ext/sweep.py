@@ -76,18 +76,19 @@ def run_jobs(
     *,
     executor: Executor | None = None,
     processes: int = 1,
-    threads_each: int = 1,
+    threads_each: int | None = None,
     progress: Progress | None = None,
 ) -> dict[str, dict[str, Any]]:
     """Do the jobs whose files are missing, or were made of something else.
 
     Args:
-        jobs: What to do, by a name that is fit for a file; pickled for other processes.
+        jobs: What to do, by a name that is fit for a file; pickled for other processes. A job
+            with an attribute ``made_of`` says itself what it was made of.
         folder: Where the files are; it is made.
         executor: Where the jobs run: any executor of ``concurrent.futures``, such as the one that
             ``distributed.Client.get_executor`` gives. It is not shut down.
         processes: Without an executor: how many processes; 1 works in this one.
-        threads_each: Threads of each of them.
+        threads_each: Threads of each of them; as many as this process uses when omitted.
         progress: Called after each job.
 
     Returns:
@@ -114,6 +115,7 @@ def run_jobs(
     }
     missing = {name: job for name, job in jobs.items() if name not in done}
     report = progress or (lambda text, share: None)
+    threads_each = torch.get_num_threads() if threads_each is None else threads_each
 
     def keep(name: str, result: dict[str, Any]) -> None:
         plain = json.loads(json.dumps(to_json(result)))
@@ -138,6 +140,9 @@ def run_jobs(
 
 
 def _digest_of(job: Job) -> str:
+    own = getattr(job, "made_of", None)
+    if isinstance(own, str):
+        return own
     if isinstance(job, functools.partial):
         inner: Any = job.func
         return digest(f"{inner.__module__}.{inner.__qualname__}", job.args, job.keywords)
@@ -242,7 +247,7 @@ def run_sweep(
     force: bool = False,
     executor: Executor | None = None,
     processes: int = 1,
-    threads_each: int = 1,
+    threads_each: int | None = None,
     progress: Progress | None = None,
 ) -> dict[str, dict[str, Any]]:
     """Make a sweep directory, or go on with one of the same points, and do what is missing.

@@ -1,9 +1,15 @@
-"""The command line: the demo from end to end, and every refusal in one line."""
+"""The command line: the demo from end to end, interruptions, and every refusal in one line."""
 
+from __future__ import annotations
+
+import functools
+import importlib
 import json
+import os
 import signal
 import subprocess
 import sys
+import textwrap
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -11,25 +17,28 @@ from typing import Any
 
 import pytest
 
-import immunize_ext.demo
+from immunize_ext import storage
 from immunize_ext._version import __version__
-from immunize_ext.cli import main
-from immunize_ext.demo import CHOSEN_TASKS, DemoConfig, run_demo
+from immunize_ext.cli import COMMANDS, main
+from immunize_ext.probing import run as probing
+from immunize_ext.probing.run import CHOSEN_TASKS
 
 pytest.importorskip("sklearn")
 pytest.importorskip("matplotlib")
+pytest.importorskip("jinja2")
 
 ROOT = Path(__file__).resolve().parents[1]
 
 
 @pytest.fixture
 def small(monkeypatch: pytest.MonkeyPatch) -> None:
-    """The demo with few steps, so that it takes a second or two."""
+    """Runs with few steps, so that they take a second or two."""
+    real = probing.run
 
-    def run_small(config: DemoConfig, progress: Any = None) -> immunize_ext.demo.DemoResult:
-        return run_demo(replace(config, base_budget=300, limit=8.0, steps=3), progress)
+    def run_small(settings: probing.RunSettings, *arguments: Any, **more: Any) -> probing.Run:
+        return real(replace(settings, base_budget=300, limit=8.0), *arguments, **more)
 
-    monkeypatch.setattr("immunize_ext.demo.run_demo", run_small)
+    monkeypatch.setattr(probing, "run", run_small)
 
 
 @pytest.fixture
@@ -64,42 +73,45 @@ def test_demo_end_to_end(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> 
     # One line per stage where there is no terminal to draw a bar on.
     assert "[100%] writing the report" in captured.err
     results = json.loads((target / "results.json").read_text())
-    assert results["seeds"] == {"split": 1, "immunizer": 1}
-    assert results["slowdown"]["harmful"]["gradient_descent"] > 2.0
-    assert results["slowdown"]["harmful"]["whitened"] == 1.0
-    assert {row["name"] for row in results["alternatives"]} == set(
-        immunize_ext.demo.METHOD_NAMES.values()
-    )
-    assert results["notes"] == [CHOSEN_TASKS]
-    assert set(results["seconds"]) == {"load", "immunize", "attack", "compare", "total"}
+    assert (results["kind"], results["schema"]) == ("demo", storage.SCHEMA)
+    found = results["kappa"]
+    assert found == json.loads((target / "features" / "results.json").read_text())
+    assert found["seeds"] == {"split": 1, "immunizer": 1}
+    assert found["slowdown"]["harmful"]["gradient_descent"] > 2.0
+    assert found["slowdown"]["harmful"]["whitened"] == 1.0
+    assert len(found["alternatives"]) == 4
+    assert found["notes"] == [CHOSEN_TASKS]
+    assert sorted(path.name for path in target.parent.iterdir()) == ["demo"]
+
+    # What the demo leaves is a run: attacked again, compared.
+    features = str(target / "features")
+    assert main(["attack", features, "--attackers", "nesterov", "--quiet"]) == 0
+    assert "Nesterov" in capsys.readouterr().out
+    assert main(["report", features, "--out", str(tmp_path / "report")]) == 0
+    assert "closed-form" in capsys.readouterr().out
+    for command in ("attack", "report"):
+        assert main([command, str(target)]) == 2
+        assert f"give {target}/features or {target}/pipeline" in capsys.readouterr().err
 
     # The same again: refused, then replaced, with the same numbers.
     assert main(["demo", "--out", str(target), "--quiet"]) == 2
-    assert (
-        main(["demo", "--skip-mima", "--out", str(target), "--quiet", "--force", "--seed", "1"])
-        == 0
-    )
+    again = ["demo", "--skip-mima", "--out", str(target), "--quiet", "--force", "--seed", "1"]
+    assert main(again) == 0
     assert capsys.readouterr().err.count("\n") == 1
-    again = json.loads((target / "results.json").read_text())
+    repeated = json.loads((target / "results.json").read_text())["kappa"]
     for key in ("slowdown", "rir", "config", "alternatives"):
-        assert again[key] == results[key]
+        assert repeated[key] == found[key]
 
 
+@pytest.mark.usefixtures("small")
 @pytest.mark.parametrize("method", ["condition-number", "condition-number-plain", "whitening"])
-def test_demo_knows_every_method(method: str) -> None:
-    config = DemoConfig(
-        primary="3:8",
-        harmful="4:9",
-        method=method.replace("-", "_"),  # type: ignore[arg-type]
-        steps=3,
-        base_budget=100,
-        limit=2.0,
-        compare=False,
-    )
-    result = run_demo(config)
-    assert result.alternatives == []
-    assert result.notes == []  # said of the default tasks alone
-    assert result.evaluation.tasks["primary"].name == "digit 3 against 8"
+def test_demo_knows_every_method(method: str, tmp_path: Path) -> None:
+    argv = ["demo", "--skip-mima", "--quiet", "--method", method, "--primary", "3:8"]
+    assert main([*argv, "--harmful", "4:9", "--out", str(tmp_path / "demo")]) == 0
+    found = json.loads((tmp_path / "demo" / "results.json").read_text())["kappa"]
+    assert found["method"] == method
+    assert found["notes"] == []  # said of the default tasks alone
+    assert found["tasks"]["primary"]["name"] == "digit 3 against 8"
 
 
 def test_note_about_the_tasks_matches_its_measurement() -> None:
@@ -120,32 +132,91 @@ def test_version(capsys: pytest.CaptureFixture[str]) -> None:
     assert capsys.readouterr().out == f"immunize_ext {__version__}\n"
 
 
-@pytest.mark.parametrize("arguments", [["--help"], ["demo", "--help"], ["doctor", "--help"]])
+@pytest.mark.parametrize(
+    "arguments",
+    [["--help"], ["sweep", "--help"], *([name, "--help"] for name in COMMANDS if name != "sweep")],
+    ids=" ".join,
+)
 def test_help(arguments: list[str], capsys: pytest.CaptureFixture[str]) -> None:
+    pytest.importorskip("diffusers")
     assert main(arguments) == 0
-    assert "usage: immunize" in capsys.readouterr().out
+    captured = capsys.readouterr()
+    assert captured.out.startswith(f"usage: immunize{' ' if arguments[1:] else ''}")
+    assert captured.err == ""
+
+
+def test_help_needs_neither_torch_nor_optional_packages(tmp_path: Path) -> None:
+    code = """
+    import sys
+    for name in ("torch", "numpy", "jsonargparse", "yaml", "rich", "jinja2", "matplotlib"):
+        sys.modules[name] = None
+    from immunize_ext.cli import main
+    assert main(["--help"]) == 0
+    assert main(["--version"]) == 0
+    assert main(["kapa"]) == 2
+    """
+    done = subprocess.run(
+        [sys.executable, "-c", textwrap.dedent(code)], capture_output=True, text=True, check=False
+    )
+    assert done.returncode == 0, done.stderr
+    assert all(name in done.stdout for name in COMMANDS)
+    assert done.stderr == "immunize: kapa is no command; did you mean kappa; see immunize --help\n"
 
 
 @pytest.mark.parametrize(
     ("arguments", "words"),
     [
         ((), "COMMAND; see immunize --help"),
-        (("immunise",), "invalid choice: 'immunise'"),
-        (("demo", "--seed", "one"), "invalid int value: 'one'; see immunize demo --help"),
-        (("demo", "--strength", "much"), "must be a number or 'auto', got 'much'"),
-        (("demo", "--method", "magic"), "invalid choice: 'magic'"),
-        (("demo", "--strength", "0.5"), "strength must be finite and at least 1, got 0.5"),
-        (("demo", "--primary", "cats:dogs"), "a task must look like '4,6:2,3,7'"),
-        (("demo", "--harmful", "1:1"), "must not share a digit"),
-        (("demo", "--ridge", "-1"), "ridge must be finite and not negative, got -1.0"),
-        (("demo", "--ridge", "0"), "K_P must be positive definite"),
+        (("immunise",), "immunise is no command; known are demo, kappa"),
+        (("sweep", "kapa"), "kapa is no command; did you mean kappa; see immunize sweep --help"),
+        (("attack",), "required: RUN; see immunize attack --help"),
+        (("demo", "--sead", "1"), "did you mean --seed; see immunize demo --help"),
+        (("demo", "--seed", "one"), "seed must be an integer, got 'one'"),
+        (("demo", "--strength", "much"), "must be a finite number or 'auto', got 'much'"),
+        (("demo", "--method", "magic"), "magic is no method; known are"),
+        (("demo", "--skip-mima", "--strength", "0.5"), "strength must be finite and at least 1"),
+        (("demo", "--skip-mima", "--primary", "cats:dogs"), "a task must look like '4,6:2,3,7'"),
+        (("demo", "--skip-mima", "--primary", "4", "--harmful", "1:1"), "on both sides"),
+        (("demo", "--ridge", "-1"), "ridge must be positive, got -1.0"),
+        (("demo", "--ridge", "0"), "ridge must be positive, got 0.0"),
         (("demo", "--seed", "-1"), "seed must not be negative, got -1"),
+        (("demo", "--threads", "0"), "--threads must be at least 1, got 0"),
+        (("demo", "--threads", "100000"), "--threads must be at most"),
+        (("kappa", "--threads", "100000"), "--threads must be at most"),
+        (("sweep", "kappa", "--jobs", "100000"), "--jobs must be at most"),
+        (("kappa", "--method", "condition-number", "--learning-rate", "0"), "learning_rate must"),
+        (("kappa", "--base-budget", "0"), "base_budget and limit must be at least 1"),
+        (("kappa", "--limit", "inf"), "limit must be a finite number"),
+        (("kappa", "--set", "strength=.inf"), "strength must be a finite number or 'auto'"),
+        (("kappa", "--set", "strength=[1"), "strength must have a plain value"),
+        (("kappa", "--config", "missing.yaml"), "which is not there"),
     ],
 )
 def test_refusals(refused: Callable[..., str], arguments: tuple[str, ...], words: str) -> None:
     line = refused(*arguments)
     assert line.startswith("immunize")
     assert words in line
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        (("--steps", ".inf"), "steps must be an integer"),
+        (("--set", "checkpoint_every=0"), "checkpoint_every must be"),
+        (("--guidance", "inf"), "guidance must be a finite number"),
+        (("--threshold", "nan"), "threshold must be a finite number"),
+        (("--threshold", "-5"), "threshold must be"),
+        (("--evaluate-at", "99999"), "evaluate_at must be"),
+        (("--images", ".inf"), "images must be an integer"),
+        (("--images", "0"), "images must be at least 1"),
+        (("--targets", "three", "three"), "targets must be different"),
+    ],
+)
+def test_refusals_of_text_to_image_runs(
+    refused: Callable[..., str], arguments: tuple[str, ...], words: str
+) -> None:
+    pytest.importorskip("diffusers")
+    assert words in refused("mima", *arguments)
 
 
 def test_existing_output_is_refused_at_once(refused: Callable[..., str], tmp_path: Path) -> None:
@@ -162,8 +233,6 @@ def test_existing_output_is_refused_at_once(refused: Callable[..., str], tmp_pat
 def test_missing_extra_is_named(
     refused: Callable[..., str], monkeypatch: pytest.MonkeyPatch, package: str, extra: str
 ) -> None:
-    import importlib
-
     real = importlib.import_module
 
     def missing(name: str) -> Any:
@@ -175,44 +244,156 @@ def test_missing_extra_is_named(
     assert f"pip install 'immunize_ext[{extra}]'" in refused("demo")
 
 
+# --- interruptions and defects -------------------------------------------------------------------
+
+
+def raising(error: BaseException) -> Callable[..., Any]:
+    def run(*_: object, **__: object) -> None:
+        raise error
+
+    return run
+
+
 def test_interruption(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    def interrupt(*_: object) -> None:
-        raise KeyboardInterrupt
-
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr("immunize_ext.demo.run_demo", interrupt)
+    monkeypatch.setattr(probing, "run", raising(KeyboardInterrupt()))
     assert main(["demo", "--skip-mima", "--quiet"]) == 130
     assert capsys.readouterr().err == "immunize: interrupted; nothing was written\n"
     assert list(tmp_path.iterdir()) == []
 
 
-def test_defects_keep_their_traceback(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    def defect(*_: object) -> None:
-        raise RuntimeError("a defect")
+def test_an_interruption_says_what_is_kept_and_how_to_go_on(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def run(settings: Any, out: Path, **_: object) -> None:
+        work = storage.work_folder(out)
+        work.mkdir(parents=True)
+        (work / "checkpoint").touch()
+        raise KeyboardInterrupt
 
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr("immunize_ext.demo.run_demo", defect)
+    monkeypatch.setattr(probing, "run", run)
+    assert main(["kappa", "--quiet"]) == 130
+    line = capsys.readouterr().err
+    assert "interrupted; what is done is kept in runs/.kappa.work; the same command goes on" in line
+
+    def sweep(settings: Any, out: str, **_: object) -> None:
+        from immunize_ext.sweep import run_sweep
+
+        points = {"a": functools.partial(dict, x=1), "b": functools.partial(stop)}
+        run_sweep(out, "kappa-sweep", points)
+
+    monkeypatch.setattr(probing, "sweep", sweep)
+    assert main(["sweep", "kappa", "--quiet"]) == 130
+    line = capsys.readouterr().err
+    assert "interrupted; 1 points are kept in runs/sweep-kappa; the same command goes on" in line
+
+
+def stop() -> dict[str, Any]:
+    raise KeyboardInterrupt
+
+
+def test_defects_keep_their_traceback(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(probing, "run", raising(RuntimeError("a defect")))
     with pytest.raises(RuntimeError, match="a defect"):
         main(["demo", "--skip-mima", "--quiet"])
 
 
+def test_a_full_disk_is_one_line(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    safetensors = pytest.importorskip("safetensors")
+    monkeypatch.chdir(tmp_path)
+    for error in (
+        OSError(28, "No space left on device"),
+        safetensors.SafetensorError("I/O error: No space left on device (os error 28)"),
+    ):
+        monkeypatch.setattr(probing, "run", raising(error))
+        assert main(["kappa", "--quiet"]) == 2
+        line = capsys.readouterr().err
+        assert "No space left on device" in line
+        assert line.count("\n") == 1
+
+
 @pytest.mark.skipif(sys.platform == "win32", reason="no SIGINT to send")
-def test_real_interruption(tmp_path: Path) -> None:
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+@pytest.mark.parametrize("background", [False, True])
+def test_real_interruption(number: signal.Signals, background: bool, tmp_path: Path) -> None:
+    def ignore() -> None:  # as a shell does for what it starts with &
+        signal.signal(signal.SIGINT, signal.SIG_IGN if background else signal.SIG_DFL)
+
     command = [sys.executable, "-m", "immunize_ext", "demo", "--skip-mima"]
     with subprocess.Popen(
-        command, cwd=tmp_path, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+        command,
+        cwd=tmp_path,
+        env=os.environ | {"PYTHONPATH": os.pathsep.join([str(ROOT), *sys.path])},
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        preexec_fn=ignore,
     ) as process:
         assert process.stderr is not None
         for line in process.stderr:
             if "immunizing" in line:
-                process.send_signal(signal.SIGINT)
+                process.send_signal(number)
                 break
         rest = process.stderr.read()
-        assert process.wait(timeout=60) == 130
+        assert process.wait() == 128 + number
     assert rest.splitlines()[-1] == "immunize: interrupted; nothing was written"
     assert list(tmp_path.iterdir()) == []
+
+
+# --- output --------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("encoding", ["ascii", "cp437", "utf-8"])
+def test_a_finished_run_prints_on_any_terminal(encoding: str, tmp_path: Path) -> None:
+    code = """
+    import sys
+    from immunize_ext import cli
+    def report(parser, argv):
+        print("Gr\u00f6\u00dfe \u2265 3\u00d7")
+        print("\u2265", file=sys.stderr)
+        return 0
+    cli.COMMANDS = {"report": report}
+    sys.exit(cli.main(["report"]))
+    """
+    done = subprocess.run(
+        [sys.executable, "-c", textwrap.dedent(code)],
+        env=os.environ | {"PYTHONIOENCODING": encoding},
+        capture_output=True,
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr
+    assert "Gr\u00f6\u00dfe \u2265 3\u00d7".encode(encoding, errors="replace") in done.stdout
+
+
+def test_a_reader_that_has_seen_enough_is_no_error(tmp_path: Path) -> None:
+    code = """
+    import sys
+    from immunize_ext import cli
+    def report(parser, argv):
+        for _ in range(100_000):
+            print("line")
+        return 0
+    cli.COMMANDS = {"report": report}
+    sys.exit(cli.main(["report"]))
+    """
+    with subprocess.Popen(
+        [sys.executable, "-c", textwrap.dedent(code)],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+    ) as process:
+        assert process.stdout is not None
+        assert process.stderr is not None
+        assert process.stdout.readline() == "line\n"
+        process.stdout.close()
+        assert process.stderr.read() == ""
+        assert process.wait() == 0
 
 
 @pytest.mark.parametrize(("healthy", "status"), [(True, 0), (False, 1)])

@@ -203,21 +203,22 @@ def _marks(
     return found
 
 
+def _plain_cell(cell: Mapping[str, Any] | None) -> str:
+    if cell is None or cell["median"] is None:
+        return "no run within"
+    share = "" if cell["of"] == 1 else f" ({cell['cells']} of {cell['of']})"
+    return f"{_at_least(cell['median'], _bounds(cell)['median'])}{share}"
+
+
 def summary(results: Results) -> str:
     """The slow-downs at no cost in plain text."""
     points = [Point.from_dict(run) for run in results["runs"]]
     labels = _labels(results, points)
-    rows = [("method", *labels.values())]
-    for method in dict.fromkeys(point.method for point in points):
-        cells = []
-        for name in labels:
-            cell = results["equal_primary_slowdown"][name].get(method, {}).get(_KEY)
-            if cell is None or cell["median"] is None:
-                cells.append("no run within")
-                continue
-            share = "" if cell["of"] == 1 else f" ({cell['cells']} of {cell['of']})"
-            cells.append(f"{_at_least(cell['median'], _bounds(cell)['median'])}{share}")
-        rows.append((method, *cells))
+    methods = list(dict.fromkeys(point.method for point in points))
+    rows = [["attacker", *methods]]
+    for name, label in labels.items():
+        cells = results["equal_primary_slowdown"][name]
+        rows.append([label, *(_plain_cell(cells.get(method, {}).get(_KEY)) for method in methods)])
     heading = "Slow-down of the harm where the task to keep is no slower than before:"
     return "\n".join([heading, "", text_table(rows), *_left_out(points)])
 

@@ -1,49 +1,42 @@
 """Runs of attacks, one file each: what was computed once is not computed again.
 
-A run is one attack, on one concept or several jointly, with one seed, on one model. Its file is
-named by these four, the model by a digest of its weights, so that the unprotected model of several
-comparisons is attacked once. A file is written whole or not at all, and holds what was asked for:
-a run asked for differently is refused rather than mixed in.
+A run is one attack, on one concept or several jointly, with one seed, on one model. Its file
+carries a digest of all that decides its outcome: the attack's settings, the model's weights, the
+words and images of the concepts, what is measured and how. So the unprotected model of several
+comparisons is attacked once, and nothing is taken for what it is not.
 """
 
 from __future__ import annotations
 
-import json
 import os
+import pickle
 import re
 import tempfile
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from concurrent.futures import ProcessPoolExecutor, as_completed
-from contextlib import suppress
-from dataclasses import asdict, dataclass, replace
-from multiprocessing import get_context
+from collections.abc import Mapping, Sequence
+from concurrent.futures import Executor
+from contextlib import ExitStack, suppress
+from dataclasses import asdict, dataclass, is_dataclass, replace
+from functools import lru_cache
 from pathlib import Path
 from typing import Any, Literal
 
 import torch
 from torch import Tensor
 
-from immunize_ext.storage import load_checkpoint, save_checkpoint, tensor_digest, to_json
-from immunize_ext.text_to_image.attacks import (
-    Adaptation,
-    AttackCurve,
-    ConceptScores,
-    TextToImageAttack,
-)
+from immunize_ext.seams import AttackCurve, Progress
+from immunize_ext.settings import plain
+from immunize_ext.storage import digest
+from immunize_ext.sweep import run_jobs
+from immunize_ext.text_to_image.attacks import Adaptation, ConceptScores, TextToImageAttack
 from immunize_ext.text_to_image.concepts import Concept
-from immunize_ext.text_to_image.metrics.generation import Measure, Sampling
+from immunize_ext.text_to_image.metrics.generation import Measure, Sampling, measure_identity
 from immunize_ext.text_to_image.model import TextToImage
+from immunize_ext.text_to_image.pictures import decode_images, encode_images, to_bytes
 
 Side = Literal["unprotected", "immunized"]
 
 
 SIDES: tuple[Side, ...] = ("unprotected", "immunized")
-
-
-Progress = Callable[[str, float], None]
-
-
-_KIND = "immunize_ext attack run 1"
 
 
 # An attacker whose run diverges tries a smaller rate; after this many halvings it gives up.
@@ -77,7 +70,7 @@ class Job:
 
     @property
     def title(self) -> str:
-        """What is shown while it runs."""
+        """What is said of it where it fails."""
         return f"{self.attack.name} on {self.concept}, seed {self.seed}, {self.side} model"
 
 
@@ -92,6 +85,23 @@ class Run:
 
     curve: AttackCurve
     grids: dict[str, dict[int, Tensor]]
+
+    def to_dict(self) -> dict[str, Any]:
+        """Everything, as JSON can say it."""
+        grids = {
+            concept: {str(step): encode_images(images) for step, images in steps.items()}
+            for concept, steps in self.grids.items()
+        }
+        return {"curve": self.curve.to_dict(), "grids": grids}
+
+    @classmethod
+    def from_dict(cls, values: Mapping[str, Any]) -> Run:
+        """Take back what :meth:`to_dict` gave."""
+        grids = {
+            concept: {int(step): decode_images(images) for step, images in steps.items()}
+            for concept, steps in values["grids"].items()
+        }
+        return cls(AttackCurve.from_dict(values["curve"]), grids)
 
 
 @dataclass(frozen=True)
@@ -111,114 +121,33 @@ class Budget:
     sampling: Sampling
 
 
-def model_digest(model: TextToImage) -> str:
-    """Digest of a model's weights: equal for equal models, wherever they were loaded from."""
-    parts = {"unet": model.unet, "vae": model.vae}
-    parts |= {f"text{i}": encoder for i, encoder in enumerate(model.text_encoders)}
-    return tensor_digest(
-        (f"{part}.{name}", tensor)
-        for part, module in parts.items()
-        for name, tensor in sorted(module.state_dict().items())
-    )[:16]
-
-
 def _attack_settings(attack: TextToImageAttack) -> dict[str, Any]:
-    if isinstance(attack, Adaptation):
-        return attack.settings()
-    return {"kind": type(attack).__name__, "settings": repr(attack)}
+    kind = f"{type(attack).__module__}.{type(attack).__qualname__}"
+    settings: Any = attack
+    return {"kind": kind, "settings": plain(settings) if is_dataclass(settings) else repr(settings)}
 
 
-class RunStore:
-    """Finished runs in a folder; in memory only where there is no folder.
+def made_of(job: Job, model: str, budget: Budget) -> str:
+    """Digest of all that decides the outcome of a run.
 
     Args:
-        folder: Where files live; made when the first run is saved.
+        job: The run.
+        model: Digest of the model.
+        budget: What it gets.
     """
-
-    def __init__(self, folder: str | os.PathLike[str] | None) -> None:
-        self._folder = None if folder is None else Path(folder)
-        self._memory: dict[Path, Run] = {}
-
-    def path(self, job: Job, digest: str) -> Path:
-        """File of a run, relative to the folder."""
-        wording = "" if job.prompt is None else f"--{_safe(job.prompt)}"
-        name = f"{_safe(job.attack.name)}--{_safe(job.concept)}{wording}--{job.seed}.safetensors"
-        return Path(digest) / name
-
-    def load(self, job: Job, digest: str, request: dict[str, Any]) -> Run | None:
-        """A finished run, or ``None``.
-
-        Raises:
-            ValueError: If the file holds a run that was asked for differently.
-        """
-        path = self.path(job, digest)
-        if self._folder is None or not (self._folder / path).is_file():
-            return self._memory.get(path)
-        tensors, values = load_checkpoint(
-            self._folder / path, kind=_KIND, function="evaluate_text_to_image"
-        )
-        wanted = _plain(request)
-        if values["request"] != wanted:
-            changed = sorted(
-                name
-                for name in wanted.keys() | values["request"].keys()
-                if wanted.get(name) != values["request"].get(name)
-            )
-            raise ValueError(
-                f"evaluate_text_to_image: out must hold runs of this evaluation, got another "
-                f"{', '.join(changed)} in {self._folder / path}; choose another folder or delete "
-                "the file"
-            )
-        grids: dict[str, dict[int, Tensor]] = {}
-        for name, images in tensors.items():
-            concept, _, step = name.rpartition("@")
-            grids.setdefault(concept, {})[int(step)] = images
-        return Run(AttackCurve.from_dict(values["curve"]), grids)
-
-    def save(self, job: Job, digest: str, request: dict[str, Any], run: Run) -> None:
-        """Keep a finished run."""
-        path = self.path(job, digest)
-        if self._folder is None:
-            self._memory[path] = run
-            return
-        target = self._folder / path
-        target.parent.mkdir(parents=True, exist_ok=True)
-        save_checkpoint(
-            target,
-            {
-                f"{concept}@{step}": images
-                for concept, steps in run.grids.items()
-                for step, images in steps.items()
-            },
-            kind=_KIND,
-            values={"curve": _plain(run.curve.to_dict()), "request": _plain(request)},
-        )
-
-
-def _plain(value: Any) -> Any:
-    """A value as it reads back from a file."""
-    return json.loads(json.dumps(to_json(value)))
-
-
-def _safe(name: str) -> str:
-    return re.sub(r"[^\w+.-]+", "_", name)
-
-
-def request_of(job: Job, budget: Budget) -> dict[str, Any]:
-    """All that decides the outcome of a run, apart from the model."""
-    images = tensor_digest((concept.name, concept.images("attack")) for concept in job.concepts)
-    return {
-        "attack": _attack_settings(job.attack),
-        "concepts": [concept.name for concept in job.concepts],
-        "prompts": job.attack.prompts(job.concepts, job.prompt),
-        "images": images[:16],
-        "seed": job.seed,
-        "steps": budget.steps,
-        "evaluate_at": list(budget.evaluate_at),
-        "measures": list(budget.measures),
-        "sampling": asdict(budget.sampling.for_seed(job.seed)),
-        "kept": job.kept,
-    }
+    return digest(
+        model,
+        _attack_settings(job.attack),
+        [concept.digest() for concept in job.concepts],
+        job.attack.prompts(job.concepts, job.prompt),
+        job.seed,
+        job.kept,
+        budget.steps,
+        list(budget.evaluate_at),
+        {name: measure_identity(measure) for name, measure in budget.measures.items()},
+        list(budget.measures),
+        asdict(budget.sampling),
+    )
 
 
 def execute(model: TextToImage, job: Job, budget: Budget) -> Run:
@@ -257,10 +186,7 @@ def execute(model: TextToImage, job: Job, budget: Budget) -> Run:
                 raise
             attack = replace(attack, learning_rate=attack.learning_rate / 2.0)
     grids = {
-        concept: {
-            step: (images.clamp(0.0, 1.0) * 255.0).round().to(torch.uint8)
-            for step, images in steps.items()
-        }
+        concept: {step: to_bytes(images) for step, images in steps.items()}
         for concept, steps in scores.grids.items()
     }
     return Run(curve, grids)
@@ -273,6 +199,7 @@ def run_all(
     *,
     out: str | os.PathLike[str] | None = None,
     processes: int = 1,
+    executor: Executor | None = None,
     progress: Progress | None = None,
 ) -> dict[int, Run]:
     """Run jobs that are not finished yet, and give all runs.
@@ -285,79 +212,109 @@ def run_all(
         processes: Worker processes. Each uses an equal share of the threads, so the last bits of a
             run may depend on their number. A script that asks for more than one needs the usual
             ``if __name__ == "__main__":``.
+        executor: Where they run instead of in processes of this machine; it needs to see the
+            files of ``out``.
         progress: Called with what was done and the share done so far.
 
     Returns:
         Runs by the index of their job.
 
     Raises:
-        ValueError: If ``out`` holds runs of another evaluation, or ``processes`` is below 1.
+        ValueError: If ``processes`` is below 1.
         FloatingPointError: If an attack diverges at every rate.
     """
     if processes < 1:
         raise ValueError(f"evaluate_text_to_image: processes must be at least 1, got {processes}")
-    store = RunStore(out)
-    digests = {side: model_digest(model) for side, model in models.items()}
-    requests = [request_of(job, budget) for job in jobs]
-    found: dict[int, Run] = {}
-    pending: dict[Path, list[int]] = {}
-    for index, job in enumerate(jobs):
-        run = store.load(job, digests[job.side], requests[index])
-        if run is not None:
-            found[index] = run
-        else:
-            # Two equal models (a method that changed nothing) share their runs.
-            pending.setdefault(store.path(job, digests[job.side]), []).append(index)
-    unique = [indices[0] for indices in pending.values()]
-    shared = {indices[0]: indices for indices in pending.values()}
-    finished = len(found)
-    for index, run in _results(models, jobs, unique, budget, processes):
-        job = jobs[index]
-        store.save(job, digests[job.side], requests[index], run)
-        for same in shared[index]:
-            found[same] = run
-        finished += len(shared[index])
-        if progress is not None:
-            progress(job.title, finished / len(jobs))
-    return found
-
-
-def _results(
-    models: Mapping[Side, TextToImage],
-    jobs: Sequence[Job],
-    indices: Sequence[int],
-    budget: Budget,
-    processes: int,
-) -> Iterator[tuple[int, Run]]:
-    if processes == 1 or len(indices) < 2:
-        for index in indices:
-            yield index, execute(models[jobs[index].side], jobs[index], budget)
-        return
-    threads = max(1, torch.get_num_threads() // processes)
-    with tempfile.TemporaryDirectory(prefix="immunize-") as folder:
-        saved = {side: Path(folder) / side for side in models}
-        for side, model in models.items():
-            model.save(saved[side])
-        devices = {side: str(model.device) for side, model in models.items()}
-        pool = ProcessPoolExecutor(
-            min(processes, len(indices)),
-            mp_context=get_context("spawn"),
-            initializer=_start_worker,
-            initargs=(saved, devices, budget, threads),
+    digests = {side: model.digest() for side, model in models.items()}
+    keys = [made_of(job, digests[job.side], budget) for job in jobs]
+    names = [_file_name(job, key) for job, key in zip(jobs, keys, strict=True)]
+    with ExitStack() as stack:
+        temporary = tempfile.TemporaryDirectory(prefix="immunize-")
+        kept = Path(out) if out is not None else Path(stack.enter_context(temporary))
+        works: dict[str, _Local | _Remote] = {}
+        elsewhere = executor is not None or processes > 1
+        for job, key, name in zip(jobs, keys, names, strict=True):
+            # Two equal models (a method that changed nothing) share their runs, and their names.
+            if name in works:
+                continue
+            local = _Local(key, models[job.side], job, budget)
+            works[name] = local.portable(kept / MODELS / digests[job.side]) if elsewhere else local
+        if elsewhere:
+            for side, model in models.items():
+                if not (kept / MODELS / digests[side]).is_dir():
+                    model.save(kept / MODELS / digests[side])
+        found = run_jobs(
+            works,
+            kept,
+            executor=executor,
+            processes=processes,
+            threads_each=max(1, torch.get_num_threads() // processes),
+            progress=progress,
         )
-        with pool:
-            futures = {pool.submit(_work, _portable(jobs[index])): index for index in indices}
-            try:
-                for future in as_completed(futures):
-                    curve, grids = future.result()
-                    tensors = {
-                        concept: {step: torch.from_numpy(images) for step, images in steps.items()}
-                        for concept, steps in grids.items()
-                    }
-                    yield futures[future], Run(curve, tensors)
-            except BaseException:
-                pool.shutdown(wait=False, cancel_futures=True)
-                raise
+    runs = {name: Run.from_dict(values) for name, values in found.items()}
+    return {index: runs[name] for index, name in enumerate(names)}
+
+
+# Where models stand that other processes read.
+MODELS = "models"
+
+
+def _file_name(job: Job, key: str) -> str:
+    """Readable, and different for different runs."""
+    words = re.sub(r"[^\w+.-]+", "_", f"{job.attack.name}--{job.concept}--{job.seed}")
+    return f"{words[:60]}--{key[:16]}"
+
+
+@dataclass(frozen=True)
+class _Local:
+    """A run in this process."""
+
+    made_of: str
+    model: TextToImage
+    job: Job
+    budget: Budget
+
+    def __call__(self) -> dict[str, Any]:
+        return execute(self.model, self.job, self.budget).to_dict()
+
+    def portable(self, folder: Path) -> _Remote:
+        """The same for another process, which reads the model from a folder."""
+        held = tuple(replace(c, source=_HeldImages(c)) for c in self.job.concepts)
+        return _Remote(
+            self.made_of,
+            str(folder.absolute()),
+            str(self.model.device),
+            replace(self.job, concepts=held),
+            pickle.dumps(self.budget),
+        )
+
+
+@dataclass(frozen=True)
+class _Remote:
+    """A run in another process, which keeps the model and what measures for its next run."""
+
+    made_of: str
+    folder: str
+    device: str
+    job: Job
+    budget: bytes
+
+    def __call__(self) -> dict[str, Any]:
+        model = _model(self.folder, self.device)
+        return execute(model, self.job, _budget(self.budget)).to_dict()
+
+
+@lru_cache(maxsize=2)
+def _model(folder: str, device: str) -> TextToImage:
+    model = TextToImage.from_pretrained(folder)
+    model.pipeline.to(device)
+    return model
+
+
+@lru_cache(maxsize=1)
+def _budget(pickled: bytes) -> Budget:
+    found: Budget = pickle.loads(pickled)  # made by the process that asks
+    return found
 
 
 class _HeldImages:
@@ -373,34 +330,3 @@ class _HeldImages:
         if split not in self.splits:
             raise ValueError(f"Concept.images: {self.name!r} must have images for {split!r}")
         return torch.from_numpy(self.splits[split])
-
-
-def _portable(job: Job) -> Job:
-    held = tuple(replace(concept, source=_HeldImages(concept)) for concept in job.concepts)
-    return replace(job, concepts=held)
-
-
-# What a worker process holds for all its runs.
-_worker: dict[str, Any] = {}
-
-
-def _start_worker(
-    saved: Mapping[Side, Path], devices: Mapping[Side, str], budget: Budget, threads: int
-) -> None:
-    torch.set_num_threads(threads)
-    _worker.update(saved=saved, devices=devices, budget=budget, models={})
-
-
-def _work(job: Job) -> tuple[AttackCurve, dict[str, dict[int, Any]]]:
-    models: dict[str, TextToImage] = _worker["models"]
-    if job.side not in models:
-        model = TextToImage.from_pretrained(_worker["saved"][job.side])
-        model.pipeline.to(_worker["devices"][job.side])
-        models[job.side] = model
-    run = execute(models[job.side], job, _worker["budget"])
-    # Arrays: tensors would travel as handles on memory that the worker owns.
-    grids = {
-        concept: {step: images.numpy() for step, images in steps.items()}
-        for concept, steps in run.grids.items()
-    }
-    return run.curve, grids

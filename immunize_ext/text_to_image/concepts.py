@@ -5,6 +5,7 @@ erasure puts in its place. A set of them is read from a file, ``concepts.yaml``:
 
     concepts:                       # what to erase and immunize against
       - name: van_gogh
+        aliases: [vincent]          # other words for it in prompts; may be left out
         prompts: ["An artwork of Van Gogh", "A painting in the style of Van Gogh"]
         anchor: art
         images:                     # folders, relative to this file
@@ -15,12 +16,14 @@ erasure puts in its place. A set of them is read from a file, ``concepts.yaml``:
         prompts: ["An artwork of Monet"]
     captions: captions.txt          # unrelated captions, one a line, or a list of them
 
-``{}`` in a prompt stands for the name. The two folders of a concept must share no image.
+``{}`` in a prompt stands for the name. The two folders of a concept must share no picture, under
+whatever file names. Names are found in prompts as :mod:`immunize_ext.text_to_image.names` says.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -29,8 +32,13 @@ import torch
 from torch import Tensor
 
 from immunize_ext._extras import require_extra
+from immunize_ext.images import SUFFIXES, image_files, read_rgb, same_pictures
+from immunize_ext.settings import parse_yaml
+from immunize_ext.storage import digest
+from immunize_ext.text_to_image.names import find_names, same_name
 
-IMAGE_SUFFIXES = (".png", ".jpg", ".jpeg", ".bmp", ".webp")
+# Names stand in file names, tables and plots.
+_LONGEST_NAME = 100
 
 
 @dataclass(frozen=True)
@@ -38,12 +46,13 @@ class Concept:
     """Something that can be asked of a text-to-image model.
 
     Attributes:
-        name: What it is called; unique in a set.
+        name: What it is called; unique in a set, up to 100 characters.
         prompts: Prompts that ask for it, the canonical one first.
         anchor: The word that erasure puts in its place, or ``None``.
         label: Class that a judge knows it by, or ``None``.
         source: Gives the images of a split, shape ``(n, c, h, w)`` in [-1, 1]; raises
             ``ValueError`` for a split that there is not.
+        aliases: Other words for it in prompts.
     """
 
     name: str
@@ -51,6 +60,46 @@ class Concept:
     anchor: str | None = None
     label: int | None = None
     source: Callable[[str], Tensor] | None = field(default=None, repr=False, compare=False)
+    aliases: tuple[str, ...] = ()
+
+    def __post_init__(self) -> None:
+        """Refuse names that no file can bear, and prompts without text."""
+        if not self.name.strip() or len(self.name) > _LONGEST_NAME or not self.name.isprintable():
+            raise ValueError(
+                f"Concept: name must have 1 to {_LONGEST_NAME} printable characters, got "
+                f"{self.name[:40]!r} of {len(self.name)}"
+            )
+        if not self.prompts:
+            raise ValueError(f"Concept: {self.name!r} must have at least one prompt, got none")
+        for text in (*self.prompts, *self.aliases):
+            if not text.strip():
+                raise ValueError(
+                    f"Concept: prompts and aliases of {self.name!r} must have text, got {text!r}; "
+                    "leave empty ones out"
+                )
+
+    @property
+    def spoken(self) -> str:
+        """The name as a prompt says it: ``van gogh``."""
+        return self.name.replace("_", " ")
+
+    @property
+    def words(self) -> tuple[str, ...]:
+        """All that it is called in prompts."""
+        return (self.name, *self.aliases)
+
+    def named_in(self, prompt: str) -> list[str]:
+        """Where a prompt names it, as it is written there."""
+        return find_names(prompt, self.words)
+
+    def digest(self) -> str:
+        """Of everything that decides what is learned of it: words and the content of images."""
+        images = []
+        for split in ("attack", "immunize"):
+            with suppress(ValueError):  # a concept need not have both
+                images.append((split, self.images(split)))
+        said = (self.name, self.prompts, self.anchor, self.label, self.aliases)
+        return digest(said, images)[:16]
 
     def images(self, split: str) -> Tensor:
         """Images of a split, shape ``(n, c, h, w)``, float32 in [-1, 1].
@@ -92,14 +141,28 @@ class ConceptSet:
         names = [concept.name for concept in (*self.concepts, *self.retain)]
         if not self.concepts:
             raise ValueError("ConceptSet: concepts must hold at least one concept, got none")
-        twice = sorted({name for name in names if names.count(name) > 1})
-        if twice:
-            raise ValueError(f"ConceptSet: every name must occur once, got {twice[0]!r} twice")
+        for index, name in enumerate(names):
+            for other in names[:index]:
+                if name == other:
+                    raise ValueError(f"ConceptSet: every name must occur once, got {name!r} twice")
+                if same_name(name, other):
+                    raise ValueError(
+                        f"ConceptSet: names must differ in words, got {other!r} and {name!r}; "
+                        "rename one of them"
+                    )
+        for index, caption in enumerate(self.captions):
+            if not caption.strip():
+                raise ValueError(f"ConceptSet: captions[{index}] must have text, got {caption!r}")
 
     @property
     def names(self) -> tuple[str, ...]:
         """Names of the concepts to immunize against."""
         return tuple(concept.name for concept in self.concepts)
+
+    def digest(self) -> str:
+        """Of everything in it: two sets that an immunizer can tell apart have different ones."""
+        parts = [[concept.digest() for concept in part] for part in (self.concepts, self.retain)]
+        return digest(parts, self.captions)[:16]
 
     def select(self, names: Iterable[str]) -> ConceptSet:
         """The set with only some of its concepts; the others are no longer in it.
@@ -140,13 +203,12 @@ def load_concepts(path: str | Path, *, size: int | tuple[int, int] | None = None
             the file and the key.
         MissingExtraError: If PyYAML is not installed.
     """
-    yaml = require_extra("yaml", extra="diffusion", purpose="concept files")
     file = Path(path)
     if not file.is_file():
         raise FileNotFoundError(f"load_concepts: there is no file {path}; give a concepts.yaml")
     try:
-        content = yaml.safe_load(file.read_text(encoding="utf-8"))
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        content = parse_yaml(file.read_text(encoding="utf-8"))
+    except ValueError as error:
         reason = " ".join(str(error).split())
         raise ValueError(f"load_concepts: {path} must be YAML, got: {reason}") from None
     reader = _Reader(file, size)
@@ -158,7 +220,7 @@ def load_concepts(path: str | Path, *, size: int | tuple[int, int] | None = None
             reader.captions(table.get("captions") or []),
         )
     except ValueError as error:
-        if str(error).startswith("ConceptSet"):
+        if str(error).startswith("Concept"):
             raise ValueError(f"load_concepts: {path}: {error}") from None
         raise
 
@@ -190,7 +252,7 @@ class _Reader:
         )
 
     def concept(self, value: object, key: str, *, images: bool) -> Concept:
-        table = self.table(value, key, {"name", "prompts", "anchor", "images", "label"})
+        table = self.table(value, key, {"name", "aliases", "prompts", "anchor", "images", "label"})
         name = table.get("name")
         if not isinstance(name, str) or not name.strip():
             raise self.fail(f"{key}.name", "be a text", name)
@@ -205,9 +267,12 @@ class _Reader:
         source = None
         if folders is not None or images:
             source = self.source(folders, f"{key}.images", required=images)
+        aliases = (
+            tuple(self.texts(table["aliases"], f"{key}.aliases")) if "aliases" in table else ()
+        )
         spoken = name.replace("_", " ")
         texts = tuple(text.replace("{}", spoken) for text in prompts)
-        return Concept(name, texts, anchor, label, source)
+        return Concept(name, texts, anchor, label, source, aliases)
 
     def texts(self, value: object, key: str) -> list[str]:
         if not isinstance(value, list) or not value:
@@ -224,9 +289,11 @@ class _Reader:
         if required and missing:
             raise self.fail(key, f"name a folder for {' and '.join(sorted(splits))}", dict(table))
         files = {split: self.files(folder, f"{key}.{split}") for split, folder in table.items()}
-        both = set(files.get("attack", ())) & set(files.get("immunize", ()))
+        both = same_pictures(files.get("attack", ()), files.get("immunize", ()))
         if both:
-            raise self.fail(key, "share no image between attack and immunize", str(min(both)))
+            # By content: the same picture under two names would be trained and judged on.
+            pair = " and ".join(map(str, both[0]))
+            raise self.fail(key, "share no image between attack and immunize", pair)
         size = self.size
 
         def read(split: str) -> Tensor:
@@ -245,11 +312,9 @@ class _Reader:
         folder = self.file.parent / value
         if not folder.is_dir():
             raise FileNotFoundError(f"load_concepts: {self.file}: {key}: there is no {folder}")
-        found = sorted(
-            entry.resolve() for entry in folder.iterdir() if entry.suffix.lower() in IMAGE_SUFFIXES
-        )
+        found = image_files(folder)
         if not found:
-            raise self.fail(key, f"hold images ({', '.join(IMAGE_SUFFIXES)})", str(folder))
+            raise self.fail(key, f"hold images ({', '.join(SUFFIXES)})", str(folder))
         return found
 
     def captions(self, value: object) -> tuple[str, ...]:
@@ -271,8 +336,7 @@ def _read_images(files: Sequence[Path], size: tuple[int, int] | None) -> Tensor:
     pillow = require_extra("PIL.Image", extra="diffusion", purpose="image files")
     images = []
     for file in files:
-        with pillow.open(file) as opened:
-            picture = opened.convert("RGB")
+        picture = read_rgb(file, function="load_concepts")
         if size is not None:
             picture = picture.resize((size[1], size[0]), pillow.Resampling.LANCZOS)
         pixels = torch.from_numpy(np.array(picture, dtype=np.float32))

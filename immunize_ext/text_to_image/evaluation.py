@@ -29,8 +29,8 @@ and gives a :class:`TextToImageEvaluation` of plain dataclasses. What it can be 
 - ``to_dict()`` and ``from_dict()``: everything but the images, as JSON can say it (``to_json`` of
   ``run_directory`` writes NaN and infinities).
 
-``out`` may be shared by evaluations of several methods: runs of a model are found again by a digest
-of its weights, so the unprotected twin is attacked once.
+``out`` may be shared by evaluations of several methods: runs are found again by a digest of all that
+decides their outcome, so the unprotected twin is attacked once.
 
 Definitions (also in ``to_dict()["definitions"]``): the threshold step of an attack is the first
 evaluated step at which the mean over targets and seeds of the unprotected model's score reaches the
@@ -40,16 +40,19 @@ the immunized model's mean score over targets and seeds highest at any step with
 
 from __future__ import annotations
 
+import math
 import os
 from collections.abc import Mapping, Sequence
+from concurrent.futures import Executor
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
 from torch import Tensor
 
 from immunize_ext.quantities import Spread
-from immunize_ext.text_to_image.attack_runs import SIDES, Budget, Job, Progress, Run, Side, run_all
-from immunize_ext.text_to_image.attacks import AttackCurve, TextToImageAttack
+from immunize_ext.seams import AttackCurve, Progress
+from immunize_ext.text_to_image.attack_runs import SIDES, Budget, Job, Run, Side, run_all
+from immunize_ext.text_to_image.attacks import TextToImageAttack
 from immunize_ext.text_to_image.concepts import Concept, ConceptSet
 from immunize_ext.text_to_image.metrics.gaps import (
     MSGR,
@@ -192,11 +195,16 @@ class Comparison:
     @classmethod
     def from_dict(cls, values: Mapping[str, Any]) -> Comparison:
         """Take back what :meth:`to_dict` gave."""
-        curves = {
-            side: tuple(AttackCurve.from_dict(curve) for curve in values["curves"][side])
-            for side in SIDES
-        }
+        curves = {side: tuple(map(_curve, values["curves"][side])) for side in SIDES}
         return cls(values["attack"], values["concept"], values["role"], curves)
+
+
+def _curve(values: Mapping[str, Any]) -> AttackCurve:
+    """A curve; earlier versions called what an attack wants its concept."""
+    found = dict(values)
+    if "concept" in found:
+        found["target"] = found.pop("concept")
+    return AttackCurve.from_dict(found)
 
 
 @dataclass(frozen=True)
@@ -227,6 +235,8 @@ class TextToImageEvaluation:
         comparisons: All of them.
         retained_before: Quality of the unprotected model on what it has to keep, by measure.
         retained_after: The same for the immunized model.
+        images: Images behind one score; 0 if nobody said.
+        shares: Names of the measures that are a share of these images.
         grids: Images of the first seed, by attack, concept, side and step, uint8.
     """
 
@@ -238,6 +248,8 @@ class TextToImageEvaluation:
     comparisons: tuple[Comparison, ...]
     retained_before: dict[str, RetainedQuality]
     retained_after: dict[str, RetainedQuality]
+    images: int = 0
+    shares: tuple[str, ...] = ()
     grids: dict[tuple[str, str, Side], dict[int, Tensor]] = field(
         default_factory=dict, compare=False, repr=False
     )
@@ -457,6 +469,8 @@ class TextToImageEvaluation:
             "measures": list(self.measures),
             "seeds": list(self.seeds),
             "threshold": self.threshold,
+            "images": self.images,
+            "shares": list(self.shares),
             "definitions": {
                 "sgr": SGR,
                 "msgr": MSGR,
@@ -515,6 +529,8 @@ class TextToImageEvaluation:
                 comparisons=tuple(Comparison.from_dict(c) for c in values["comparisons"]),
                 retained_before=quality(values["retained_before"]),
                 retained_after=quality(values["retained_after"]),
+                images=values.get("images", 0),
+                shares=tuple(values.get("shares", ())),
             )
         except KeyError as error:
             raise ValueError(
@@ -529,6 +545,9 @@ def _checked(
     seeds: Sequence[int],
     concepts: ConceptSet,
     named: Mapping[str, Concept | None],
+    threshold: float,
+    steps: int,
+    evaluate_at: Sequence[int],
 ) -> None:
     function = "evaluate_text_to_image"
     names = [attack.name for attack in attacks]
@@ -542,9 +561,15 @@ def _checked(
         raise ValueError(
             f"{function}: seeds must hold at least one seed and none twice, got {list(seeds)}"
         )
+    if not (math.isfinite(threshold) and 0.0 < threshold <= 1.0):
+        raise ValueError(f"{function}: threshold must lie in (0, 1], got {threshold}")
+    wanted = list(evaluate_at)
+    if not wanted or wanted != sorted(set(wanted)) or not 0 <= wanted[0] <= wanted[-1] <= steps:
+        raise ValueError(
+            f"{function}: evaluate_at must ascend from 0 to at most steps={steps} without "
+            f"repetition, got {wanted}"
+        )
     targets = {concept.name for concept in concepts.concepts}
-    if not targets:
-        raise ValueError(f"{function}: concepts must hold at least one concept, got none")
     for argument, concept in named.items():
         if concept is not None and concept.name in targets:
             raise ValueError(
@@ -572,6 +597,7 @@ def evaluate_text_to_image(
     kept_images: int = 8,
     out: str | os.PathLike[str] | None = None,
     processes: int = 1,
+    executor: Executor | None = None,
     progress: Progress | None = None,
 ) -> TextToImageEvaluation:
     """Attack an immunized model and its unprotected twin alike, and compare.
@@ -596,13 +622,14 @@ def evaluate_text_to_image(
         kept_images: Images kept at each step of the first seed's runs.
         out: Folder of finished runs, to go on where a run was cut off; see the module docstring.
         processes: Worker processes; see :func:`immunize_ext.text_to_image.attack_runs.run_all`.
+        executor: Where runs go instead; likewise.
         progress: Called with what was done and the share done so far.
 
     Returns:
         The evaluation.
 
     Raises:
-        ValueError: If an argument is out of range, or ``out`` holds other runs.
+        ValueError: If an argument is out of range.
         FloatingPointError: If an attack diverges at every rate.
 
     Note:
@@ -614,6 +641,9 @@ def evaluate_text_to_image(
         seeds,
         concepts,
         {"control": control, "new_word_concept": new_word_concept},
+        threshold,
+        steps,
+        evaluate_at,
     )
     names = [attack.name for attack in attacks]
     chosen = names[:1] if control_attacks is None else list(control_attacks)
@@ -639,7 +669,15 @@ def evaluate_text_to_image(
     how = Sampling() if sampling is None else sampling
     budget = Budget(steps, tuple(evaluate_at), dict(measures), how)
     models: dict[Side, TextToImage] = {"unprotected": unprotected, "immunized": immunized}
-    runs = run_all(models, jobs, budget, out=out, processes=processes, progress=progress)
+    runs = run_all(
+        models,
+        jobs,
+        budget,
+        out=out,
+        processes=processes,
+        executor=executor,
+        progress=progress,
+    )
     found = iter(runs[index] for index in range(len(jobs)))
     comparisons, grids = [], {}
     for attack, wanted, role, _ in cases:
@@ -665,6 +703,8 @@ def evaluate_text_to_image(
         comparisons=tuple(comparisons),
         retained_before=before,
         retained_after=after,
+        images=how.images,
+        shares=tuple(n for n, measure in measures.items() if getattr(measure, "is_share", False)),
         grids=grids,
     )
 
@@ -708,7 +748,7 @@ def pool(evaluations: Sequence[TextToImageEvaluation]) -> TextToImageEvaluation:
         raise ValueError("pool: evaluations must hold at least one, got none")
     first = evaluations[0]
     for other in evaluations[1:]:
-        for name in ("attacks", "targets", "measures", "threshold"):
+        for name in ("attacks", "targets", "measures", "threshold", "images", "shares"):
             if getattr(other, name) != getattr(first, name):
                 raise ValueError(
                     f"pool: evaluations must agree in {name}, got {getattr(first, name)} and "
@@ -729,6 +769,8 @@ def pool(evaluations: Sequence[TextToImageEvaluation]) -> TextToImageEvaluation:
         ),
         retained_before=_kept([evaluation.retained_before for evaluation in evaluations]),
         retained_after=_kept([evaluation.retained_after for evaluation in evaluations]),
+        images=first.images,
+        shares=first.shares,
         grids=first.grids,
     )
 

@@ -7,6 +7,8 @@ denoising loss, and images for a prompt. Everything else stays diffusers' busine
 from __future__ import annotations
 
 import copy
+import inspect
+import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -17,7 +19,15 @@ from torch import Tensor, nn
 from torch.func import functional_call
 
 from immunize_ext._extras import require_extra
-from immunize_ext.storage import new_folder
+from immunize_ext.storage import check_sealed, digest, new_folder, seal_folder
+from immunize_ext.text_to_image.pipeline_folder import (
+    INDEX,
+    check_folder,
+    forget_places,
+    saved_dtype,
+    weights_variant,
+)
+from immunize_ext.text_to_image.projections import refuse_adapters
 
 
 class Conditioning(NamedTuple):
@@ -49,14 +59,15 @@ class TextToImage:
 
     Attributes:
         pipeline: The pipeline itself.
-        unet: The denoiser.
+        unet: The denoiser, without the wrapper of ``torch.compile`` if it has one.
         text_encoders: One or two text encoders.
         tokenizers: Their tokenizers.
         vae: The autoencoder.
         scheduler: The noise schedule for training, DDPM with the pipeline's own settings.
 
     Raises:
-        ValueError: If the pipeline lacks one of these parts.
+        ValueError: If the pipeline lacks one of these parts, or is meant for something else than
+            images of a text: it takes images or masks as well, classes, or flow matching.
     """
 
     def __init__(self, pipeline: Any) -> None:
@@ -68,11 +79,12 @@ class TextToImage:
                     "without it; give a Stable Diffusion 1, 2 or XL pipeline"
                 )
         self.pipeline = pipeline
-        self.unet: Any = pipeline.unet
+        self.unet: Any = _uncompiled(pipeline.unet)
         self.vae: Any = pipeline.vae
         names = [""] + (["_2"] if getattr(pipeline, "text_encoder_2", None) is not None else [])
         self.text_encoders: list[Any] = [getattr(pipeline, f"text_encoder{n}") for n in names]
         self.tokenizers: list[Any] = [getattr(pipeline, f"tokenizer{n}") for n in names]
+        _check_kind(pipeline, self.unet)
         self.scheduler: Any = diffusers.DDPMScheduler.from_config(pipeline.scheduler.config)
 
     @classmethod
@@ -81,30 +93,44 @@ class TextToImage:
         return cls(pipeline)
 
     @classmethod
-    def from_pretrained(cls, path: str | Path, *, dtype: torch.dtype | None = None) -> TextToImage:
+    def from_pretrained(
+        cls,
+        path: str | Path,
+        *,
+        dtype: torch.dtype | None = None,
+        variant: str | None = None,
+    ) -> TextToImage:
         """Load a pipeline from a folder.
 
         Args:
-            path: A folder in diffusers' layout. Nothing is downloaded, no code of it is run.
-            dtype: Data type to load the weights in; as saved when omitted.
+            path: A folder in diffusers' layout with safetensors files. Nothing is downloaded, and
+                no code of it is run: a folder that asks for code is refused.
+            dtype: Data type of all parts; the one that the denoiser was saved in when omitted.
+            variant: Which files to read, such as ``"fp16"``; the only one there is when omitted.
 
         Returns:
             The view on it.
 
         Raises:
             FileNotFoundError: If there is no such folder, or it holds no pipeline.
+            ValueError: If it holds code, classes that diffusers and transformers do not have,
+                pickled weights, another kind of pipeline, or a file that was damaged since
+                :meth:`save` wrote it.
         """
         diffusers = require_extra("diffusers", extra="diffusion", purpose="text-to-image models")
-        folder = Path(path)
-        if not (folder / "model_index.json").is_file():
+        function, folder = "TextToImage.from_pretrained", Path(path)
+        if not (folder / INDEX).is_file():
             raise FileNotFoundError(
-                f"TextToImage.from_pretrained: {path} must be a folder with model_index.json; "
+                f"{function}: {path} must be a folder with model_index.json; "
                 "give the folder that DiffusionPipeline.save_pretrained wrote"
             )
-        options: dict[str, Any] = {} if dtype is None else {"torch_dtype": dtype}
+        check_sealed(folder, function=function)
+        check_folder(function, folder)
+        variant = weights_variant(function, folder, variant)
+        options: dict[str, Any] = {"torch_dtype": dtype or saved_dtype(folder, variant)}
         with _quiet_files():
             pipeline = diffusers.DiffusionPipeline.from_pretrained(
-                folder, local_files_only=True, use_safetensors=True, **options
+                folder, local_files_only=True, use_safetensors=True, variant=variant, **options
             )
         return cls(pipeline)
 
@@ -113,7 +139,9 @@ class TextToImage:
         kind = type(self.pipeline)
         modules, settings = kind._get_signature_keys(kind)
         parts: dict[str, Any] = {
-            name: copy.deepcopy(getattr(self.pipeline, name, None)) for name in modules
+            # torch.compile belongs to the original: a clone is there to be changed.
+            name: copy.deepcopy(_uncompiled(getattr(self.pipeline, name, None)))
+            for name in modules
         }
         for name in settings:
             if name in self.pipeline.config:
@@ -139,20 +167,31 @@ class TextToImage:
             FileExistsError: If the folder exists and is not to be replaced, or holds something
                 that is no pipeline.
             OSError: If it cannot be written; an existing one is then untouched.
+            ValueError: If adapters are injected, under which no library would find the weights.
         """
         target = Path(path)
-        if target.exists() and not (overwrite and (target / "model_index.json").is_file()):
+        if target.exists() and not (overwrite and (target / INDEX).is_file()):
             raise FileExistsError(
                 f"TextToImage.save: {path} exists; choose another folder, or overwrite a pipeline "
                 "with overwrite=True"
             )
+        for part in self._modules():
+            refuse_adapters("TextToImage.save", part.named_modules())
         with new_folder(target) as writing:
             with _quiet_files():
                 self.pipeline.save_pretrained(writing, safe_serialization=True)
+            forget_places(writing)
             for name, text in (extra or {}).items():
                 (writing / name).write_text(text, encoding="utf-8")
             for file in writing.rglob("*.safetensors"):
                 file.chmod(0o644)  # some versions of safetensors make them private
+            seal_folder(writing)
+
+    def digest(self) -> str:
+        """Of all that decides what it does: equal for equal models, wherever they came from."""
+        schedule = {k: v for k, v in self.scheduler.config.items() if k[0] != "_"}
+        words = [tokenizer.get_vocab() for tokenizer in self.tokenizers]
+        return digest(schedule, words, self._modules())[:16]
 
     @property
     def device(self) -> torch.device:
@@ -221,7 +260,7 @@ class TextToImage:
             The rows in the order of the prompts, shape ``(s, d)``, detached.
 
         Raises:
-            ValueError: If no row is left.
+            ValueError: If a prompt has no row, being empty or a part of the shared prefix.
         """
         texts = list(prompts)
         with torch.no_grad():
@@ -235,12 +274,14 @@ class TextToImage:
         if drop_shared_prefix and len(texts) > 1:
             mask = mask.clone()
             mask[:, : self._shared_prefix(texts)] = False
-        rows = hidden[mask]
-        if len(rows) == 0:
-            raise ValueError(
-                f"TextToImage.token_features: prompts must have tokens of their own, got {texts!r}"
-            )
-        return rows
+        for text, own in zip(texts, mask, strict=True):
+            # Left out silently, a concept would be lost without a sign.
+            if not bool(own.any()):
+                raise ValueError(
+                    f"TextToImage.token_features: prompts must have tokens of their own, got "
+                    f"{text!r} among {len(texts)}; leave it out"
+                )
+        return hidden[mask]
 
     def _shared_prefix(self, texts: list[str]) -> int:
         """Number of leading positions, special tokens included, that are the same in all."""
@@ -257,7 +298,8 @@ class TextToImage:
         """Latents of images: the mean of the autoencoder's distribution, scaled for the denoiser.
 
         Args:
-            images: Shape ``(b, c, h, w)``, in [-1, 1].
+            images: Shape ``(b, c, h, w)``, in [-1, 1]; brought to the channels that the
+                autoencoder has, where these are grey or colour.
 
         Returns:
             The latents, in the denoiser's data type.
@@ -279,6 +321,7 @@ class TextToImage:
                 f"[{float(images.min()):.4g}, {float(images.max()):.4g}]"
             )
         weight = next(self.vae.parameters())
+        images = _with_channels(images, int(self.vae.config.in_channels))
         encoded = self.vae.encode(images.to(weight.device, weight.dtype))
         z = encoded.latent_dist.mode() if hasattr(encoded, "latent_dist") else encoded.latents
         config: Any = self.vae.config
@@ -464,6 +507,51 @@ class TextToImage:
             yield
 
 
+# ITU-R BT.601, as image libraries turn colour into grey.
+_LUMA = (0.299, 0.587, 0.114)
+
+
+def _with_channels(images: Tensor, channels: int) -> Tensor:
+    if images.shape[1] == 3 and channels == 1:
+        return (images * images.new_tensor(_LUMA).view(1, 3, 1, 1)).sum(1, keepdim=True)
+    return images.expand(-1, channels, -1, -1) if images.shape[1] == 1 else images
+
+
+def _uncompiled(part: Any) -> Any:
+    """What ``torch.compile`` wrapped."""
+    return getattr(part, "_orig_mod", part)
+
+
+def _check_kind(pipeline: Any, unet: Any) -> None:
+    """Refuse pipelines for something else than images of a text."""
+    kind, config = type(pipeline).__name__, unet.config
+    latents = getattr(pipeline.vae.config, "latent_channels", config.in_channels)
+    takes = inspect.signature(type(pipeline).__call__).parameters
+    given = next((name for name in ("image", "mask_image", "gligen_phrases") if name in takes), "")
+    reason = ""
+    if getattr(pipeline, "controlnet", None) is not None:
+        reason = "a ControlNet"
+    elif config.in_channels != latents:
+        reason = f"a denoiser of {config.in_channels} channels beside latents of {latents}"
+    elif given:
+        reason = f"one that takes {given}"
+    elif str(getattr(config, "attention_type", "")).startswith("gated"):
+        reason = "grounded attention (GLIGEN)"
+    elif getattr(config, "class_embed_type", None) or getattr(config, "num_class_embeds", None):
+        reason = "a denoiser with classes"
+    elif getattr(config, "encoder_hid_dim_type", None) == "ip_image_proj":
+        reason = "a loaded IP-Adapter (unload_ip_adapter takes it out)"
+    elif "Flow" in type(pipeline.scheduler).__name__:
+        reason = f"flow matching ({type(pipeline.scheduler).__name__})"
+    elif any(p.dtype.itemsize < 2 for p in unet.parameters()):
+        reason = "weights in 8 bits (float16 is the least)"
+    if reason:
+        raise ValueError(
+            f"TextToImage: pipeline must make images of a text alone, got {kind} with {reason}; "
+            "give a plain Stable Diffusion 1, 2 or XL text-to-image pipeline"
+        )
+
+
 def _rows(tensor: Tensor, count: int) -> Tensor:
     return tensor if len(tensor) == count else tensor.expand(count, *tensor.shape[1:])
 
@@ -489,7 +577,10 @@ def _quiet_files() -> Iterator[None]:
     diffusers_logging.disable_progress_bar()
     transformers_logging.disable_progress_bar()
     try:
-        yield
+        with warnings.catch_warnings():
+            # The older name, which every supported version of diffusers takes.
+            warnings.filterwarnings("ignore", message=".*`torch_dtype` is deprecated.*")
+            yield
     finally:
         if diffusers_on:
             diffusers_logging.enable_progress_bar()

@@ -8,7 +8,7 @@ one of the stacked transformer blocks of SDXL, and layers of models that name th
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal, get_args
 
@@ -88,9 +88,10 @@ def find_text_projections(unet: nn.Module) -> list[TextProjection]:
     """
     _refuse_fused(unet)
     reached = _layers_that_receive_text(unet)
+    # Those that take text are named first.
+    refuse_adapters("find_text_projections", [*reached, *unet.named_modules()])
     found = []
     for name, module in reached:
-        _refuse_adapter(unet, name, module)
         if not isinstance(module, nn.Linear):
             raise ValueError(
                 f"find_text_projections: {name} takes text and must be a linear layer, got "
@@ -130,6 +131,24 @@ def describe_projections(found: Sequence[TextProjection]) -> str:
     )
 
 
+def refuse_adapters(function: str, modules: Iterable[tuple[str, nn.Module]]) -> None:
+    """Refuse a model with injected adapters, wherever they are.
+
+    Inside a wrapper the weight is not what acts; beside one, weights are saved under names that
+    plain diffusers does not know.
+
+    Raises:
+        ValueError: Naming the first one.
+    """
+    for name, module in modules:
+        if hasattr(module, "base_layer") or type(module).__module__.startswith("peft."):
+            raise ValueError(
+                f"{function}: {name or 'the model'} must be a plain layer, got the adapter "
+                f"{type(module).__name__}; fuse or unload it first (unet.fuse_lora and "
+                "unet.unload_lora, or peft's merge_and_unload)"
+            )
+
+
 def _refuse_fused(unet: nn.Module) -> None:
     # ``fused_projections`` stays set after ``unfuse_qkv_projections``; the processor tells.
     for name, module in unet.named_modules():
@@ -138,20 +157,6 @@ def _refuse_fused(unet: nn.Module) -> None:
                 f"find_text_projections: {name} must not be fused, got fused projections, whose "
                 "separate copies have no effect; call unet.unfuse_qkv_projections() first"
             )
-
-
-def _refuse_adapter(unet: nn.Module, name: str, module: nn.Module) -> None:
-    """Refuse a layer inside an adapter's wrapper: its weight is not what acts."""
-    path = name
-    while path:
-        owner = unet.get_submodule(path)
-        if hasattr(owner, "base_layer") or type(owner).__module__.startswith("peft."):
-            raise ValueError(
-                f"find_text_projections: {path} must be a plain layer, got the adapter "
-                f"{type(owner).__name__}; fuse or unload it first (unet.fuse_lora and "
-                "unet.unload_lora, or peft's merge_and_unload)"
-            )
-        path = path.rpartition(".")[0]
 
 
 @torch.no_grad()
@@ -205,7 +210,8 @@ def _probe(unet: nn.Module) -> tuple[Tensor, dict[str, Any]]:
     options: dict[str, Any] = {"dtype": parameter.dtype, "device": parameter.device}
     # A prime number of tokens, which no image of a power of two has positions for.
     text = torch.linspace(-1.0, 1.0, 7 * width).reshape(1, 7, width).to(**options)
-    side = 2 ** (len(config.block_out_channels) - 1)
+    # One pixel more than the smallest: normalising groups of one channel needs two values.
+    side = 2 ** len(config.block_out_channels)
     arguments: dict[str, Any] = {
         "sample": torch.zeros(1, config.in_channels, side, side, **options),
         "timestep": torch.zeros(1, device=parameter.device, dtype=torch.long),

@@ -1,196 +1,924 @@
-"""Text-to-image runs: erase, immunize, attack, judge; writes only what it can go on from."""
+"""Text-to-image immunization from settings to a folder: run, erase, attack again, compare, sweep.
+
+    from immunize_ext.text_to_image import run
+    found = run.run(run.RunSettings(method="mima"), "runs/mima")
+    print(found.summary())
+
+Whatever ``immunize mima`` and its relatives do is one of these functions.
+"""
 
 from __future__ import annotations
 
-import dataclasses
+import math
 import shutil
 import time
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from concurrent.futures import Executor
+from dataclasses import dataclass, field, replace
+from functools import partial
+from itertools import product
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
+from immunize_ext import report
+from immunize_ext._extras import require_extra
 from immunize_ext.seams import Progress
-from immunize_ext.text_to_image.tmp_config import TextToImageConfig
-from immunize_ext.text_to_image.tmp_task import (
+from immunize_ext.settings import build, plain, settings_of
+from immunize_ext.storage import (
+    SCHEMA,
+    check_target,
+    digest,
+    environment,
+    read_results,
+    run_directory,
+    work_folder,
+    write_json,
+)
+from immunize_ext.sweep import run_sweep, write_whole
+from immunize_ext.text_to_image import comparison as comparisons
+from immunize_ext.text_to_image import report as pages
+from immunize_ext.text_to_image.attack_runs import SIDES
+from immunize_ext.text_to_image.attacks import ATTACKS, TextToImageAttack, attack_label
+from immunize_ext.text_to_image.digits.images import DIGIT_NAMES
+from immunize_ext.text_to_image.evaluation import (
+    TextToImageEvaluation,
+    evaluate_text_to_image,
+    pool,
+)
+from immunize_ext.text_to_image.immunizers import (
+    METHODS,
+    Erasure,
+    ImmunizedPipeline,
+    LossAscent,
+    TextToImageImmunizer,
+    describe_erasure,
+    method_label,
+)
+from immunize_ext.text_to_image.immunizers import erase as erase_concepts
+from immunize_ext.text_to_image.pipeline_folder import INDEX
+from immunize_ext.text_to_image.plots import grid_entries
+from immunize_ext.text_to_image.projections import describe_projections, find_text_projections
+from immunize_ext.text_to_image.task import (
+    DIGITS,
+    Dtype,
     Task,
-    erase_concepts,
-    immunizer,
+    check_model,
+    load_measures,
+    load_model,
     load_task,
-    with_captions,
+    sampling_of,
 )
 
-if TYPE_CHECKING:
-    from immunize_ext.text_to_image.evaluation import TextToImageEvaluation
-    from immunize_ext.text_to_image.immunizers import ImmunizedPipeline
-
+KIND = "mima"
+PIPELINE = "pipeline"
 
 # Whatever is claimed for a method has to be more than this.
-BASELINE = "loss_ascent"
+BASELINE = LossAscent.method
+
+# Images of each step and concept that a page shows.
+_SHOWN = 3
 
 
 @dataclass(frozen=True)
-class TextToImageRun:
-    """A finished run, not yet written.
+class ModelSettings:
+    """A model and its concepts.
 
     Attributes:
-        config: Its settings.
+        model: Folder of a pipeline, or ``digits`` for the one that comes with the package.
+        concepts: A concepts.yaml; for ``digits`` the targets say it.
+        targets: Names of concepts, of the file or of digits; all of the file when empty.
+        dtype: Data type of the weights; ``saved`` for the one they were saved in.
+        variant: Which files of weights to read, such as ``fp16``; the only one when omitted.
+        image_size: Side that images of the concepts are resized to; the model's own when omitted.
+    """
+
+    model: str = DIGITS
+    concepts: str | None = None
+    targets: tuple[str, ...] = ()
+    dtype: Dtype = "saved"
+    variant: str | None = None
+    image_size: int | None = None
+
+    def __post_init__(self) -> None:
+        if self.image_size is not None and self.image_size < 1:
+            raise ValueError(f"image_size must be at least 1, got {self.image_size}")
+        if len(set(self.targets)) < len(self.targets):
+            raise ValueError(f"targets must be different concepts, got {list(self.targets)}")
+
+
+@dataclass(frozen=True)
+class RunSettings(ModelSettings):
+    """One immunization of a text-to-image model, and how it is judged.
+
+    Attributes:
+        method: How to immunize.
+        settings: Settings of the method by name.
+        control: A concept that is erased and not immunized: the specificity control.
+        new_word: A concept taught under a new word: may benign users still adapt?
+        erase: Whether targets and control are erased first.
+        caption_count: Use only so many captions for C_reg; all when omitted.
+        attacks: Attacks to judge by; the first is the one that headline numbers are about; ``all``
+            for all.
+        attack_settings: Settings of single attacks by name.
+        attack_steps: Steps of each attack.
+        evaluate_at: Steps at which it is judged; four in equal ratios when empty.
+        seeds: Seeds: an immunization and its attacks for each.
+        images: Images for each score.
+        sampling_steps: Denoising steps of an image.
+        guidance: Guidance scale.
+        threshold: Score at which a concept counts as taught again.
+        clip: Folder of a CLIP model to judge with, for models without a judge.
+        dino: Folder of a DINO model, likewise.
+    """
+
+    method: str = "mima"
+    settings: Mapping[str, Any] = field(default_factory=dict)
+    control: str | None = None
+    new_word: str | None = None
+    erase: bool = True
+    caption_count: int | None = None
+    attacks: tuple[str, ...] = ("lora", "full_fine_tuning")
+    attack_settings: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
+    attack_steps: int = 40
+    evaluate_at: tuple[int, ...] = ()
+    seeds: tuple[int, ...] = (0,)
+    images: int = 32
+    sampling_steps: int = 20
+    guidance: float = 1.5
+    threshold: float = 0.8
+    clip: str | None = None
+    dino: str | None = None
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if not self.seeds or len(set(self.seeds)) < len(self.seeds):
+            raise ValueError(f"seeds must be different seeds, got {list(self.seeds)}")
+        for name in ("attack_steps", "images", "sampling_steps"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}")
+        if self.caption_count is not None and self.caption_count < 1:
+            raise ValueError(f"caption_count must be at least 1, got {self.caption_count}")
+        if not (math.isfinite(self.guidance) and self.guidance >= 0.0):
+            raise ValueError(f"guidance must be finite and at least 0, got {self.guidance}")
+        if not 0.0 < self.threshold <= 1.0:
+            raise ValueError(f"threshold must lie in (0, 1], got {self.threshold}")
+        steps = list(self.evaluate_at)
+        if steps and not (
+            steps == sorted(set(steps)) and 0 <= steps[0] <= steps[-1] <= self.attack_steps
+        ):
+            raise ValueError(
+                f"evaluate_at must ascend from 0 to at most attack_steps={self.attack_steps}, got "
+                f"{steps}"
+            )
+        if not self.attacks:
+            raise ValueError("attacks must name at least one attack, got none")
+
+    def immunizer(self, seed: int) -> TextToImageImmunizer:
+        """The method with its settings, for one seed.
+
+        Raises:
+            ValueError: If the method or a setting is unknown or out of range.
+        """
+        if "seed" in self.settings:
+            raise ValueError("settings: seed must be left out; seeds are those of the run")
+        return METHODS.build(self.method, self.settings, "method", seed=seed)
+
+    def chosen_attacks(self) -> list[TextToImageAttack]:
+        """The attacks with their settings, in the order given.
+
+        Raises:
+            ValueError: If a name or a setting is unknown, an attack comes twice, or one has
+                settings that is not run.
+        """
+        names = tuple(ATTACKS) if self.attacks == ("all",) else self.attacks
+        for name in (*names, *self.attack_settings):
+            ATTACKS.find(name, "attacks")
+        if len(set(names)) < len(names):
+            raise ValueError(f"attacks must be different attacks, got {list(names)}")
+        idle = [name for name in self.attack_settings if name not in names]
+        if idle:
+            raise ValueError(
+                f"attacks: {idle[0]} must be run to have settings; name it among attacks"
+            )
+        return [ATTACKS.build(n, self.attack_settings.get(n, {}), "attacks") for n in names]
+
+    def steps_to_judge(self) -> tuple[int, ...]:
+        """Steps at which attacks are judged."""
+        last = self.attack_steps
+        return self.evaluate_at or tuple(sorted({0, max(1, last // 4), max(1, last // 2), last}))
+
+    def baseline(self) -> RunSettings:
+        """Plain loss ascent under the primary attack, with the settings that it shares."""
+        known = settings_of(LossAscent)
+        shared = {name: value for name, value in self.settings.items() if name in known}
+        first = self.chosen_attacks()[0].name
+        own = {name: v for name, v in self.attack_settings.items() if name == first}
+        return replace(
+            self, method=BASELINE, settings=shared, attacks=(first,), attack_settings=own
+        )
+
+    def check(self) -> None:
+        """Refuse what can be refused before anything is loaded.
+
+        Raises:
+            FileNotFoundError: If the model is missing.
+            ValueError: If a name or a setting is unknown or out of range.
+        """
+        self.immunizer(self.seeds[0])
+        self.chosen_attacks()
+        check_model(self)
+
+
+# --- one run --------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Run:
+    """A finished run.
+
+    Attributes:
+        settings: What was asked for.
         immunized: The immunized model of the first seed.
         evaluation: What was measured, over all seeds; ``None`` if nothing could judge.
+        baseline: Plain loss ascent under the primary attack, with the same settings of the loop;
+            ``None`` if nothing could judge or the method is that itself.
         merge_share: Share of the immunizer's time spent merging, one a seed.
         seconds: Wall-clock time by stage.
         projections: The edited layers in words.
-        baseline: Plain loss ascent under the primary attack, with the same settings of the loop;
-            ``None`` if nothing could judge or the method is that itself.
+        erased: What erasure found of each concept in its prompts.
+        warnings: Sentences about the immunizations, of any seed.
     """
 
-    config: TextToImageConfig
+    settings: RunSettings
     immunized: ImmunizedPipeline
     evaluation: TextToImageEvaluation | None
-    merge_share: list[float]
+    baseline: TextToImageEvaluation | None
+    merge_share: tuple[float, ...]
     seconds: dict[str, float]
     projections: str
-    baseline: TextToImageEvaluation | None = None
+    erased: tuple[str, ...]
+    warnings: tuple[str, ...]
+
+    def results(self) -> dict[str, Any]:
+        """Exactly what ``results.json`` holds."""
+        evaluation = self.evaluation
+        mima: dict[str, Any] = {
+            "seeds": list(self.settings.seeds),
+            "merge_share": sum(self.merge_share) / len(self.merge_share),
+            "projections": self.projections,
+            "erased": list(self.erased),
+        }
+        if evaluation is not None:
+            mima |= _numbers(evaluation) | {"grids": grid_entries(evaluation)}
+        mima["methods"] = [
+            _method_row(name, found)
+            for name, found in ((self.settings.method, evaluation), (BASELINE, self.baseline))
+            if found is not None
+        ]
+        return {
+            "schema": SCHEMA,
+            "kind": KIND,
+            "method": self.settings.method,
+            "method_label": method_label(self.settings.method),
+            "attacks": _labels(() if evaluation is None else evaluation.attacks),
+            "mima": mima,
+            "evaluation": None if evaluation is None else evaluation.to_dict(),
+            "config": plain(self.settings),
+            "immunizer": self.immunized.config,
+            "history": self.immunized.history,
+            "peak_memory": self.immunized.peak_memory,
+            "seconds": self.seconds,
+            "environment": environment(self.immunized.model.device),
+            "warnings": list(self.warnings),
+            "notes": [],
+        }
+
+    def summary(self) -> str:
+        """What a newcomer needs to see, in plain text."""
+        erased = [f"erased {line}" for line in self.erased]
+        return "\n".join([*erased, pages.summary(self.results())])
+
+    def write(self, out: str | Path, *, force: bool = False) -> Path:
+        """Write the run folder, all of it or nothing.
+
+        It holds ``results.json``, ``pipeline/`` (the immunized model, as plain diffusers loads it)
+        and ``report.html`` with its plots.
+
+        Raises:
+            FileExistsError: If the target exists and ``force`` is not given, or is no run folder.
+            MissingExtraError: If a package that draws is not installed.
+        """
+        results = self.results()
+        with run_directory(out, force=force) as folder:
+            self.immunized.save(folder / PIPELINE)
+            if self.evaluation is not None:
+                report.write(results, folder)
+            write_json(folder / "results.json", results)
+        return Path(out)
 
 
-def run_text_to_image(
-    config: TextToImageConfig,
-    work: Path,
-    progress: Progress,
+def _labels(attacks: Sequence[str]) -> dict[str, dict[str, str]]:
+    return {name: {"label": attack_label(name)} for name in attacks}
+
+
+def _numbers(evaluation: TextToImageEvaluation) -> dict[str, Any]:
+    """The headline numbers of an evaluation."""
+    measure, at_threshold = evaluation.measures[0], evaluation.msgr_at_threshold()
+    retained = {"before": evaluation.retained_before, "after": evaluation.retained_after}
+    control = _control_values(evaluation)
+    return {
+        "threshold_step": evaluation.threshold_step(),
+        "msgr": None if at_threshold is None else at_threshold.mean,
+        "msgr_by_seed": None if at_threshold is None else list(at_threshold.values),
+        "control_sgr": sum(control) / len(control) if control else None,
+        **{
+            f"retained_{when}": kept[measure].mean.mean if measure in kept else None
+            for when, kept in retained.items()
+        },
+        "delay": evaluation.delay().to_dict(),
+        "strongest": evaluation.strongest(),
+        "curves": {
+            attack: {
+                "steps": list(evaluation.comparison(attack, evaluation.targets[0]).steps),
+                **{
+                    side: [s.to_dict() for s in evaluation.target_scores(side, attack)]
+                    for side in SIDES
+                },
+            }
+            for attack in evaluation.attacks
+        },
+    }
+
+
+def _control_values(evaluation: TextToImageEvaluation) -> list[float]:
+    """Gap of the control, one a seed: at the threshold step, or at the end."""
+    control, step = evaluation.control_gap(), evaluation.threshold_step()
+    if control is None:
+        return []
+    return list((control.final if step is None else control.at(step)).values)
+
+
+def _method_row(method: str, evaluation: TextToImageEvaluation) -> dict[str, Any]:
+    """One row of the comparison of methods: one value a seed, under the primary attack."""
+    at_threshold = evaluation.msgr_at_threshold()
+    change = evaluation.retained_change() if evaluation.retained_after else None
+    return {
+        "method": method,
+        "label": method_label(method),
+        "source": "in this run",
+        "msgr": [] if at_threshold is None else list(at_threshold.values),
+        "retained_change": [] if change is None else list(change.values),
+        "control": _control_values(evaluation),
+    }
+
+
+def run(
+    settings: RunSettings,
+    out: str | Path | None = None,
     *,
+    force: bool = False,
     jobs: int = 1,
-    captions: int | None = None,
-) -> TextToImageRun:
+    progress: Progress | None = None,
+) -> Run:
     """Erase, immunize, attack and judge.
 
     Args:
-        config: What to do.
-        work: Folder for what a run that is cut off can go on from.
-        progress: Called with what is being done and the share done so far.
+        settings: What to do. All of it is checked before any work.
+        out: The run folder to write, all of it or nothing. A run that was cut off left its
+            immunized models and attacks beside it, each with a digest of what made it; what this
+            one has in common with it is not done again.
+        force: Whether an existing run folder is replaced.
         jobs: Processes for the attacks.
-        captions: Use only so many captions for C_reg.
+        progress: Called with what is being done and the share done so far.
 
     Returns:
         The run.
 
     Raises:
-        ValueError: If a setting is out of range, or ``work`` is of a run with other settings.
+        FileExistsError: If ``out`` exists and ``force`` is not given, or is no run folder.
+        FileNotFoundError: If a model or a file is missing.
+        MissingExtraError: If a package that is needed is not installed.
+        ValueError: If a setting is unknown or out of range.
+
+    Note:
+        Deterministic on the CPU given ``settings`` and the number of threads, but for the seconds.
     """
-    from immunize_ext.text_to_image.evaluation import pool
-    from immunize_ext.text_to_image.projections import describe_projections, find_text_projections
+    settings.check()
+    if jobs < 1:
+        raise ValueError(f"jobs must be at least 1, got {jobs}")
+    require_extra("accelerate", extra="diffusion", purpose="the immunizers")
+    if out is None:
+        return _measured(settings, None, jobs, progress)
+    check_target(out, force=force)
+    report.check_extras()
+    work = work_folder(out)
+    found = _measured(settings, work, jobs, progress)
+    if progress is not None:
+        progress("writing the report", 1.0)
+    found.write(out, force=force)
+    shutil.rmtree(work, ignore_errors=True)
+    return found
 
+
+def _measured(
+    settings: RunSettings, work: Path | None, jobs: int, progress: Progress | None
+) -> Run:
     started = time.perf_counter()
-    task = load_task(config)
-    if captions is not None:
-        task = with_captions(task, captions)
-    found = describe_projections(find_text_projections(task.model.unet))
-    progress(found, 0.0)
-    if config.erase:
-        erase_concepts(task)
+    tell = progress or (lambda text, share: None)
+    task, measures = load_task(settings), load_measures(settings)
+    projections = describe_projections(find_text_projections(task.model.unet))
+    tell(projections, 0.0)
+    erased = _erase(task) if settings.erase else []
+    for line in erased:
+        tell(f"erased {line}", 0.0)
     seconds = {"load": time.perf_counter() - started, "immunize": 0.0, "attack": 0.0}
-    evaluations, baseline, shares, first = [], [], [], None
-    count = len(config.seeds)
-    for index, seed in enumerate(config.seeds):
-
-        def part(low: float, high: float, index: int = index) -> Progress:
-            return lambda text, share: progress(text, (index + low + (high - low) * share) / count)
-
+    made: list[ImmunizedPipeline] = []
+    judged: dict[str, list[TextToImageEvaluation]] = {settings.method: []}
+    plans = [(settings, 0.0, 0.9 if settings.method != BASELINE else 1.0)]
+    if settings.method != BASELINE and measures:
+        plans.append((settings.baseline(), 0.9, 1.0))
+        judged[BASELINE] = []
+        seconds["baseline"] = 0.0
+    count = len(settings.seeds)
+    for (index, seed), (plan, low, high) in product(enumerate(settings.seeds), plans):
+        main = plan is settings
+        middle = low + (high - low) / 3.0
         now = time.perf_counter()
-        immunized = _immunized(config, task, work / f"immunized-{seed}", seed, part(0.0, 0.3))
-        seconds["immunize"] += time.perf_counter() - now
-        shares.append(immunized.merge_share)
-        first = immunized if first is None else first
-        if not task.measures:
-            continue
-        now = time.perf_counter()
-        evaluations.append(_attacked(config, task, immunized, seed, work, jobs, part(0.3, 0.9)))
-        seconds["attack"] += time.perf_counter() - now
-        if config.method != BASELINE:
+        immunized = _immunized(
+            plan.immunizer(seed),
+            task,
+            work,
+            _part(progress, (index + low) / count, (index + middle) / count),
+        )
+        seconds["immunize" if main else "baseline"] += time.perf_counter() - now
+        if main:
+            made.append(immunized)
+        if measures:
             now = time.perf_counter()
-            simple = dataclasses.replace(
-                config,
-                method=BASELINE,
-                settings=_shared_settings(config),
-                attacks=config.attacks[:1],
+            judged[plan.method].append(
+                evaluate_text_to_image(
+                    task.model,
+                    immunized.model,
+                    task.judged,
+                    attacks=plan.chosen_attacks(),
+                    measures=measures,
+                    control=task.control,
+                    new_word_concept=task.new_word,
+                    steps=plan.attack_steps,
+                    evaluate_at=plan.steps_to_judge(),
+                    seeds=(seed,),
+                    threshold=plan.threshold,
+                    sampling=sampling_of(plan),
+                    kept_images=_SHOWN,
+                    out=None if work is None else work / "attacks",
+                    processes=jobs,
+                    progress=_part(progress, (index + middle) / count, (index + high) / count),
+                )
             )
-            folder = work / f"{BASELINE}-{seed}"
-            made = _immunized(simple, task, folder, seed, part(0.9, 0.95))
-            baseline.append(_attacked(simple, task, made, seed, work, jobs, part(0.95, 1.0)))
-            seconds["baseline"] = seconds.get("baseline", 0.0) + time.perf_counter() - now
-    assert first is not None
+            seconds["attack" if main else "baseline"] += time.perf_counter() - now
     seconds["total"] = time.perf_counter() - started
-    return TextToImageRun(
-        config,
-        first,
-        pool(evaluations) if evaluations else None,
-        shares,
+    pooled = {name: pool(found) for name, found in judged.items() if found}
+    return Run(
+        settings,
+        made[0],
+        pooled.get(settings.method),
+        pooled.get(BASELINE) if settings.method != BASELINE else None,
+        tuple(immunized.merge_share for immunized in made),
         seconds,
-        found,
-        pool(baseline) if baseline else None,
+        projections,
+        tuple(erased),
+        tuple(dict.fromkeys(text for immunized in made for text in immunized.warnings)),
     )
 
 
-def _attacked(
-    config: TextToImageConfig,
-    task: Task,
-    immunized: ImmunizedPipeline,
-    seed: int,
-    work: Path,
-    jobs: int,
-    progress: Progress,
-) -> TextToImageEvaluation:
-    """Attack one immunized model and its twin."""
-    from immunize_ext.text_to_image.attacks import ATTACKS
-    from immunize_ext.text_to_image.evaluation import evaluate_text_to_image
-
-    return evaluate_text_to_image(
-        task.model,
-        immunized.model,
-        task.judged,
-        attacks=[ATTACKS[name] for name in config.attacks],
-        measures=task.measures,
-        control=task.control,
-        new_word_concept=task.new_word,
-        steps=config.attack_steps,
-        evaluate_at=config.steps_to_judge(),
-        seeds=(seed,),
-        threshold=config.threshold,
-        sampling=task.sampling,
-        out=work / "attacks",
-        processes=jobs,
-        progress=progress,
-    )
+def _part(progress: Progress | None, first: float, last: float) -> Progress | None:
+    """A progress whose shares are those of a part of the whole."""
+    if progress is None:
+        return None
+    whole = progress
+    return lambda text, share: whole(text, first + (last - first) * share)
 
 
-def _shared_settings(config: TextToImageConfig) -> dict[str, Any]:
-    """Settings of the outer loop, which the baseline has too: equal steps, batches, retain term."""
-    from immunize_ext.text_to_image.immunizers import LossAscent
-
-    known = {f.name for f in dataclasses.fields(LossAscent)}
-    return {name: value for name, value in config.settings.items() if name in known}
+def _erase(task: Task) -> list[str]:
+    """Erase targets and control in the model of a task, and say what was found of them."""
+    erase_concepts(task.model, task.erased)
+    return describe_erasure(task.erased.concepts)
 
 
 def _immunized(
-    config: TextToImageConfig, task: Task, folder: Path, seed: int, progress: Progress
+    method: TextToImageImmunizer, task: Task, work: Path | None, progress: Progress | None
 ) -> ImmunizedPipeline:
-    """Immunize with one seed, or take what a run that was cut off had made already."""
-    from immunize_ext.text_to_image.immunizers import ImmunizedPipeline
-
-    method = immunizer(config, seed)
-    if (folder / "pipeline").is_dir():
-        return ImmunizedPipeline.load(folder / "pipeline")
-    made: ImmunizedPipeline = method.fit(
-        task.model, task.fitted, out=folder / "checkpoint", resume=True, progress=progress
-    )
-    made.save(folder / "pipeline")
+    """Immunize, or take what a run that was cut off has made of exactly the same."""
+    if work is None:
+        return method.fit(task.model, task.fitted, progress=progress)
+    kind = f"{type(method).__module__}.{type(method).__qualname__}"
+    key = digest(kind, plain(method), task.model.digest(), task.fitted.digest())[:16]
+    folder = work / f"immunized-{key}"
+    if (folder / PIPELINE / INDEX).is_file():
+        return ImmunizedPipeline.load(folder / PIPELINE)
+    made = method.fit(task.model, task.fitted, progress=progress, resume=folder / "checkpoint")
+    made.save(folder / PIPELINE)
     return made
 
 
-def work_folder(target: str | Path) -> Path:
-    """Where a run keeps what it can go on from until it is finished."""
-    path = Path(target)
-    return path.with_name(f".{path.name}.work")
+# --- erasure alone --------------------------------------------------------------------------------
 
 
-def forget_work(folder: Path) -> None:
-    """Remove what a finished run does not need any more."""
-    shutil.rmtree(folder, ignore_errors=True)
+@dataclass(frozen=True)
+class EraseSettings(ModelSettings):
+    """Erasure of concepts from a text-to-image model (UCE).
+
+    Attributes:
+        ridge: lambda of UCE, in the units of a squared text feature.
+        erase_scale: Weight of erased tokens.
+        preserve_scale: Weight of what is kept.
+    """
+
+    ridge: float = 0.1
+    erase_scale: float = 1.0
+    preserve_scale: float = 0.1
+
+
+@dataclass(frozen=True)
+class Erased:
+    """A model from which concepts were erased.
+
+    Attributes:
+        immunized: The model.
+        projections: The edited layers in words.
+        found: What was found of each concept in its prompts.
+    """
+
+    immunized: ImmunizedPipeline
+    projections: str
+    found: tuple[str, ...]
+
+    def summary(self) -> str:
+        """What was erased, and in which layers."""
+        names = ", ".join(self.immunized.config["concepts"])
+        return "\n".join([f"erased {names} in {self.projections}", *self.found])
+
+
+def erase(
+    settings: EraseSettings,
+    out: str | Path | None = None,
+    *,
+    force: bool = False,
+    progress: Progress | None = None,
+) -> Erased:
+    """Erase concepts and write the edited pipeline; the model given is not changed.
+
+    Args:
+        settings: What to erase. All of it is checked before any work.
+        out: The folder to write, in diffusers' layout.
+        force: Whether a pipeline that is there already is replaced.
+        progress: Called with what is being done and the share done so far.
+
+    Returns:
+        The edited model.
+
+    Raises:
+        FileExistsError: If ``out`` exists and ``force`` is not given, or is no pipeline.
+        FileNotFoundError: If a model or a file is missing.
+        ValueError: If nothing would be erased, or a setting is out of range.
+    """
+    method = Erasure(
+        ridge=settings.ridge,
+        erase_scale=settings.erase_scale,
+        preserve_scale=settings.preserve_scale,
+    )
+    check_model(settings)
+    target = None if out is None else Path(out)
+    if target is not None and target.exists() and not (force and (target / INDEX).is_file()):
+        raise FileExistsError(
+            f"{out} exists; choose another folder, or replace a pipeline with force (--force)"
+        )
+    tell = progress or (lambda text, share: None)
+    model, found = load_model(settings)
+    chosen = found.select(settings.targets or found.names)
+    layers = describe_projections(find_text_projections(model.unet))
+    tell(layers, 0.3)
+    immunized = method.fit(model, chosen)
+    tell("writing", 0.9)
+    if target is not None:
+        immunized.model.save(target, overwrite=force)
+    return Erased(immunized, layers, tuple(describe_erasure(chosen.concepts)))
+
+
+# --- more attacks on a finished run ---------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class AttackSettings:
+    """Further attacks on a finished run.
+
+    Attributes:
+        attacks: Attacks to run; ``all`` for all.
+        attack_settings: Settings of single attacks by name.
+        budgets: Steps at which they are judged, the last of which ends them; those of the run when
+            empty.
+        images: Images for each score; as many as the run had when omitted.
+    """
+
+    attacks: tuple[str, ...] = ("all",)
+    attack_settings: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
+    budgets: tuple[int, ...] = ()
+    images: int | None = None
+
+    def __post_init__(self) -> None:
+        if any(budget < 1 for budget in self.budgets):
+            raise ValueError(f"budgets must be at least 1 step, got {min(self.budgets)}")
+
+
+@dataclass(frozen=True)
+class AttackRecord:
+    """What further attacks gave.
+
+    Attributes:
+        record: The content of the file.
+        path: The file.
+    """
+
+    record: dict[str, Any]
+    path: Path
+
+    def results(self) -> dict[str, Any]:
+        """Exactly what the file holds."""
+        return self.record
+
+    def summary(self) -> str:
+        """The table of attackers, and where it was added."""
+        return f"{pages.attack_summary(self.record)}\n\nadded: {self.path}"
+
+
+def attack(
+    folder: str | Path, settings: AttackSettings, *, progress: Progress | None = None
+) -> AttackRecord:
+    """Attack the first seed's model of a run again; the results are a file of their own.
+
+    Args:
+        folder: The run folder; nothing that is in it is changed.
+        settings: The attacks.
+        progress: Called with what is being done and the share done so far.
+
+    Returns:
+        What was added under ``folder/attacks``.
+
+    Raises:
+        FileNotFoundError: If there is no such run.
+        ValueError: If it is no single run, nothing can judge it, or a setting is out of range.
+    """
+    results = read_results(folder)
+    if results["kind"] != KIND:
+        raise ValueError(f"attack: {folder} must be a single run, got a sweep")
+    about = _request(results["config"])
+    steps = tuple(sorted({0, *settings.budgets})) if settings.budgets else about.steps_to_judge()
+    about = replace(
+        about,
+        attacks=settings.attacks,
+        attack_settings=settings.attack_settings,
+        seeds=about.seeds[:1],
+        evaluate_at=steps,
+        attack_steps=max(steps[-1], 1),
+        images=settings.images or about.images,
+    )
+    attacks = about.chosen_attacks()
+    check_model(about)
+    measures = load_measures(about)
+    if not measures:
+        raise ValueError(
+            "attack: nothing can judge this model; the run was made without --clip and --dino"
+        )
+    task = load_task(about)
+    if about.erase:
+        _erase(task)
+    evaluation = evaluate_text_to_image(
+        task.model,
+        ImmunizedPipeline.load(Path(folder) / PIPELINE).model,
+        task.judged,
+        attacks=attacks,
+        measures=measures,
+        control=task.control,
+        steps=about.attack_steps,
+        evaluate_at=steps,
+        seeds=about.seeds,
+        threshold=about.threshold,
+        sampling=sampling_of(about),
+        kept_images=0,
+        progress=progress,
+    )
+    record = {
+        "schema": SCHEMA,
+        "kind": "mima-attack",
+        "attacks": _labels(evaluation.attacks),
+        "config": plain(about),
+        "evaluation": evaluation.to_dict(),
+        "environment": environment(task.model.device),
+    }
+    return AttackRecord(record, _added(Path(folder) / "attacks", record))
+
+
+def _request(values: Mapping[str, Any]) -> RunSettings:
+    """What a run of any schema was asked for."""
+    known = {
+        name: values[name] for name in settings_of(RunSettings) if values.get(name) is not None
+    }
+    return build(RunSettings, known, "results.json")
+
+
+def _added(folder: Path, record: Mapping[str, Any]) -> Path:
+    folder.mkdir(exist_ok=True)
+    number = 1
+    while (path := folder / f"{number:03d}.json").exists():
+        number += 1
+    write_whole(path, record)
+    return path
+
+
+# --- comparisons ----------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Comparison:
+    """Finished runs beside each other.
+
+    Attributes:
+        content: What the comparison says.
+        path: The folder written.
+    """
+
+    content: dict[str, Any]
+    path: Path
+
+    def results(self) -> dict[str, Any]:
+        """Exactly what ``results.json`` holds."""
+        return self.content
+
+    def summary(self) -> str:
+        """One line a run."""
+        return comparisons.summary(self.content)
+
+
+def compare(folders: Sequence[str | Path], out: str | Path, *, force: bool = False) -> Comparison:
+    """Compare finished runs and sweeps.
+
+    Args:
+        folders: Run and sweep folders, of any schema.
+        out: The folder to write.
+        force: Whether an existing one is replaced.
+
+    Returns:
+        The comparison.
+
+    Raises:
+        FileExistsError: If ``out`` exists and ``force`` is not given, or is no run folder.
+        FileNotFoundError: If a folder holds no run.
+    """
+    check_target(out, force=force)
+    report.check_extras()
+    rows = [
+        row
+        for folder in folders
+        for row in comparisons.rows_of(Path(folder).name, read_results(folder))
+    ]
+    content = comparisons.comparison_of(rows)
+    with run_directory(out, force=force) as folder:
+        report.write(content, folder)
+        write_json(folder / "results.json", content)
+    return Comparison(content, Path(out))
+
+
+# --- sweeps ---------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class SweepSettings(RunSettings):
+    """Runs at every combination of the given values, and for every seed.
+
+    Attributes:
+        counts: Numbers of concepts.
+        captions: Numbers of captions of C_reg.
+        inner_steps: Inner steps of the method.
+        ridges: Ridges of its merge.
+    """
+
+    counts: tuple[int, ...] = ()
+    captions: tuple[int, ...] = ()
+    inner_steps: tuple[int, ...] = ()
+    ridges: tuple[float, ...] = ()
+
+    def points(self) -> dict[str, RunSettings]:
+        """The settings of every point, checked, by a name that is fit for a file.
+
+        Raises:
+            ValueError: If a value is out of range.
+        """
+        axes = {
+            "count": self.counts,
+            "captions": self.captions,
+            "inner_steps": self.inner_steps,
+            "ridge": self.ridges,
+        }
+        common = {name: getattr(self, name) for name in settings_of(RunSettings)}
+        found = {}
+        for values in product(*(axis or (None,) for axis in axes.values()), self.seeds):
+            chosen = {k: v for k, v in zip(axes, values, strict=False) if v is not None}
+            seed = values[-1]
+            settings = {k: chosen[k] for k in ("inner_steps", "ridge") if k in chosen}
+            point = replace(
+                RunSettings(**common),
+                settings={**self.settings, **settings},
+                seeds=(seed,),
+                targets=self._targets(chosen.get("count")),
+                caption_count=chosen.get("captions", self.caption_count),
+            )
+            point.check()
+            name = "-".join([*(f"{k}{v:g}" for k, v in chosen.items()), f"seed{seed}"])
+            found[name] = point
+        return found
+
+    def _targets(self, count: Any) -> tuple[str, ...]:
+        if count is None:
+            return self.targets
+        available = self.targets or (DIGIT_NAMES if self.model == DIGITS else ())
+        if not 1 <= count <= len(available):
+            raise ValueError(
+                f"counts: must be 1 to {len(available)} concepts, got {count}; name the concepts "
+                "with targets"
+            )
+        return tuple(available[:count])
+
+
+def measure_point(name: str, settings: RunSettings, inputs: str) -> dict[str, Any]:
+    """What a sweep keeps of one point: a row of its comparison.
+
+    Args:
+        name: Name of the point.
+        settings: What to do.
+        inputs: Digest of the files that the settings name.
+    """
+    del inputs  # part of what the point is made of
+    return plain(comparisons.row_of(name, run(settings).results()))
+
+
+@dataclass(frozen=True)
+class Sweep(Comparison):
+    """A finished sweep: its points beside each other."""
+
+
+def sweep(
+    settings: SweepSettings,
+    out: str | Path,
+    *,
+    force: bool = False,
+    jobs: int = 1,
+    executor: Executor | None = None,
+    progress: Progress | None = None,
+) -> Sweep:
+    """Do what is missing of a sweep, and compare its points.
+
+    Args:
+        settings: The points. All of it is checked before any work.
+        out: The sweep folder: a file for each point, ``results.json`` and ``report.html``. The same
+            call goes on with one that was cut off.
+        force: Whether points of other settings are dropped.
+        jobs: Processes, where there is no executor.
+        executor: Where the points run (:func:`immunize_ext.sweep.run_jobs`).
+        progress: Called after each point.
+
+    Returns:
+        The sweep.
+
+    Raises:
+        FileExistsError: If ``out`` holds something else, or a sweep of other settings.
+        ValueError: If a setting is unknown or out of range.
+
+    Note:
+        Processes import the package anew: methods and attacks of your own have to be registered by
+        a module that they import as well, or ``jobs`` has to be 1.
+    """
+    points = settings.points()
+    report.check_extras()
+    inputs = _inputs(settings)
+    done = run_sweep(
+        out,
+        f"{KIND}-sweep",
+        {name: partial(measure_point, name, point, inputs) for name, point in points.items()},
+        force=force,
+        executor=executor,
+        processes=jobs,
+        progress=progress,
+    )
+    content = comparisons.comparison_of([comparisons.Row(**row) for row in done.values()])
+    report.write(content, Path(out))
+    write_whole(Path(out) / "results.json", content)
+    return Sweep(content, Path(out))
+
+
+def _inputs(settings: ModelSettings) -> str:
+    """Digest of the files that settings name by their paths."""
+    if settings.model == DIGITS:
+        return ""
+    model, found = load_model(settings)
+    judges = [Path(p) for p in (getattr(settings, n, None) for n in ("clip", "dino")) if p]
+    return digest(model.digest(), found.digest(), judges)

@@ -36,7 +36,8 @@ def _content() -> dict:
 def folder(tmp_path):
     for index, split in enumerate(("attack", "immunize")):
         for value in range(2 + index):
-            _image(tmp_path / "art" / split / f"{value}.png", 51 * value)
+            # No picture in both: content counts, not names.
+            _image(tmp_path / "art" / split / f"{value}.png", 51 * value + 7 * index)
     (tmp_path / "captions.txt").write_text("a cat\n\n  a dog \n", encoding="utf-8")
     return tmp_path
 
@@ -185,3 +186,78 @@ def test_selecting_and_bad_names():
         ConceptSet(())
     with pytest.raises(ValueError, match="twice"):
         ConceptSet((Concept("a", ("a",)), Concept("a", ("a",))))
+
+
+def test_one_picture_in_two_splits_is_found_by_its_content(folder):
+    (folder / "art/immunize/other name.png").write_bytes((folder / "art/attack/1.png").read_bytes())
+    with pytest.raises(ValueError, match=r"share no image .*1\.png and .*other name\.png"):
+        load_concepts(_write(folder, _content()))
+
+
+def test_leftovers_of_macos_are_no_images(folder):
+    (folder / "art/attack/._0.png").write_bytes(b"Mac OS X")
+    assert len(load_concepts(_write(folder, _content())).concepts[0].images("attack")) == 2
+
+
+def test_a_key_that_stands_twice_is_refused(folder):
+    file = folder / "twice.yaml"
+    file.write_text("captions: [a]\ncaptions: [b]\n", encoding="utf-8")
+    with pytest.raises(ValueError, match="the key 'captions' stands twice"):
+        load_concepts(file)
+
+
+@pytest.mark.parametrize(
+    ("name", "prompt", "found"),
+    [
+        ("van_gogh", "An artwork of Van Gogh", ["Van Gogh"]),
+        ("Van Gogh", "in VAN-GOGH's style, by van  gogh.", ["VAN-GOGH", "van  gogh"]),
+        ("cat", "a cat near a cathedral", ["cat"]),
+        ("cat", "cat_photo and CAT!", ["cat", "CAT"]),
+        ("O'Keeffe", "by O\u2019Keeffe and OKeeffe", ["O\u2019Keeffe", "OKeeffe"]),
+        ("van gogh", "a vangogh", []),
+        ("c\u00e9zanne", "by Ce\u0301zanne", ["C\u00e9zanne"]),
+        ("St. Ives", "near St Ives", ["St Ives"]),
+    ],
+)
+def test_names_are_found_as_words(name, prompt, found):
+    assert Concept(name, ("x",)).named_in(prompt) == found
+
+
+def test_a_concept_is_known_by_its_aliases_too(folder):
+    content = _content()
+    content["concepts"][0]["aliases"] = ["Vincent van Gogh", "the Dutch master"]
+    (concept,) = load_concepts(_write(folder, content)).concepts
+    assert concept.aliases == ("Vincent van Gogh", "the Dutch master")
+    text = "by vincent van gogh, the dutch master"
+    assert concept.named_in(text) == ["vincent van gogh", "the dutch master"]
+
+
+@pytest.mark.parametrize(
+    ("make", "message"),
+    [
+        (lambda: Concept("x" * 300, ("x",)), "1 to 100 printable characters, got 'xxx"),
+        (lambda: Concept("a\nb", ("x",)), "printable"),
+        (lambda: Concept("cat", ()), "'cat' must have at least one prompt"),
+        (lambda: Concept("cat", ("a cat", " ")), "prompts and aliases of 'cat' must have text"),
+        (lambda: ConceptSet((Concept("cat", ("a",)),), (), ("", "x")), r"captions\[0\] must have"),
+        (
+            lambda: ConceptSet((Concept("a b", ("a",)), Concept("A_b", ("a",)))),
+            "names must differ in words, got 'a b' and 'A_b'",
+        ),
+    ],
+)
+def test_names_and_texts_that_no_run_could_use_are_refused_at_once(make, message):
+    with pytest.raises(ValueError, match=message):
+        make()
+
+
+def test_a_digest_tells_words_and_content_apart(folder):
+    path = _write(folder, _content())
+    before = load_concepts(path).digest()
+    assert load_concepts(path).digest() == before
+    _image(folder / "art/attack/1.png", 52)
+    changed = load_concepts(path).digest()
+    assert changed != before
+    content = _content()
+    content["concepts"][0]["prompts"][1] = "A painting by Van Gogh"
+    assert load_concepts(_write(folder, content)).digest() not in (before, changed)

@@ -15,11 +15,12 @@ pytest.importorskip("sklearn")
 pytest.importorskip("matplotlib")
 pytest.importorskip("yaml")
 
+from immunize_ext.text_to_image.tmp_config import TextToImageConfig, checked, setting
+from immunize_ext.text_to_image.tmp_task import immunizer
+
 from immunize_ext.cli import main
 from immunize_ext.text_to_image.model import TextToImage
 from immunize_ext.text_to_image.run import work_folder
-from immunize_ext.text_to_image.tmp_config import TextToImageConfig, checked, setting
-from immunize_ext.text_to_image.tmp_task import immunizer
 
 TINY = [
     *("--set", "steps=2", "--set", "batch_size=2", "--set", "retain_batch=2"),

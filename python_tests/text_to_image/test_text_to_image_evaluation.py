@@ -17,12 +17,12 @@ pytest.importorskip("transformers")
 pytest.importorskip("peft")
 pytest.importorskip("safetensors")
 
-from attack_pipelines import brightness, concept, tiny_pipeline
+from attack_pipelines import RandomImages, brightness, concept, tiny_pipeline
 
+from immunize_ext.seams import AttackCurve
 from immunize_ext.storage import to_json
 from immunize_ext.text_to_image import attack_runs
-from immunize_ext.text_to_image.attack_runs import model_digest
-from immunize_ext.text_to_image.attacks import AttackCurve, FineTuningAttack, LoRAAttack
+from immunize_ext.text_to_image.attacks import FineTuningAttack, LoRAAttack
 from immunize_ext.text_to_image.concepts import ConceptSet
 from immunize_ext.text_to_image.evaluation import (
     Comparison,
@@ -254,7 +254,8 @@ def test_joint_attack() -> None:
 
 def small(out: Path, **settings: Any) -> TextToImageEvaluation:
     plain = SETTINGS | {"attacks": ATTACKS[:1], "control": None, "new_word_concept": None}
-    return evaluate_text_to_image(model(), model(0.5), TARGETS, out=out, **(plain | settings))
+    concepts = settings.pop("concepts", TARGETS)
+    return evaluate_text_to_image(model(), model(0.5), concepts, out=out, **(plain | settings))
 
 
 def test_resumed_is_the_same(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -271,12 +272,12 @@ def test_resumed_is_the_same(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) ->
     monkeypatch.setattr(attack_runs, "execute", cut_off)
     with pytest.raises(KeyboardInterrupt):
         small(tmp_path)
-    assert len(list(tmp_path.rglob("*.safetensors"))) == 3
+    assert len(list(tmp_path.glob("*.json"))) == 3
     seen: list[float] = []
     resumed = small(tmp_path, progress=lambda _, share: seen.append(share))
     # Eight runs, of which three were there.
     assert count == 4 + 5
-    assert seen == pytest.approx([i / 8 for i in range(4, 9)])
+    assert seen == pytest.approx([i / 8 for i in range(3, 9)])
     monkeypatch.setattr(attack_runs, "execute", None)  # nothing is left to run
     again = small(tmp_path)
     assert again == resumed
@@ -285,28 +286,53 @@ def test_resumed_is_the_same(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) ->
     plain = small(tmp_path)
     assert plain.comparisons == resumed.comparisons
     # Nothing but whole files.
-    assert all(path.suffix == ".safetensors" for path in tmp_path.rglob("*") if path.is_file())
+    assert all(path.suffix == ".json" for path in tmp_path.rglob("*") if path.is_file())
 
 
-def test_runs_of_another_evaluation_are_refused(tmp_path: Path) -> None:
+def other_words(name: str) -> Any:
+    return concept(name, prompts=(f"a photo of the digit {name}", f"a red {name}"))
+
+
+def other_images(name: str) -> Any:
+    return replace(concept(name), source=RandomImages(f"other {name}", 6))
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"evaluate_at": (0, 2)},
+        {"steps": 3},
+        {"attacks": (LoRAAttack(targets="kv", learning_rate=1e-4),)},
+        {"attacks": (FineTuningAttack(name="lora", scope="kv"),)},
+        {"measures": {"brightness": lambda images, _: float(images.double().square().mean())}},
+        {"sampling": Sampling(images=2, steps=1, guidance=2.0)},
+        {"concepts": ConceptSet(tuple(map(other_images, ("three", "five"))))},
+        {"concepts": ConceptSet(tuple(map(other_words, ("three", "five"))))},
+    ],
+)
+def test_runs_of_another_evaluation_are_not_taken_for_this_one(
+    changes: dict[str, Any], tmp_path: Path
+) -> None:
     small(tmp_path, seeds=(0,))
-    with pytest.raises(ValueError, match="got another evaluate_at"):
-        small(tmp_path, seeds=(0,), evaluate_at=(0, 2))
-    other = LoRAAttack(targets="kv", learning_rate=1e-4)
-    with pytest.raises(ValueError, match="got another attack"):
-        small(tmp_path, seeds=(0,), attacks=(other,))
+    before = {path: path.read_bytes() for path in tmp_path.glob("*.json")}
+    settings = {"concepts": ConceptSet(TARGETS.concepts)} | changes
+    mixed = small(tmp_path, seeds=(0,), **settings)
+    assert all(path.read_bytes() == content for path, content in before.items())
+    assert len(list(tmp_path.glob("*.json"))) == 2 * len(before)
+    fresh = small(tmp_path / "fresh", seeds=(0,), **settings)
+    for one, other in zip(mixed.comparisons, fresh.comparisons, strict=True):
+        assert one.scores("immunized", "brightness") == other.scores("immunized", "brightness")
+        assert one.curves["immunized"][0].losses == other.curves["immunized"][0].losses
 
 
 def test_the_unprotected_twin_is_attacked_once(tmp_path: Path) -> None:
     small(tmp_path, seeds=(0,))
-    before = len(list(tmp_path.rglob("*.safetensors")))
+    before = len(list(tmp_path.glob("*.json")))
     another = SETTINGS | {
         "attacks": ATTACKS[:1], "control": None, "new_word_concept": None, "seeds": (0,),
     }  # fmt: skip
     evaluate_text_to_image(model(), model(0.7), TARGETS, out=tmp_path, **another)
-    assert len(list(tmp_path.rglob("*.safetensors"))) == before + 2
-    assert len(list(tmp_path.iterdir())) == 3
-    assert model_digest(model()) == model_digest(model())
+    assert len(list(tmp_path.glob("*.json"))) == before + 2
 
 
 @pytest.mark.slow
@@ -362,8 +388,30 @@ def test_an_attacker_that_diverges_lowers_the_rate() -> None:
         ({"new_word_concept": concept("five")}, "new_word_concept must not be one"),
         ({"control_attacks": ("dreambooth",)}, "control_attacks must be among"),
         ({"processes": 0}, "processes must be at least 1"),
+        ({"threshold": math.nan}, r"threshold must lie in \(0, 1\], got nan"),
+        ({"threshold": -5.0}, r"threshold must lie in \(0, 1\], got -5"),
+        ({"evaluate_at": (0, 99999)}, "evaluate_at must ascend from 0 to at most steps=2"),
+        ({"evaluate_at": (2, 1)}, "evaluate_at must ascend"),
     ],
 )
 def test_arguments_out_of_range(settings: dict[str, Any], message: str) -> None:
     with pytest.raises(ValueError, match=message):
         evaluate_text_to_image(model(), model(), TARGETS, **(SETTINGS | settings))
+
+
+def test_images_of_a_prompt_need_a_finite_guidance() -> None:
+    for guidance in (math.inf, math.nan, -1.0):
+        with pytest.raises(ValueError, match="guidance must be finite and at least 0"):
+            Sampling(guidance=guidance)
+
+
+def test_curves_of_earlier_versions_are_read(evaluation: TextToImageEvaluation) -> None:
+    values = json.loads(json.dumps(to_json(evaluation.to_dict())))
+    del values["images"], values["shares"]
+    for comparison in values["comparisons"]:
+        for curves in comparison["curves"].values():
+            for curve in curves:
+                curve["concept"] = curve.pop("target")
+    again = TextToImageEvaluation.from_dict(values)
+    assert again.comparisons == evaluation.comparisons
+    assert again.images == 0

@@ -105,3 +105,59 @@ def test_gradients_and_identity_of_parameters_survive() -> None:
     assert weight.requires_grad
     net(torch.ones(3)).sum().backward()
     assert weight.grad is not None
+
+
+def test_the_models_own_weights_are_swapped() -> None:
+    net = nn.Sequential(nn.Linear(3, 3), nn.Linear(3, 3))
+    before = snapshot(net)
+    apply_edit(net, {"0.weight": net[1].weight, "1.weight": net[0].weight})
+    assert torch.equal(net[0].weight, before["1.weight"])
+    assert torch.equal(net[1].weight, before["0.weight"])
+
+
+def test_parameters_that_overlap_are_refused() -> None:
+    net, memory = nn.Module(), torch.zeros(6)
+    net.a, net.b = nn.Parameter(memory[:4]), nn.Parameter(memory[3:])
+    with pytest.raises(ValueError, match="a and b are the same weight, or share a part"):
+        apply_edit(net, {"a": torch.ones(4), "b": torch.ones(3)})
+    net.b = nn.Parameter(memory[4:])
+    apply_edit(net, {"a": torch.ones(4), "b": torch.ones(2)})
+    assert memory.tolist() == [1.0] * 6
+
+
+def test_empty_parameters_are_no_overlap_and_meta_ones_are_refused() -> None:
+    net = nn.Module()
+    net.a, net.b = nn.Parameter(torch.zeros(0)), nn.Parameter(torch.zeros(0))
+    apply_edit(net, {"a": torch.zeros(0), "b": torch.zeros(0)})
+    with pytest.raises(ValueError, match="weight must hold numbers, got a meta tensor"):
+        apply_edit(nn.Linear(2, 2, device="meta"), {"weight": torch.zeros(2, 2)})
+    with pytest.raises(ValueError, match="weight must hold numbers, got a meta tensor"):
+        apply_edit(nn.Linear(2, 2), {"weight": torch.zeros(2, 2, device="meta")})
+
+
+@pytest.mark.parametrize("order", [(0, 1), (1, 0)])
+def test_two_edits_are_undone_in_any_order(order: tuple[int, int]) -> None:
+    net = model()
+    before = snapshot(net)
+    first = {"0.weight": torch.ones(4, 3), "1.bias": torch.ones(2)}
+    second = {"0.weight": torch.zeros(4, 3), "0.bias": torch.ones(4)}
+    edits = [apply_edit(net, weights) for weights in (first, second)]
+    edits[order[0]].undo()
+    # What is left is the other edit, and it alone.
+    left = (first, second)[order[1]]
+    assert_unchanged(net, before | left)
+    edits[order[1]].undo()
+    assert_unchanged(net, before)
+
+
+def test_undo_reaches_parameters_that_were_exchanged() -> None:
+    net = model()
+    before = snapshot(net)
+    edit = apply_edit(net, {"0.weight": torch.ones(4, 3)})
+    net.load_state_dict({k: v.clone() for k, v in net.state_dict().items()}, assign=True)
+    edit.undo()
+    assert_unchanged(net, before)
+    edit = apply_edit(net, {"0.weight": torch.ones(4, 3)})
+    net[0] = nn.Linear(5, 4)
+    with pytest.raises(ValueError, match=r"0.weight must be a parameter of shape \(4, 3\)"):
+        edit.undo()

@@ -6,14 +6,15 @@ clone too). Importing this module imports neither diffusers nor PEFT.
 
 from __future__ import annotations
 
+from immunize_ext.seams import AttackCurve, Progress
 from immunize_ext.text_to_image.attacks.adaptation import Adaptation, Adapted, snr_weights
-from immunize_ext.text_to_image.attacks.curves import AttackCurve, ConceptScores, Evaluate, Progress
 from immunize_ext.text_to_image.attacks.dreambooth import DreamBoothAttack, DreamBoothLoRAAttack
 from immunize_ext.text_to_image.attacks.fine_tuning import FineTuningAttack
 from immunize_ext.text_to_image.attacks.lora import LoRAAttack
 from immunize_ext.text_to_image.attacks.prior import PriorPreservation, prior_preservation_loss
 from immunize_ext.text_to_image.attacks.prompts import PROMPT_VARIANTS, attack_prompt, replace_name
-from immunize_ext.text_to_image.attacks.registry import ATTACKS, TextToImageAttack
+from immunize_ext.text_to_image.attacks.registry import ATTACKS, TextToImageAttack, attack_label
+from immunize_ext.text_to_image.attacks.scoring import ConceptScores, Evaluate
 from immunize_ext.text_to_image.attacks.textual_inversion import (
     CustomDiffusionAttack,
     TextualInversionAttack,
@@ -39,6 +40,7 @@ __all__ = [
     "TextToImageAttack",
     "TextualInversionAttack",
     "TunedAttack",
+    "attack_label",
     "attack_prompt",
     "load_adaptation",
     "prior_preservation_loss",

@@ -9,17 +9,18 @@ from __future__ import annotations
 
 import math
 from abc import ABC, abstractmethod
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, fields
-from typing import Any, Literal, NamedTuple
+from typing import Any, ClassVar, Literal, NamedTuple
 
 import torch
 from torch import Tensor, nn
 
 from immunize_ext.runtime import Meter, own_randomness
-from immunize_ext.text_to_image.attacks.curves import AttackCurve, Evaluate, Progress
+from immunize_ext.seams import AttackCurve, Progress
 from immunize_ext.text_to_image.attacks.prior import PriorPreservation, prior_preservation_loss
 from immunize_ext.text_to_image.attacks.prompts import attack_prompt
+from immunize_ext.text_to_image.attacks.scoring import Evaluate
 from immunize_ext.text_to_image.attacks.trainables import NewToken, Trainables, freeze
 from immunize_ext.text_to_image.concepts import Concept
 from immunize_ext.text_to_image.model import Conditioning, TextToImage
@@ -87,6 +88,8 @@ class Adaptation(ABC):
         prior: Prior preservation; ``None`` for none.
     """
 
+    labels: ClassVar[Mapping[str, str]] = {}
+
     name: str = "adaptation"
     learning_rate: float = 1e-3
     images: int = 20
@@ -119,27 +122,32 @@ class Adaptation(ABC):
                 f"{self.name}: optimizer must be 'adamw' or 'sgd', got {self.optimizer!r}"
             )
 
+    @property
+    def label(self) -> str:
+        """What reports call it."""
+        return self.labels.get(self.name, self.name.replace("_", " ").capitalize())
+
     @abstractmethod
-    def _prepare(self, model: TextToImage, concepts: Sequence[Concept]) -> Prepared:
+    def _prepare(self, model: TextToImage, target: Sequence[Concept]) -> Prepared:
         """Say what moves; ``model`` is a frozen clone that may be changed."""
 
-    def prompts(self, concepts: Sequence[Concept], prompt: str | None = None) -> dict[str, str]:
+    def prompts(self, target: Sequence[Concept], prompt: str | None = None) -> dict[str, str]:
         """What this attack trains and generates each concept with.
 
         Args:
-            concepts: What it wants, in the order given to :meth:`run`.
+            target: What it wants, in the order given to :meth:`run`.
             prompt: Another wording than the one in the settings.
 
         Returns:
             Concept name to prompt.
         """
         wording = self.prompt if prompt is None else prompt
-        return {concept.name: attack_prompt(concept, wording) for concept in concepts}
+        return {concept.name: attack_prompt(concept, wording) for concept in target}
 
     def run(
         self,
         model: TextToImage,
-        concepts: Sequence[Concept],
+        target: Sequence[Concept],
         *,
         steps: int,
         evaluate_at: Sequence[int] | None = None,
@@ -152,7 +160,7 @@ class Adaptation(ABC):
 
         Args:
             model: What is attacked; it is not changed.
-            concepts: What the attack wants: one concept, or several that it learns jointly.
+            target: What the attack wants: one concept, or several that it learns jointly.
             steps: Optimizer steps.
             evaluate_at: Steps at which ``evaluate`` is called, 0 for the model as given; the start
                 and the end when omitted.
@@ -176,7 +184,7 @@ class Adaptation(ABC):
         """
         return self.adapt(
             model,
-            concepts,
+            target,
             steps=steps,
             evaluate_at=evaluate_at,
             evaluate=evaluate,
@@ -188,7 +196,7 @@ class Adaptation(ABC):
     def adapt(
         self,
         model: TextToImage,
-        concepts: Sequence[Concept],
+        target: Sequence[Concept],
         *,
         steps: int,
         evaluate_at: Sequence[int] | None = None,
@@ -198,17 +206,17 @@ class Adaptation(ABC):
         progress: Progress | None = None,
     ) -> Adapted:
         """As :meth:`run`, and give the adapted clone with its weights too."""
-        checkpoints = self._checked(concepts, steps, evaluate_at)
+        checkpoints = self._checked(target, steps, evaluate_at)
         with own_randomness(model.device, seed):
             clone = model.clone()
             freeze([clone.unet, clone.vae, *clone.text_encoders])
-            prepared = self._prepare(clone, concepts)
+            prepared = self._prepare(clone, target)
             for module in (clone.unet, *clone.text_encoders):
                 module.eval()
             if self.gradient_checkpointing:
                 clone.unet.enable_gradient_checkpointing()
-            wording = self.prompts(concepts, prompt)
-            run = _Run(self, clone, prepared, concepts, wording, seed)
+            wording = self.prompts(target, prompt)
+            run = _Run(self, clone, prepared, target, wording, seed)
             curve = run.loop(steps, checkpoints, evaluate, progress)
             for token in prepared.tokens:
                 token.settle()
@@ -219,12 +227,12 @@ class Adaptation(ABC):
         return Adapted(clone, curve, weights, words, prepared.lora)
 
     def _checked(
-        self, concepts: Sequence[Concept], steps: int, evaluate_at: Sequence[int] | None
+        self, target: Sequence[Concept], steps: int, evaluate_at: Sequence[int] | None
     ) -> list[int]:
-        names = [concept.name for concept in concepts]
+        names = [concept.name for concept in target]
         if not names or len(set(names)) < len(names):
             raise ValueError(
-                f"{self.name}: concepts must hold at least one concept and none twice, got {names}"
+                f"{self.name}: target must hold at least one concept and none twice, got {names}"
             )
         if steps < 1:
             raise ValueError(f"{self.name}: steps must be at least 1, got {steps}")
@@ -410,7 +418,7 @@ class _Run:
         }
         return AttackCurve(
             attack=self.attack.name,
-            concept="+".join(names),
+            target="+".join(names),
             steps=kept,
             scores=scores,
             losses=losses,
@@ -435,8 +443,9 @@ class _Run:
 def snr_weights(scheduler: Any, timesteps: Tensor, gamma: float) -> Tensor:
     """Weights that cap the signal-to-noise ratio at gamma, so that easy noise levels count less.
 
-    With snr = a / (1 - a), a the scheduler's cumulative product at a step: min(snr, gamma) / snr
-    for a model that predicts the noise, min(snr, gamma) / (snr + 1) for one that predicts v.
+    With snr = a / (1 - a), a the scheduler's cumulative product at a step, the loss of predicting x
+    counts min(snr, gamma). The losses of predicting the noise and v are snr and snr + 1 times that
+    of x, so they count min(snr, gamma) / snr and min(snr, gamma) / (snr + 1).
 
     Args:
         scheduler: A diffusers scheduler with ``alphas_cumprod``.
@@ -459,8 +468,12 @@ def snr_weights(scheduler: Any, timesteps: Tensor, gamma: float) -> Tensor:
         [0.3333, 1.0]
     """
     a = scheduler.alphas_cumprod[timesteps.to(scheduler.alphas_cumprod.device)].to(torch.float32)
-    # At zero terminal signal the weight of the noise prediction is the limit, 1.
-    snr = (a / (1.0 - a)).clamp(min=torch.finfo(torch.float32).tiny)
+    snr = a / (1.0 - a)
     capped = snr.clamp(max=gamma)
-    velocity = scheduler.config.prediction_type == "v_prediction"
-    return capped / (snr + 1.0) if velocity else capped / snr
+    kind = scheduler.config.prediction_type
+    if kind == "sample":
+        return capped
+    if kind == "v_prediction":
+        return capped / (snr + 1.0)
+    # At zero terminal signal the weight of the noise prediction is the limit, 1.
+    return torch.where(snr == 0.0, 1.0, capped / snr)

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass, field
+from typing import ClassVar
 
 from immunize_ext.text_to_image.attacks.fine_tuning import FineTuningAttack
 from immunize_ext.text_to_image.attacks.lora import LoRAAttack
@@ -21,6 +23,11 @@ class DreamBoothAttack(FineTuningAttack):
         Ruiz et al., CVPR 2023.
     """
 
+    labels: ClassVar[Mapping[str, str]] = {
+        "dreambooth": "DreamBooth",
+        "dreambooth_without_prior": "DreamBooth without prior preservation",
+    }
+
     name: str = "dreambooth"
     learning_rate: float = 1e-3
     prompt: str = "rare_token"
@@ -30,6 +37,8 @@ class DreamBoothAttack(FineTuningAttack):
 @dataclass(frozen=True, kw_only=True)
 class DreamBoothLoRAAttack(LoRAAttack):
     """DreamBooth whose only trained weights are LoRA factors."""
+
+    labels: ClassVar[Mapping[str, str]] = {"dreambooth_lora": "DreamBooth with LoRA"}
 
     name: str = "dreambooth_lora"
     learning_rate: float = 1e-2

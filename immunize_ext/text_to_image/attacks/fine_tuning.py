@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Literal
+from typing import ClassVar, Literal
 
 from immunize_ext.text_to_image.attacks.adaptation import Adaptation, Prepared
 from immunize_ext.text_to_image.attacks.trainables import Trainables
@@ -25,6 +25,11 @@ class FineTuningAttack(Adaptation):
         train_text_encoder: Train the text encoders too.
     """
 
+    labels: ClassVar[Mapping[str, str]] = {
+        "attn2_fine_tuning": "Fine-tuning of cross-attention",
+        "kv_fine_tuning": "Fine-tuning of K and V",
+    }
+
     name: str = "full_fine_tuning"
     learning_rate: float = 3e-4
     scope: FineTuningScope = "all"
@@ -39,7 +44,7 @@ class FineTuningAttack(Adaptation):
                 f"{self.scope!r}"
             )
 
-    def _prepare(self, model: TextToImage, concepts: Sequence[Concept]) -> Prepared:
+    def _prepare(self, model: TextToImage, target: Sequence[Concept]) -> Prepared:
         unet = model.unet
         if self.scope == "all":
             chosen = dict(unet.named_parameters())

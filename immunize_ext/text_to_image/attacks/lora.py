@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any, ClassVar, Literal
 
 from torch import nn
 
@@ -67,6 +67,11 @@ class LoRAAttack(Adaptation):
         Hu et al., ICLR 2022; Kalajdzievski, 2023 (rs_lora).
     """
 
+    labels: ClassVar[Mapping[str, str]] = {
+        "lora": "LoRA",
+        "lora_attn2": "LoRA on cross-attention",
+    }
+
     name: str = "lora"
     learning_rate: float = 9e-3
     rank: int = 4
@@ -87,7 +92,7 @@ class LoRAAttack(Adaptation):
                 f"{self.name}: init must be 'kaiming' or 'gaussian', got {self.init!r}"
             )
 
-    def _prepare(self, model: TextToImage, concepts: Sequence[Concept]) -> Prepared:
+    def _prepare(self, model: TextToImage, target: Sequence[Concept]) -> Prepared:
         layers = linear_layers(self.name, model.unet, self.targets)
         values = {
             "r": self.rank,

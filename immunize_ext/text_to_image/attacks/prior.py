@@ -79,10 +79,10 @@ def class_prompt(concept: Concept) -> str:
     itself.
     """
     anchor = concept.anchor or ""
-    around = replace_name(concept.prompts[0], concept.name, "").split()
+    around = replace_name(concept.prompts[0], concept.words, "").split()
     if around and set(around) <= set(anchor.split()):
         return anchor
-    words = replace_name(concept.prompts[0], concept.name, anchor).split()
+    words = replace_name(concept.prompts[0], concept.words, anchor).split()
     return " ".join(word for i, word in enumerate(words) if i == 0 or word != words[i - 1])
 
 

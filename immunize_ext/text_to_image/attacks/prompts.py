@@ -12,10 +12,11 @@ generate with:
 
 from __future__ import annotations
 
-import re
+from collections.abc import Sequence
 from typing import Literal
 
 from immunize_ext.text_to_image.concepts import Concept
+from immunize_ext.text_to_image.names import find_names, replace_names
 
 PromptVariant = Literal["canonical", "paraphrase", "rare_token", "name_left_out"]
 
@@ -32,12 +33,13 @@ PROMPT_VARIANTS: tuple[PromptVariant, ...] = (
 RARE_TOKEN = "sks"
 
 
-def replace_name(prompt: str, name: str, replacement: str) -> str:
+def replace_name(prompt: str, name: str | Sequence[str], replacement: str) -> str:
     """Put other words where a concept's name stands in a prompt.
 
     Args:
         prompt: The prompt.
-        name: The concept's name; ``_`` and ``-`` in it match spaces too, capitals do not matter.
+        name: The name, or all that the concept is called; one of them has to stand in the prompt,
+            as :mod:`immunize_ext.text_to_image.names` finds it.
         replacement: What stands there instead; nothing if empty.
 
     Returns:
@@ -52,14 +54,13 @@ def replace_name(prompt: str, name: str, replacement: str) -> str:
         >>> replace_name("a photo of a three", "three", "")
         'a photo of a'
     """
-    words = [re.escape(word) for word in re.split(r"[\s_-]+", name.strip())]
-    pattern = re.compile(r"(?<!\w)" + r"[\s_-]+".join(words) + r"(?!\w)", re.IGNORECASE)
-    if not name.strip() or not pattern.search(prompt):
+    words = [name] if isinstance(name, str) else list(name)
+    if not find_names(prompt, words):
         raise ValueError(
-            f"replace_name: prompt must contain the concept's name {name!r}, got {prompt!r}; "
-            "give the attack a prompt of its own"
+            f"replace_name: prompt must contain the concept's name {words[0]!r}, got {prompt!r}; "
+            "give the concept an alias, or the attack a prompt of its own"
         )
-    return " ".join(pattern.sub(lambda _: replacement, prompt).split())
+    return replace_names(prompt, words, replacement)
 
 
 def attack_prompt(concept: Concept, variant: str) -> str:
@@ -87,7 +88,7 @@ def attack_prompt(concept: Concept, variant: str) -> str:
             )
         return concept.prompts[1]
     if variant == "rare_token":
-        return replace_name(canonical, concept.name, RARE_TOKEN)
+        return replace_name(canonical, concept.words, RARE_TOKEN)
     if variant == "name_left_out":
-        return replace_name(canonical, concept.name, "")
-    return variant.replace("{}", concept.name)
+        return replace_name(canonical, concept.words, "")
+    return variant.replace("{}", concept.spoken)

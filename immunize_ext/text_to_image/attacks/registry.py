@@ -11,10 +11,12 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Protocol
 
-from immunize_ext.text_to_image.attacks.curves import AttackCurve, Evaluate, Progress
+from immunize_ext.seams import AttackCurve, Progress
+from immunize_ext.settings import Registry
 from immunize_ext.text_to_image.attacks.dreambooth import DreamBoothAttack, DreamBoothLoRAAttack
 from immunize_ext.text_to_image.attacks.fine_tuning import FineTuningAttack
 from immunize_ext.text_to_image.attacks.lora import LoRAAttack
+from immunize_ext.text_to_image.attacks.scoring import Evaluate
 from immunize_ext.text_to_image.attacks.textual_inversion import (
     CustomDiffusionAttack,
     TextualInversionAttack,
@@ -24,19 +26,22 @@ from immunize_ext.text_to_image.model import TextToImage
 
 
 class TextToImageAttack(Protocol):
-    """What an attack on a text-to-image model can do; own ones need no base class."""
+    """What an attack on a text-to-image model can do; own ones need no base class.
+
+    A ``label`` attribute says what reports call it; its name in words otherwise.
+    """
 
     @property
     def name(self) -> str:
         """Name in curves and reports."""
 
-    def prompts(self, concepts: Sequence[Concept], prompt: str | None = None) -> dict[str, str]:
+    def prompts(self, target: Sequence[Concept], prompt: str | None = None) -> dict[str, str]:
         """What it trains and generates each concept with."""
 
     def run(
         self,
         model: TextToImage,
-        concepts: Sequence[Concept],
+        target: Sequence[Concept],
         *,
         steps: int,
         evaluate_at: Sequence[int] | None = None,
@@ -48,7 +53,10 @@ class TextToImageAttack(Protocol):
         """Attack a clone of the model, and measure it on the way."""
 
 
-_ALL: tuple[TextToImageAttack, ...] = (
+ATTACKS: Registry[TextToImageAttack] = Registry("attack", key="name")
+"""Attack by name; ``ATTACKS.register`` adds one."""
+
+for _attack in (
     LoRAAttack(),
     LoRAAttack(name="lora_attn2", targets="attn2"),
     FineTuningAttack(),
@@ -59,10 +67,16 @@ _ALL: tuple[TextToImageAttack, ...] = (
     DreamBoothLoRAAttack(),
     TextualInversionAttack(),
     CustomDiffusionAttack(),
-)
+):
+    ATTACKS.register(_attack)
 
 
-ATTACKS: dict[str, TextToImageAttack] = {attack.name: attack for attack in _ALL}
+def attack_label(name: str) -> str:
+    """An attack in words, as reports call it.
 
-
-"""Attack by name."""
+    Example:
+        >>> attack_label("lora_attn2"), attack_label("my_attack")
+        ('LoRA on cross-attention', 'My attack')
+    """
+    found = getattr(ATTACKS.get(name), "label", None)
+    return str(found) if found else name.replace("_", " ").capitalize()

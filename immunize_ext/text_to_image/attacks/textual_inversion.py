@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from typing import ClassVar
 
 from torch import nn
 
@@ -41,11 +42,11 @@ class NewWordAttack(Adaptation):
     def _word(self, index: int) -> str:
         return self.token.replace("{}", str(index + 1))
 
-    def prompts(self, concepts: Sequence[Concept], prompt: str | None = None) -> dict[str, str]:
+    def prompts(self, target: Sequence[Concept], prompt: str | None = None) -> dict[str, str]:
         """What this attack trains and generates each concept with, the new word in its place.
 
         Args:
-            concepts: What it wants, in the order given to :meth:`run`: words are numbered.
+            target: What it wants, in the order given to :meth:`run`: words are numbered.
             prompt: Another wording than the one in the settings; it has to hold the name.
 
         Returns:
@@ -53,8 +54,8 @@ class NewWordAttack(Adaptation):
         """
         wording = self.prompt if prompt is None else prompt
         return {
-            c.name: replace_name(attack_prompt(c, wording), c.name, self._word(index))
-            for index, c in enumerate(concepts)
+            c.name: replace_name(attack_prompt(c, wording), c.words, self._word(index))
+            for index, c in enumerate(target)
         }
 
     def _new_tokens(
@@ -66,7 +67,7 @@ class NewWordAttack(Adaptation):
             )
         tokens = []
         for index, concept in enumerate(concepts):
-            known = {"anchor": concept.anchor or "", "name": concept.name}
+            known = {"anchor": concept.anchor or "", "name": concept.spoken}
             start = known.get(self.initializer, self.initializer)
             tokens.append(NewToken(model, self._word(index), start))
         return tokens, {name: row for token in tokens for name, row in token.named().items()}
@@ -80,12 +81,14 @@ class TextualInversionAttack(NewWordAttack):
         Gal et al., ICLR 2023.
     """
 
+    labels: ClassVar[Mapping[str, str]] = {"textual_inversion": "Textual Inversion"}
+
     name: str = "textual_inversion"
     learning_rate: float = 2e-2
     weight_decay: float = 0.0
 
-    def _prepare(self, model: TextToImage, concepts: Sequence[Concept]) -> Prepared:
-        tokens, rows = self._new_tokens(model, concepts)
+    def _prepare(self, model: TextToImage, target: Sequence[Concept]) -> Prepared:
+        tokens, rows = self._new_tokens(model, target)
         return Prepared(Trainables(rows), tokens=tokens, text_moves=True)
 
 
@@ -99,12 +102,14 @@ class CustomDiffusionAttack(NewWordAttack):
         Kumari et al., CVPR 2023.
     """
 
+    labels: ClassVar[Mapping[str, str]] = {"custom_diffusion": "Custom Diffusion"}
+
     name: str = "custom_diffusion"
     learning_rate: float = 3e-3
     prior: PriorPreservation | None = field(default_factory=PriorPreservation)
 
-    def _prepare(self, model: TextToImage, concepts: Sequence[Concept]) -> Prepared:
-        tokens, rows = self._new_tokens(model, concepts)
+    def _prepare(self, model: TextToImage, target: Sequence[Concept]) -> Prepared:
+        tokens, rows = self._new_tokens(model, target)
         chosen = parameters_of(model.unet, linear_layers(self.name, model.unet, "kv"))
         named = {f"unet.{name}": parameter for name, parameter in chosen.items()}
         return Prepared(Trainables(named | rows), tokens=tokens, text_moves=True)

@@ -7,8 +7,9 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Any, TypeVar
 
+from immunize_ext.seams import Progress
 from immunize_ext.text_to_image.attacks.adaptation import Adaptation
-from immunize_ext.text_to_image.attacks.curves import Evaluate, Progress
+from immunize_ext.text_to_image.attacks.scoring import Evaluate
 from immunize_ext.text_to_image.concepts import Concept
 from immunize_ext.text_to_image.model import TextToImage
 

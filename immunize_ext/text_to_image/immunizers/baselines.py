@@ -2,15 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import asdict, dataclass, fields
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import ClassVar
 
 import torch
 
+from immunize_ext.seams import Progress
 from immunize_ext.text_to_image.concepts import ConceptSet
-from immunize_ext.text_to_image.immunizers.concept_merge import ConceptMerge
+from immunize_ext.text_to_image.immunizers.concept_merge import ConceptMerge, check_merge
 from immunize_ext.text_to_image.immunizers.imma import DiffusionIMMA
 from immunize_ext.text_to_image.immunizers.immunized import ImmunizedPipeline
 from immunize_ext.text_to_image.immunizers.loop import Immunizer, Run
@@ -30,9 +30,11 @@ class JointTraining(DiffusionIMMA):
 
     method: ClassVar[str] = "joint_training"
 
-    def check(self, concepts: ConceptSet) -> None:
+    label: ClassVar[str] = "Joint training"
+
+    def check(self, problem: ConceptSet) -> None:
         """Any number of concepts."""
-        del concepts
+        del problem
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -44,6 +46,8 @@ class LossAscent(Immunizer):
 
     method: ClassVar[str] = "loss_ascent"
 
+    label: ClassVar[str] = "Plain loss ascent"
+
     def adapted(self, run: Run, parameters: Parameters, step: int) -> Parameters:
         """Nobody adapts."""
         del run, step
@@ -51,11 +55,10 @@ class LossAscent(Immunizer):
 
 
 @dataclass(frozen=True, kw_only=True)
-class MergeOnly:
+class MergeOnly(DiffusionIMMA):
     """One IMMA run for each concept alone, their results merged once at the end.
 
     Attributes:
-        single: Settings of the runs.
         ridge: Of the merge, relative to the mean diagonal of the captions' Gram matrix.
         merge_prompts: Prompts of each concept whose tokens the merge constrains.
 
@@ -65,63 +68,77 @@ class MergeOnly:
 
     method: ClassVar[str] = "merge_only"
 
-    single: DiffusionIMMA = field(default_factory=DiffusionIMMA)
+    label: ClassVar[str] = "Merge of separate immunizations"
+
     ridge: float = 1e-4
     merge_prompts: int = 2
+
+    def __post_init__(self) -> None:
+        """Refuse settings out of range."""
+        super().__post_init__()
+        check_merge(self.method, self.ridge, self.merge_prompts)
+
+    def check(self, problem: ConceptSet) -> None:
+        """Any number of concepts."""
+        del problem
 
     def fit(
         self,
         model: TextToImage,
-        concepts: ConceptSet,
+        problem: ConceptSet,
         *,
-        out: str | Path | None = None,
-        resume: bool = False,
-        progress: Callable[[str, float], None] | None = None,
+        progress: Progress | None = None,
+        resume: Path | None = None,
     ) -> ImmunizedPipeline:
         """Immunize a clone against each concept and merge; arguments as :meth:`Immunizer.fit`."""
-        count = len(concepts.concepts)
-        history: list[dict[str, float]] = []
-        peak = 0
-        tables: list[Parameters] = []
-        scope = self.single.scope
-        base = {
-            name: parameter.detach().clone()
-            for name, parameter in scope_parameters(model.unet, scope, function=self.method).items()
-        }
-        for index, name in enumerate(concepts.names):
+        count = len(problem.concepts)
+        clone = model.clone()
+        merge = ConceptMerge(
+            clone,
+            problem.concepts,
+            problem.captions,
+            ridge=self.ridge,
+            prompts_per_concept=self.merge_prompts,
+        )
+        merge.reports = []
+        moved = scope_parameters(clone.unet, self.scope, function=self.method)
+        base = {name: parameter.detach().clone() for name, parameter in moved.items()}
+        single = self._single()
+        parts: list[ImmunizedPipeline] = []
+        for index, name in enumerate(problem.names):
 
             def shown(text: str, share: float, index: int = index, name: str = name) -> None:
                 if progress is not None:
                     progress(f"{self.method}, {name}: {text}", (index + share) / count)
 
-            folder = None if out is None else Path(out) / name
-            found = self.single.fit(
-                model, concepts.select([name]), out=folder, resume=resume, progress=shown
-            )
-            parameters = scope_parameters(found.model.unet, scope, function=self.method)
-            tables.append({key: value.detach() for key, value in parameters.items()})
-            history += found.history
-            peak = max(peak, found.peak_memory)
-        clone = model.clone()
-        merge = ConceptMerge(
-            clone,
-            concepts.concepts,
-            concepts.captions,
-            ridge=self.ridge,
-            prompts_per_concept=self.merge_prompts,
-        )
-        merged = merge(base, tables)
+            folder = None if resume is None else Path(resume) / f"concept-{index}"
+            parts.append(single.fit(model, problem.select([name]), progress=shown, resume=folder))
+        tables: list[Parameters] = [
+            {**scope_parameters(part.model.unet, self.scope, function=self.method)}
+            for part in parts
+        ]
         with torch.no_grad():
-            for key, parameter in scope_parameters(clone.unet, scope, function=self.method).items():
+            merged = merge(base, tables)
+            for key, parameter in moved.items():
                 parameter.copy_(merged[key])
-        if history:
-            history[-1]["merge_seconds"] += merge.seconds
-            history[-1]["seconds"] += merge.seconds
-        settings: dict[str, Any] = asdict(self.single)
-        settings |= {"ridge": self.ridge, "merge_prompts": self.merge_prompts}
-        settings |= {"concepts": list(concepts.names), "captions": len(concepts.captions)}
-        return ImmunizedPipeline(clone, self.method, settings, history, peak)
+        history = [dict(record) for part in parts for record in part.history]
+        history[-1]["merge_seconds"] += merge.seconds
+        history[-1]["seconds"] += merge.seconds
+        history[-1]["merge_change"] = max(merge.reports[-1].relative_change)
+        settings = asdict(self) | {
+            "concepts": list(problem.names),
+            "retain": [concept.name for concept in problem.retain],
+            "captions": len(problem.captions),
+        }
+        return ImmunizedPipeline(
+            clone,
+            self.method,
+            settings,
+            history,
+            max(part.peak_memory for part in parts),
+            tuple(f"merge: {text}" for text in merge.reports[-1].warnings),
+        )
 
-    def with_seed(self, seed: int) -> MergeOnly:
-        """The same method with another seed."""
-        return replace(self, single=self.single.with_seed(seed))
+    def _single(self) -> DiffusionIMMA:
+        """What each concept is immunized with."""
+        return DiffusionIMMA(**{f.name: getattr(self, f.name) for f in fields(DiffusionIMMA)})

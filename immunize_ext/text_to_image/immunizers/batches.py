@@ -66,15 +66,11 @@ class ConceptPool:
 
     Args:
         model: The model whose autoencoder and text encoders are used.
-        concept: The concept.
         images: Its images, shape ``(n, c, h, w)`` in [-1, 1].
         prompts: Prompts drawn from, one for each sample.
     """
 
-    def __init__(
-        self, model: TextToImage, concept: Concept, images: Tensor, prompts: Sequence[str]
-    ) -> None:
-        self.name = concept.name
+    def __init__(self, model: TextToImage, images: Tensor, prompts: Sequence[str]) -> None:
         self.images = images
         self.latents = model.latents(images)
         with torch.no_grad():
@@ -134,14 +130,12 @@ class Retain:
         concepts: What to keep.
         seed: Seed of images that have to be generated.
 
-    Raises:
-        ValueError: If a concept has no prompt.
     """
 
     def __init__(self, model: TextToImage, concepts: Sequence[Concept], *, seed: int) -> None:
         self.model = model
         self.pools = [
-            ConceptPool(model, concept, _images(model, concept, seed), concept.prompts)
+            ConceptPool(model, _images(model, concept, seed), concept.prompts)
             for concept in concepts
         ]
         if self.pools:
@@ -167,8 +161,7 @@ class Retain:
 
 def _without_text(model: TextToImage, pools: Sequence[ConceptPool]) -> ConceptPool:
     """The images of all pools under the empty prompt."""
-    everything = Concept("", ("",))
-    return ConceptPool(model, everything, torch.cat([pool.images for pool in pools]), ("",))
+    return ConceptPool(model, torch.cat([pool.images for pool in pools]), ("",))
 
 
 def _images(model: TextToImage, concept: Concept, seed: int) -> Tensor:

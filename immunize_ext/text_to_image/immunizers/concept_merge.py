@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import time
 from collections.abc import Sequence
 from typing import Any
@@ -9,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from immunize_ext.ops import RegularizationFactor, merge_kv
+from immunize_ext.ops import MergeReport, RegularizationFactor, merge_kv, merge_report
 from immunize_ext.text_to_image.concepts import Concept
 from immunize_ext.text_to_image.immunizers.parameters import Parameters
 from immunize_ext.text_to_image.model import TextToImage
@@ -38,6 +39,8 @@ class ConceptMerge:
         embeddings: C by concept, each ``(s_n, d)``.
         factor: Of Q.
         seconds: Time spent merging so far, forward alone.
+        reports: Where it is a list, every merge adds what it did; measuring takes about as long as
+            two merges.
 
     Raises:
         ValueError: If there is no caption, or a concept has no token of its own.
@@ -65,6 +68,7 @@ class ConceptMerge:
                 "ConceptMerge: captions must hold at least one caption, got none; name unrelated "
                 "captions in the concepts"
             )
+        self.reports: list[MergeReport] | None = None
         self.names = [concept.name for concept in concepts]
         self.embeddings = own_tokens(model, concepts, prompts_per_concept)
         rows = model.token_features(captions, positions="tokens")
@@ -97,7 +101,30 @@ class ConceptMerge:
             for name in base
         }
         self.seconds += time.perf_counter() - started
+        if self.reports is not None:
+            self.reports.append(
+                merge_report(
+                    [weight.detach() for weight in merged],
+                    [base[name].detach() for name in layers],
+                    [[copy[name].detach() for name in layers] for copy in adapted],
+                    self.embeddings,
+                    self.factor,
+                    names=self.names,
+                )
+            )
         return result
+
+
+def check_merge(function: str, ridge: float, prompts_per_concept: int) -> None:
+    """Refuse settings of a merge that are out of range.
+
+    Raises:
+        ValueError: Naming the setting.
+    """
+    if not (math.isfinite(ridge) and ridge >= 0.0):
+        raise ValueError(f"{function}: ridge must be finite and at least 0, got {ridge}")
+    if prompts_per_concept < 1:
+        raise ValueError(f"{function}: merge_prompts must be at least 1, got {prompts_per_concept}")
 
 
 def _mean(copies: Sequence[Tensor]) -> Tensor:

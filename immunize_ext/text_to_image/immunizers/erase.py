@@ -2,14 +2,22 @@
 
 from __future__ import annotations
 
+import math
+import time
 from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import ClassVar, NamedTuple
 
 import torch
 from torch import Tensor
 
 from immunize_ext.ops.erasure import uce
+from immunize_ext.seams import Progress
 from immunize_ext.text_to_image.concepts import Concept, ConceptSet
+from immunize_ext.text_to_image.immunizers.immunized import ImmunizedPipeline
 from immunize_ext.text_to_image.model import TextToImage
+from immunize_ext.text_to_image.names import replace_names
 from immunize_ext.text_to_image.projections import find_text_projections
 from immunize_ext.text_to_image.weight_edit import WeightEdit, apply_edit
 
@@ -25,7 +33,8 @@ def erase(
 ) -> WeightEdit:
     """Erase concepts: their prompts become those of their anchors.
 
-    Every prompt of a concept is paired with the same prompt with the anchor in place of the name.
+    Every prompt that holds a concept's name or an alias (:mod:`immunize_ext.text_to_image.names`)
+    is paired with the same prompt with the anchor in its place.
     The tokens from the name on, the end of the text and the padding are mapped to what the model
     sees in the paired prompt.
 
@@ -41,8 +50,9 @@ def erase(
         The edit; its ``undo`` restores the weights bit for bit.
 
     Raises:
-        ValueError: If a concept has no anchor, its name is not in its prompts, or a layer cannot
-            be edited. The model is then unchanged.
+        ValueError: If a concept has no anchor, its name is not in its prompts or lies beyond the
+            tokens that the model sees, nothing would change, or a layer cannot be edited. The model
+            is then unchanged.
 
     Source:
         UCE (WACV 2024); see :func:`immunize_ext.ops.erasure.uce`.
@@ -53,9 +63,8 @@ def erase(
     if preserve is None:
         kept = concepts.retain if isinstance(concepts, ConceptSet) else ()
         preserve = [prompt for concept in kept for prompt in concept.prompts]
-    pairs = [pair for concept in chosen for pair in _pairs(concept)]
-    source, target = (list(side) for side in zip(*pairs, strict=True))
-    rows, replacements = _aligned(model, source, target)
+    pairs = [entry for concept in chosen for entry in erased_prompts(concept) if entry.found]
+    rows, replacements = _aligned(model, pairs)
     found = find_text_projections(model.unet)
     base = [projection.module.weight.detach() for projection in found]
     edited = uce(
@@ -67,32 +76,162 @@ def erase(
         erase_scale=erase_scale,
         preserve_scale=preserve_scale,
     )
+    if all(torch.equal(w, w0) for w, w0 in zip(edited, base, strict=True)):
+        raise ValueError(
+            "erase: the concepts must differ from their anchors for the model, got an edit that "
+            "changes nothing; choose other anchors"
+        )
     return apply_edit(
         model.unet,
         {projection.weight_name: w for projection, w in zip(found, edited, strict=True)},
     )
 
 
-def _pairs(concept: Concept) -> list[tuple[str, str]]:
+@dataclass(frozen=True, kw_only=True)
+class Erasure:
+    """Erasure as a method of its own: what it takes away, an attacker brings back.
+
+    Attributes:
+        ridge: lambda of UCE, in the units of a squared text feature.
+        erase_scale: Weight of erased tokens.
+        preserve_scale: Weight of preserved tokens.
+
+    Source:
+        UCE (WACV 2024).
+    """
+
+    method: ClassVar[str] = "erasure"
+
+    label: ClassVar[str] = "Erasure"
+
+    ridge: float = 0.1
+    erase_scale: float = 1.0
+    preserve_scale: float = 0.1
+
+    def __post_init__(self) -> None:
+        """Refuse settings out of range."""
+        for name, least in (("ridge", 0.0), ("erase_scale", 0.0), ("preserve_scale", 0.0)):
+            value = getattr(self, name)
+            if not (math.isfinite(value) and value >= least):
+                raise ValueError(
+                    f"{self.method}: {name} must be finite and at least 0, got {value}"
+                )
+
+    def fit(
+        self,
+        model: TextToImage,
+        problem: ConceptSet,
+        *,
+        progress: Progress | None = None,
+        resume: Path | None = None,
+    ) -> ImmunizedPipeline:
+        """Erase the concepts in a clone of a model; the retained ones are preserved.
+
+        Args:
+            model: The model; it is not changed.
+            problem: What to erase, and what to keep.
+            progress: Called when it is done.
+            resume: Not used: there is nothing to go on from.
+
+        Returns:
+            The edited model.
+
+        Raises:
+            ValueError: As :func:`erase`.
+        """
+        del resume
+        started = time.perf_counter()
+        clone = model.clone()
+        erase(clone, problem, **asdict(self))
+        seconds = time.perf_counter() - started
+        if progress is not None:
+            progress(f"{self.method}: {', '.join(problem.names)}", 1.0)
+        config = asdict(self) | {
+            "concepts": list(problem.names),
+            "retain": [concept.name for concept in problem.retain],
+            "captions": len(problem.captions),
+        }
+        history = [{"step": 1.0, "seconds": seconds, "merge_seconds": 0.0}]
+        return ImmunizedPipeline(clone, self.method, config, history)
+
+
+class ErasedPrompt(NamedTuple):
+    """One prompt of a concept, and what erasure makes of it.
+
+    Attributes:
+        prompt: The prompt.
+        found: The concept's name or aliases as they are written in it; empty if they are not.
+        anchored: The prompt with the anchor in their place.
+    """
+
+    prompt: str
+    found: tuple[str, ...]
+    anchored: str
+
+
+def erased_prompts(concept: Concept) -> list[ErasedPrompt]:
+    """What erasure does to each prompt of a concept.
+
+    Args:
+        concept: The concept, with an anchor.
+
+    Returns:
+        One entry a prompt. Those in which nothing was found are left as they are.
+
+    Raises:
+        ValueError: If it has no anchor, or no prompt of it holds its name.
+
+    Example:
+        >>> cat = Concept("cat", ("a Cat near a cathedral", "a kitten"), anchor="dog")
+        >>> erased_prompts(cat)[0].found, erased_prompts(cat)[0].anchored
+        (('Cat',), 'a dog near a cathedral')
+        >>> erased_prompts(cat)[1].found
+        ()
+    """
     if concept.anchor is None:
         raise ValueError(
             f"erase: concept {concept.name!r} must have an anchor, the word that takes its place, "
             "got none"
         )
-    spoken = concept.name.replace("_", " ")
-    found = [(text, text.replace(spoken, concept.anchor)) for text in concept.prompts]
-    found = [pair for pair in found if pair[0] != pair[1]]
-    if not found:
+    found = [
+        ErasedPrompt(
+            text,
+            tuple(concept.named_in(text)),
+            replace_names(text, concept.words, concept.anchor),
+        )
+        for text in concept.prompts
+    ]
+    if not any(entry.found for entry in found):
         raise ValueError(
-            f"erase: a prompt of concept {concept.name!r} must hold its name, got "
+            f"erase: a prompt of concept {concept.name!r} must hold its name or an alias, got "
             f"{list(concept.prompts)}"
         )
     return found
 
 
-def _aligned(
-    model: TextToImage, source: Sequence[str], target: Sequence[str]
-) -> tuple[Tensor, Tensor]:
+def describe_erasure(concepts: Sequence[Concept]) -> list[str]:
+    """What was found of each concept in its prompts, a line each.
+
+    Args:
+        concepts: The concepts.
+
+    Returns:
+        For example ``"cat: 'Cat' in 1 of 2 prompts becomes 'dog'; not in 'a kitten'"``.
+    """
+    lines = []
+    for concept in concepts:
+        prompts = erased_prompts(concept)
+        words = ", ".join(repr(w) for w in dict.fromkeys(w for p in prompts for w in p.found))
+        missed = [repr(entry.prompt) for entry in prompts if not entry.found]
+        line = (
+            f"{concept.name}: {words} in {len(prompts) - len(missed)} of {len(prompts)} prompts "
+            f"becomes {concept.anchor!r}"
+        )
+        lines.append(line + (f"; not in {', '.join(missed)}" if missed else ""))
+    return lines
+
+
+def _aligned(model: TextToImage, pairs: Sequence[ErasedPrompt]) -> tuple[Tensor, Tensor]:
     """Features of the tokens that differ, in both prompts, row by row.
 
     Prompts that differ in one word of one token stand against each other position by position. An
@@ -100,12 +239,22 @@ def _aligned(
     stands against the last of the anchor, and what follows is matched from there.
     """
     with torch.no_grad():
-        before, after = model.conditioning(source).hidden, model.conditioning(target).hidden
+        before = model.conditioning([entry.prompt for entry in pairs]).hidden
+        after = model.conditioning([entry.anchored for entry in pairs]).hidden
     rows, replacements = [], []
     tokenizer = model.tokenizers[0]
-    for index, (text, other) in enumerate(zip(source, target, strict=True)):
-        ids, ids_other = (tokenizer(t, truncation=True)["input_ids"] for t in (text, other))
-        length = before.shape[1]
+    length = before.shape[1]
+    for index, entry in enumerate(pairs):
+        ids, ids_other = (
+            tokenizer(text, truncation=True, max_length=length)["input_ids"]
+            for text in (entry.prompt, entry.anchored)
+        )
+        if ids == ids_other:
+            raise ValueError(
+                f"erase: {entry.found[0]!r} must differ from its anchor within the first {length} "
+                f"tokens, which are all that the model sees, got {_shortened(entry.prompt)!r}; "
+                "shorten the prompt, or choose another anchor"
+            )
         first = next(
             (i for i, pair in enumerate(zip(ids, ids_other, strict=False)) if pair[0] != pair[1]),
             min(len(ids), len(ids_other)) - 1,
@@ -116,3 +265,7 @@ def _aligned(
             rows.append(before[index, position])
             replacements.append(after[index, there])
     return torch.stack(rows), torch.stack(replacements)
+
+
+def _shortened(text: str) -> str:
+    return text if len(text) <= 80 else f"{text[:60]} ... {text[-15:]}"

@@ -8,14 +8,14 @@ from typing import ClassVar
 import torch
 
 from immunize_ext.text_to_image.concepts import ConceptSet
-from immunize_ext.text_to_image.immunizers.adapting import AdaptingImmunizer, denoising_loss
 from immunize_ext.text_to_image.immunizers.batches import join
+from immunize_ext.text_to_image.immunizers.bilevel import BilevelImmunizer, denoising_loss
 from immunize_ext.text_to_image.immunizers.loop import Run
 from immunize_ext.text_to_image.immunizers.parameters import Parameters, gradient
 
 
 @dataclass(frozen=True, kw_only=True)
-class DiffusionIMMA(AdaptingImmunizer):
+class DiffusionIMMA(BilevelImmunizer):
     r"""Bi-level immunization of one concept.
 
     .. math:: \max_\theta L(x^u, c; \theta'(\theta)), \qquad
@@ -40,15 +40,17 @@ class DiffusionIMMA(AdaptingImmunizer):
 
     method: ClassVar[str] = "imma"
 
+    label: ClassVar[str] = "IMMA"
+
     published: ClassVar[str] = "unrolled"
 
     variant: str = "unrolled"
 
-    def check(self, concepts: ConceptSet) -> None:
+    def check(self, problem: ConceptSet) -> None:
         """One concept only: several are what joint training and MIMA are for."""
-        if len(concepts.concepts) != 1:
+        if len(problem.concepts) != 1:
             raise ValueError(
-                f"imma: concepts must hold exactly one, got {len(concepts.concepts)}; choose one "
+                f"imma: concepts must hold exactly one, got {len(problem.concepts)}; choose one "
                 "with concepts.select([name]), or use JointTraining or MIMA"
             )
 

@@ -28,6 +28,7 @@ class ImmunizedPipeline:
             samples whose loss is at the clamp and gives no gradient), ``seconds``,
             ``merge_seconds`` and, where the step was probed, ``objective``.
         peak_memory: Most bytes held at once while immunizing.
+        warnings: Sentences for a person about how it went, each with what to do.
     """
 
     model: TextToImage
@@ -35,6 +36,7 @@ class ImmunizedPipeline:
     config: dict[str, Any]
     history: list[dict[str, float]] = field(default_factory=list)
     peak_memory: int = 0
+    warnings: tuple[str, ...] = ()
 
     @property
     def seconds(self) -> float:
@@ -63,6 +65,7 @@ class ImmunizedPipeline:
             "config": self.config,
             "history": self.history,
             "peak_memory": self.peak_memory,
+            "warnings": list(self.warnings),
         }
         self.model.save(path, overwrite=overwrite, extra={_FILE: json.dumps(record, indent=1)})
 
@@ -94,4 +97,5 @@ class ImmunizedPipeline:
             raise ValueError(
                 f"ImmunizedPipeline.load: {file} must hold {_KIND}, got something else"
             )
+        record["warnings"] = tuple(record.get("warnings", ()))
         return cls(model=TextToImage.from_pretrained(path), **record)

@@ -1,4 +1,4 @@
-"""State of the outer loop on disk: one safetensors file, from which a run goes on bit for bit."""
+"""The outer loop of text-to-image immunizers, and its settings."""
 
 from __future__ import annotations
 
@@ -6,9 +6,9 @@ import logging
 import math
 import time
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Mapping, Sequence
-from contextlib import AbstractContextManager, nullcontext
-from dataclasses import asdict, dataclass, field, replace
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from dataclasses import asdict, dataclass, replace
 from functools import cached_property
 from pathlib import Path
 from typing import Any, ClassVar, Self
@@ -20,137 +20,14 @@ from torch.func import functional_call
 
 from immunize_ext._extras import require_extra
 from immunize_ext.runtime import Meter
-from immunize_ext.storage import load_checkpoint, save_checkpoint, tensor_digest
+from immunize_ext.seams import Progress
 from immunize_ext.text_to_image.concepts import Concept, ConceptSet
 from immunize_ext.text_to_image.immunizers.batches import Batch, ConceptPool, Retain, generator_of
 from immunize_ext.text_to_image.immunizers.concept_merge import ConceptMerge
 from immunize_ext.text_to_image.immunizers.immunized import ImmunizedPipeline
 from immunize_ext.text_to_image.immunizers.parameters import Parameters, Scope, scope_parameters
+from immunize_ext.text_to_image.immunizers.state import LoopState, load_state, save_state
 from immunize_ext.text_to_image.model import TextToImage, at_least_float
-
-_KIND = "immunize_ext.LoopState/1"
-
-
-_FILE = "checkpoint.safetensors"
-
-
-_MOMENTS = ("exp_avg", "exp_avg_sq")
-
-
-@dataclass
-class LoopState:
-    """Where a run is.
-
-    Attributes:
-        step: Steps done.
-        best_objective: Least objective probed so far.
-        best: Parameters there, by name.
-        history: One record a step.
-        memory: What a method carries from step to step beside the parameters.
-    """
-
-    step: int
-    best_objective: float
-    best: dict[str, Tensor]
-    history: list[dict[str, float]]
-    memory: dict[str, Tensor] = field(default_factory=dict)
-
-
-def save_state(
-    folder: Path,
-    identity: Mapping[str, Any],
-    leaves: Mapping[str, Tensor],
-    optimizer: torch.optim.Adam,
-    state: LoopState,
-) -> None:
-    """Write a checkpoint; the one before stays until the new one is complete.
-
-    Args:
-        folder: Where; made if it is not there.
-        identity: Settings that a resumed run must share.
-        leaves: The parameters now.
-        optimizer: Its moments are kept.
-        state: The rest.
-    """
-    folder.mkdir(parents=True, exist_ok=True)
-    tensors: dict[str, Tensor] = {}
-    for name, leaf in leaves.items():
-        tensors[f"now/{name}"] = leaf
-        tensors[f"best/{name}"] = state.best[name]
-        for moment in _MOMENTS:
-            tensors[f"{moment}/{name}"] = optimizer.state[leaf][moment]
-    tensors |= {f"memory/{name}": value for name, value in state.memory.items()}
-    values = {
-        "identity": dict(identity),
-        "step": state.step,
-        # JSON has no infinity; a run that was never probed has no best objective.
-        "best_objective": None if state.best_objective == float("inf") else state.best_objective,
-        "history": state.history,
-    }
-    save_checkpoint(folder / _FILE, tensors, kind=_KIND, values=values)
-
-
-def has_state(folder: Path) -> bool:
-    """Whether there is a checkpoint in a folder."""
-    return (folder / _FILE).is_file()
-
-
-def load_state(
-    folder: Path,
-    identity: Mapping[str, Any],
-    leaves: Mapping[str, Tensor],
-    optimizer: torch.optim.Adam,
-) -> LoopState | None:
-    """Read a checkpoint into parameters and optimizer.
-
-    Args:
-        folder: Where it is.
-        identity: Settings that it must share.
-        leaves: The parameters, written into.
-        optimizer: The optimizer, written into.
-
-    Returns:
-        The state; ``None`` if there is no checkpoint.
-
-    Raises:
-        ValueError: If it is of other settings, or no checkpoint.
-    """
-    if not has_state(folder):
-        return None
-    file = folder / _FILE
-    tensors, values = load_checkpoint(file, kind=_KIND, function="resume")
-    for name, wanted in identity.items():
-        found = values["identity"].get(name)
-        # JSON gives lists for tuples.
-        if found != (list(wanted) if isinstance(wanted, tuple) else wanted):
-            raise ValueError(
-                f"resume: {file} must be of a run with {name} = {wanted!r}, got {found!r}; use the "
-                "same settings or another folder"
-            )
-    with torch.no_grad():
-        for name, leaf in leaves.items():
-            leaf.copy_(tensors[f"now/{name}"])
-            optimizer.state[leaf] = {
-                "step": torch.tensor(float(values["step"])),
-                **{m: tensors[f"{m}/{name}"].to(leaf.device).clone() for m in _MOMENTS},
-            }
-    best = {name: tensors[f"best/{name}"].to(leaf.device) for name, leaf in leaves.items()}
-    objective = values["best_objective"]
-    return LoopState(
-        values["step"],
-        float("inf") if objective is None else objective,
-        best,
-        values["history"],
-        {
-            name.partition("/")[2]: tensor.to(best[name.partition("/")[2]].device)
-            for name, tensor in tensors.items()
-            if name.startswith("memory/")
-        },
-    )
-
-
-Progress = Callable[[str, float], None]
-
 
 _LOG = logging.getLogger("immunize_ext")
 
@@ -204,9 +81,13 @@ class Immunizer(ABC):
         gradient_checkpointing: Less memory for more time in the denoiser.
         log_with: A tracker that accelerate knows ("tensorboard", "wandb", ...), or ``None``.
         checkpoint_every: Steps between checkpoints, where a folder for them is given.
+
+    A subclass names its ``method`` and, for reports, its ``label``.
     """
 
     method: ClassVar[str]
+
+    label: ClassVar[str]
 
     steps: int = 60
     learning_rate: float = 1e-2
@@ -227,11 +108,20 @@ class Immunizer(ABC):
 
     def __post_init__(self) -> None:
         """Refuse settings out of range."""
-        for name in ("steps", "batch_size", "probe_every", "gradient_accumulation"):
+        for name in (
+            "steps",
+            "batch_size",
+            "retain_batch",
+            "probe_every",
+            "gradient_accumulation",
+            "checkpoint_every",
+        ):
             if getattr(self, name) < 1:
                 raise ValueError(
                     f"{self.method}: {name} must be at least 1, got {getattr(self, name)}"
                 )
+        if self.prompts is not None and self.prompts < 1:
+            raise ValueError(f"{self.method}: prompts must be at least 1, got {self.prompts}")
         for name in ("learning_rate", "loss_clamp", "gradient_clip"):
             value = getattr(self, name)
             if not (math.isfinite(value) and value > 0.0):
@@ -280,46 +170,44 @@ class Immunizer(ABC):
         """Whether a step that failed has left the parameters as they were."""
         return True
 
-    def check(self, concepts: ConceptSet) -> None:
+    def check(self, problem: ConceptSet) -> None:
         """Refuse concepts that the method cannot take."""
-        del concepts
+        del problem
 
     def fit(
         self,
         model: TextToImage,
-        concepts: ConceptSet,
+        problem: ConceptSet,
         *,
-        out: str | Path | None = None,
-        resume: bool = False,
         progress: Progress | None = None,
+        resume: Path | None = None,
     ) -> ImmunizedPipeline:
         """Immunize a clone of a model against concepts.
 
         Args:
             model: The model; it is not changed. Concepts to be re-learned should be erased in it.
-            concepts: What to immunize against, what to keep, captions for the merge.
-            out: Folder for checkpoints; none are written without it.
-            resume: Whether to go on from the checkpoint in ``out``, if there is one.
+            problem: What to immunize against, what to keep, captions for the merge.
             progress: Called with what was done and the share done so far.
+            resume: Folder for checkpoints: one that is there is gone on from. None are written
+                without it.
 
         Returns:
             The immunized model with its history; its weights are those of the best probe.
 
         Raises:
-            FileExistsError: If there is a checkpoint in ``out`` and ``resume`` is not given.
             ImmunizationError: If a loss or gradient is not finite, or a parameter gets no gradient
                 in the first step. The model given is untouched; the state before the step that
                 failed is in the checkpoint, the best model so far in the error.
-            ValueError: If a setting does not fit, or the checkpoint is one of other settings or
-                of another model.
+            ValueError: If a setting does not fit, or the checkpoint is of other settings, another
+                model or other concepts (words and images), or of a longer run.
             MissingExtraError: If accelerate is not installed.
 
         Note:
             Deterministic on the CPU for a given number of threads; a run that was stopped and goes
             on gives the same bits as one that was not.
         """
-        self.check(concepts)
-        return Run(self, model.clone(), concepts, out, resume, progress).run()
+        self.check(problem)
+        return Run(self, model.clone(), problem, resume, progress).run()
 
 
 class Run:
@@ -341,29 +229,23 @@ class Run:
         immunizer: Immunizer,
         model: TextToImage,
         concepts: ConceptSet,
-        out: str | Path | None,
-        resume: bool,
+        resume: Path | None,
         progress: Progress | None,
     ) -> None:
         accelerate = require_extra("accelerate", extra="diffusion", purpose="immunizers")
         self.settings, self.model, self.concepts = immunizer, model, concepts
-        self.out = None if out is None else Path(out)
-        if self.out is not None and not resume and has_state(self.out):
-            raise FileExistsError(
-                f"{immunizer.method}: {out} holds the checkpoint of another run; resume it, or "
-                "choose another folder"
-            )
-        self.resume, self.progress = resume, progress
+        self.folder, self.progress = None if resume is None else Path(resume), progress
+        self.digest = model.digest()
         # Precision is not accelerate's business: it fixes one for the life of the process.
         try:
             self.accelerator: Any = accelerate.Accelerator(
                 log_with=immunizer.log_with,
-                project_dir=None if out is None else str(out),
+                project_dir=None if resume is None else str(resume),
             )
         except ValueError as error:
             raise ValueError(
                 f"{immunizer.method}: log_with must name a tracker that accelerate knows, with a "
-                f"folder in out if it writes files, got {immunizer.log_with!r}: {error}"
+                f"folder in resume if it writes files, got {immunizer.log_with!r}: {error}"
             ) from None
         if immunizer.log_with is not None and not self.accelerator.log_with:
             # accelerate leaves out what it cannot import, and says so in its debug log alone.
@@ -374,6 +256,8 @@ class Run:
         model.pipeline.to(self.accelerator.device)
         for part in (model.unet, model.vae, *model.text_encoders):
             part.requires_grad_(False).eval()
+        # Left on by the caller, it would compute blocks anew with the denoiser's own parameters.
+        model.unet.disable_gradient_checkpointing()
         if immunizer.gradient_checkpointing:
             _checkpoint_blocks(model.unet)
             # Older versions checkpoint in training mode only; there is no dropout in these models.
@@ -388,18 +272,9 @@ class Run:
         self.inner_losses: list[float] = []
         self.memory: Parameters = {}
 
-    def _in_float32(self) -> None:
-        """Hold the moved parameters in float32: steps in half precision would be lost."""
-        for name, parameter in self.moved.items():
-            if parameter.dtype in (torch.float16, torch.bfloat16):
-                owner, _, last = name.rpartition(".")
-                module = self.model.unet.get_submodule(owner)
-                setattr(module, last, nn.Parameter(parameter.float(), requires_grad=False))
-                self.moved[name] = getattr(module, last)
-
     def _pool(self, concept: Concept) -> ConceptPool:
         prompts: Sequence[str] = concept.prompts[: self.settings.prompts]
-        return ConceptPool(self.model, concept, concept.images("immunize"), prompts)
+        return ConceptPool(self.model, concept.images("immunize"), prompts)
 
     def _merge(self) -> ConceptMerge:
         settings: Any = self.settings
@@ -475,28 +350,28 @@ class Run:
             self.model.unet.disable_gradient_checkpointing()
         self.model.unet.eval()
         return ImmunizedPipeline(
-            self.model, self.settings.method, self.config(), state.history, peak_memory
+            self.model,
+            self.settings.method,
+            self.config(),
+            state.history,
+            peak_memory,
+            tuple(state.warnings),
         )
 
     def _start(self, leaves: Parameters, optimizer: torch.optim.Adam) -> LoopState:
         state = LoopState(0, math.inf, {n: p.detach().clone() for n, p in leaves.items()}, [])
-        if self.out is not None and self.resume:
-            state = load_state(self.out, self._identity(), leaves, optimizer) or state
+        if self.folder is not None:
+            found = load_state(
+                self.folder, self._identity, leaves, optimizer, steps=self.settings.steps
+            )
+            state = found or state
         self.memory = state.memory
         return state
 
-    def _identity(self) -> dict[str, Any]:
-        """What a checkpoint must agree with: all but the number of steps."""
-        return {
-            "method": self.settings.method,
-            "model": self._digest,
-            **{name: value for name, value in self.config().items() if name != "steps"},
-        }
-
     @cached_property
-    def _digest(self) -> str:
-        """Digest of the weights that the run starts from."""
-        return tensor_digest(self.moved.items())[:16]
+    def _identity(self) -> dict[str, Any]:
+        """What a checkpoint must agree with: all that decides what a step computes."""
+        return run_identity(self.settings, self.digest, self.concepts)
 
     def _step(self, leaves: Parameters, optimizer: torch.optim.Adam, state: LoopState) -> None:
         settings, step = self.settings, state.step
@@ -570,7 +445,8 @@ class Run:
         """The objective on draws that are always the same; the best parameters are kept."""
         inner = list(self.inner_losses)
         here = {name: leaf.detach().clone().requires_grad_() for name, leaf in leaves.items()}
-        objective, _ = self._objective(here, _PROBE_STEP, 0)
+        with self._reported(state):
+            objective, _ = self._objective(here, _PROBE_STEP, 0)
         self.inner_losses[:] = inner
         # The mean over processes, so that all of them keep the same iterate.
         value = float(self.accelerator.reduce(objective.detach(), reduction="mean"))
@@ -579,9 +455,30 @@ class Run:
             state.best_objective = value
             state.best = {n: p.detach().clone() for n, p in leaves.items()}
 
+    @contextmanager
+    def _reported(self, state: LoopState) -> Iterator[None]:
+        """Look at the merge in the block: how far it moves each layer, and what that means."""
+        if self.merge is None:
+            yield
+            return
+        self.merge.reports = []
+        try:
+            yield
+            for report in self.merge.reports:
+                change = max(report.relative_change)
+                # Of all probes, what is said of the merge that moved the layers farthest is kept.
+                worst = max(record.get("merge_change", -1.0) for record in state.history)
+                state.history[-1]["merge_change"] = change
+                if report.warnings and change > worst:
+                    state.warnings = [
+                        f"merge at step {state.step}: {text}" for text in report.warnings
+                    ]
+        finally:
+            self.merge.reports = None
+
     def _save(self, leaves: Parameters, optimizer: torch.optim.Adam, state: LoopState) -> None:
-        if self.out is not None and self.accelerator.is_main_process:
-            save_state(self.out, self._identity(), leaves, optimizer, state)
+        if self.folder is not None and self.accelerator.is_main_process:
+            save_state(self.folder, self._identity, leaves, optimizer, state)
 
     def _share_gradients(self, leaves: Parameters) -> None:
         """Average gradients over processes, so that all of them make the same step."""
@@ -614,16 +511,32 @@ class Run:
         self, what: str, leaves: Parameters, optimizer: torch.optim.Adam, state: LoopState
     ) -> ImmunizationError:
         where = ""
-        if self.out is not None:
+        if self.folder is not None:
             intact = all(bool(leaf.detach().isfinite().all()) for leaf in leaves.values())
             if state.step > 0 and intact and self.settings.resumable_after_failure():
                 self._save(leaves, optimizer, state)
-            where = f"; the last checkpoint is in {self.out}"
+            where = f"; the last checkpoint is in {self.folder}"
         return ImmunizationError(
             f"{self.settings.method}: {what} in step {state.step + 1}; the model is unchanged"
             f"{where}; lower learning_rate or inner_rate",
             self._result(state),
         )
+
+
+# What does not decide the outcome of a step: how long a run is, and what it leaves on the way.
+_FREE = ("steps", "checkpoint_every", "log_with")
+
+
+def run_identity(settings: Any, model: str, problem: ConceptSet) -> dict[str, Any]:
+    """What decides what each step of a run computes, as plain values.
+
+    Args:
+        settings: The method.
+        model: Digest of the model.
+        problem: The concepts.
+    """
+    found = {name: value for name, value in asdict(settings).items() if name not in _FREE}
+    return {"method": settings.method, "model": model, "concepts": problem.digest(), **found}
 
 
 def _checkpoint_blocks(unet: Any) -> None:

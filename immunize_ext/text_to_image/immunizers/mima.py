@@ -19,13 +19,14 @@ from typing import ClassVar
 
 import torch
 
-from immunize_ext.text_to_image.immunizers.adapting import AdaptingImmunizer
+from immunize_ext.text_to_image.immunizers.bilevel import BilevelImmunizer
+from immunize_ext.text_to_image.immunizers.concept_merge import check_merge
 from immunize_ext.text_to_image.immunizers.loop import Run
 from immunize_ext.text_to_image.immunizers.parameters import Parameters
 
 
 @dataclass(frozen=True, kw_only=True)
-class MIMA(AdaptingImmunizer):
+class MIMA(BilevelImmunizer):
     r"""Multi-concept immunization through differentiable merging.
 
     .. math:: \theta^k = \theta^{k-1} + \beta \nabla_\theta \sum_n L(x^u_n, c_n; \theta'), \qquad
@@ -53,11 +54,18 @@ class MIMA(AdaptingImmunizer):
 
     method: ClassVar[str] = "mima"
 
+    label: ClassVar[str] = "MIMA"
+
     published: ClassVar[str] = "algorithm1"
 
     ridge: float = 1e-4
     merge_prompts: int = 2
     variant: str = "algorithm1"
+
+    def __post_init__(self) -> None:
+        """Refuse settings out of range."""
+        super().__post_init__()
+        check_merge(self.method, self.ridge, self.merge_prompts)
 
     def needs_merge(self) -> bool:
         """Always."""

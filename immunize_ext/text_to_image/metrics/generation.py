@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 
@@ -16,6 +17,22 @@ Measure = Callable[[Tensor, Concept], float]
 
 
 """How well images in [0, 1], shape ``(b, c, h, w)``, show a concept; higher is better."""
+
+
+def measure_identity(measure: Measure) -> str:
+    """What a measure is, so that scores of different ones are not taken for each other.
+
+    Objects say it by an ``identity()`` of their own; others are known by their names.
+
+    Example:
+        >>> measure_identity(measure_identity)
+        'immunize_ext.text_to_image.metrics.generation.measure_identity'
+    """
+    own = getattr(measure, "identity", None)
+    if own is not None:
+        return str(own())
+    kind = measure if hasattr(measure, "__qualname__") else type(measure)
+    return f"{kind.__module__}.{kind.__qualname__}"
 
 
 # ``generate`` starts image i from seed + i, so seeds of runs have to lie further apart.
@@ -39,10 +56,14 @@ class Sampling:
     seed: int = 0
 
     def __post_init__(self) -> None:
-        """Refuse numbers below 1."""
+        """Refuse numbers out of range."""
         if self.images < 1 or self.steps < 1:
             raise ValueError(
                 f"Sampling: images and steps must be at least 1, got {self.images}, {self.steps}"
+            )
+        if not (math.isfinite(self.guidance) and self.guidance >= 0.0):
+            raise ValueError(
+                f"Sampling: guidance must be finite and at least 0, got {self.guidance}"
             )
 
     def for_seed(self, seed: int) -> Sampling:

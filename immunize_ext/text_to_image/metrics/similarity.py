@@ -14,15 +14,17 @@ import json
 import os
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any, Literal, Protocol
+from typing import Any, ClassVar, Literal, Protocol
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
 from immunize_ext._extras import require_extra
+from immunize_ext.storage import digest
 from immunize_ext.text_to_image.concepts import Concept
 from immunize_ext.text_to_image.digits.judge import DigitJudge
+from immunize_ext.text_to_image.pipeline_folder import refuse_code
 
 Pairs = Literal["all", "matched"]
 
@@ -41,6 +43,9 @@ _IMAGENET_MEAN: Triple = (0.485, 0.456, 0.406)
 
 
 _IMAGENET_STD: Triple = (0.229, 0.224, 0.225)
+
+
+_SAFELY = {"local_files_only": True, "use_safetensors": True, "trust_remote_code": False}
 
 
 # Bicubic resizing and rounding overshoot the range a little; a wrong range overshoots it a lot.
@@ -132,10 +137,17 @@ def _plain_settings(folder: str | os.PathLike[str]) -> dict[str, Any]:
 
 
 def _local(function: str, folder: str | os.PathLike[str]) -> str:
+    """A folder of weights and settings alone."""
     if not (Path(folder) / "config.json").is_file():
         raise FileNotFoundError(
             f"{function}: path must be a folder with a model (config.json), got "
             f"{os.fspath(folder)}; nothing is downloaded"
+        )
+    refuse_code(function, Path(folder))
+    if not any(Path(folder).glob("*.safetensors")):
+        raise ValueError(
+            f"{function}: path must hold safetensors files, got none in {os.fspath(folder)}; "
+            "pickled weights are not read: save the model with safe_serialization=True"
         )
     return os.fspath(folder)
 
@@ -159,9 +171,21 @@ class _Features:
         self.model = model.eval()
         self.size, self.mean, self.std = _image_size(model, size), mean, std
         self.batch_size = batch_size
+        self._source: tuple[str, dict[str, Any]] | None = None
 
     def _forward(self, pixels: Tensor) -> Tensor:
         raise NotImplementedError
+
+    def identity(self) -> str:
+        """Of the model and the input it is given."""
+        return f"{self._name} {digest(self.model, self.size, self.mean, self.std)}"
+
+    def __reduce__(self) -> Any:
+        """Another process reads the folder that the model came from, if it came from one."""
+        if self._source is None:
+            return super().__reduce__()
+        folder, settings = self._source
+        return _from_folder, (type(self), folder, settings)
 
     def features(self, images: Tensor, argument: str = "images") -> Tensor:
         """Features of images in [0, 1], shape ``(b, f)``, on the model's device."""
@@ -190,6 +214,10 @@ class _Features:
         """
         sides = self.features(images), self.features(references, "references")
         return _cosine(f"{self._name}.image_image", *sides, pairs)
+
+
+def _from_folder(kind: Any, folder: str, settings: dict[str, Any]) -> Any:
+    return kind.from_pretrained(folder, **settings)
 
 
 class ClipSimilarity(_Features):
@@ -232,13 +260,16 @@ class ClipSimilarity(_Features):
 
         Raises:
             FileNotFoundError: If there is no model in the folder.
+            ValueError: If it asks for code, or its weights are pickled.
             MissingExtraError: If transformers is not installed.
         """
         folder = _local("ClipSimilarity.from_pretrained", path)
         transformers = require_extra("transformers", extra="diffusion", purpose="CLIP similarity")
-        model = transformers.CLIPModel.from_pretrained(folder, local_files_only=True)
+        model = transformers.CLIPModel.from_pretrained(folder, **_SAFELY)
         tokenizer = transformers.AutoTokenizer.from_pretrained(folder, local_files_only=True)
-        return cls(model, tokenizer, **(_plain_settings(folder) | settings))
+        made = cls(model, tokenizer, **(_plain_settings(folder) | settings))
+        made._source = (os.path.abspath(folder), settings)
+        return made
 
     def _forward(self, pixels: Tensor) -> Tensor:
         return _pooled(self.model.get_image_features(pixel_values=pixels))  # type: ignore[operator]
@@ -317,12 +348,15 @@ class DinoSimilarity(_Features):
 
         Raises:
             FileNotFoundError: If there is no model in the folder.
+            ValueError: If it asks for code, or its weights are pickled.
             MissingExtraError: If transformers is not installed.
         """
         folder = _local("DinoSimilarity.from_pretrained", path)
         transformers = require_extra("transformers", extra="diffusion", purpose="DINO similarity")
-        model = transformers.AutoModel.from_pretrained(folder, local_files_only=True)
-        return cls(model, **(_plain_settings(folder) | settings))
+        model = transformers.AutoModel.from_pretrained(folder, **_SAFELY)
+        made = cls(model, **(_plain_settings(folder) | settings))
+        made._source = (os.path.abspath(folder), settings)
+        return made
 
     def _forward(self, pixels: Tensor) -> Tensor:
         output: Tensor = self.model(pixel_values=pixels).last_hidden_state[:, 0]
@@ -440,6 +474,8 @@ class JudgedAccuracy:
         True
     """
 
+    is_share: ClassVar[bool] = True
+
     def __init__(self, judge: Judge | None = None) -> None:
         self._own = judge is None
         self.judge: Judge = DigitJudge() if judge is None else judge
@@ -461,6 +497,10 @@ class JudgedAccuracy:
         """Another process fits the judge of the digits anew, which is exact and takes no time."""
         return (JudgedAccuracy, () if self._own else (self.judge,))
 
+    def identity(self) -> str:
+        """Of the judge."""
+        return f"judged by {_identity_of(self.judge)}"
+
 
 class ReferenceSimilarity:
     """Mean similarity of images to the concept's own images.
@@ -480,6 +520,10 @@ class ReferenceSimilarity:
         """The mean over all pairs."""
         return self.similarity(images, (concept.images(self.split) + 1.0) / 2.0)
 
+    def identity(self) -> str:
+        """Of the similarity and of what is compared with."""
+        return f"{_identity_of(self.similarity)} to {self.split}"
+
 
 class PromptSimilarity:
     """Mean CLIP similarity of images to the concept's first prompt.
@@ -494,3 +538,16 @@ class PromptSimilarity:
     def __call__(self, images: Tensor, concept: Concept) -> float:
         """The mean."""
         return self.clip.image_text(images, [concept.prompts[0]])
+
+    def identity(self) -> str:
+        """Of the model."""
+        return f"{self.clip.identity()} to the prompt"
+
+
+def _identity_of(part: Any) -> str:
+    """Of a bound method by its object, and of an object by its own word or its kind."""
+    owner = getattr(part, "__self__", part)
+    own = getattr(owner, "identity", None)
+    kind = part if hasattr(part, "__qualname__") else type(part)
+    name = f"{kind.__module__}.{kind.__qualname__}"
+    return name if own is None else f"{name} {own()}"

@@ -17,7 +17,7 @@ ALTERNATING = "alternating"
 
 
 @dataclass(frozen=True, kw_only=True)
-class AdaptingImmunizer(Immunizer):
+class BilevelImmunizer(Immunizer):
     """An outer loop around steps of adaptation.
 
     Attributes:
