@@ -133,6 +133,7 @@ def spectrum(role: str, values: Mapping[str, list[float]]) -> Draw:
                 label=f"{label}, κ = {number(kappa)}",
             )
         axes.set_yscale("log")
+        axes.yaxis.set_major_formatter(_tick)
         axes.set_xlabel("eigenvalue, from the largest")
         axes.set_ylabel("relative to the largest")
         _legend(axes)

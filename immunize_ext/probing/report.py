@@ -295,11 +295,13 @@ def _choices(results: Results, found: Mapping[str, Mapping[str, Attacked]]) -> l
         choice = Slowdown(real(case["slowdown_of_a_free_choice"]), case["is_lower_bound"])
         return f"{times(choice)} the steps"
 
-    least = found["harmful"][some["least_slowed"]].slowdown
+    least = _least(one for one in found["harmful"].values() if one.attacker.sees_theta)
+    if least is None:
+        return []
     return [
-        f"Of those who train step by step, {label(some['least_slowed'])} is slowed least: "
-        f"{times(least)}. A free choice among them (the fastest without immunization against the "
-        f"fastest with it) costs {cost(some)}.",
+        f"Of those who train step by step, {least.attacker.label.lower()} is slowed least: "
+        f"{times(least.slowdown)}. A free choice among them (the fastest without immunization "
+        f"against the fastest with it) costs {cost(some)}.",
         f"Over all attackers measured, a free choice costs {cost(every)}: "
         f"{label(every['fastest_with'])}.",
     ]
@@ -362,8 +364,7 @@ def _more_rows(results: Results) -> list[list[str]]:
         rows.append(
             [
                 f"Slow-down on the training loss from the spectrum alone, {_TASKS[role]}",
-                f"gradient descent {number(ratios['gradient_descent'])}×",
-                f"conjugate gradients {number(ratios['conjugate_gradients'])}×",
+                *(f"{name.replace('_', ' ')} {number(r)}×" for name, r in ratios.items()),
             ]
         )
     for role, degradation in results.get("rfd", {}).items():
