@@ -16,16 +16,13 @@ from page_parser import ParsedPage
 from saved_results import saved
 
 from immunize_ext import report
-from immunize_ext.probing.attacks import AttackComparison
-from immunize_ext.probing.data import Task
-from immunize_ext.probing.evaluation import Evaluation, evaluate
-from immunize_ext.probing.immunizers import ClosedFormImmunizer, ConditionNumberImmunizer
-from immunize_ext.probing.metrics import RelativeImmunizationRatio
-from immunize_ext.probing.plots import curves_of, log_spaced_steps, spectrum_of
+from immunize_ext.probing.data import Problem, Task
+from immunize_ext.probing.evaluation import evaluate
+from immunize_ext.probing.immunizers import ClosedFormImmunizer
 from immunize_ext.probing.report import attack_summary, describe_attack, headline, summary, verdict
 from immunize_ext.probing.results import Attacked, AttackerInfo
 from immunize_ext.quantities import Slowdown
-from immunize_ext.storage import check_target, run_directory, to_json
+from immunize_ext.storage import check_target, environment, run_directory, to_json
 
 
 def task(seed: int, *, labels: bool = True, n: int = 80, p: int = 5) -> Task:
@@ -39,102 +36,18 @@ def task(seed: int, *, labels: bool = True, n: int = 80, p: int = 5) -> Task:
     return Task(f"task <{seed}> & more", x[:50], y[:50], x[50:], y[50:])
 
 
-@pytest.fixture(scope="module")
-def evaluation() -> Evaluation:
-    primary, harmful = task(1), task(2)
-    immunized = ClosedFormImmunizer(strength=10.0).fit(primary, harmful)
-    return evaluate(immunized, primary, harmful, base_budget=200, limit=16.0)
-
-
-def replaced(evaluation: Evaluation, **slowdowns: Slowdown) -> Evaluation:
-    """The same evaluation with other slow-downs of gradient descent, by role."""
-    comparisons = {role: dict(found) for role, found in evaluation.comparisons.items()}
-    for role, slowdown in slowdowns.items():
-        old = comparisons[role]["gradient_descent"]
-        comparisons[role]["gradient_descent"] = AttackComparison(
-            **{**vars(old), "slowdown": slowdown}
-        )
-    return Evaluation(**{**vars(evaluation), "comparisons": comparisons})
-
-
-# --- measurements -------------------------------------------------------------------------------
-
-
-def test_results_hold_what_a_report_needs(evaluation: Evaluation) -> None:
-    results = evaluation.results()
-    assert results["method"] == "closed_form"
-    assert set(results["rir"]) == {"official", "ridge", "rank_aware"}
-    assert results["rir"]["ridge"] == pytest.approx(results["i"] / results["ii"])
-    assert results["ceiling"] == pytest.approx(results["rir"]["ridge"], rel=1e-6)
-    assert results["share_of_ceiling"] == pytest.approx(1.0, rel=1e-6)
-    for role in ("harmful", "primary"):
-        assert results["slowdown"][role]["whitened"] == 1.0
-        assert results["slowdown"][role]["closed_form_ridge"] == 1.0
-    assert results["config"]["strength"] == 10.0
-    assert {"torch", "compiled_operators", "python"} <= set(results["environment"])
-
-
-def test_evaluation_on_each_device(device: torch.device) -> None:
-    primary, harmful = task(1).to(device), task(2).to(device)
-    for immunizer in (
-        ClosedFormImmunizer(strength=10.0),
-        ConditionNumberImmunizer(steps=3, preconditioner="explicit"),
-    ):
-        immunized = immunizer.fit(primary, harmful)
-        assert immunized.theta.device.type == device.type
-        found = evaluate(immunized, primary, harmful, base_budget=50, limit=2.0)
-        assert found.results()["environment"]["device"].startswith(device.type)
-        assert found.comparisons["harmful"]["whitened"].slowdown == (1.0, False)
-
-
-def test_metrics_rows_follow_the_curves(evaluation: Evaluation) -> None:
-    rows = evaluation.metrics()
-    assert [row["step"] for row in rows if row["kind"] == "immunize"] == [0.0, 1.0]
-    curve = evaluation.comparisons["harmful"]["gradient_descent"].immunized
-    mine = [
-        row
-        for row in rows
-        if row["kind"] == "attack"
-        and (row["role"], row["attacker"], row["immunized"])
-        == ("harmful", "gradient_descent", True)
-    ]
-    assert mine[0]["step"] == 0
-    assert mine[-1]["step"] == curve.steps
-    for row in mine:
-        assert row["test_loss"] == float(curve.test_loss[row["step"]])
-
-
-def test_warnings_name_what_is_wrong(evaluation: Evaluation) -> None:
-    same = replaced(evaluation, harmful=Slowdown(1.0, False))
-    assert any("does not work" in text for text in same.warnings())
-    costly = replaced(evaluation, primary=Slowdown(3.0, False))
-    assert any("primary task is slowed as well (3.0x" in text for text in costly.warnings())
-    few = evaluation.tasks["harmful"]
-    short = Task(few.name, few.x_train[:3], few.y_train[:3], few.x_test, few.y_test)
-    scarce = Evaluation(
-        **{
-            **vars(evaluation),
-            "tasks": {**evaluation.tasks, "harmful": short},
-            "ceiling_growth": 50.0,
-        }
+def measured(*, labels: bool = True) -> dict[str, Any]:
+    """Results of a run, as they stand in a file."""
+    problem = Problem.of(task(1, labels=labels), task(2, labels=labels))
+    immunized = ClosedFormImmunizer(strength=10.0).fit(None, problem)
+    found = evaluate(
+        immunized, problem.primary, problem.harmful[0], base_budget=200, limit=16.0
+    ).to_dict()
+    more = {"kind": "kappa", "method": "closed-form", "config": immunized.config}
+    results: dict[str, Any] = json.loads(
+        json.dumps(to_json({**found, **more, "environment": environment()}))
     )
-    assert any("fewer training samples (3) than features (5)" in t for t in scarce.warnings())
-    assert any("grows 50 times" in text for text in scarce.warnings())
-
-
-def test_warning_when_rir_is_high_for_the_wrong_reason(evaluation: Evaluation) -> None:
-    # kappa_H fell by e, kappa_P by e^3: RIR is e^2.
-    ratio = RelativeImmunizationRatio("ridge", 1e-2, 2.0, 3.0, 1.0, 4.0, 5, 5, 5, 5)
-    easier = Evaluation(**{**vars(evaluation), "rir": {**evaluation.rir, "ridge": ratio}})
-    assert any("although RIR is 7.39" in text for text in easier.warnings())
-
-
-def test_log_spaced_steps() -> None:
-    assert log_spaced_steps(0, 5) == [0]
-    steps = log_spaced_steps(1000, 20)
-    assert steps[0] == 0
-    assert steps[-1] == 1000
-    assert steps == sorted(set(steps))
+    return results
 
 
 # --- words --------------------------------------------------------------------------------------
@@ -316,47 +229,22 @@ def test_further_attacks_in_plain_text() -> None:
     assert "1 step: test loss 0.25, 0.125 without" in told
 
 
-# --- what results hold for the plots ------------------------------------------------------------
+# --- a run from end to end ------------------------------------------------------------------------
 
 
-def test_curves_are_thinned_and_keep_what_sentences_quote(evaluation: Evaluation) -> None:
-    comparison = evaluation.comparisons["harmful"]["gradient_descent"]
-    curves = curves_of(comparison, accuracy=True)
-    for side, curve in (("without", comparison.base), ("with", comparison.immunized)):
-        steps = curves[side]["steps"]
-        assert steps == sorted(set(steps))
-        assert {0, 1, 10, comparison.base_steps, curve.steps} <= {*steps}
-        assert len(steps) <= 130
-        for key in ("test_loss", "test_accuracy"):
-            expected = getattr(curve, key)[steps].tolist()
-            assert curves[side][key] == pytest.approx(expected, rel=1e-5)
-    assert "test_accuracy" not in curves_of(comparison, accuracy=False)["with"]
-
-
-def test_spectra_are_thinned() -> None:
-    before = torch.linspace(2.0, 1.0, 1000)
-    found = spectrum_of(before, 2.0 * before)
-    assert len(found["places"]) == len(found["before"]) == len(found["after"]) <= 256
-    assert (found["places"][0], found["places"][-1]) == (1, 1000)
-    assert (found["before"][0], found["after"][-1]) == (2.0, 2.0)
-
-
-def test_a_run_is_drawn_from_what_was_measured(evaluation: Evaluation) -> None:
-    results = {"kind": "kappa", **json.loads(json.dumps(to_json(evaluation.results())))}
-    page = ParsedPage(report.render(results))
+def test_a_run_is_drawn_from_what_was_measured() -> None:
+    page = ParsedPage(report.render(measured()))
     page.check()
     assert "task <2> & more" in page.text  # escaped once, not twice
     assert "Right answers while the attack runs" in page.text
 
 
 def test_regression_has_no_accuracy_plot() -> None:
-    primary, harmful = task(1, labels=False), task(2, labels=False)
-    immunized = ClosedFormImmunizer(strength=5.0).fit(primary, harmful)
-    found = evaluate(immunized, primary, harmful, base_budget=100, limit=4.0)
-    page = report.page.page_of({"kind": "kappa", **found.results()})
+    results = measured(labels=False)
+    page = report.page.page_of(results)
     assert page.panels["accuracy"] == []
     assert page.panels["convergence"]
-    assert "Right answers" not in report.render({"kind": "kappa", **found.results()})
+    assert "Right answers" not in report.render(results)
 
 
 # --- run directories ----------------------------------------------------------------------------
