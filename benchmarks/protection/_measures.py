@@ -35,14 +35,26 @@ PAPER_HOUSE = {
 PAPER_MNIST = {"R_ill only": 1.93, "IMMA": 1.77, "Opt kappa": 69.73, "Ours (theirs)": 70.04}
 
 
-def ratios(primary: Tensor, harmful: Tensor, theta: Tensor) -> dict[str, Any]:
-    """RIR with its parts under the three rank policies, and the share of the ceiling."""
+def ratios(
+    primary: Tensor, harmful: Tensor, theta: Tensor, bias: Tensor | None = None
+) -> dict[str, Any]:
+    """RIR with its parts under the three rank policies, and the share of the ceiling.
+
+    A bias is a row of theta under one more input, which is 1, and 0 for the extractor before. With
+    the ridge, whose ceiling is one of linear extractors, it is left out.
+    """
     found: dict[str, Any] = {}
     for policy in ("official", "rank_aware", "ridge"):
+        inputs, extractors = [primary, harmful], [theta, torch.eye(len(theta), dtype=theta.dtype)]
+        if bias is not None and policy != "ridge":
+            inputs = [torch.cat([x, torch.ones_like(x[:, :1])], dim=1) for x in inputs]
+            rows = bias, torch.zeros_like(bias)
+            extractors = [
+                torch.cat([t, row[None]]) for t, row in zip(extractors, rows, strict=True)
+            ]
         ratio = relative_immunization_ratio(
-            primary,
-            harmful,
-            theta,
+            *inputs,
+            *extractors,
             policy=policy,  # type: ignore[arg-type]
             ridge=RIDGE,
         )

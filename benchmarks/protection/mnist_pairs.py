@@ -233,9 +233,7 @@ def speed(tasks: dict[int, Task], pair: tuple[int, int], iterations: int) -> dic
         started = time.process_time()
         immunizer.fit(None, Problem.of(part(primary), part(harmful)))
         seconds.append(time.process_time() - started)
-    steps = RELEASED.epochs * math.ceil(
-        min(len(task.x_train) for task in (primary, harmful)) / size
-    )
+    steps = RELEASED.epochs * (min(len(task.x_train) for task in (primary, harmful)) // size)
     per_iteration = published.seconds / published.iterations
     # The difference of two runs leaves out what is done once: records that look at all data.
     ours_per_iteration = (seconds[1] - seconds[0]) / iterations

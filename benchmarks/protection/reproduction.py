@@ -280,11 +280,15 @@ def effects(files: Mapping[str, Any]) -> list[str]:
         (
             "mini-batch Gram matrices instead of full data",
             f"full data in each step: RIR {rir('full data in each step')} after as many epochs, "
-            f"{rir('full data, as many steps')} after as many steps, {base} with batches of 64",
+            f"{rir('full data, as many steps')} after as many steps, {base} with batches of 64. "
+            "The released loader leaves out what does not fill a batch; kept, those 8 rows give "
+            f"{rir('the ragged batch kept')}",
         ),
         (
             "random start with bias; RIR is measured against the identity",
-            f"start at the identity: RIR {rir('start at the identity, no bias')} instead of {base}",
+            f"start at the identity: RIR {rir('start at the identity, no bias')} instead of {base}; "
+            "the metric sees the layer's output with its bias, without it "
+            f"{rir('the bias left out of the metric')}",
         ),
         (
             "10 epochs and Adam instead of 100 epochs of gradient descent",

@@ -47,7 +47,7 @@ from immunize_ext.probing.metrics import (
 from immunize_ext.quantities import Slowdown
 from immunize_ext.seams import Attack, Progress
 
-ROLES = ("harmful", "primary")
+ROLES: tuple[Literal["harmful", "primary"], ...] = ("harmful", "primary")
 
 
 POLICIES: tuple[Literal["official", "ridge", "rank_aware"], ...] = (
@@ -496,8 +496,9 @@ def _about_rates(found: Mapping[str, Any], attacks: Mapping[str, Attack[Any, Any
             rates = [facts.get(f"learning_rate_{side}") for side in ("without", "with")]
             best = next((rate for rate in rates if rate in edges), None)
             if best is not None:
+                label = found["attackers"][name]["label"]
                 sentences.append(
-                    f"{found['attackers'][name]['label']} on the {role} task does best at {best:g}, "
+                    f"{label} on the {role} task does best at {best:g}, "
                     "the end of the learning rates tried: it may be faster still beyond."
                 )
     return sentences

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import re
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -13,9 +14,10 @@ import pytest
 import torch
 
 from immunize_ext.cli import main
-from immunize_ext.probing.immunizers import Immunized
-from immunize_ext.probing.tmp_methods import METHODS
-from immunize_ext.storage import KINDS
+from immunize_ext.probing import run as probing
+from immunize_ext.probing.evaluation import Evaluation
+from immunize_ext.probing.immunizers import METHODS, Immunized, knob_of
+from immunize_ext.storage import KINDS, to_json
 
 pytest.importorskip("sklearn")
 pytest.importorskip("matplotlib")
@@ -45,7 +47,7 @@ def tasks_of(features: Path) -> list[str]:
 @pytest.fixture(scope="module")
 def finished(features: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     target = tmp_path_factory.mktemp("runs") / "one"
-    arguments = ["kappa", *tasks_of(features), "--out", str(target), "--c", "10", "--quiet"]
+    arguments = ["kappa", *tasks_of(features), "--out", str(target), "--strength", "10", "--quiet"]
     assert main([*arguments, *QUICK]) == 0
     return target
 
@@ -69,6 +71,11 @@ def test_run_directory_holds_what_the_kind_promises(finished: Path) -> None:
     for role in ("harmful", "primary"):
         assert results["slowdown"][role]["whitened"] == 1.0
         assert results["slowdown"][role]["closed_form_ridge"] == 1.0
+    assert results["schema"] == 2
+    assert results["attackers"]["whitened"] == {
+        "label": "Whitens the features first",
+        "sees_theta": False,
+    }
     for key in (
         "ceiling",
         "environment",
@@ -80,9 +87,10 @@ def test_run_directory_holds_what_the_kind_promises(finished: Path) -> None:
         "rfd",
         "grouped_rir",
         "spectral_slowdown",
+        "spectra",
     ):
         assert results[key]
-    assert set(results["seconds"]) == {"load", "immunize", "attack", "measure", "total"}
+    assert set(results["seconds"]) == {"load", "immunize", "measure", "compare", "total"}
     assert results["worst_case"]["harmful"]["all_attackers"]["slowdown_of_a_free_choice"] <= 1.0
 
 
@@ -97,21 +105,125 @@ def test_theta_and_page_are_there(finished: Path) -> None:
 
 @pytest.mark.parametrize("method", [name for name in METHODS if name != "closed-form"])
 def test_every_method_runs(method: str, features: Path, tmp_path: Path) -> None:
-    more = ["--steps", "3"] if METHODS[method].knob != "c" else []
+    own = METHODS.all_settings()
+    more = ["--steps", "3"] if method in own["steps"] else []
+    more += ["--epochs", "3"] if method in own["epochs"] else []
+    more += ["--keep", "last"] if method in own["keep"] else []
     arguments = ["kappa", *tasks_of(features), "--method", method, *more, *QUICK, "--quiet"]
     assert main([*arguments, "--out", str(tmp_path / "run")]) == 0
-    assert results_of(tmp_path / "run")["method"] == method
+    results = results_of(tmp_path / "run")
+    assert results["method"] == method
+    knob = knob_of(METHODS[method])
+    assert (results["knob"] or {}).get("name") == knob
 
 
 def test_mini_batches_and_several_harms(features: Path, tmp_path: Path) -> None:
-    batches = ["--method", "condition-number", "--batch", "16", "--steps", "2"]
+    batches = ["--method", "mini-batch", "--batch-size", "16", "--epochs", "2"]
     run = ["kappa", "--data", str(features), "--primary", "0:1", *QUICK, "--quiet"]
     assert main([*run, "--harmful", "0:2", *batches, "--out", str(tmp_path / "a")]) == 0
-    assert results_of(tmp_path / "a")["method_label"] == "condition-number, batches of 16"
+    assert results_of(tmp_path / "a")["method_label"] == "mini-batch, batches of 16"
     several = ["--harmful", "0:2", "1:2", "--method", "several-harms"]
     assert main([*run, *several, "--out", str(tmp_path / "b")]) == 0
     listed = results_of(tmp_path / "b")["harmful_tasks"]
     assert [task["name"] for task in listed] == ["features, 0:2", "features, 1:2"]
+
+
+def test_results_are_exactly_what_python_gives_and_read_back(
+    features: Path, tmp_path: Path
+) -> None:
+    settings = probing.RunSettings(
+        data=str(features),
+        primary="0:1",
+        harmful=("0:2",),
+        settings={"strength": 10.0},
+        compare=("whitening",),
+        base_budget=50,
+        limit=4.0,
+    )
+    found = probing.run(settings, tmp_path / "run")
+    results = json.loads(json.dumps(to_json(found.results())))
+    assert results == results_of(tmp_path / "run")
+    assert Evaluation.from_dict(results) == found.evaluation
+    assert [row["name"] for row in results["alternatives"]] == ["whitening"]
+    assert found.summary().splitlines()[0] in (tmp_path / "run" / "report.html").read_text()
+    rows = [json.loads(r) for r in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]
+    curve = results["attacks"]["harmful"]["gradient_descent"]["curves"]["with"]
+    mine = [
+        (row["step"], row["test_loss"])
+        for row in rows
+        if row["kind"] == "attack"
+        and row["immunized"]
+        and (row["role"], row["attacker"]) == ("harmful", "gradient_descent")
+    ]
+    assert mine == list(zip(curve["steps"], curve["test_loss"], strict=True))
+    assert not list(tmp_path.glob(".*"))  # no work folder is left
+
+
+def test_a_run_that_was_cut_off_goes_on(
+    features: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    settings = probing.RunSettings(
+        data=str(features),
+        primary="0:1",
+        harmful=("0:2",),
+        method="multiplicative",
+        settings={"steps": 40},
+        base_budget=50,
+        limit=4.0,
+    )
+    whole = probing.run(settings)
+
+    def cut_off(text: str, share: float) -> None:
+        if "step 21" in text:
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        probing.run(settings, tmp_path / "run", progress=cut_off)
+    assert not (tmp_path / "run").exists()
+    texts: list[str] = []
+    resumed = probing.run(
+        settings, tmp_path / "run", progress=lambda text, share: texts.append(text)
+    )
+    assert any("step 39" in text for text in texts)
+    assert not any("step 3 " in text for text in texts)
+    assert torch.equal(resumed.immunized.theta, whole.immunized.theta)
+    with pytest.raises(KeyboardInterrupt):
+        probing.run(settings, tmp_path / "other", progress=cut_off)
+    other = replace(settings, settings={"steps": 40, "eta_harmful": 0.2})
+    with pytest.raises(ValueError, match="same settings, model and problem, got another's"):
+        probing.run(other, tmp_path / "other")
+
+
+def test_the_kind_of_each_task_is_said_before_the_run(
+    features: Path, capsys: pytest.CaptureFixture[str], tmp_path: Path
+) -> None:
+    arguments = ["kappa", "--primary", "4", "--harmful", "9", *QUICK]
+    assert main([*arguments, "--out", str(tmp_path / "run")]) == 0
+    lines = capsys.readouterr().err.splitlines()
+    said = [i for i, line in enumerate(lines) if "constant labels" in line]
+    immunizing = next(i for i, line in enumerate(lines) if "immunizing" in line)
+    assert len(said) == 2
+    assert max(said) < immunizing
+
+
+def test_labels_0_and_1_are_judged_as_minus_and_plus_1(tmp_path: Path) -> None:
+    generator = np.random.default_rng(1)
+    x = generator.normal(size=(120, 4)) * np.array([3.0, 2.0, 1.0, 0.5])
+    y = (x @ np.ones(4) > 0).astype(float)
+    found = []
+    for name, labels in (("zeros", y), ("signs", 2 * y - 1)):
+        np.savez(tmp_path / f"{name}.npz", x=x, y=labels)
+        np.savez(tmp_path / f"{name}-other.npz", x=x[:, ::-1], y=labels)
+        settings = probing.RunSettings(
+            data=str(tmp_path / f"{name}.npz"),
+            harmful=(str(tmp_path / f"{name}-other.npz"),),
+            base_budget=50,
+            limit=4.0,
+        )
+        results = probing.run(settings).results()
+        assert results["tasks"]["harmful"]["kind"] == "classification"
+        found.append({key: results[key] for key in ("slowdown", "rir", "attacks")})
+    assert found[0] == found[1]
 
 
 def test_flags_override_the_config_file(features: Path, tmp_path: Path) -> None:
@@ -142,7 +254,7 @@ def test_attack_adds_and_changes_nothing(
     finished: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     before = {p: p.read_bytes() for p in finished.iterdir() if p.is_file()}
-    run = ["attack", str(finished), "--attackers", "nesterov", "lbfgs", "--quiet"]
+    run = ["attack", str(finished), "--attacks", "nesterov", "lbfgs", "--quiet"]
     assert main([*run, "--budgets", "5", "20"]) == 0
     assert {p: p.read_bytes() for p in finished.iterdir() if p.is_file()} == before
     assert "Nesterov" in capsys.readouterr().out
@@ -151,7 +263,7 @@ def test_attack_adds_and_changes_nothing(
         (name, role) for name in ("nesterov", "lbfgs") for role in ("harmful", "primary")
     }
     assert [row["steps"] for row in added["attacks"][0]["budgets"]] == [5, 20]
-    assert main(["attack", str(finished), "--attackers", "whitened", "--quiet"]) == 0
+    assert main(["attack", str(finished), "--attacks", "whitened", "--quiet"]) == 0
     assert (finished / "attacks" / "002.json").is_file()
 
 
@@ -216,7 +328,7 @@ def refused(
 @pytest.mark.parametrize(
     ("arguments", "words"),
     [
-        (["kappa", "--method", "magic"], "method must be one of closed-form"),
+        (["kappa", "--method", "magic"], "magic is no method"),
         (["kappa", "--primary", "4:x", "--harmful", "9"], "a task must look like"),
         (["kappa", "--primary", "4:4", "--harmful", "9"], "on both sides"),
         (["kappa", "--primary", "12", "--harmful", "9"], "digits from 0 to 9"),
@@ -224,22 +336,22 @@ def refused(
         (["kappa", "--data", "cifar"], "data must be digits, mnist, house"),
         (["kappa", "--data", "missing.npz", "--harmful", "4"], "missing.npz"),
         (["kappa", "--data", "mnist", "--data-dir", "nowhere"], "must name a folder"),
-        (["kappa", "--c", "0.5"], "at least 1"),
+        (["kappa", "--strength", "0.5"], "at least 1"),
         (["kappa", "--ridge", "0"], "ridge must be positive"),
         (["kappa", "--seed", "-1"], "seed must not be negative"),
-        (["kappa", "--attackers", "nobody"], "attackers must be among"),
-        (["kappa", "--loss", "hinge"], "squared or logistic"),
+        (["kappa", "--attacks", "nobody"], "nobody is no attack"),
+        (["kappa", "--loss", "hinge"], "'squared' or 'logistic'"),
         (["kappa", "--objective", "sum", "--method", "opt-kappa"], "objective must be"),
-        (["kappa", "--batch", "few", "--method", "condition-number"], "batch must be 'full'"),
+        (["kappa", "--batch-size", "few", "--method", "mini-batch"], "batch_size must be"),
         (["kappa", "--harmful", "1:2", "3:4", "--primary", "5:6"], "use --method several-harms"),
         (["kappa", "--config", "missing.yaml"], "missing.yaml"),
         (["attack", "nothing"], "must be a run directory"),
         (["report", "nothing"], "must be a run directory"),
         (["sweep", "kappa", "--pairs", "4-9"], "a pair must look like"),
-        (["sweep", "kappa", "--methods", "magic"], "must be among"),
-        (["sweep", "kappa", "--strengths", "closed-form"], "must look like METHOD=1,3,10"),
+        (["sweep", "kappa", "--methods", "magic"], "magic is no method"),
+        (["sweep", "kappa", "--strengths", "magic=1,3"], "must look like METHOD=1,3,10"),
         (["sweep", "kappa", "--jobs", "0"], "at least 1"),
-        (["sweep", "nothing"], "invalid choice"),
+        (["sweep", "nothing"], "nothing is no command"),
     ],
 )
 def test_refusals_are_one_line(
@@ -258,7 +370,7 @@ def test_data_without_a_folder_is_fetched_and_without_a_network_said_to_be_missi
         asked.append(fetch)
         raise ConnectionError("no answer; give the folder")
 
-    monkeypatch.setattr(f"immunize_ext.probing.tmp_tasks.fetch_{fetch}", no_network)
+    monkeypatch.setattr(f"immunize_ext.probing.data.problem.fetch_{fetch}", no_network)
     assert "give the folder with --data-dir" in refused("kappa", "--data", data)
     assert asked == [fetch]
 
@@ -269,10 +381,10 @@ def test_data_without_a_folder_is_fetched_and_without_a_network_said_to_be_missi
         ("metod: whitening", "did you mean method"),
         ("seed: many", "seed must be an integer"),
         ("- a\n- b", "must hold names with values"),
-        ("primary: 4:9", "must quote tasks"),
+        ("primary: 4:9", "in YAML, quote tasks"),
         ("a: [", "must be a YAML file"),
         ("!!python/object/apply:os.getcwd []", "must be a YAML file"),
-        ("method: null", "method must have a value"),
+        ("method: null", "None is no method"),
     ],
 )
 def test_bad_config_files(
@@ -305,5 +417,5 @@ def test_unfinished_and_foreign_results_are_named(
 
 def test_threads_are_put_back(finished: Path) -> None:
     before = torch.get_num_threads()
-    assert main(["attack", str(finished), "--attackers", "whitened", "--quiet"]) == 0
+    assert main(["attack", str(finished), "--attacks", "whitened", "--quiet"]) == 0
     assert torch.get_num_threads() == before

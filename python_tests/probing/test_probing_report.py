@@ -1,6 +1,5 @@
 """Reports: complete run directories, honest sentences, a page that stands alone."""
 
-import copy
 import json
 import math
 import re
@@ -18,13 +17,12 @@ from saved_results import saved
 
 from immunize_ext import report
 from immunize_ext.probing.data import Problem, Task
-from immunize_ext.probing.evaluation import Evaluation, evaluate, log_spaced_steps, warnings_of
-from immunize_ext.probing.immunizers import ClosedFormImmunizer, ConditionNumberImmunizer, Immunized
+from immunize_ext.probing.evaluation import evaluate
+from immunize_ext.probing.immunizers import ClosedFormImmunizer
 from immunize_ext.probing.report import attack_summary, describe_attack, headline, summary, verdict
 from immunize_ext.probing.results import Attacked, AttackerInfo
 from immunize_ext.quantities import Slowdown
-from immunize_ext.report.page import page_of
-from immunize_ext.storage import check_target, run_directory, to_json
+from immunize_ext.storage import check_target, environment, run_directory, to_json
 
 
 def task(seed: int, *, labels: bool = True, n: int = 80, p: int = 5) -> Task:
@@ -38,103 +36,18 @@ def task(seed: int, *, labels: bool = True, n: int = 80, p: int = 5) -> Task:
     return Task(f"task <{seed}> & more", x[:50], y[:50], x[50:], y[50:])
 
 
-def immunized(primary: Task, harmful: Task, **settings: Any) -> Immunized:
-    return ClosedFormImmunizer(**settings).fit(None, Problem.of(primary, harmful))
-
-
-@pytest.fixture(scope="module")
-def evaluation() -> Evaluation:
-    primary, harmful = task(1), task(2)
-    extractor = immunized(primary, harmful, strength=10.0)
-    return evaluate(extractor, primary, harmful, base_budget=200, limit=16.0)
-
-
-def results_of(evaluation: Evaluation) -> dict[str, Any]:
-    """What ``results.json`` of such a run holds, as it reads back."""
-    about = {"kind": "kappa", "method": "closed-form", "config": {}, "environment": {}}
-    found: dict[str, Any] = json.loads(json.dumps(to_json({**about, **evaluation.to_dict()})))
-    return found
-
-
-# --- measurements -------------------------------------------------------------------------------
-
-
-def test_results_hold_what_a_report_needs(evaluation: Evaluation) -> None:
-    results = evaluation.to_dict()
-    assert set(results["rir"]) == {"official", "ridge", "rank_aware"}
-    assert results["rir"]["ridge"] == pytest.approx(results["i"] / results["ii"])
-    assert results["ceiling"] == pytest.approx(results["rir"]["ridge"], rel=1e-6)
-    assert results["share_of_ceiling"] == pytest.approx(1.0, rel=1e-6)
-    for role in ("harmful", "primary"):
-        assert results["slowdown"][role]["whitened"] == 1.0
-        assert results["slowdown"][role]["closed_form_ridge"] == 1.0
-    assert not results["attackers"]["whitened"]["sees_theta"]
-    assert Evaluation.from_dict(results_of(evaluation)) == evaluation
-
-
-def test_evaluation_on_each_device(device: torch.device) -> None:
-    primary, harmful = task(1).to(device), task(2).to(device)
-    for immunizer in (
-        ClosedFormImmunizer(strength=10.0),
-        ConditionNumberImmunizer(steps=3, preconditioner="explicit"),
-    ):
-        extractor = immunizer.fit(None, Problem.of(primary, harmful))
-        assert extractor.theta.device.type == device.type
-        found = evaluate(extractor, primary, harmful, base_budget=50, limit=2.0)
-        assert found.slowdown["harmful"]["whitened"] == 1.0
-        assert not found.slowdown_is_lower_bound["harmful"]["whitened"]
-
-
-def test_metrics_rows_follow_the_curves(evaluation: Evaluation) -> None:
-    curve = evaluation.attacks["harmful"]["gradient_descent"]["curves"]["with"]
-    about = ("harmful", "gradient_descent", True)
-    mine = [
-        row
-        for row in evaluation.metrics()
-        if (row["role"], row["attacker"], row["immunized"]) == about
-    ]
-    assert [row["step"] for row in mine] == curve["steps"]
-    assert [row["test_loss"] for row in mine] == curve["test_loss"]
-
-
-def warned(evaluation: Evaluation, **changes: Any) -> list[str]:
-    """Warnings where some measurements came out otherwise; ``__`` leads into tables."""
-    found = copy.deepcopy(evaluation.to_dict())
-    for path, value in changes.items():
-        *outer, last = path.split("__")
-        table = found
-        for name in outer:
-            table = table[name]
-        table[last] = value
-    return warnings_of(found, {})
-
-
-def test_warnings_name_what_is_wrong(evaluation: Evaluation) -> None:
-    free = {"slowdown__harmful__gradient_descent": 1.0}
-    free["slowdown_is_lower_bound__harmful__gradient_descent"] = False
-    same = warned(evaluation, **free)
-    assert any("does not work" in text for text in same)
-    costly = warned(evaluation, slowdown__primary__gradient_descent=3.0)
-    assert any("primary task is slowed as well (3.0x" in text for text in costly)
-    scarce = warned(evaluation, tasks__harmful__train_samples=3, ceiling_growth=50.0)
-    assert any("fewer training samples (3) than features (5)" in text for text in scarce)
-    assert any("grows 50 times" in text for text in scarce)
-    alone = warned(evaluation, tasks__harmful__kind="constant labels")
-    assert any("has one class" in text for text in alone)
-
-
-def test_warning_when_rir_is_high_for_the_wrong_reason(evaluation: Evaluation) -> None:
-    # kappa_H fell by e, kappa_P by e^3: RIR is e^2.
-    easier = warned(evaluation, i=math.exp(-1.0), log_rir__ridge=2.0, rir__ridge=math.exp(2.0))
-    assert any("although RIR is 7.39" in text for text in easier)
-
-
-def test_log_spaced_steps() -> None:
-    assert log_spaced_steps(0, 5) == [0]
-    steps = log_spaced_steps(1000, 20)
-    assert steps[0] == 0
-    assert steps[-1] == 1000
-    assert steps == sorted(set(steps))
+def measured(*, labels: bool = True) -> dict[str, Any]:
+    """Results of a run, as they stand in a file."""
+    problem = Problem.of(task(1, labels=labels), task(2, labels=labels))
+    immunized = ClosedFormImmunizer(strength=10.0).fit(None, problem)
+    found = evaluate(
+        immunized, problem.primary, problem.harmful[0], base_budget=200, limit=16.0
+    ).to_dict()
+    more = {"kind": "kappa", "method": "closed-form", "config": immunized.config}
+    results: dict[str, Any] = json.loads(
+        json.dumps(to_json({**found, **more, "environment": environment()}))
+    )
+    return results
 
 
 # --- words --------------------------------------------------------------------------------------
@@ -316,37 +229,22 @@ def test_further_attacks_in_plain_text() -> None:
     assert "1 step: test loss 0.25, 0.125 without" in told
 
 
-# --- what results hold for the plots ------------------------------------------------------------
+# --- a run from end to end ------------------------------------------------------------------------
 
 
-def test_curves_are_thinned_and_keep_what_sentences_quote(evaluation: Evaluation) -> None:
-    facts = evaluation.attacks["harmful"]["gradient_descent"]
-    for side, last in (("without", None), ("with", facts["budget_with"])):
-        curve = facts["curves"][side]
-        steps = curve["steps"]
-        assert steps == sorted(set(steps))
-        assert {0, 1, 10, facts["steps_without"]} <= {*steps}
-        assert len(steps) <= 130
-        assert len(curve["test_loss"]) == len(curve["test_accuracy"]) == len(steps)
-        assert last in (None, steps[-1])
-
-
-def test_a_run_is_drawn_from_what_was_measured(evaluation: Evaluation) -> None:
-    page = ParsedPage(report.render(results_of(evaluation)))
+def test_a_run_is_drawn_from_what_was_measured() -> None:
+    page = ParsedPage(report.render(measured()))
     page.check()
     assert "task <2> & more" in page.text  # escaped once, not twice
     assert "Right answers while the attack runs" in page.text
-    assert "Why: the spectra" in page.text
 
 
 def test_regression_has_no_accuracy_plot() -> None:
-    primary, harmful = task(1, labels=False), task(2, labels=False)
-    extractor = immunized(primary, harmful, strength=5.0)
-    found = results_of(evaluate(extractor, primary, harmful, base_budget=100, limit=4.0))
-    page = page_of(found)
+    results = measured(labels=False)
+    page = report.page.page_of(results)
     assert page.panels["accuracy"] == []
     assert page.panels["convergence"]
-    assert "Right answers" not in report.render(found)
+    assert "Right answers" not in report.render(results)
 
 
 # --- run directories ----------------------------------------------------------------------------

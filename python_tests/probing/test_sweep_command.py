@@ -12,7 +12,7 @@ import pytest
 import immunize_ext.probing.run
 from immunize_ext.cli import main
 from immunize_ext.probing.comparison import heat_map
-from immunize_ext.probing.tmp_sweep import parse_pairs
+from immunize_ext.probing.run import SweepSettings, parse_pairs
 
 pytest.importorskip("sklearn")
 pytest.importorskip("matplotlib")
@@ -40,7 +40,11 @@ def test_summary_and_heat_map(finished: Path) -> None:
     assert len(points) == POINTS
     summary = json.loads((finished / "results.json").read_text())
     assert summary["kind"] == "kappa-sweep"
-    assert set(summary["methods"]) == {"closed-form, c = 3", "closed-form, c = 30", "whitening"}
+    assert set(summary["methods"]) == {
+        "closed-form, strength = 3",
+        "closed-form, strength = 30",
+        "whitening",
+    }
     for entry in summary["methods"].values():
         assert entry["points"] == 2
         # All of these are on the ceiling.
@@ -63,17 +67,17 @@ def test_an_interrupted_sweep_goes_on_with_nothing_lost(
 ) -> None:
     target = tmp_path / "sweep"
     done: list[object] = []
-    short_results = immunize_ext.probing.run.short_results
+    measure_point = immunize_ext.probing.run.measure_point
 
     def interrupted(config: Any) -> dict[str, Any]:
         if len(done) == 2:
             raise KeyboardInterrupt
         done.append(config)
-        return short_results(config)
+        return measure_point(config)
 
-    monkeypatch.setattr("immunize_ext.probing.run.short_results", interrupted)
+    monkeypatch.setattr("immunize_ext.probing.run.measure_point", interrupted)
     assert main([*SWEEP, "--out", str(target)]) == 130
-    assert "2 of 6 points are kept" in capsys.readouterr().err
+    assert "2 points are kept" in capsys.readouterr().err
     assert not (target / "results.json").exists()
     kept = {path: path.stat().st_mtime_ns for path in (target / "points").iterdir()}
     assert len(kept) == 2
@@ -82,9 +86,9 @@ def test_an_interrupted_sweep_goes_on_with_nothing_lost(
 
     def counting(config: Any) -> dict[str, Any]:
         counted.append(config)
-        return short_results(config)
+        return measure_point(config)
 
-    monkeypatch.setattr("immunize_ext.probing.run.short_results", counting)
+    monkeypatch.setattr("immunize_ext.probing.run.measure_point", counting)
     assert main([*SWEEP, "--out", str(target)]) == 0
     assert len(counted) == POINTS - 2
     assert all(path.stat().st_mtime_ns == when for path, when in kept.items())
@@ -116,7 +120,7 @@ def test_a_sweep_without_attacks_is_not_compared(
     assert main(["report", str(finished), "--out", str(tmp_path / "report")]) == 2
     assert "must share an attacker" in capsys.readouterr().err
     assert main(["attack", str(finished)]) == 2
-    assert "sweep again with --attackers" in capsys.readouterr().err
+    assert "sweep again with --attacks" in capsys.readouterr().err
 
 
 @pytest.mark.slow
@@ -131,5 +135,5 @@ def test_all_pairs_of_digits() -> None:
     pairs = parse_pairs(["all"], "mnist")
     assert len(set(pairs)) == 90
     assert all(primary != harmful[0] for primary, harmful in pairs)
-    with pytest.raises(ValueError, match="no pair may come twice"):
-        parse_pairs(["4/9", "4/9"], "mnist")
+    with pytest.raises(ValueError, match="pairs must be given, none of them twice"):
+        SweepSettings(pairs=("4/9", "4/9"))

@@ -29,6 +29,10 @@ LossName = Literal["squared", "logistic"]
 _SATURATED = 1e3
 
 
+# Scores that move by less than this share of the fastest one do not move at all.
+_NO_MOVE = 1e-12
+
+
 _NEWTON_STEPS = 60
 
 
@@ -117,33 +121,46 @@ class LogisticLoss(ProbeLoss):
     def exact_step(self, scores: Tensor, image: Tensor, y: Tensor) -> Tensor:
         """Root of the derivative along the line, by Newton's method inside a bracket.
 
-        Where the loss falls for ever (separable data) the step ends where scores saturate.
+        Where the loss falls for ever (separable data) the step ends where what is left of it is
+        rounding. A sample whose score hardly moves is what that has to wait for.
         """
+        signs = y * image
+        reach = float(image.abs().max())
 
         def derivative(t: float) -> float:
             return float(self.slope(scores + t * image, y) @ image)
 
         start = derivative(0.0)
-        reach = float(image.abs().max())
         if not start < 0.0 or reach == 0.0:
             return scores.new_zeros(())
+        negligible = torch.finfo(scores.dtype).eps * float(self.total(scores, y))
         # l'' <= 1/4 keeps the derivative negative up to here.
         low = -start / (self.curvature * float(image @ image))
-        high, last = 2.0 * low, max(low, _SATURATED / reach)
+        high = 2.0 * low
+        # Images this small are rounding errors of the direction.
+        slowest = float(image.abs().where(image.abs() > _NO_MOVE * reach, reach).min())
+        last = max(low, _SATURATED / slowest)
         while derivative(high) < 0.0:
-            if high >= last:
-                return scores.new_tensor(last)
+            # Further along, no loss falls below 0, and those on the other side only grow.
+            left = float(softplus(-y * (scores + high * image))[signs > 0.0].sum())
+            if left <= negligible or high >= last:
+                return scores.new_tensor(high)
             low, high = high, 2.0 * high
         t = low
         for _ in range(_NEWTON_STEPS):
-            value = derivative(t)
-            if abs(value) <= 1e-12 * abs(start):
-                break
+            moved = scores + t * image
+            value = float(self.slope(moved, y) @ image)
             low, high = (t, high) if value < 0.0 else (low, t)
-            half = torch.sigmoid(scores + t * image)
-            second = float((half * (1.0 - half) * image.square()).sum())
+            # f is convex: it lies no further above its minimum than this.
+            if abs(value) * (high - low) <= negligible:
+                break
+            bend = torch.sigmoid(moved) * torch.sigmoid(-moved)
+            second = float(bend @ image.square())
             newton = t - value / second if second > 0.0 else math.inf
-            t = newton if low < newton < high else (low + high) / 2.0
+            following = newton if low < newton < high else (low + high) / 2.0
+            if following == t:
+                break
+            t = following
         return scores.new_tensor(t)
 
 

@@ -9,19 +9,13 @@ the same. The special forms for the squared loss need the Hessian Z^T Z alone.
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 
 import torch
 from torch import Tensor
 
 from immunize_ext.ops.spectrum import gram_extremes
 from immunize_ext.probing.attacks.losses import ProbeLoss
-
-Probe = Callable[[Tensor, Tensor], Iterator[Tensor]]
-
-
-GeneralProbe = Callable[[Tensor, Tensor, ProbeLoss], Iterator[Tensor]]
-
 
 # Pairs of (step, change of gradient) that L-BFGS remembers, as scipy and torch do.
 _MEMORY = 10

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from abc import abstractmethod
 from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any, ClassVar
@@ -12,7 +13,6 @@ from torch import Tensor
 from immunize_ext.probing.attacks import probes, tuned
 from immunize_ext.probing.attacks.linear_probe import LinearProbeAttack
 from immunize_ext.probing.attacks.losses import LossName, ProbeLoss
-from immunize_ext.probing.attacks.probes import GeneralProbe, Probe
 from immunize_ext.seams import Attack
 from immunize_ext.settings import Registry
 
@@ -51,21 +51,16 @@ def knows(attack: Attack[Any, Any], loss: str) -> bool:
 
 @dataclass(frozen=True)
 class _Untuned(LinearProbeAttack):
-    """An attacker without a learning rate, one function of this package or two."""
-
-    squared: ClassVar[Probe | None] = None
-    general: ClassVar[GeneralProbe | None] = None
+    """An attacker without a learning rate."""
 
     def iterates(self, z: Tensor, y: Tensor, loss: ProbeLoss, seed: int = 0) -> Iterator[Tensor]:
-        """The special form for the squared loss where there is one, else the general form."""
-        cls = type(self)
-        if cls.squared is not None and loss.name == "squared":
-            found = cls.squared(z, y)
-        else:
-            assert cls.general is not None  # the constructor asked for the loss
-            found = cls.general(z, y, loss)
-        for w in found:
+        """As in the base class, one column."""
+        for w in self.heads(z, y, loss):
             yield w[:, None]
+
+    @abstractmethod
+    def heads(self, z: Tensor, y: Tensor, loss: ProbeLoss) -> Iterator[Tensor]:
+        """Weights ``(q,)`` after 0, 1, 2, ... steps."""
 
 
 @ATTACKS.register
@@ -75,8 +70,12 @@ class GradientDescent(_Untuned):
 
     name: ClassVar[str] = "gradient_descent"
     label: ClassVar[str] = "Gradient descent"
-    squared = staticmethod(probes.gradient_descent)
-    general = staticmethod(probes.descent)
+
+    def heads(self, z: Tensor, y: Tensor, loss: ProbeLoss) -> Iterator[Tensor]:
+        """The special form for the squared loss, else the general one."""
+        return (
+            probes.gradient_descent(z, y) if loss.name == "squared" else probes.descent(z, y, loss)
+        )
 
 
 @ATTACKS.register
@@ -86,8 +85,14 @@ class LineSearch(_Untuned):
 
     name: ClassVar[str] = "line_search"
     label: ClassVar[str] = "Gradient descent with line search"
-    squared = staticmethod(probes.line_search_descent)
-    general = staticmethod(probes.line_search)
+
+    def heads(self, z: Tensor, y: Tensor, loss: ProbeLoss) -> Iterator[Tensor]:
+        """The special form for the squared loss, else the general one."""
+        return (
+            probes.line_search_descent(z, y)
+            if loss.name == "squared"
+            else probes.line_search(z, y, loss)
+        )
 
 
 @ATTACKS.register
@@ -97,8 +102,14 @@ class ConjugateGradients(_Untuned):
 
     name: ClassVar[str] = "conjugate_gradients"
     label: ClassVar[str] = "Conjugate gradients"
-    squared = staticmethod(probes.conjugate_gradients)
-    general = staticmethod(probes.nonlinear_conjugate_gradients)
+
+    def heads(self, z: Tensor, y: Tensor, loss: ProbeLoss) -> Iterator[Tensor]:
+        """The special form for the squared loss, else the general one."""
+        return (
+            probes.conjugate_gradients(z, y)
+            if loss.name == "squared"
+            else probes.nonlinear_conjugate_gradients(z, y, loss)
+        )
 
 
 @ATTACKS.register
@@ -109,8 +120,14 @@ class Whitened(_Untuned):
     name: ClassVar[str] = "whitened"
     label: ClassVar[str] = "Whitens the features first"
     sees_theta: ClassVar[bool] = False
-    squared = staticmethod(probes.whitened_descent)
-    general = staticmethod(probes.whitened_general)
+
+    def heads(self, z: Tensor, y: Tensor, loss: ProbeLoss) -> Iterator[Tensor]:
+        """The special form for the squared loss, else the general one."""
+        return (
+            probes.whitened_descent(z, y)
+            if loss.name == "squared"
+            else probes.whitened_general(z, y, loss)
+        )
 
 
 @ATTACKS.register
@@ -123,7 +140,10 @@ class ClosedFormRidge(_Untuned):
     losses: ClassVar[tuple[str, ...]] = ("squared",)
     sees_theta: ClassVar[bool] = False
     needs_samples: ClassVar[bool] = True
-    squared = staticmethod(probes.closed_form_ridge)
+
+    def heads(self, z: Tensor, y: Tensor, loss: ProbeLoss) -> Iterator[Tensor]:
+        """As in the base class."""
+        return probes.closed_form_ridge(z, y)
 
 
 @ATTACKS.register
@@ -133,7 +153,10 @@ class Standardised(_Untuned):
 
     name: ClassVar[str] = "standardised"
     label: ClassVar[str] = "Standardises the features first"
-    general = staticmethod(probes.standardised_descent)
+
+    def heads(self, z: Tensor, y: Tensor, loss: ProbeLoss) -> Iterator[Tensor]:
+        """As in the base class."""
+        return probes.standardised_descent(z, y, loss)
 
 
 @ATTACKS.register
@@ -143,7 +166,10 @@ class Nesterov(_Untuned):
 
     name: ClassVar[str] = "nesterov"
     label: ClassVar[str] = "Nesterov's accelerated gradient"
-    general = staticmethod(probes.nesterov)
+
+    def heads(self, z: Tensor, y: Tensor, loss: ProbeLoss) -> Iterator[Tensor]:
+        """As in the base class."""
+        return probes.nesterov(z, y, loss)
 
 
 @ATTACKS.register
@@ -153,7 +179,10 @@ class Lbfgs(_Untuned):
 
     name: ClassVar[str] = "lbfgs"
     label: ClassVar[str] = "L-BFGS"
-    general = staticmethod(probes.lbfgs)
+
+    def heads(self, z: Tensor, y: Tensor, loss: ProbeLoss) -> Iterator[Tensor]:
+        """As in the base class."""
+        return probes.lbfgs(z, y, loss)
 
 
 _HALF_DECADES = (1e-4, 3e-4, 1e-3, 3e-3, 1e-2, 3e-2, 0.1, 0.3, 1.0, 3.0)

@@ -1,4 +1,4 @@
-"""The same attacker without and with immunization: how many times more steps, and what a budget buys."""
+"""The same attacker without and with immunization: slow-downs, and what a budget of steps buys."""
 
 from __future__ import annotations
 

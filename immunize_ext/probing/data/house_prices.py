@@ -1,14 +1,15 @@
 """House Prices in the splits of the condition-number paper: two CSV files, one per task.
 
 The primary task predicts ``LotArea`` from D1.csv (309 rows of the smaller zoning classes), the
-harmful task ``SalePrice`` from D2.csv (1151 rows of zone RL). Preprocessing as published: an empty
-cell is 0, text columns become the rank of their value in alphabetical order, every column and the
-target are z-scored over the whole file (standard deviation with n - 1; 1 where it is 0). Both
-target columns are left out of the features of both tasks, ``Id`` stays: 79 features. The first 200
-rows are for training, the next 100 for testing.
+harmful task ``SalePrice`` from D2.csv (1151 rows of zone RL). Preprocessing as published: a missing
+cell is 0 (empty, ``NA``, or ``None``, which the published reader takes for missing as well: 229 and
+635 cells of ``MasVnrType``), text columns become the rank of their value in alphabetical order,
+every column and the target are z-scored over the whole file (standard deviation with n - 1; 1 where
+it is 0). Both target columns are left out of the features of both tasks, ``Id`` stays: 79 features.
+The first 200 rows are for training, the next 100 for testing.
 
-These choices reproduce the published sizes: on 200 rows both K have rank 74 of 79 and their largest
-eigenvalues are 1756 and 1950 (``python_tests/data/test_house_prices.py``).
+These choices reproduce the published inputs: on 200 rows both K have rank 74 of 79, and their
+largest eigenvalues are 1795.2 and 2009.6 (``python_tests/probing/data/test_house_prices.py``).
 """
 
 from __future__ import annotations
@@ -31,7 +32,7 @@ FILES = {"primary": "D1.csv", "harmful": "D2.csv"}
 
 
 # How the two files write a missing value.
-_MISSING = ("", "NA")
+_MISSING = ("", "NA", "None")
 
 
 def _encode(cells: list[str]) -> NDArray[np.float64]:

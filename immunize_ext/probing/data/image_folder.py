@@ -1,8 +1,8 @@
 """Folders of images, one folder a class, and their features under a backbone, kept in a cache.
 
 Features are computed once for a list of files, a backbone and its weights: the name of the cache
-file is a hash of all three, so another backbone, other weights, a file more or a file changed in
-size gives another cache file and never the wrong features.
+file is a hash of all three and of what is in the files, so another backbone, other weights, a file
+more or a picture replaced by another one gives another cache file and never the wrong features.
 """
 
 from __future__ import annotations
@@ -16,6 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from immunize_ext._extras import require_extra
+from immunize_ext.images import SUFFIXES, content_digest, image_files, read_rgb
 from immunize_ext.probing.data.digits import check_seed
 from immunize_ext.probing.data.samples import Samples
 from immunize_ext.probing.data.task import Task
@@ -26,9 +27,6 @@ from immunize_ext.probing.extractors.feature_extractor import (
     fingerprint,
 )
 from immunize_ext.storage import load_checkpoint, save_checkpoint
-
-SUFFIXES = (".png", ".jpg", ".jpeg", ".bmp", ".webp")
-
 
 _KIND = "immunize_ext.features/1"
 
@@ -68,7 +66,7 @@ class ImageFolder:
         self.files: list[Path] = []
         labels = []
         for label, folder in enumerate(found):
-            images = sorted(p for p in folder.rglob("*") if p.suffix.lower() in SUFFIXES)
+            images = image_files(folder, recursive=True)
             if not images:
                 raise ValueError(
                     f"ImageFolder: every class must have images ({', '.join(SUFFIXES)}), got none "
@@ -93,7 +91,7 @@ class ImageFolder:
 
 
 def read_image(path: str | Path, size: int) -> Tensor:
-    """Read an image, resize its shorter side and cut out the middle.
+    """Read an image (:mod:`immunize_ext.images`), resize its shorter side, cut out the middle.
 
     Args:
         path: An image file.
@@ -108,14 +106,7 @@ def read_image(path: str | Path, size: int) -> Tensor:
         ValueError: If the file is no image.
     """
     pillow = require_extra("PIL.Image", extra="diffusion", purpose="reading images")
-    if not Path(path).is_file():
-        raise FileNotFoundError(f"read_image: path must name an image, got {path}")
-    try:
-        with pillow.open(path) as file:
-            image = file.convert("RGB")
-    except (OSError, ValueError, SyntaxError) as error:
-        reason = " ".join(str(error).split())
-        raise ValueError(f"read_image: {path} must be an image, got: {reason}") from error
+    image = read_rgb(path, function="read_image")
     scale = size / min(image.size)
     width, height = (max(size, round(side * scale)) for side in image.size)
     image = image.resize((width, height), pillow.Resampling.BICUBIC)
@@ -179,8 +170,8 @@ def folder_features(
 
 
 def cache_key(folder: ImageFolder, extractor: nn.Module) -> str:
-    """What features depend on, as 64 hexadecimal digits: files with sizes, backbone, weights."""
-    files = [[file.as_posix(), (folder.root / file).stat().st_size] for file in folder.files]
+    """What features depend on, as 64 hexadecimal digits: files by content, backbone, weights."""
+    files = [[file.as_posix(), content_digest(folder.root / file)] for file in folder.files]
     about = {
         "files": files,
         "backbone": getattr(extractor, "name", type(extractor).__name__),
@@ -224,11 +215,13 @@ def image_folder_task(
     Raises:
         FileNotFoundError: If there is no such folder.
         MissingExtraError: If Pillow or safetensors is not installed.
-        ValueError: If a class is unknown or on both sides, a file is no image, or a part would be
-            empty.
+        ValueError: If a class is unknown or on both sides, a picture is in classes of both sides, a
+            file is no image, or a part would be empty.
 
     Note:
-        Deterministic given ``seed``; torch's global random state is neither read nor changed.
+        Files with the same content go into the same part, so that no picture is tested on that was
+        trained on. Deterministic given ``seed``; torch's global random state is neither read nor
+        changed.
     """
     name = "image_folder_task"
     check_seed(name, seed)
@@ -241,7 +234,8 @@ def image_folder_task(
         )
     if not 0.0 < train_fraction < 1.0:
         raise ValueError(f"{name}: train_fraction must be between 0 and 1, got {train_fraction}")
-    classes = ImageFolder(root).classes
+    folder = ImageFolder(root)
+    classes = folder.classes
     unknown = [c for c in sides[0] + sides[1] if c not in classes]
     if unknown:
         raise ValueError(f"{name}: classes must be among {', '.join(classes)}, got {unknown[0]!r}")
@@ -249,18 +243,23 @@ def image_folder_task(
         root, extractor, cache=cache, preprocessing=preprocessing, batch_size=batch_size
     )
     generator = torch.Generator().manual_seed(seed)
+    contents = _contents(name, folder, sides)
     parts: dict[str, list[Tensor]] = {"train": [], "test": []}
     for chosen in sides[0] + sides[1]:
         rows = torch.nonzero(labels == classes.index(chosen))[:, 0]
         rows = rows[torch.randperm(len(rows), generator=generator)]
-        cut = round(train_fraction * len(rows))
-        if not 0 < cut < len(rows):
+        # Split by picture and not by file: copies go together.
+        pictures = list(dict.fromkeys(contents[int(row)] for row in rows))
+        cut = round(train_fraction * len(pictures))
+        if not 0 < cut < len(pictures):
             raise ValueError(
                 f"{name}: train_fraction must leave images of {chosen!r} to train and to test on, "
-                f"got {train_fraction} of {len(rows)}"
+                f"got {train_fraction} of {len(pictures)}"
             )
-        parts["train"].append(rows[:cut])
-        parts["test"].append(rows[cut:])
+        trained = set(pictures[:cut])
+        is_trained = torch.tensor([contents[int(row)] in trained for row in rows])
+        parts["train"].append(rows[is_trained])
+        parts["test"].append(rows[~is_trained])
     tensors = []
     ones = torch.tensor([classes.index(c) for c in sides[0]])
     for part in ("train", "test"):
@@ -270,3 +269,20 @@ def image_folder_task(
         tensors.append(torch.where(torch.isin(labels[rows], ones), 1.0, -1.0).to(dtype))
     title = f"{Path(root).name}: {' or '.join(sides[0])} against {' or '.join(sides[1])}"
     return Task(title, *tensors)
+
+
+def _contents(name: str, folder: ImageFolder, sides: tuple[list[str], list[str]]) -> list[str]:
+    """What is in each file; no picture may belong to both sides."""
+    contents = [content_digest(folder.root / file) for file in folder.files]
+    found: dict[str, tuple[int, str]] = {}
+    for content, label, file in zip(contents, folder.labels.tolist(), folder.files, strict=True):
+        side = next((i for i, names in enumerate(sides) if folder.classes[label] in names), None)
+        if side is None:
+            continue
+        other, first = found.setdefault(content, (side, file.as_posix()))
+        if other != side:
+            raise ValueError(
+                f"{name}: no picture may be in classes of both sides, got the same content in "
+                f"{first} and {file.as_posix()}; remove one"
+            )
+    return contents

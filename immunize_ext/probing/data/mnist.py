@@ -28,6 +28,11 @@ PIXEL_MEAN = 0.1307
 PIXEL_STD = 0.3081
 
 
+# The largest of the files has 47 MB: what unpacks to more is something else, and a few kilobytes of
+# gzip can unpack to any size.
+_MOST_BYTES = 1 << 28
+
+
 # An IDX file starts with two zero bytes, a type code (8: unsigned byte), the number of dimensions,
 # then each dimension as a big-endian 32-bit integer.
 _UNSIGNED_BYTE = 0x08
@@ -44,7 +49,8 @@ def read_idx(path: str | Path) -> NDArray[np.uint8]:
 
     Raises:
         FileNotFoundError: If there is no such file.
-        ValueError: If it is not a complete gzipped IDX file of unsigned bytes.
+        ValueError: If it is not a complete gzipped IDX file of unsigned bytes, or unpacks to more
+            than 256 MiB.
     """
     path = Path(path)
     if not path.is_file():
@@ -53,12 +59,18 @@ def read_idx(path: str | Path) -> NDArray[np.uint8]:
             "download the four MNIST files into one folder and give that folder"
         )
     try:
-        content = gzip.decompress(path.read_bytes())
+        with gzip.open(path) as file:
+            content = file.read(_MOST_BYTES + 1)
     except (gzip.BadGzipFile, EOFError, zlib.error) as error:
         raise ValueError(
             f"read_idx: path must name a gzipped IDX file, got {path}, which gzip cannot read; "
             "download it again"
         ) from error
+    if len(content) > _MOST_BYTES:
+        raise ValueError(
+            f"read_idx: {path} must unpack to at most {_MOST_BYTES >> 20} MiB, got more; download "
+            "it again"
+        )
     if len(content) < 4 or content[:2] != b"\0\0" or content[2] != _UNSIGNED_BYTE:
         raise ValueError(
             f"read_idx: path must name an IDX file of unsigned bytes, got {path} with header "

@@ -153,17 +153,20 @@ def check_names(data: str, primary: str | None, harmful: tuple[str, ...]) -> Non
             f"data must be digits, mnist, house or a file ending in {' or '.join(FILES)}, got "
             f"{data!r}"
         )
-    if file or primary is not None or harmful:
-        if not harmful:
-            raise ValueError("harmful must name a task, got none; give --harmful")
-        if primary is None and not file:
-            raise ValueError("primary must name a task, got none; give --primary")
     for text in (primary, *harmful):
         if text is None or text.endswith(FILES):
             continue
         positive, negative = parse_sides(text)
         if not file and max(positive + negative) > 9:
-            raise ValueError(f"{data}: a task must hold digits from 0 to 9, got {text!r}")
+            raise ValueError(
+                f"{data}: a task must hold digits from 0 to 9, got {text!r}; in YAML, quote tasks: "
+                "'4:9' alone is the number 249 there"
+            )
+    if file or primary is not None or harmful:
+        if not harmful:
+            raise ValueError("harmful must name a task, got none; give --harmful")
+        if primary is None and not file:
+            raise ValueError("primary must name a task, got none; give --primary")
 
 
 def load_problem(

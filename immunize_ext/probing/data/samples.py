@@ -1,7 +1,7 @@
 """Inputs of any shape with their labels, taken batch by batch: what deep extractors are trained on.
 
-A :class:`~immunize_ext.probing.data.Task` has rows of features; images and other inputs of a network, and
-data sets that do not fit into memory, come as :class:`Samples`.
+A :class:`~immunize_ext.probing.data.Task` has rows of features; images and other inputs of a
+network, and data sets that do not fit into memory, come as :class:`Samples`.
 """
 
 from __future__ import annotations

@@ -129,9 +129,9 @@ def find_stages(extractor: nn.Module) -> list[str]:
     """Names of the blocks that follow each other in a model, from first to last.
 
     These are the siblings ``layer1``, ``layer2``, ... of a ResNet, or else the outermost list of at
-    least two modules of one class: stages, or transformer blocks; or else the layers with weights of
-    the outermost sequence, as in a plain MLP. A list with more weights after it than in it is passed
-    over: its last block would be one in the middle of the model.
+    least two modules of one class: stages, or transformer blocks; or else the layers with weights
+    of the outermost sequence, as in a plain MLP. A list with more weights after it than in it is
+    passed over: its last block would be one in the middle of the model.
 
     Args:
         extractor: The model.

@@ -5,9 +5,10 @@ In the coordinates W of the pencil (W^T K_P W = I, W^T K_H W = diag(l)) take
     theta = W diag(s) Q,     s_i^2 = c^(g_i),   g_i in [0, 1] increasing in l_i,   Q a rotation.
 
 Then kappa_P = c and kappa_H = c * l_max / l_min: RIR is at its ceiling for every c >= 1 (module
-``immunize_ext.probing.metrics.pencil``). So RIR cannot rank the points of this line, and the strength c
-decides the protection: c = 1 whitens the primary task, which uses no harmful data and may well
-speed the harm up; a larger c slows the harmful task down, and from some c on the primary task too.
+``immunize_ext.probing.metrics.pencil``). So RIR cannot rank the points of this line, and the
+strength c decides the protection: c = 1 whitens the primary task, which uses no harmful data and
+may well speed the harm up; a larger c slows the harmful task down, and from some c on the primary
+task too.
 
 The grades are g_i = (log l_i - log l_min) / (log l_max - log l_min), or the same in l itself, or 1
 for the top direction and 0 for all others. All have the same kappas and RIR. Boosting the top

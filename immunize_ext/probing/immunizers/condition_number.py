@@ -169,11 +169,11 @@ class ConditionNumberImmunizer(IterativeImmunizer):
                 return
             weights, ratios = self._bounded(lambdas, well, ill, theta, step)
             descent.marks |= ratios
-            if self.unsafe_step == "warn" and not descent.marks["warned"]:
-                if max(ratios.values()) > 1.0:
-                    descent.marks["warned"] = 1.0
-                    text = self._unsafe(step, lambdas, ratios)
-                    warnings.warn(text, NumericalWarning, stacklevel=3)
+            unsafe = self.unsafe_step == "warn" and max(ratios.values()) > 1.0
+            if unsafe and not descent.marks["warned"]:
+                descent.marks["warned"] = 1.0
+                text = self._unsafe(step, lambdas, ratios)
+                warnings.warn(text, NumericalWarning, stacklevel=3)
             assert descent.optimizer is not None  # made above
             descent.optimizer.zero_grad()
             loss.backward()

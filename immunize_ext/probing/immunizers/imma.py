@@ -62,8 +62,8 @@ def probe_after_steps(features: Tensor, targets: Tensor, steps: int) -> Tensor:
 class ImmaImmunizer(IterativeImmunizer):
     """Bi-level immunization against a linear probe by gradient descent; uses harmful labels.
 
-    ``history`` has besides ``primary_loss`` and ``harmful_loss`` (of the probe after its steps; 1 is
-    the loss of the head 0).
+    ``history`` has besides ``primary_loss`` and ``harmful_loss`` (of the probe after its steps; 1
+    is the loss of the head 0).
 
     Attributes:
         steps: Number of updates of theta, by Adam.

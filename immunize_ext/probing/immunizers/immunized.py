@@ -7,6 +7,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
 from immunize_ext.probing.data.samples import Samples, Source
@@ -16,7 +17,7 @@ from immunize_ext.probing.extractors.feature_extractor import (
     extract_features,
     fingerprint,
 )
-from immunize_ext.probing.metrics.rir import DeepRatio, deep_rir
+from immunize_ext.probing.metrics.rir import DeepRatio, computed_rank_rtol, deep_rir
 from immunize_ext.storage import load_checkpoint, save_checkpoint
 
 _KIND = "immunize_ext.Immunized/1"
@@ -121,6 +122,7 @@ class ImmunizedExtractor:
         groups: int = 20,
         group_size: int = 100,
         ridge: float = 1e-4,
+        rank_rtol: float | None = None,
         seed: int = 0,
         batch_size: int = 64,
     ) -> DeepRatio:
@@ -132,6 +134,8 @@ class ImmunizedExtractor:
             groups: Number of groups.
             group_size: Samples in a group.
             ridge: Ridge of policy ``"ridge"``.
+            rank_rtol: Rank tolerance of policy ``"rank_aware"``; by the precision of the model's
+                weights when omitted.
             seed: Seed of the draw.
             batch_size: Samples that go through the models at once.
 
@@ -150,7 +154,19 @@ class ImmunizedExtractor:
             samples = Samples(source, name=name)
             for model in (self.extractor, original):
                 features.append(extract_features(model, samples.batches(batch_size)))
-        return deep_rir(*features, groups=groups, group_size=group_size, ridge=ridge, seed=seed)
+        if rank_rtol is None:
+            # The features are held in float64, but computed in the precision of the weights.
+            weights = [p.dtype for p in self.extractor.parameters() if p.is_floating_point()]
+            coarsest = max(weights, key=lambda d: torch.finfo(d).eps, default=torch.float64)
+            rank_rtol = computed_rank_rtol(features[0], coarsest)
+        return deep_rir(
+            *features,
+            groups=groups,
+            group_size=group_size,
+            ridge=ridge,
+            rank_rtol=rank_rtol,
+            seed=seed,
+        )
 
     def save(self, path: str | Path) -> None:
         """Write both states of the blocks, head, optimizer, settings and history to one file.

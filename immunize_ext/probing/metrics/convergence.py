@@ -304,8 +304,8 @@ def worst_case(attackers: Mapping[str, AttackerSteps]) -> WorstCase:
     a step of another.
 
     Args:
-        attackers: Steps by name; ``AttackerSteps(c.base_steps, c.steps, c.immunized.steps[-1])`` for an
-            comparison c of :mod:`immunize_ext.probing.attacks`.
+        attackers: Steps by name; of a comparison c of :mod:`immunize_ext.probing.attacks`,
+            ``AttackerSteps(c.base_steps, c.steps, c.immunized.steps[-1])``.
 
     Returns:
         The worst cases. A slow-down cut off by the budget is a lower bound and counts as such.

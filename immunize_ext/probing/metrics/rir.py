@@ -11,9 +11,14 @@ A condition number needs to say which smallest eigenvalue it means. Three polici
 - ``"ridge"``: K + r lambda_max(K) I before theta. Comparable between runs; the default.
 - ``"rank_aware"``: the smallest eigenvalue above the numerical rank tolerance (the pseudo-inverse
   definition of the paper). Jumps where the rank changes.
-- ``"official"``: the smallest eigenvalue of H + 1e-6 I above 1e-6, as the published code has it.
-  On rank-deficient data this is 1e-6 whatever theta is, and RIR becomes a ratio of largest
-  eigenvalues.
+- ``"official"``: the smallest eigenvalue of H + 1e-6 I, after the published code. On rank-deficient
+  data this is 1e-6 whatever theta is, and RIR becomes a ratio of largest eigenvalues. (That code
+  counts eigenvalues above 1e-6. One of H that is 0 lies there or not by a rounding error: with many
+  such directions one is sure to, with a single one it is a toss of a coin, and kappa is either
+  lambda_max / 1e-6 or that of the rest. Here they always count.)
+
+Numerical rank is that of the precision in which features were COMPUTED: float32 features of a
+network carry errors of 1e-7 of their size in every direction, whatever dtype they are held in.
 """
 
 from __future__ import annotations
@@ -114,31 +119,63 @@ class RelativeImmunizationRatio:
 
 
 def log_kappa(
-    features: Tensor, *, policy: Literal["rank_aware", "official"] = "rank_aware"
+    features: Tensor,
+    *,
+    policy: Literal["rank_aware", "official"] = "rank_aware",
+    rank_rtol: float | None = None,
 ) -> tuple[Tensor, Tensor]:
     """Log of the condition number of H = features^T features, and how many eigenvalues counted.
 
     Args:
         features: Features of a probe, shape ``(*, n, p)``.
         policy: Which smallest eigenvalue is meant; a ridge is added to ``features`` beforehand
-            (:func:`immunize_ext.probing.metrics.with_ridge`), where the policy ``"rank_aware"`` sees it.
+            (:func:`immunize_ext.probing.metrics.with_ridge`), where the policy ``"rank_aware"``
+            sees it.
+        rank_rtol: Singular values of the features up to this share of the largest count as 0 under
+            ``"rank_aware"``; the usual tolerance of float64 when omitted.
 
     Returns:
         log kappa, float64 of shape ``(*,)``, and the counts, int64 of shape ``(*,)``.
+
+    Example:
+        >>> x = torch.diag(torch.tensor([1.0, 0.5, 1e-8], dtype=torch.float64))
+        >>> [(round(float(v.exp()), 6), int(r)) for v, r in (log_kappa(x, rank_rtol=1e-6),)]
+        [(4.0, 2)]
     """
     features = features.detach().to(torch.float64)
     if policy == "official":
-        gram = features.mT @ features
-        eye = torch.eye(gram.shape[-1], dtype=gram.dtype, device=gram.device)
-        eigenvalues = torch.linalg.eigvalsh(gram + OFFICIAL_FLOOR * eye)
-        counted = eigenvalues > OFFICIAL_FLOOR
-        smallest = eigenvalues.where(counted, math.inf).amin(-1)
-        value = eigenvalues[..., -1].log() - smallest.log()
-        # Nothing above the floor: the zero matrix.
-        return value.where(counted.any(-1), math.inf), counted.sum(-1)
-    extremes = gram_extremes(features)
+        extremes = gram_extremes(features, rank="full")
+        smallest = extremes.lambda_min + OFFICIAL_FLOOR
+        value = (extremes.lambda_max + OFFICIAL_FLOOR).log() - smallest.log()
+        there = extremes.lambda_max > 0.0
+        counted = torch.full_like(extremes.rank, features.shape[-1]).where(there, 0)
+        return value.where(there, math.inf), counted
+    extremes = gram_extremes(features, rank_rtol=rank_rtol)
     value = extremes.lambda_max.log() - extremes.lambda_min.log()
     return value.where(extremes.rank > 0, math.inf), extremes.rank
+
+
+def computed_rank_rtol(features: Tensor, computed: torch.dtype | None = None) -> float:
+    """The rank tolerance of features by the precision that they were computed in.
+
+    Rounding errors of a network are errors of each row, a share of the row's own size: their
+    singular values grow with the number of rows as those of the features do, so that the tolerance
+    depends on the number p of features alone, and groups are cut as full data is.
+
+    Args:
+        features: Features, shape ``(*, n, p)``.
+        computed: That precision; the dtype of ``features`` when omitted.
+
+    Returns:
+        p times its epsilon, at most one half.
+
+    Example:
+        >>> x = torch.zeros(100, 8, dtype=torch.float64)
+        >>> f"{computed_rank_rtol(x):.3g}, {computed_rank_rtol(x, torch.float32):.3g}"
+        '1.78e-15, 9.54e-07'
+    """
+    eps = torch.finfo(computed or features.dtype).eps
+    return min(features.shape[-1] * eps, 0.5)
 
 
 def relative_immunization_ratio(
@@ -149,6 +186,7 @@ def relative_immunization_ratio(
     *,
     policy: RirPolicy = "ridge",
     ridge: float = 1e-4,
+    rank_rtol: float | None = None,
 ) -> RelativeImmunizationRatio:
     """RIR of a linear extractor theta against theta_0 (eq 15).
 
@@ -159,6 +197,8 @@ def relative_immunization_ratio(
         theta0: What it is compared with, shape ``(p, q')``; the identity when omitted.
         policy: Which smallest eigenvalue a condition number means (module docstring).
         ridge: Relative ridge of policy ``"ridge"``.
+        rank_rtol: Rank tolerance of policy ``"rank_aware"`` (:func:`log_kappa`), for inputs that
+            are themselves features computed in less than float64.
 
     Returns:
         RIR with its parts.
@@ -201,7 +241,8 @@ def relative_immunization_ratio(
             features = rows
             if extractor is not None:
                 features = rows @ extractor.detach().to(torch.float64)
-            kappa, rank = log_kappa(features, policy=count)
+            tolerance = rank_rtol if policy == "rank_aware" else None
+            kappa, rank = log_kappa(features, policy=count, rank_rtol=tolerance)
             values[name + suffix] = float(kappa), int(rank)
     return RelativeImmunizationRatio(
         policy=policy,
@@ -217,7 +258,23 @@ def relative_immunization_ratio(
     )
 
 
-def feature_log_ratio(features: Tensor, base: Tensor, *, policy: RirPolicy, ridge: float) -> Tensor:
+class FeatureRatio(NamedTuple):
+    """kappa under one model over kappa under another.
+
+    Attributes:
+        log: The logarithm, float64 of shape ``(*,)``; 0 where both are equal.
+        rank: Eigenvalues counted under the first model, int64.
+        rank_base: The same under the other; a ratio between two ranks says little.
+    """
+
+    log: Tensor
+    rank: Tensor
+    rank_base: Tensor
+
+
+def feature_ratio(
+    features: Tensor, base: Tensor, *, policy: RirPolicy, ridge: float, rank_rtol: float | None
+) -> FeatureRatio:
     """Log of kappa under one model over kappa under another, from features alone.
 
     Args:
@@ -226,31 +283,38 @@ def feature_log_ratio(features: Tensor, base: Tensor, *, policy: RirPolicy, ridg
         policy: Which smallest eigenvalue a condition number means.
         ridge: Ridge of policy ``"ridge"``, relative to the largest eigenvalue of ``base``, for both
             models.
+        rank_rtol: Rank tolerance (:func:`log_kappa`); that of the dtype of the features when
+            omitted (:func:`computed_rank_rtol`).
 
     Returns:
-        The logarithm, float64 of shape ``(*,)``; 0 where both are equal.
+        The ratio, and both ranks.
     """
-    pair = [features.detach().to(torch.float64), base.detach().to(torch.float64)]
+    pair = [x.detach().to(torch.float64) for x in (features, base)]
+    tolerances = [
+        computed_rank_rtol(x) if rank_rtol is None else rank_rtol for x in (features, base)
+    ]
     # The model may not change the ruler it is measured with: one absolute ridge for both.
     absolute = ridge * gram_extremes(pair[1]).lambda_max if policy == "ridge" else None
-    kappa, kappa_base = (_feature_log_kappa(x, policy, absolute) for x in pair)
-    return torch.where(kappa == kappa_base, 0.0, kappa - kappa_base)
+    found = [
+        _feature_log_kappa(x, policy, absolute, rtol)
+        for x, rtol in zip(pair, tolerances, strict=True)
+    ]
+    (kappa, rank), (kappa_base, rank_base) = found
+    log = torch.where(kappa == kappa_base, 0.0, kappa - kappa_base)
+    return FeatureRatio(log, rank, rank_base)
 
 
-def _feature_log_kappa(x: Tensor, policy: RirPolicy, absolute: Tensor | None) -> Tensor:
-    if absolute is not None:
-        # Eigenvalues of H + a I are those of H plus a; below full rank the smallest one is a.
-        extremes = gram_extremes(x)
-        smallest = extremes.lambda_min.where(extremes.rank == x.shape[-1], 0.0) + absolute
-        value = (extremes.lambda_max + absolute).log() - smallest.log()
-        return value.where(extremes.rank > 0, math.inf)
-    if policy == "official" and x.shape[-2] < x.shape[-1]:
-        # H is singular, so the smallest eigenvalue above the floor is the floor plus a rounding
-        # error (relative 4e-10 where it was measured): no p x p eigenvalue problem is needed.
-        largest = gram_extremes(x).lambda_max
-        value = (largest + OFFICIAL_FLOOR).log() - math.log(OFFICIAL_FLOOR)
-        return value.where(largest > 0.0, math.inf)
-    return log_kappa(x, policy="official" if policy == "official" else "rank_aware")[0]
+def _feature_log_kappa(
+    x: Tensor, policy: RirPolicy, absolute: Tensor | None, rank_rtol: float
+) -> tuple[Tensor, Tensor]:
+    if absolute is None:
+        count: Literal["official", "rank_aware"]
+        count = "official" if policy == "official" else "rank_aware"
+        return log_kappa(x, policy=count, rank_rtol=rank_rtol)
+    # Eigenvalues of H + a I are those of H plus a; below full rank the smallest one is a.
+    extremes = gram_extremes(x, rank="full")
+    value = (extremes.lambda_max + absolute).log() - (extremes.lambda_min + absolute).log()
+    return value.where(extremes.lambda_max > 0.0, math.inf), extremes.rank
 
 
 @dataclass(frozen=True)
@@ -260,10 +324,18 @@ class GroupedRatio:
     Attributes:
         log_i: Log of (i) in each group.
         log_ii: Log of (ii) in each group.
+        rank_harmful: Eigenvalues counted for the harmful task under the immunized model.
+        rank_harmful_base: The same under the original one.
+        rank_primary: Eigenvalues counted for the primary task under the immunized model.
+        rank_primary_base: The same under the original one.
     """
 
     log_i: Tensor
     log_ii: Tensor
+    rank_harmful: Tensor
+    rank_harmful_base: Tensor
+    rank_primary: Tensor
+    rank_primary_base: Tensor
 
     @property
     def rir(self) -> Tensor:
@@ -291,6 +363,7 @@ def grouped_rir(
     group_size: int = 100,
     policy: RirPolicy = "official",
     ridge: float = 1e-4,
+    rank_rtol: float | None = None,
     seed: int = 0,
 ) -> GroupedRatio:
     """RIR of a deep extractor from random groups of samples (eq 17 and 18).
@@ -308,10 +381,12 @@ def grouped_rir(
         group_size: Samples in a group, drawn without replacement.
         policy: Which smallest eigenvalue a condition number means.
         ridge: Ridge of policy ``"ridge"``, relative to the original model's largest eigenvalue.
+        rank_rtol: Rank tolerance of policy ``"rank_aware"``; by the dtype of the features when
+            omitted (:func:`computed_rank_rtol`).
         seed: Seed of the draw.
 
     Returns:
-        Parts and ratio per group.
+        Parts and ratio per group, with the ranks.
 
     Raises:
         ValueError: If shapes do not fit, a number is out of range, the policy is unknown, or there
@@ -352,7 +427,7 @@ def grouped_rir(
             stacklevel=2,
         )
     generator = torch.Generator().manual_seed(seed)
-    logs = []
+    found = []
     for immunized, base in ((harmful, harmful_base), (primary, primary_base)):
         chosen = torch.stack(
             [
@@ -360,8 +435,9 @@ def grouped_rir(
                 for _ in range(groups)
             ]
         ).to(immunized.device)
-        logs.append(feature_log_ratio(immunized[chosen], base[chosen], policy=policy, ridge=ridge))
-    return GroupedRatio(log_i=logs[0], log_ii=logs[1])
+        pair = immunized[chosen], base[chosen]
+        found.append(feature_ratio(*pair, policy=policy, ridge=ridge, rank_rtol=rank_rtol))
+    return GroupedRatio(found[0].log, found[1].log, *found[0][1:], *found[1][1:])
 
 
 @dataclass(frozen=True)
@@ -371,6 +447,8 @@ class DeepRatio:
     Attributes:
         groups: Parts of RIR in each group, by policy.
         full: Log of (i) and of (ii) in all samples at once, by policy.
+        ranks: Eigenvalues counted there, by policy: harmful task under the immunized and under the
+            original model, primary task likewise.
         group_size: Samples in a group.
         num_features: Number of features p.
         ridge: Ridge of policy ``"ridge"``, relative to the original model's largest eigenvalue.
@@ -378,6 +456,7 @@ class DeepRatio:
 
     groups: dict[RirPolicy, GroupedRatio]
     full: dict[RirPolicy, tuple[float, float]]
+    ranks: dict[RirPolicy, tuple[int, int, int, int]]
     group_size: int
     num_features: int
     ridge: float
@@ -409,6 +488,7 @@ def deep_rir(
     groups: int = 20,
     group_size: int = 100,
     ridge: float = 1e-4,
+    rank_rtol: float | None = None,
     seed: int = 0,
 ) -> DeepRatio:
     """RIR of a deep extractor from features under both models, under all three policies.
@@ -421,6 +501,9 @@ def deep_rir(
         groups: Number of groups.
         group_size: Samples in a group, drawn without replacement.
         ridge: Ridge of policy ``"ridge"`` (:func:`immunize_ext.probing.metrics.grouped_rir`).
+        rank_rtol: Rank tolerance of policy ``"rank_aware"``; by the dtype of the features when
+            omitted (:func:`computed_rank_rtol`). Give that of float32 for features that a float32
+            network computed and that are held in float64.
         seed: Seed of the draw; all policies see the same groups.
 
     Returns:
@@ -445,6 +528,7 @@ def deep_rir(
     """
     found: dict[RirPolicy, GroupedRatio] = {}
     full: dict[RirPolicy, tuple[float, float]] = {}
+    ranks: dict[RirPolicy, tuple[int, int, int, int]] = {}
     p = int(primary.shape[1])
     if group_size < p:
         warnings.warn(
@@ -467,14 +551,16 @@ def deep_rir(
                 group_size=group_size,
                 policy=policy,
                 ridge=ridge,
+                rank_rtol=rank_rtol,
                 seed=seed,
             )
-        parts = [
-            float(feature_log_ratio(new, old, policy=policy, ridge=ridge))
+        i, ii = (
+            feature_ratio(new, old, policy=policy, ridge=ridge, rank_rtol=rank_rtol)
             for new, old in ((harmful, harmful_base), (primary, primary_base))
-        ]
-        full[policy] = parts[0], parts[1]
-    return DeepRatio(found, full, group_size, p, ridge)
+        )
+        full[policy] = float(i.log), float(ii.log)
+        ranks[policy] = int(i.rank), int(i.rank_base), int(ii.rank), int(ii.rank_base)
+    return DeepRatio(found, full, ranks, group_size, p, ridge)
 
 
 @dataclass(frozen=True)
@@ -522,6 +608,7 @@ def grouped_linear_rir(
     group_size: int = 100,
     policy: RirPolicy = "ridge",
     ridge: float = 1e-3,
+    rank_rtol: float | None = None,
     seed: int = 0,
 ) -> GroupedEstimate:
     """Estimate RIR from random groups of samples and compare with full data.
@@ -539,6 +626,7 @@ def grouped_linear_rir(
         policy: Which smallest eigenvalue a condition number means (module
             ``immunize_ext.probing.metrics.rir``).
         ridge: Relative ridge of policy ``"ridge"``.
+        rank_rtol: As for :func:`relative_immunization_ratio`.
         seed: Seed of the draw.
 
     Returns:
@@ -583,26 +671,30 @@ def grouped_linear_rir(
             stacklevel=2,
         )
     full = relative_immunization_ratio(
-        x_primary, x_harmful, theta, theta0, policy=policy, ridge=ridge
+        x_primary, x_harmful, theta, theta0, policy=policy, ridge=ridge, rank_rtol=rank_rtol
     )
     generator = torch.Generator().manual_seed(seed)
-    log_i, log_ii = [], []
+    ratios = []
     for _ in range(groups):
         rows = [
             x[torch.randperm(x.shape[0], generator=generator)[:group_size].to(x.device)]
             for x in (x_primary, x_harmful)
         ]
-        ratio = relative_immunization_ratio(
-            rows[0], rows[1], theta, theta0, policy=policy, ridge=ridge
+        ratios.append(
+            relative_immunization_ratio(
+                rows[0], rows[1], theta, theta0, policy=policy, ridge=ridge, rank_rtol=rank_rtol
+            )
         )
-        log_i.append(ratio.log_i)
-        log_ii.append(ratio.log_ii)
+    logs = [[getattr(r, name) for r in ratios] for name in ("log_i", "log_ii")]
+    roles = ("harmful", "harmful_base", "primary", "primary_base")
+    counts = [[getattr(r, f"rank_{role}") for r in ratios] for role in roles]
     return GroupedEstimate(
         policy=policy,
         ridge=full.ridge,
         group_size=group_size,
         groups=GroupedRatio(
-            torch.tensor(log_i, dtype=torch.float64), torch.tensor(log_ii, dtype=torch.float64)
+            *(torch.tensor(values, dtype=torch.float64) for values in logs),
+            *(torch.tensor(values) for values in counts),
         ),
         full=full,
     )

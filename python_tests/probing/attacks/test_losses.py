@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from hypothesis import given
+from hypothesis import example, given
 from hypothesis import strategies as st
 
 from immunize_ext.probing.attacks.losses import LOSSES, probe_loss
@@ -28,6 +28,10 @@ def test_slope_and_curvature(seed: int, name: str) -> None:
     assert float(second.max()) <= loss.curvature * (1 + 1e-12)
 
 
+# Separable along the line, with one score that hardly moves: the loss falls for longest there.
+@example(seed=48858952, name="logistic")
+@example(seed=794774442, name="logistic")
+@example(seed=732020311, name="logistic")
 @given(seed=seeds, name=names)
 def test_exact_step_minimises_along_the_line(seed: int, name: str) -> None:
     loss = LOSSES[name]
@@ -37,7 +41,7 @@ def test_exact_step_minimises_along_the_line(seed: int, name: str) -> None:
     step = float(loss.exact_step(scores, image, y))
     least = float(loss.total(scores + step * image, y))
     for other in torch.linspace(0.0, 2.0 * step + 1.0, 200).tolist():
-        assert least <= float(loss.total(scores + other * image, y)) + 1e-9
+        assert least <= float(loss.total(scores + other * image, y)) * (1 + 1e-12) + 1e-13
 
 
 def test_logistic_step_ends_where_scores_saturate() -> None:

@@ -98,3 +98,20 @@ def test_no_code_in_a_file_is_run(tmp_path: Path) -> None:
     np.savez(path, x=np.array([["a"]]), y=np.ones(1))
     with pytest.raises(ValueError, match="numeric arrays"):
         features_task(path)
+
+
+@pytest.mark.parametrize("whole", [True, False])
+def test_labels_0_and_1_are_a_classification_task(whole: bool, tmp_path: Path) -> None:
+    x, _ = arrays(12)
+    y = np.array([0, 1] * 6)
+    named = (
+        {"x": x, "y": y}
+        if whole
+        else {"x_train": x[:8], "y_train": y[:8], "x_test": x[8:], "y_test": y[8:]}
+    )
+    signed = {k: 2 * v - 1 if k.startswith("y") else v for k, v in named.items()}
+    task = features_task(write(tmp_path / "zeros.npz", **named))
+    same = features_task(write(tmp_path / "signs.npz", **signed))
+    assert task.kind == "classification"
+    for part in ("x_train", "y_train", "x_test", "y_test"):
+        assert torch.equal(getattr(task, part), getattr(same, part))

@@ -151,6 +151,45 @@ def test_task(root: Path) -> None:
     assert len(rows.unique(dim=0)) == 10
 
 
+def test_an_image_replaced_by_one_of_the_same_size_is_seen(root: Path) -> None:
+    extractor, file = backbone(), root / "cat" / "1.bmp"
+    draw(file, 1)
+    size = file.stat().st_size
+    before, _, _ = folder_features(root, extractor)
+    draw(file, 99)
+    assert file.stat().st_size == size  # nothing else than the content has changed
+    after, _, _ = folder_features(root, extractor)
+    changed = (before != after).any(1)
+    assert changed.tolist() == [False, True] + [False] * 9  # "1.bmp" stands before "1.png"
+
+
+def test_what_macos_leaves_beside_an_image_is_no_image(root: Path) -> None:
+    (root / "cat" / "._1.png").write_bytes(b"Mac OS X")
+    assert len(folder_features(root, backbone())[0]) == 10
+
+
+def test_images_are_read_as_they_were_meant(root: Path) -> None:
+    clear = pillow.new("RGBA", (8, 6), (200, 0, 0, 0))
+    clear.save(root / "cat" / "clear.png")
+    assert torch.equal(read_image(root / "cat" / "clear.png", 4), torch.ones(3, 4, 4))
+
+
+@pytest.mark.parametrize("seed", range(6))
+def test_the_same_picture_is_not_tested_on_and_trained_on(seed: int, root: Path) -> None:
+    for copy in ("a", "b", "c"):
+        (root / "cat" / f"{copy}.png").write_bytes((root / "cat" / "0.png").read_bytes())
+    task = image_folder_task(root, backbone(), ["cat"], ["dog"], seed=seed)
+    assert len(task.x_train) + len(task.x_test) == 13
+    shared = (task.x_train[:, None] == task.x_test[None]).all(-1)
+    assert not shared.any()
+
+
+def test_a_picture_on_both_sides_is_refused(root: Path) -> None:
+    (root / "dog" / "wolf.png").write_bytes((root / "cat" / "3.png").read_bytes())
+    with pytest.raises(ValueError, match=r"same content in cat/3\.png and dog/wolf\.png"):
+        image_folder_task(root, backbone(), ["cat"], ["dog"])
+
+
 def test_refusals(root: Path, tmp_path: Path) -> None:
     with pytest.raises(FileNotFoundError, match="root must name a folder"):
         ImageFolder(tmp_path / "none")

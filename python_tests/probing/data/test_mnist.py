@@ -2,6 +2,7 @@
 
 import gzip
 import struct
+import tracemalloc
 from pathlib import Path
 
 import numpy as np
@@ -95,3 +96,19 @@ def test_real_files(shared_data: Path) -> None:
     # 1010 threes and 974 eights are in the test file.
     assert task.x_test.shape == (1984, 196)
     assert int((task.y_test > 0).sum()) == 1010
+
+
+def test_a_small_file_that_unpacks_to_gigabytes_is_refused(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("immunize_ext.probing.data.mnist._MOST_BYTES", 1 << 20)
+    path = tmp_path / "bomb.gz"
+    with gzip.open(path, "wb") as file:
+        for _ in range(64):
+            file.write(bytes(1 << 20))
+    assert path.stat().st_size < 1 << 17
+    tracemalloc.start()
+    with pytest.raises(ValueError, match=r"bomb\.gz must unpack to at most 1 MiB, got more"):
+        read_idx(path)
+    assert tracemalloc.get_traced_memory()[1] < 8 << 20  # not all of it was unpacked
+    tracemalloc.stop()

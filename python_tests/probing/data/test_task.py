@@ -74,3 +74,12 @@ def test_parse_digits() -> None:
 def test_parse_digits_refuses(text: str) -> None:
     with pytest.raises(ValueError, match="parse_digits: "):
         parse_digits(text)
+
+
+def test_kind_and_labels_that_would_be_taken_for_numbers() -> None:
+    one = torch.tensor([1.0, -1.0], dtype=torch.float64)
+    assert make().kind == "classification"
+    assert make(y_test=0.5 * one).kind == "regression"
+    assert make(y_train=torch.ones_like(make().y_train)).kind == "constant labels"
+    with pytest.raises(ValueError, match=r"must be -1 and \+1 .*, got 0 and 1.*; give 2 \* y - 1"):
+        make(y_train=(make().y_train + 1) / 2, y_test=(make().y_test + 1) / 2)

@@ -27,7 +27,7 @@ def short(name: str) -> Any:
     return replace(method, steps=12, **more) if hasattr(method, "steps") else method
 
 
-class Stop(Exception):
+class CutOffError(Exception):
     """Raised where a run is cut off."""
 
 
@@ -41,9 +41,9 @@ def test_a_run_that_was_cut_off_goes_on_to_the_bit(name: str, at: int, tmp_path:
     def stop(text: str, share: float) -> None:
         calls.append(text)
         if len(calls) > at:
-            raise Stop
+            raise CutOffError
 
-    with pytest.raises(Stop):
+    with pytest.raises(CutOffError):
         immunizer.fit(None, PROBLEM, progress=stop, resume=tmp_path)
     seen: list[float] = []
     resumed = immunizer.fit(

@@ -7,7 +7,7 @@ import torch
 
 from immunize_ext.errors import NumericalWarning
 from immunize_ext.probing.metrics import deep_rir, grouped_rir
-from immunize_ext.probing.metrics.rir import feature_log_ratio
+from immunize_ext.probing.metrics.rir import computed_rank_rtol, feature_ratio
 
 
 def features(n: int, scales: list[float], seed: int = 0) -> torch.Tensor:
@@ -33,10 +33,10 @@ def test_full_data_is_the_ratio_of_known_condition_numbers() -> None:
 def test_ridge_is_that_of_the_original_model() -> None:
     base, new = features(50, [2.0, 0.0]), features(50, [4.0, 0.0])
     # lambda_max 4 and 16, ridge 1e-2 * 4 for both: (16.04 / 0.04) / (4.04 / 0.04).
-    found = feature_log_ratio(new, base, policy="ridge", ridge=1e-2)
+    found = feature_ratio(new, base, policy="ridge", ridge=1e-2, rank_rtol=None).log
     assert float(found) == pytest.approx(math.log(16.04 / 4.04), abs=1e-9)
     # Its own ridge for each would have made it 0.
-    same = feature_log_ratio(2.0 * base, base, policy="rank_aware", ridge=0.0)
+    same = feature_ratio(2.0 * base, base, policy="rank_aware", ridge=0.0, rank_rtol=None).log
     assert float(same) == pytest.approx(0.0, abs=1e-9)
 
 
@@ -95,3 +95,26 @@ def test_refusals() -> None:
         deep_rir(x, x, x, x)
     with pytest.raises(ValueError, match="ridge must be finite"):
         deep_rir(x, x, x, x, group_size=10, ridge=-1.0)
+
+
+@pytest.mark.parametrize("held", [torch.float32, torch.float64])
+def test_rank_is_cut_at_the_precision_that_features_were_computed_in(held: torch.dtype) -> None:
+    """Two networks with the same features to rounding: RIR is 1 under every policy."""
+    generator = torch.Generator().manual_seed(0)
+    hidden = torch.randn(400, 6, generator=generator).relu()
+    last = torch.randn(6, 24, generator=generator)  # 24 features of rank 6
+    order = torch.randperm(6, generator=generator)
+    base, new = hidden @ last, hidden[:, order] @ last[order]  # another order of summation
+    assert not torch.equal(base, new)
+    base, new = base.to(held), new.to(held)
+    rtol = None if held == torch.float32 else computed_rank_rtol(base, torch.float32)
+    ratio = deep_rir(base, base, new, base, groups=5, group_size=50, rank_rtol=rtol)
+    for policy in ("rank_aware", "ridge"):
+        assert ratio.full[policy][0] == pytest.approx(0.0, abs=1e-4)  # type: ignore[index]
+        assert ratio.mean_rir(policy) == pytest.approx(1.0, abs=1e-3)  # type: ignore[arg-type]
+    assert ratio.ranks["rank_aware"] == (6, 6, 6, 6)
+    assert ratio.groups["rank_aware"].rank_harmful.tolist() == [6] * 5
+    # Cut at float64's own tolerance, rounding errors of float32 are counted as directions.
+    fine = deep_rir(base, base, new, base, groups=5, group_size=50, rank_rtol=1e-14)
+    assert fine.ranks["rank_aware"][0] > 6
+    assert abs(fine.full["rank_aware"][0]) > 1e-2

@@ -77,8 +77,12 @@ def test_values_against_numpy(policy: RirPolicy) -> None:
             gram = gram + 1e-2 * np.linalg.eigvalsh(gram)[-1] * np.eye(4)
         hessian = extractor.numpy().T @ gram @ extractor.numpy()
         if policy == "official":
-            eigenvalues = np.linalg.eigvalsh(hessian + 1e-6 * np.eye(4))
-            return eigenvalues[-1] / eigenvalues[eigenvalues > 1e-6].min()
+            # Of x theta: an eigenvalue that is 0 is 1e-6 then, and not that plus a rounding error.
+            sigma = np.zeros(4)
+            found = np.linalg.svd((x @ extractor).numpy(), compute_uv=False)
+            sigma[: len(found)] = found
+            eigenvalues = sigma**2 + 1e-6
+            return float(eigenvalues.max() / eigenvalues.min())
         eigenvalues = np.linalg.eigvalsh(hessian)
         return eigenvalues[-1] / eigenvalues[eigenvalues > 1e-12 * eigenvalues[-1]].min()
 
@@ -89,6 +93,17 @@ def test_values_against_numpy(policy: RirPolicy) -> None:
     if policy == "rank_aware":
         assert (ratio.rank_harmful, ratio.rank_primary) == (3, 4)
         assert (ratio.rank_harmful_base, ratio.rank_primary_base) == (3, 4)
+
+
+def test_one_direction_without_data_counts_as_the_floor_however_rounding_falls() -> None:
+    """The published test, above 1e-6 or not, is a toss of a coin there."""
+    for seed in range(20):
+        x, theta = features(3, 4, seed), features(4, 4, seed + 100)
+        found, counted = log_kappa(x @ theta, policy="official")
+        largest = float(torch.linalg.matrix_norm(x @ theta, 2)) ** 2
+        assert float(found) == pytest.approx(math.log(largest / 1e-6 + 1.0), rel=1e-9)
+        assert int(counted) == 4
+    assert int(log_kappa(torch.zeros(3, 2), policy="official")[1]) == 0
 
 
 def test_official_floor_makes_rank_deficient_ratios_ones_of_largest_eigenvalues() -> None:
