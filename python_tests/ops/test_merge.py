@@ -787,6 +787,23 @@ def test_gradient_reaches_hard_rows_hardness_as_zero():
     assert grad[1] != 0
 
 
+@pytest.mark.parametrize("values", [False, True])
+def test_every_block_of_rows_counts(values):
+    """1,100 rows are 35 blocks for 32 partial sums of dB and dC, which divide unevenly."""
+    problem = small_problem(seed=32, out=(1100,))
+    given = [torch.from_numpy(v) for v in targets_of(problem)] if values else None
+    found = []
+    for route in ROUTES:
+        leaves = [x.clone().requires_grad_() for x in (*problem.embeddings, problem.c_reg)]
+        factor = RegularizationFactor.from_embeddings(leaves[2])
+        concepts = None if values else problem.concepts
+        with taking_route(route):
+            (merged,) = merge_kv(problem.base, concepts, leaves[:2], factor, values=given)
+            found.append(torch.autograd.grad(merged.square().sum(), leaves))
+    for kernel, composite in zip(*found, strict=True):
+        testing.assert_gradients_close(kernel, composite, rtol=1e-11)
+
+
 # --- registration ---------------------------------------------------------------------------------
 
 
