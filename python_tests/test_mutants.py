@@ -1,4 +1,4 @@
-"""The mutation tool on a toy checkout: what is killed, what survives, what is stale, what is kept."""
+"""The mutation tool on a toy checkout: killed, survived, stale, and kept for the next run."""
 
 from __future__ import annotations
 

@@ -151,6 +151,7 @@ class MergeContract(OperatorContract):
     large = tuple(
         flat_arguments(merge_problem(np.random.default_rng(6), out=(200, 50), d=24, m=60))
     )
+    moved = 6  # the first embedding: in weights the merge is linear
     batched = False  # one Cholesky factor and one list of rows
     batched_gradients = False
     layout_rtol = 1e-10
@@ -158,6 +159,7 @@ class MergeContract(OperatorContract):
     refusals = [Refusal((), message, changes) for changes, message in BAD_CALLS]
     # No leading dimensions; vmap, Jacobians and compile take a factor that exists already: below.
     test_batches_and_dtypes = test_batch_independence = test_transforms = None
+    test_meta_tensors_tell_shapes_and_dtypes = None
     test_vmap_over_any_axis_and_nested = test_jacobian_and_hessian = None
     test_column_major_input_is_no_other_matrix = None
     test_second_derivative_equals_the_reference = test_third_derivative_is_refused = None
