@@ -18,6 +18,7 @@ BENCH_ARGS ?=
 CUDA_ARGS ?=
 SANITIZER_TOOLS ?= memcheck racecheck initcheck synccheck
 DEMO_ARGS ?=
+MUTANTS ?=
 SHELL := /bin/bash
 .SHELLFLAGS := -eu -o pipefail -c
 .DEFAULT_GOAL := help
@@ -38,7 +39,7 @@ NATIVE := setup.py pyproject.toml immunize_ext/_version.py \
 PYTHON_SOURCES := immunize_ext python_tests benchmarks csrc setup.py .ci
 CPP_SOURCES := $(sort $(shell find csrc -name '*.h' -o -name '*.inl' -o -name '*.cpp' -o -name '*.cu*'))
 
-.PHONY: help build test test-fallback simt cuda gpu sanitizer lint format docs demo bench doctor sdist clean distclean
+.PHONY: help build test test-fallback mutants simt cuda gpu sanitizer lint format docs demo bench doctor sdist clean distclean
 
 help:  ## this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-14s %s\n", $$1, $$2 }' Makefile
@@ -51,6 +52,9 @@ test: $(STAMPS)/build $(STAMPS)/test  ## all tests, on $(JOBS) processes
 test-fallback: $(STAMPS)/build $(STAMPS)/test  ## operator tests without the compiled part
 	IMMUNIZE_EXT_DISABLE=1 $(BIN)/python -m pytest -n $(JOBS) --dist loadfile -m "not slow" \
 	  -W ignore::immunize_ext.errors.FallbackWarning $(PYTEST_ARGS)
+
+mutants: $(STAMPS)/build $(STAMPS)/test  ## do the tests notice planted faults? (hours; resumes)
+	$(BIN)/python .ci/mutants.py $(MUTANTS)
 
 lint: $(STAMPS)/build $(STAMPS)/test $(STAMPS)/lint  ## style, types, import direction
 	$(BIN)/ruff check $(PYTHON_SOURCES)

@@ -105,6 +105,7 @@ class OperatorContract:
         forward_mode: "supported" or "refused".
         poisons: what a degenerate element of a batch does: leave the others alone, or raise.
         independent_routes: the routes on which the rest of a batch changes no bit of an element.
+        moved: position of the input that second derivatives of mixed modes are taken of.
         batched: takes one more leading dimension on all inputs at once.
         batched_gradients: a Jacobian may be taken for all rows at once, by vmap over backward.
         contiguous_outputs: no output has the strides of a column-major argument.
@@ -134,6 +135,7 @@ class OperatorContract:
         "nan": "raised",
     }
     independent_routes: ClassVar[Sequence[str]] = ROUTES
+    moved: ClassVar[int] = 0
     batched: ClassVar[bool] = True
     batched_gradients: ClassVar[bool] = True
     contiguous_outputs: ClassVar[bool] = True
@@ -335,6 +337,51 @@ class OperatorContract:
         assert not any(part in name for name in names for part in ("Svd", "Eigh", "Qr")), names
 
     # --- transforms -------------------------------------------------------------------------------
+
+    def test_meta_tensors_tell_shapes_and_dtypes(self, anywhere):
+        """As models are planned without memory. Raw operators and strides: test_registration.py."""
+        real = tensors_in(self.call(*anywhere))
+        told = tensors_in(self.call(*(x.to("meta") for x in anywhere)))
+        for found, planned in zip(real, told, strict=True):
+            assert planned.device.type == "meta"
+            assert (found.shape, found.dtype) == (planned.shape, planned.dtype)
+
+    def test_second_derivatives_by_every_order_of_modes(self, case):
+        """Reverse over reverse is the truth; every other order gives the same or refuses."""
+        a = case[self.moved]
+        direction = gaussian(*a.shape, seed=18)
+        for which, value in enumerate(self.outputs(*case)):
+            weight = gaussian(*value.shape, seed=19)
+
+            def f(x: Tensor, which: int = which, weight: Tensor = weight) -> Tensor:
+                inputs = list(case)
+                inputs[self.moved] = x
+                return (self.outputs(*inputs)[which] * weight).sum()
+
+            def slope(x: Tensor) -> Tensor:
+                return (torch.func.grad(f)(x) * direction).sum()
+
+            def tangent(x: Tensor) -> Tensor:
+                return torch.func.jvp(f, (x,), (direction,))[1]
+
+            truth = torch.func.grad(slope)(a)
+            orders = {
+                "forward over reverse": lambda: torch.func.jvp(
+                    torch.func.grad(f), (a,), (direction,)
+                )[1],
+                "reverse over forward": lambda: torch.func.grad(tangent)(a),
+                "forward over forward": lambda: torch.func.jvp(tangent, (a,), (direction,))[1],
+            }
+            for name, order in orders.items():
+                try:
+                    found = order()
+                except NotImplementedError:
+                    continue
+                right = truth if found.shape == a.shape else (truth * direction).sum()
+                size = truth.norm() * direction.norm() if found.dim() == 0 else None
+                testing.assert_gradients_close(
+                    found, right, rtol=1e-9, cancellation_scale=size, context=name
+                )
 
     @pytest.mark.usefixtures("fresh_compiler")
     def test_transforms(self, case):

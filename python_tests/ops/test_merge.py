@@ -151,6 +151,7 @@ class MergeContract(OperatorContract):
     large = tuple(
         flat_arguments(merge_problem(np.random.default_rng(6), out=(200, 50), d=24, m=60))
     )
+    moved = 6  # the first embedding: in weights the merge is linear
     batched = False  # one Cholesky factor and one list of rows
     batched_gradients = False
     layout_rtol = 1e-10
@@ -158,6 +159,7 @@ class MergeContract(OperatorContract):
     refusals = [Refusal((), message, changes) for changes, message in BAD_CALLS]
     # No leading dimensions; vmap, Jacobians and compile take a factor that exists already: below.
     test_batches_and_dtypes = test_batch_independence = test_transforms = None
+    test_meta_tensors_tell_shapes_and_dtypes = None
     test_vmap_over_any_axis_and_nested = test_jacobian_and_hessian = None
     test_column_major_input_is_no_other_matrix = None
     test_second_derivative_equals_the_reference = test_third_derivative_is_refused = None
@@ -785,6 +787,23 @@ def test_gradient_reaches_hard_rows_hardness_as_zero():
     assert torch.isfinite(grad).all()
     assert grad[0] == grad[2] == 0
     assert grad[1] != 0
+
+
+@pytest.mark.parametrize("values", [False, True])
+def test_every_block_of_rows_counts(values):
+    """1,100 rows are 35 blocks for 32 partial sums of dB and dC, which divide unevenly."""
+    problem = small_problem(seed=32, out=(1100,))
+    given = [torch.from_numpy(v) for v in targets_of(problem)] if values else None
+    found = []
+    for route in ROUTES:
+        leaves = [x.clone().requires_grad_() for x in (*problem.embeddings, problem.c_reg)]
+        factor = RegularizationFactor.from_embeddings(leaves[2])
+        concepts = None if values else problem.concepts
+        with taking_route(route):
+            (merged,) = merge_kv(problem.base, concepts, leaves[:2], factor, values=given)
+            found.append(torch.autograd.grad(merged.square().sum(), leaves))
+    for kernel, composite in zip(*found, strict=True):
+        testing.assert_gradients_close(kernel, composite, rtol=1e-11)
 
 
 # --- registration ---------------------------------------------------------------------------------

@@ -35,6 +35,8 @@ class PreconditionContract(OperatorContract):
     test_second_derivative_equals_the_reference = None
     test_second_derivative_is_refused_at_kinks = None
     test_third_derivative_is_refused = None
+    test_second_derivatives_by_every_order_of_modes = None
+    test_meta_tensors_tell_shapes_and_dtypes = None  # refused: the factor is on another device
     test_jacobian_and_hessian = None
     test_something_that_is_no_tensor_is_refused = None
 
