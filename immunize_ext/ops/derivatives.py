@@ -54,6 +54,8 @@ def payload(tensor: Tensor) -> Tensor | None:
 
     None where there are no numbers to read: meta tensors, and tracing for ``torch.compile``.
     """
+    if torch.compiler.is_compiling():
+        return None
     while torch._C._functorch.is_functorch_wrapped_tensor(tensor):
         tensor = torch._C._functorch.get_unwrapped(tensor)
     plain = type(tensor) in (Tensor, torch.nn.Parameter) and tensor.device.type != "meta"
