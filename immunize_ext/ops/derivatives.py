@@ -141,6 +141,11 @@ class Family(NamedTuple):
     multiplicities: tuple[int, ...]
     vectors: tuple[int, ...]
 
+    @property
+    def third(self) -> str:
+        """What refuses a third derivative."""
+        return f"immunize_ext: {self.name}: third derivatives are not implemented"
+
     def call(self, suffix: str, *args: Any) -> Any:
         """Call ``op``, ``op_backward`` or ``op_double_backward``."""
         return getattr(torch.ops.immunize_ext, self.name + suffix)(*args)
@@ -218,6 +223,7 @@ class Gradient(_SingleLevelFunction):
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+        ctx.set_materialize_grads(False)  # a zero tangent would ask for a second derivative
         family, *rest = inputs
         count = family.values + 1 + len(family.saved)
         ctx.family, ctx.policy = family, rest[count:]
@@ -255,6 +261,45 @@ class Gradient(_SingleLevelFunction):
                 )
                 total = total + second[-1]
         return total
+
+
+class SecondDerivative(_SingleLevelFunction):
+    """``op_double_backward``: linear in the cotangent and in the gradients; no third derivative."""
+
+    @staticmethod
+    def forward(family: Family, *args: Any) -> Any:
+        return family.below("_double_backward", *args)
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
+        ctx.set_materialize_grads(False)  # a zero tangent would ask for a third derivative
+        ctx.family, *rest = inputs
+        count = ctx.family.values + 2
+        ctx.policy = rest[count:]
+        ctx.save_for_forward(*rest[:count])
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> Any:
+        raise NotImplementedError(ctx.family.third)
+
+    @staticmethod
+    def jvp(ctx: Any, _: Any, moving: Any, *tangents: Any) -> tuple[Tensor, ...]:
+        family: Family = ctx.family
+        *moving_grads, moving_a = tangents[: family.values + 1]
+        if moving_a is not None:
+            raise NotImplementedError(family.third)
+        with _set_fwd_grad_enabled(True):
+            cotangent, *grads, a = _primals(ctx.saved_tensors)
+            still = torch.zeros_like(cotangent) if moving is None else moving
+            *along, total = family.call("_double_backward", still, *grads, a, *ctx.policy)
+            if any(tangent is not None for tangent in moving_grads):
+                filled = [
+                    torch.zeros_like(grad) if tangent is None else tangent
+                    for grad, tangent in zip(grads, moving_grads, strict=True)
+                ]
+                second = family.call("_double_backward", cotangent, *filled, a, *ctx.policy)
+                total = total + second[-1]
+        return (*along, total)
 
 
 class Linear(_SingleLevelFunction):

@@ -26,6 +26,7 @@ from immunize_ext.ops.derivatives import (
     Family,
     Gradient,
     Linear,
+    SecondDerivative,
     Values,
     differentiable,
     fold_batch,
@@ -86,10 +87,6 @@ def _no_derivative(operator: str, public: str) -> str:
         f"torch.ops.immunize_ext.{operator} has no derivative; differentiate immunize_ext.ops."
         f"{public} instead"
     )
-
-
-def _third(family: Family) -> str:
-    return f"immunize_ext: {family.name}: third derivatives are not implemented"
 
 
 # --- fake kernels ---------------------------------------------------------------------------------
@@ -253,7 +250,7 @@ OPERATORS: dict[str, Operator] = {
         "(Tensor grad_grad_max, Tensor grad_grad_min, Tensor grad_a)",
         fallback.extremal_singular_values_double_backward,
         _double_backward_of(2),
-        _third(SINGULAR),
+        (SecondDerivative, SINGULAR),
         vmap="all",
         composed=True,
     ),
@@ -283,7 +280,7 @@ OPERATORS: dict[str, Operator] = {
         "Tensor grad_grad_squared_frobenius, Tensor grad_x)",
         fallback.gram_extremes_double_backward,
         _double_backward_of(3),
-        _third(GRAM),
+        (SecondDerivative, GRAM),
         vmap="all",
         composed=True,
     ),
@@ -332,7 +329,7 @@ OPERATORS: dict[str, Operator] = {
         "(Tensor grad_grad_max, Tensor grad_grad_min, Tensor grad_h)",
         fallback.symmetric_extremes_double_backward,
         _double_backward_of(2),
-        _third(SYMMETRIC),
+        (SecondDerivative, SYMMETRIC),
         vmap="all",
         composed=True,
     ),

@@ -243,7 +243,7 @@ def test_raw_operators_carry_tangents_or_refuse(required):
             atol=0,
         )
         with pytest.raises(NotImplementedError, match="third derivatives"):
-            raw.extremal_singular_values_double_backward(dual, one, one, X, *POLICY)
+            raw.extremal_singular_values_double_backward(V, one, one, dual, *POLICY)
         with pytest.raises(NotImplementedError, match="SpectrumTracker"):
             raw.symmetric_reference(dual, 1e-15)
         with pytest.raises(NotImplementedError, match="merge_kv"):
