@@ -20,7 +20,7 @@ from typing import Any, NamedTuple, cast
 
 import torch
 from torch import Tensor
-from torch._functorch import autograd_function as functorch
+from torch._functorch.utils import enable_single_level_autograd_function
 from torch.autograd import forward_ad
 from torch.autograd.forward_ad import _set_fwd_grad_enabled
 from torch.autograd.function import _SingleLevelFunction
@@ -367,7 +367,7 @@ def differentiable(operator: Kernel, function: type[_SingleLevelFunction], *give
         if _differentiated(args) is None:
             with torch._C._AutoDispatchBelowAutograd():
                 return operator(*args)
-        with functorch.enable_single_level_autograd_function():
+        with enable_single_level_autograd_function():
             return cast(Any, function).apply(*given, *args)
 
     return kernel
@@ -384,7 +384,7 @@ def refusing(operator: Kernel, text: str) -> Kernel:
         if carries_tangent(cause):
             raise NotImplementedError(text)
         outputs = below_autograd(operator, *args)
-        with functorch.enable_single_level_autograd_function():
+        with enable_single_level_autograd_function():
             return pytree.tree_map_only(
                 Tensor,
                 lambda out: (

@@ -7,7 +7,15 @@ from __future__ import annotations
 
 import pytest
 import torch
-from sample_inputs import POLICY, ROUTES, diagonal, gaussian, symmetric, taking_route
+from sample_inputs import (
+    POLICY,
+    ROUTES,
+    diagonal,
+    gaussian,
+    sample_inputs,
+    symmetric,
+    taking_route,
+)
 from torch.autograd import forward_ad
 
 from immunize_ext import testing
@@ -248,6 +256,14 @@ def test_raw_operators_carry_tangents_or_refuse(required):
             raw.symmetric_reference(dual, 1e-15)
         with pytest.raises(NotImplementedError, match="merge_kv"):
             raw.merge_solve(torch.eye(2).double(), dual, torch.zeros(2).double(), 1e-12, False)
+
+
+def test_raw_merge_refuses_forward_mode():
+    base, targets, *rest = sample_inputs("merge_apply")[0].arguments
+    with forward_ad.dual_level():
+        dual = [forward_ad.make_dual(w, torch.ones_like(w)) for w in base]
+        with pytest.raises(NotImplementedError, match="merge_kv"):
+            torch.ops.immunize_ext.merge_apply(dual, targets, *rest)
 
 
 # --- the preconditioner ---------------------------------------------------------------------------
