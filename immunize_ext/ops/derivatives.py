@@ -20,7 +20,7 @@ from typing import Any, NamedTuple, cast
 
 import torch
 from torch import Tensor
-from torch._functorch import autograd_function as functorch
+from torch._functorch.utils import enable_single_level_autograd_function
 from torch.autograd import forward_ad
 from torch.autograd.forward_ad import _set_fwd_grad_enabled
 from torch.autograd.function import _SingleLevelFunction
@@ -54,6 +54,8 @@ def payload(tensor: Tensor) -> Tensor | None:
 
     None where there are no numbers to read: meta tensors, and tracing for ``torch.compile``.
     """
+    if torch.compiler.is_compiling():
+        return None
     while torch._C._functorch.is_functorch_wrapped_tensor(tensor):
         tensor = torch._C._functorch.get_unwrapped(tensor)
     plain = type(tensor) in (Tensor, torch.nn.Parameter) and tensor.device.type != "meta"
@@ -139,6 +141,11 @@ class Family(NamedTuple):
     multiplicities: tuple[int, ...]
     vectors: tuple[int, ...]
 
+    @property
+    def third(self) -> str:
+        """What refuses a third derivative."""
+        return f"immunize_ext: {self.name}: third derivatives are not implemented"
+
     def call(self, suffix: str, *args: Any) -> Any:
         """Call ``op``, ``op_backward`` or ``op_double_backward``."""
         return getattr(torch.ops.immunize_ext, self.name + suffix)(*args)
@@ -216,6 +223,7 @@ class Gradient(_SingleLevelFunction):
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+        ctx.set_materialize_grads(False)  # a zero tangent would ask for a second derivative
         family, *rest = inputs
         count = family.values + 1 + len(family.saved)
         ctx.family, ctx.policy = family, rest[count:]
@@ -253,6 +261,45 @@ class Gradient(_SingleLevelFunction):
                 )
                 total = total + second[-1]
         return total
+
+
+class SecondDerivative(_SingleLevelFunction):
+    """``op_double_backward``: linear in the cotangent and in the gradients; no third derivative."""
+
+    @staticmethod
+    def forward(family: Family, *args: Any) -> Any:
+        return family.below("_double_backward", *args)
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
+        ctx.set_materialize_grads(False)  # a zero tangent would ask for a third derivative
+        ctx.family, *rest = inputs
+        count = ctx.family.values + 2
+        ctx.policy = rest[count:]
+        ctx.save_for_forward(*rest[:count])
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> Any:
+        raise NotImplementedError(ctx.family.third)
+
+    @staticmethod
+    def jvp(ctx: Any, _: Any, moving: Any, *tangents: Any) -> tuple[Tensor, ...]:
+        family: Family = ctx.family
+        *moving_grads, moving_a = tangents[: family.values + 1]
+        if moving_a is not None:
+            raise NotImplementedError(family.third)
+        with _set_fwd_grad_enabled(True):
+            cotangent, *grads, a = _primals(ctx.saved_tensors)
+            still = torch.zeros_like(cotangent) if moving is None else moving
+            *along, total = family.call("_double_backward", still, *grads, a, *ctx.policy)
+            if any(tangent is not None for tangent in moving_grads):
+                filled = [
+                    torch.zeros_like(grad) if tangent is None else tangent
+                    for grad, tangent in zip(grads, moving_grads, strict=True)
+                ]
+                second = family.call("_double_backward", cotangent, *filled, a, *ctx.policy)
+                total = total + second[-1]
+        return (*along, total)
 
 
 class Linear(_SingleLevelFunction):
@@ -320,7 +367,7 @@ def differentiable(operator: Kernel, function: type[_SingleLevelFunction], *give
         if _differentiated(args) is None:
             with torch._C._AutoDispatchBelowAutograd():
                 return operator(*args)
-        with functorch.enable_single_level_autograd_function():
+        with enable_single_level_autograd_function():
             return cast(Any, function).apply(*given, *args)
 
     return kernel
@@ -337,7 +384,7 @@ def refusing(operator: Kernel, text: str) -> Kernel:
         if carries_tangent(cause):
             raise NotImplementedError(text)
         outputs = below_autograd(operator, *args)
-        with functorch.enable_single_level_autograd_function():
+        with enable_single_level_autograd_function():
             return pytree.tree_map_only(
                 Tensor,
                 lambda out: (

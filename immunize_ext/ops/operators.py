@@ -14,10 +14,12 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any, Literal, cast
 
 import torch
 from torch import Tensor
+from torch._functorch.utils import enable_single_level_autograd_function
+from torch.autograd.function import _SingleLevelFunction
 from torch.utils import _pytree as pytree
 
 from immunize_ext import _load
@@ -26,7 +28,10 @@ from immunize_ext.ops.derivatives import (
     Family,
     Gradient,
     Linear,
+    SecondDerivative,
     Values,
+    below_autograd,
+    carries_tangent,
     differentiable,
     fold_batch,
     refusing,
@@ -86,10 +91,6 @@ def _no_derivative(operator: str, public: str) -> str:
         f"torch.ops.immunize_ext.{operator} has no derivative; differentiate immunize_ext.ops."
         f"{public} instead"
     )
-
-
-def _third(family: Family) -> str:
-    return f"immunize_ext: {family.name}: third derivatives are not implemented"
 
 
 # --- fake kernels ---------------------------------------------------------------------------------
@@ -253,7 +254,7 @@ OPERATORS: dict[str, Operator] = {
         "(Tensor grad_grad_max, Tensor grad_grad_min, Tensor grad_a)",
         fallback.extremal_singular_values_double_backward,
         _double_backward_of(2),
-        _third(SINGULAR),
+        (SecondDerivative, SINGULAR),
         vmap="all",
         composed=True,
     ),
@@ -283,7 +284,7 @@ OPERATORS: dict[str, Operator] = {
         "Tensor grad_grad_squared_frobenius, Tensor grad_x)",
         fallback.gram_extremes_double_backward,
         _double_backward_of(3),
-        _third(GRAM),
+        (SecondDerivative, GRAM),
         vmap="all",
         composed=True,
     ),
@@ -332,7 +333,7 @@ OPERATORS: dict[str, Operator] = {
         "(Tensor grad_grad_max, Tensor grad_grad_min, Tensor grad_h)",
         fallback.symmetric_extremes_double_backward,
         _double_backward_of(2),
-        _third(SYMMETRIC),
+        (SecondDerivative, SYMMETRIC),
         vmap="all",
         composed=True,
     ),
@@ -464,41 +465,69 @@ def _leading(name: str, op: Callable[..., Any]) -> Callable[..., Any]:
     return rule
 
 
-def _merge_apply_autograd() -> None:
-    """First derivatives of the raw per-layer merge, for ``torch.compile``."""
+class _MergeApply(_SingleLevelFunction):
+    """First derivatives of the raw per-layer merge: its lists laid out one after the other."""
 
-    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Any, Any]) -> None:
-        base, targets, rows, targets_are_values, c, b, *_ = inputs
-        ctx.layers, ctx.targets = len(base), len(targets)
-        ctx.layout = (rows, targets_are_values)
-        _, residual = output
-        ctx.save_for_backward(c, b, *base, *targets, *residual)
+    @staticmethod
+    def forward(layout: tuple[Any, ...], c: Tensor, b: Tensor, *weights: Tensor) -> Any:
+        layers, rows, values, *rest = layout
+        merged, residual = below_autograd(
+            torch.ops.immunize_ext.merge_apply,
+            *(weights[:layers], weights[layers:], rows, values, c, b, *rest),
+        )
+        return (*merged, *residual)
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
+        ctx.layout, *tensors = inputs
+        residual = output[ctx.layout[0] :]
+        ctx.count = len(tensors) - 2
+        ctx.save_for_backward(*tensors, *residual)
         ctx.mark_non_differentiable(*residual)
 
-    def backward(ctx: Any, grads: Sequence[Tensor], _: Any) -> tuple[Any, ...]:
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Any, ...]:
+        layers, rows, values, *_ = ctx.layout
         c, b, *rest = ctx.saved_tensors
-        base, rest = rest[: ctx.layers], rest[ctx.layers :]
-        targets, residual = rest[: ctx.targets], rest[ctx.targets :]
-        need_base, need_targets, _, _, need_c, need_b, *_ = ctx.needs_input_grad
-        needs = (any(need_base), any(need_targets), need_c, need_b)
-        grad_base, grad_targets, grad_c, grad_b = torch.ops.immunize_ext.merge_apply_backward(
-            grads, base, targets, *ctx.layout, c, b, residual, *needs
+        weights, residual = rest[: ctx.count], rest[ctx.count :]
+        _, need_c, need_b, *need = ctx.needs_input_grad
+        needs = (any(need[:layers]), any(need[layers:]), need_c, need_b)
+        base, targets, grad_c, grad_b = torch.ops.immunize_ext.merge_apply_backward(
+            *(grads[:layers], weights[:layers], weights[layers:], rows, values, c, b, residual),
+            *needs,
         )
         return (
-            grad_base if needs[0] else [None] * ctx.layers,
-            grad_targets if needs[1] else [None] * ctx.targets,
-            None,
             None,
             grad_c if need_c else None,
             grad_b if need_b else None,
-            None,
-            None,
-            None,
+            *(base if needs[0] else (None,) * layers),
+            *(targets if needs[1] else (None,) * (ctx.count - layers)),
         )
 
-    torch.library.register_autograd(
-        f"{_NAMESPACE}::merge_apply", backward, setup_context=setup_context
-    )
+
+def _merge_apply_kernel(op: Callable[..., Any]) -> Callable[..., Any]:
+    refuses = refusing(op, _no_derivative("merge_apply", "merge_kv"))
+
+    def kernel(
+        base: Sequence[Tensor],
+        targets: Sequence[Tensor],
+        rows: Sequence[int],
+        values: bool,
+        c: Tensor,
+        b: Tensor,
+        *rest: Any,
+    ) -> Any:
+        tensors = (*base, *targets, c, b)
+        recorded = torch.is_grad_enabled() and any(t.requires_grad for t in tensors)
+        if not recorded or any(carries_tangent(t) for t in tensors):
+            return refuses(base, targets, rows, values, c, b, *rest)
+        with enable_single_level_autograd_function():
+            outputs = cast(Any, _MergeApply).apply(
+                (len(base), rows, values, *rest), c, b, *base, *targets
+            )
+        return list(outputs[: len(base)]), list(outputs[len(base) :])
+
+    return kernel
 
 
 def _register() -> None:
@@ -511,7 +540,9 @@ def _register() -> None:
         full_name = f"{_NAMESPACE}::{name}"
         if operator.fake is not None:
             torch.library.register_fake(full_name, operator.fake, lib=_LIBRARY)
-        if isinstance(operator.derivative, str):
+        if name == "merge_apply":
+            _LIBRARY.impl(name, _merge_apply_kernel(op), "Autograd")
+        elif isinstance(operator.derivative, str):
             _LIBRARY.impl(name, refusing(op, operator.derivative), "Autograd")
         elif operator.derivative is not None:
             _LIBRARY.impl(name, differentiable(op, *operator.derivative), "Autograd")
@@ -524,7 +555,6 @@ def _register() -> None:
         if operator.autocast:
             for device in ("cpu", "cuda"):
                 torch.library.register_autocast(full_name, device, torch.float32, lib=_LIBRARY)
-    _merge_apply_autograd()
 
 
 @contextmanager

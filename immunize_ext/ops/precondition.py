@@ -125,8 +125,10 @@ class Preconditioner:
             return
         wide = numbers.to(torch.float64).reshape(-1, self.basis.shape[1])
         beside = (wide - (wide @ self.basis.mT) @ self.basis).norm(dim=1)
-        rounding = rounding_beside(grad) * wide.norm(dim=1)
-        doubtful = (beside > rounding) & (beside < 100.0 * rounding)
+        share = rounding_beside(grad)
+        size = wide.norm(dim=1)
+        # A share of a hundredth and more is no rounding, whatever the dtype.
+        doubtful = (beside > share * size) & (beside < min(100.0 * share, 1e-2) * size)
         if bool(doubtful.any()):
             warnings.warn(
                 f"Preconditioner.apply: {int(doubtful.sum())} rows of grad lie beside the rows of "

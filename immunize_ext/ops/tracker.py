@@ -139,7 +139,7 @@ class SpectrumTracker(nn.Module):
         if self._rest == 0:
             try:
                 return self._refer(h, tolerance)
-            except torch.linalg.LinAlgError:  # no state could be made: a zero matrix, for instance
+            except torch.linalg.LinAlgError:  # type: ignore[attr-defined]
                 self._forget()
         else:
             self._rest -= 1

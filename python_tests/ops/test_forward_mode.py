@@ -7,7 +7,15 @@ from __future__ import annotations
 
 import pytest
 import torch
-from sample_inputs import POLICY, ROUTES, diagonal, gaussian, symmetric, taking_route
+from sample_inputs import (
+    POLICY,
+    ROUTES,
+    diagonal,
+    gaussian,
+    sample_inputs,
+    symmetric,
+    taking_route,
+)
 from torch.autograd import forward_ad
 
 from immunize_ext import testing
@@ -35,7 +43,8 @@ def lambda_max(a):
 
 
 def eigenvalue(a):
-    return symmetric_extremes((a + a.mT) / 2).lambda_max
+    # transpose: Dynamo knows no .mT of a dual number of dual numbers.
+    return symmetric_extremes((a + a.transpose(-2, -1)) / 2).lambda_max
 
 
 # Function, its second derivative along V twice.
@@ -228,10 +237,10 @@ def test_raw_operators_carry_tangents_or_refuse(required):
     raw = torch.ops.immunize_ext
     x = X.clone().requires_grad_(required)
     vectors = raw.extremal_singular_values(X, *POLICY)[3:]
+    truth = along(sigma_max)(X)
     with forward_ad.dual_level():
         dual = forward_ad.make_dual(x, V)
         found = raw.extremal_singular_values(dual, *POLICY)[0]
-        truth = along(sigma_max)(X)
         torch.testing.assert_close(forward_ad.unpack_dual(found).tangent, truth)
         one = torch.tensor(1.0, dtype=torch.float64)
         grad = raw.extremal_singular_values_backward(one, 0 * one, dual, *vectors, *POLICY)
@@ -242,11 +251,19 @@ def test_raw_operators_carry_tangents_or_refuse(required):
             atol=0,
         )
         with pytest.raises(NotImplementedError, match="third derivatives"):
-            raw.extremal_singular_values_double_backward(dual, one, one, X, *POLICY)
+            raw.extremal_singular_values_double_backward(V, one, one, dual, *POLICY)
         with pytest.raises(NotImplementedError, match="SpectrumTracker"):
             raw.symmetric_reference(dual, 1e-15)
         with pytest.raises(NotImplementedError, match="merge_kv"):
             raw.merge_solve(torch.eye(2).double(), dual, torch.zeros(2).double(), 1e-12, False)
+
+
+def test_raw_merge_refuses_forward_mode():
+    base, targets, *rest = sample_inputs("merge_apply")[0].arguments
+    with forward_ad.dual_level():
+        dual = [forward_ad.make_dual(w, torch.ones_like(w)) for w in base]
+        with pytest.raises(NotImplementedError, match="merge_kv"):
+            torch.ops.immunize_ext.merge_apply(dual, targets, *rest)
 
 
 # --- the preconditioner ---------------------------------------------------------------------------

@@ -19,7 +19,7 @@ every_route = pytest.mark.parametrize("route", ROUTES)
 
 
 def exact(x, grad, ridge):
-    """Grad K^-1 for a gradient in the row space, grad = A^T x: A^T S^-1 x, where nothing cancels."""
+    """Grad K^-1 for grad = A^T x, in the row space: A^T S^-1 x, where nothing cancels."""
     x, grad = x.double(), grad.double()
     a = torch.linalg.lstsq(x.mT, grad.mT).solution
     s = x @ x.mT + ridge * torch.eye(len(x)).double()
