@@ -244,69 +244,10 @@ Tensor symmetric_extremes_backward(
   return engine.gradient(op, flattened(h), in, cluster_rtol).view(h.sizes()).to(h.scalar_type());
 }
 
-// Second derivative where simple, with Z the symmetric part of the cotangent:
-//   d(v_i v_i^T)[Z] = sum_{j != i} (v_j^T Z v_i) / (lambda_i - lambda_j) (v_j v_i^T + v_i v_j^T).
-std::tuple<Tensor, Tensor, Tensor> symmetric_extremes_double_backward(
-    const Tensor& cotangent,  // [*, p, p], with respect to grad_h
-    const Tensor& grad_max,
-    const Tensor& grad_min,
-    const Tensor& h,
-    double cluster_rtol) {
-  constexpr const char* op = "symmetric_extremes_double_backward";
-  const int64_t p = check_square(op, h);
-  const c10::OptionalDeviceGuard guard(h.device());
-  check_same_device(op, "cotangent", cotangent, "h", h);
-  check_shape(op, "cotangent", cotangent, h.sizes());
-  const Tensor grads[2] = {
-      incoming_gradient(op, "grad_max", grad_max, h),
-      incoming_gradient(op, "grad_min", grad_min, h)};
-  const auto shape = batch_shape(h);
-  if (h.numel() == 0)
-    return {grads[0].view(shape).clone(), grads[1].view(shape).clone(), at::zeros_like(h)};
-  refuse_capture(op);
-  const Scaled s = scaled(flattened(h));
-  const Tensor cotangents = cotangent.to(at::kDouble).reshape(s.h.sizes());
-  const Tensor z = (cotangents + cotangents.mT()) * 0.5;
-  const Eigenpairs d = eigenpairs(s.h, cluster_rtol);
-  Tensor grad = at::zeros_like(z);
-  Tensor along[2];
-  const Tensor members[2] = {d.most, d.least};
-  const int64_t at_end[2] = {p - 1, 0};
-  const char* names[2] = {"lambda_max", "lambda_min"};
-  const Tensor rotated = at::bmm(at::bmm(d.v.mT(), z), d.v);  // v_j^T Z v_i
-  for (int k = 0; k < 2; ++k) {
-    const Tensor& g = grads[k];
-    const Tensor count = members[k].sum(1);
-    const Tensor refused = (count > 1).logical_and(g != 0).nonzero().cpu();
-    if (refused.numel() > 0) {
-      const int64_t b = refused.const_data_ptr<int64_t>()[0];
-      TORCH_CHECK_NOT_IMPLEMENTED(
-          false, op, ": the second derivative of ", names[k], " does not exist at batch index ", b,
-          ", where it is repeated (multiplicity ", count[b].item<int64_t>(),
-          "); use the first derivative there, or a smaller cluster_rtol");
-    }
-    const Tensor diagonal = rotated.diagonal(0, 1, 2);
-    along[k] = (diagonal * members[k].to(at::kDouble)).sum(1) / count.to(at::kDouble);
-    const int64_t i = at_end[k];
-    const Tensor gap = d.lambda.narrow(1, i, 1) - d.lambda;
-    // lambda itself, and what coincides with an extreme that has no weight.
-    const Tensor skip = members[k];
-    const Tensor c = (rotated.select(2, i) / gap.masked_fill(skip, 1.0)).masked_fill(skip, 0.0);
-    const Tensor left = at::bmm(d.v, c.unsqueeze(2)).squeeze(2), v = d.v.select(2, i);
-    const Tensor half = left.unsqueeze(2) * v.unsqueeze(1);
-    // v is of degree 0 in h: its derivative scales with the inverse of h's scale.
-    grad = grad + (half + half.mT()) * (g.view({-1, 1, 1}) / s.scale);
-  }
-  return {
-      along[0].reshape(shape), along[1].reshape(shape),
-      grad.reshape(h.sizes()).to(h.scalar_type())};
-}
-
 template <const SymmetricEngine& engine>
 void register_operators(torch::Library& m) {
   m.impl("symmetric_extremes", &symmetric_extremes<engine>);
   m.impl("symmetric_extremes_backward", &symmetric_extremes_backward<engine>);
-  m.impl("symmetric_extremes_double_backward", &symmetric_extremes_double_backward);
 }
 
 }  // namespace
