@@ -1,6 +1,6 @@
 """What only the CUDA build composes of torch operators, run on CPU tensors.
 
-The search of large features holds no kernel of ours, so the function that is registered for CUDA can
+The search of large features holds no kernel of ours, so the function registered for CUDA can
 be called on any tensor: no GPU is needed. What every build registers for CUDA is tested by
 python_tests/ops/test_compositions.py. Run by cuda_build.py with the Python of the CUDA environment
 and the built package in its path.
