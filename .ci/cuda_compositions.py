@@ -1,9 +1,9 @@
-"""What the CUDA build composes of torch operators, run on CPU tensors and compared with the CPU.
+"""What only the CUDA build composes of torch operators, run on CPU tensors.
 
-The search of large features holds no kernel of ours, so the function that is registered for CUDA
-can be called on any tensor: no GPU is needed. What every build registers for
-CUDA is tested by python_tests/ops/test_compositions.py.
-Run by cuda_build.py with the Python of the CUDA environment and the built package in its path.
+The search of large features holds no kernel of ours, so the function registered for CUDA can
+be called on any tensor: no GPU is needed. What every build registers for CUDA is tested by
+python_tests/ops/test_compositions.py. Run by cuda_build.py with the Python of the CUDA environment
+and the built package in its path.
 """
 
 import sys
@@ -15,29 +15,6 @@ import immunize_ext.ops  # noqa: F401  registers the operators
 
 CUDA = torch._C.DispatchKeySet(torch._C.DispatchKey.CUDA)
 CPU = torch._C.DispatchKeySet(torch._C.DispatchKey.CPU)
-RTOL = 1e-9  # both routes are backward stable, and the inputs have gaps of 1e-2 and more
-
-
-def compare(what: str, operator: str, *arguments: object) -> None:
-    """Call the functions of both devices; exit where they differ in value, shape or dtype."""
-    call = getattr(torch.ops.immunize_ext, operator).default.redispatch
-    expected, got = (call(keys, *arguments) for keys in (CPU, CUDA))
-    pairs = zip(
-        (expected,) if isinstance(expected, Tensor) else expected,
-        (got,) if isinstance(got, Tensor) else got,
-        strict=True,
-    )
-    for number, (right, ours) in enumerate(pairs):
-        if ours.shape != right.shape or ours.dtype != right.dtype:
-            sys.exit(f"cuda_compositions: {operator}, {what}, output {number}: other shape or type")
-        right, ours = right.double(), ours.double()
-        if operator == "symmetric_extremes" and number >= 4:  # vectors: up to sign
-            right, ours = (v.unsqueeze(-1) * v.unsqueeze(-2) for v in (right, ours))
-        error = float((ours - right).abs().max()) if right.numel() else 0.0
-        scale = max(float(right.abs().max()) if right.numel() else 0.0, 1e-300)
-        if not error <= RTOL * scale:
-            sys.exit(f"cuda_compositions: {operator}, {what}, output {number}: off by {error:.1e}")
-    print(f"  {operator}: {what}")
 
 
 def normal(*shape: int, seed: int = 0) -> Tensor:

@@ -1,9 +1,11 @@
-// Gradient times K^-1 on the input side, K = x^T x + ridge I, on CUDA; ops/fallback.py has the
-// formulas and serves every other device with the same composition of torch operators.
+// Gradient times K^-1 on the input side, K = x^T x + ridge I.
 //
-// With a small factor of K one kernel does all of it (cuda/precondition.h). Else two triangular
-// solves and at most three products in float64 are all there is, so libraries do them. Nothing here
-// waits for the GPU, and TF32 does not touch float64.
+// With the Cholesky factor of K (p x p): grad K^-1 by two triangular solves. With n < p samples,
+// within their row space by the factor of K there, in an orthonormal basis of n rows, and divided by
+// the ridge beside it; ops/fallback.py has the derivation. Triangular solves and at most two products
+// in float64 are all there is, so libraries do them on every device; with a small factor of K one
+// kernel does all of it on CUDA (cuda/precondition.h). Nothing here waits for a GPU, and TF32 does
+// not touch float64.
 
 #include <ATen/ATen.h>
 #include <c10/core/DeviceGuard.h>
@@ -64,30 +66,33 @@ Tensor precondition(
   if (n == 0 && precondition_small(from, factor, to))
     return result;
 #endif
-  // What rounding to the type of grad left beside the row space is no gradient.
-  const double tolerance = 8.0 * std::sqrt(static_cast<double>(p)) * epsilon_of(grad);
   for (int64_t begin = 0; begin < from.size(0); begin += kRowsAtOnce) {
     const int64_t end = std::min(begin + kRowsAtOnce, from.size(0));
     // float64 whatever the type of grad: K is squared in condition and the gradient is small.
     const Tensor rows = from.slice(0, begin, end).to(at::kDouble);
-    if (n == 0) {
+    if (n > 0) {
+      const Tensor within = rows.mm(basis.mT());  // [rows, n]
+      const Tensor beside = rows - within.mm(basis);
+      // What rounding to the type of grad left beside the row space is no gradient.
+      const double tolerance = 8.0 * std::sqrt(static_cast<double>(p)) * epsilon_of(grad);
+      const Tensor rounding = beside.norm(2, 1, true) <= tolerance * rows.norm(2, 1, true);
+      to.slice(0, begin, end)
+          .copy_(
+              at::cholesky_solve(within.mT(), factor).mT().mm(basis) +
+              beside.masked_fill(rounding, 0.0) / ridge);
+    } else {
       to.slice(0, begin, end).copy_(at::cholesky_solve(rows.mT(), factor).mT());
-      continue;
     }
-    const Tensor within = rows.mm(basis.mT());  // [rows, n]
-    const Tensor beside = rows - within.mm(basis);
-    const Tensor rounding = beside.norm(2, 1, true) <= tolerance * rows.norm(2, 1, true);
-    to.slice(0, begin, end)
-        .copy_(
-            at::cholesky_solve(within.mT(), factor).mT().mm(basis) +
-            beside.masked_fill(rounding, 0.0) / ridge);
   }
   return result;
 }
 
 }  // namespace
 
-// In every build: nothing here was compiled for a device, and so it is tested without one.
+TORCH_LIBRARY_IMPL(immunize_ext, CPU, m) {
+  m.impl("precondition", &precondition);
+}
+
 TORCH_LIBRARY_IMPL(immunize_ext, CUDA, m) {
   m.impl("precondition", &precondition);
 }

@@ -1,6 +1,5 @@
-// What the spectrum operators share on the CPU: scaling of a batch, clusters of a full spectrum,
-// and the full decomposition of one matrix, for clusters and for matrices that no cheaper route
-// settles.
+// What the spectrum operators share on the CPU: threads, clusters of a full spectrum, and the full
+// decomposition of one matrix, for clusters and for matrices that no cheaper route settles.
 
 #pragma once
 
@@ -11,7 +10,6 @@
 #include <cmath>
 #include <vector>
 
-#include "../checks.h"
 #include "../extremes.h"
 #include "../tensors.h"
 
