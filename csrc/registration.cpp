@@ -118,19 +118,22 @@ TORCH_LIBRARY(immunize_ext, m) {
 
   // --- merge ------------------------------------------------------------------------------------
   // Q without ridge: c_reg^T c_reg, symmetric to the bit.
-  m.def("merge_gram(Tensor c_reg) -> Tensor");  // [m, d] -> [d, d] float64
+  m.def(
+      "merge_gram(Tensor c_reg,"               // [m, d]
+      " int chunk=512) -> Tensor");  // rows widened at a time without a kernel -> [d, d] float64
   // The part shared by all layers. T = c Q^-1 c^T + diag(inverse_hardness), E its (generalised)
-  // inverse, b = E c Q^-1.
+  // inverse, b = E c Q^-1, Q = chol chol^T.
   m.def(
       "merge_solve("
       "Tensor chol,"               // [*, d, d] float64, lower Cholesky factor of Q
       " Tensor c,"                 // [*, s, d] float64
       " Tensor inverse_hardness,"  // [*, s] float64, 0 = hard constraint
       " float rank_rtol, bool average) -> ("
-      "Tensor a,"        // [*, d, s] = Q^-1 c^T
-      " Tensor e,"       // [*, s, s]
+      "Tensor b,"        // [*, s, d]
+      " Tensor root,"    // [*, s, s], E = root root^T; zero from column `rank` on
+      " Tensor basis,"   // [*, d, s] = chol^-1 c^T root
       " Tensor defect,"  // [*, s, s] = I - E T, zero where T has full rank
-      " Tensor rank)");  // [*] int64
+      " Tensor rank)");  // [*] int64, -1 where chol, c or T is not finite
   // The part per layer: W_l = W0_l + R_l b with R_l = V_l - W0_l c^T.
   // targets: concept weights, concept-major (N * L tensors [*, o_l, d]) with rows[n] tokens each;
   //          or, with targets_are_values, one [*, o_l, s] tensor a layer.
@@ -138,10 +141,10 @@ TORCH_LIBRARY(immunize_ext, m) {
       "merge_apply("
       "Tensor[] base,"  // L x [*, o_l, d]
       " Tensor[] targets, int[] rows, bool targets_are_values,"
-      " Tensor c, Tensor b,"  // [*, s, d] float64
-      " Tensor defect, float rank_rtol, bool check) -> ("
-      "Tensor[] merged,"       // L x [*, o_l, d], dtype of base
-      " Tensor[] residual)");  // L x [*, o_l, s], float32 or float64
+      " Tensor c, Tensor b) -> ("  // [*, s, d] float64
+      "Tensor[] merged,"           // L x [*, o_l, d], dtype of base
+      " Tensor[] residual,"        // L x [*, o_l, s], float32 or float64
+      " Tensor status)");          // [*, L] int32: 0, or 1 R not finite, 2 merged not finite
   m.def(
       "merge_apply_backward("
       "Tensor[] grad,"  // L x [*, o_l, d]

@@ -109,18 +109,19 @@ def _fake_symmetric_reference(h: Tensor, cluster_rtol: float) -> tuple[Tensor, .
     )
 
 
-def _fake_merge_gram(c_reg: Tensor) -> Tensor:
+def _fake_merge_gram(c_reg: Tensor, chunk: int = 512) -> Tensor:
     d = c_reg.shape[-1]
     return c_reg.new_empty((d, d), dtype=torch.float64)
 
 
 def _fake_merge_solve(
     chol: Tensor, c: Tensor, inverse_hardness: Tensor, rank_rtol: float, average: bool
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     batch, (s, d) = c.shape[:-2], c.shape[-2:]
     return (
-        c.new_empty((*batch, d, s)),
+        c.new_empty((*batch, s, d)),
         c.new_empty((*batch, s, s)),
+        c.new_empty((*batch, d, s)),
         c.new_empty((*batch, s, s)),
         c.new_empty(batch, dtype=torch.int64),
     )
@@ -133,14 +134,11 @@ def _fake_merge_apply(
     targets_are_values: bool,
     c: Tensor,
     b: Tensor,
-    defect: Tensor,
-    rank_rtol: float,
-    check: bool,
-) -> tuple[list[Tensor], list[Tensor]]:
+) -> tuple[list[Tensor], list[Tensor], Tensor]:
     accumulate = torch.float64 if base[0].dtype == torch.float64 else torch.float32
     merged = [w.new_empty(w.shape) for w in base]
     residual = [w.new_empty((*w.shape[:-1], c.shape[-2]), dtype=accumulate) for w in base]
-    return merged, residual
+    return merged, residual, c.new_empty((*c.shape[:-2], len(base)), dtype=torch.int32)
 
 
 def _fake_merge_apply_backward(
@@ -199,19 +197,19 @@ def _spectrum_autograd(
 def _merge_apply_autograd() -> None:
     """First derivatives of the raw per-layer merge, for ``torch.compile``."""
 
-    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Any, Any]) -> None:
-        base, targets, rows, targets_are_values, c, b, *_ = inputs
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Any, ...]) -> None:
+        base, targets, rows, targets_are_values, c, b = inputs
         ctx.layers, ctx.targets = len(base), len(targets)
         ctx.layout = (rows, targets_are_values)
-        _, residual = output
+        _, residual, status = output
         ctx.save_for_backward(c, b, *base, *targets, *residual)
-        ctx.mark_non_differentiable(*residual)
+        ctx.mark_non_differentiable(*residual, status)
 
-    def backward(ctx: Any, grads: Sequence[Tensor], _: Any) -> tuple[Any, ...]:
+    def backward(ctx: Any, grads: Sequence[Tensor], *_: Any) -> tuple[Any, ...]:
         c, b, *rest = ctx.saved_tensors
         base, rest = rest[: ctx.layers], rest[ctx.layers :]
         targets, residual = rest[: ctx.targets], rest[ctx.targets :]
-        need_base, need_targets, _, _, need_c, need_b, *_ = ctx.needs_input_grad
+        need_base, need_targets, _, _, need_c, need_b = ctx.needs_input_grad
         needs = (any(need_base), any(need_targets), need_c, need_b)
         grad_base, grad_targets, grad_c, grad_b = torch.ops.immunize_ext.merge_apply_backward(
             grads, base, targets, *ctx.layout, c, b, residual, *needs
@@ -223,9 +221,6 @@ def _merge_apply_autograd() -> None:
             None,
             grad_c if need_c else None,
             grad_b if need_b else None,
-            None,
-            None,
-            None,
         )
 
     torch.library.register_autograd(_name("merge_apply"), backward, setup_context=setup_context)
