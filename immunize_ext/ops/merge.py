@@ -85,7 +85,7 @@ def _shared_part(
     """B (s, d) with its derivatives, the defect I - E T (s, s) and the rank of T."""
     c = problem.c
     b, root, basis, defect, rank = _MergeSolve.apply(
-        factor.chol, c, problem.inverse_hardness, REPEATED_ROW_RTOL, average
+        factor.chol, c.detach(), problem.inverse_hardness.detach(), REPEATED_ROW_RTOL, average
     )
     source = c.new_empty(0, factor.dim) if factor.source is None else factor.source
     ridge = factor.ridge_tensor

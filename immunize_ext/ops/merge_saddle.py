@@ -45,6 +45,7 @@ class Saddle(NamedTuple):
     b: Tensor  # (s, d)
 
 
+# Dynamo takes the first of *args for a context, so every forward below spells its arguments out.
 _CONSTANTS = (None, None, None, None)  # chol, root, basis and b have no derivative of their own
 
 
@@ -114,8 +115,17 @@ class _ConstraintMap(_Saved):
     """B, given B."""
 
     @staticmethod
-    def forward(*saddle: Tensor) -> Tensor:
-        return saddle[-1].clone()
+    def forward(
+        c: Tensor,
+        inverse_hardness: Tensor,
+        source: Tensor,
+        ridge: Tensor,
+        chol: Tensor,
+        root: Tensor,
+        basis: Tensor,
+        b: Tensor,
+    ) -> Tensor:
+        return b.clone()
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Any, ...]:
@@ -158,11 +168,20 @@ class _FreeSolve(_Saved):
     """X = S F."""
 
     @staticmethod
-    def forward(f: Tensor, *inputs: Tensor) -> Tensor:
-        saddle = Saddle(*inputs)
-        v = torch.linalg.solve_triangular(saddle.chol, f, upper=False)
-        v = v - saddle.basis @ (saddle.basis.mT @ v)
-        return torch.linalg.solve_triangular(saddle.chol.mT, v, upper=True)
+    def forward(
+        f: Tensor,
+        c: Tensor,
+        inverse_hardness: Tensor,
+        source: Tensor,
+        ridge: Tensor,
+        chol: Tensor,
+        root: Tensor,
+        basis: Tensor,
+        b: Tensor,
+    ) -> Tensor:
+        v = torch.linalg.solve_triangular(chol, f, upper=False)
+        v = v - basis @ (basis.mT @ v)
+        return torch.linalg.solve_triangular(chol.mT, v, upper=True)
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Any, ...]:
@@ -203,8 +222,17 @@ class _ConstraintSolve(_Saved):
     """Y = E G."""
 
     @staticmethod
-    def forward(g: Tensor, *inputs: Tensor) -> Tensor:
-        root = Saddle(*inputs).root
+    def forward(
+        g: Tensor,
+        c: Tensor,
+        inverse_hardness: Tensor,
+        source: Tensor,
+        ridge: Tensor,
+        chol: Tensor,
+        root: Tensor,
+        basis: Tensor,
+        b: Tensor,
+    ) -> Tensor:
         return root @ (root.mT @ g)
 
     @staticmethod
