@@ -8,17 +8,16 @@ construction and the forward kernels need no second description here.
 
 from __future__ import annotations
 
-import sys
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import ExitStack, contextmanager
+from contextlib import contextmanager, nullcontext
 from typing import Any, NamedTuple
-from unittest import mock
 
 import numpy as np
 import torch
 from hypothesis import settings
 from torch import Tensor
 
+from immunize_ext.ops import operators
 from immunize_ext.testing.samples import matrix_from_spectrum
 
 # A property that is asked of both routes shares the examples of the profile between them; one that
@@ -394,8 +393,13 @@ DIFFERENTIABLE = (
     "symmetric_extremes",
     "merge_apply",
 )
-# Differentiable as a part of gram_regularizer: with respect to grad and x together.
-HALF_DIFFERENTIABLE = ("gram_regularizer_backward",)
+# Differentiable in grad and matrix together, as a part of the operator whose gradient they are.
+HALF_DIFFERENTIABLE = (
+    "extremal_singular_values_backward",
+    "gram_extremes_backward",
+    "gram_regularizer_backward",
+    "symmetric_extremes_backward",
+)
 # Whether it succeeds depends on the numbers, and is a bool: it cannot be traced.
 WITHOUT_FAKE = ("symmetric_track",)
 # These refuse to be differentiated, by name.
@@ -436,12 +440,5 @@ def taking_route(route: str) -> Iterator[None]:
 
     A context manager and no fixture, so that hypothesis tests can use it.
     """
-    if route == "kernel":
-        yield
-        return
-    with ExitStack() as stack:
-        for name, module in list(sys.modules.items()):
-            if name.startswith("immunize_ext.") and hasattr(module, "has_kernel"):
-                patch = mock.patch.object(module, "has_kernel", return_value=False)
-                stack.enter_context(patch)
+    with operators.fallbacks_only() if route == "composite" else nullcontext():
         yield

@@ -1,4 +1,4 @@
-// Gradient times K^-1 on the input side, K = x^T x + ridge I, on a GPU; csrc/cpu/precondition.cpp
+// Gradient times K^-1 on the input side, K = x^T x + ridge I, on a GPU; ops/fallback.py
 // has the formulas. With a small factor of K one kernel does all of it (precondition.cuh). Else two
 // triangular solves and at most two products in float64 are all there is, so cuSOLVER and cuBLAS do
 // them. Nothing here waits for the GPU, and TF32 does not touch float64.

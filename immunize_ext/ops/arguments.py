@@ -4,13 +4,12 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from typing import Any, Literal, NamedTuple
+from typing import Literal, NamedTuple
 
 import torch
 from torch import Tensor
-from torch.autograd import forward_ad
 
-from immunize_ext.ops.derivatives import BatchedFunction
+from immunize_ext.ops.derivatives import payload
 
 RankPolicy = Literal["numerical", "full"]
 
@@ -112,42 +111,18 @@ def spectrum_policy(
     )
 
 
-def carries_derivative(tensor: Tensor) -> bool:
-    """True if reverse or forward mode shall differentiate with respect to ``tensor``."""
-    return tensor.requires_grad or forward_ad.unpack_dual(tensor).tangent is not None
-
-
-class _Answer:
-    """Carries a number out of a function that vmap calls; a list would be copied on the way."""
-
-    value = False
-
-
-class _AnyTrue(BatchedFunction):
-    """Asks about the whole vmapped batch: the rule of the base class hands over plain tensors."""
-
-    @staticmethod
-    def forward(mask: Tensor, answer: _Answer) -> Tensor:
-        answer.value = bool(mask.any())
-        return mask.clone()
-
-    @staticmethod
-    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
-        ctx.mark_non_differentiable(output)
-
-    @staticmethod
-    def backward(ctx: Any, *grads: Tensor) -> tuple[None, None]:
-        return None, None
-
-
 def any_true(mask: Tensor) -> bool:
     """Whether any entry is true; under vmap, whether any is for any element of the batch.
 
-    Not for use inside ``torch.compile``, which cannot branch on data in one graph.
+    False where there are no numbers to read: meta tensors, and tracing for ``torch.compile``.
     """
-    try:
-        return bool(mask.any())
-    except RuntimeError:  # a batched tensor of torch.vmap, which cannot be read
-        answer = _Answer()
-        _AnyTrue.apply(mask, answer)
-        return answer.value
+    numbers = payload(mask)
+    return numbers is not None and bool(numbers.any())
+
+
+def require_positive(function: str, name: str, value: Tensor, expected: str = "positive") -> None:
+    """Refuse numbers that are not positive. Reads them on the host, where there are any."""
+    numbers = payload(value)
+    # NaN fails every comparison, so the test is for what is allowed.
+    if numbers is not None and not bool((numbers > 0).all()):
+        raise ValueError(f"{function}: {name} must be {expected}, got {numbers.tolist()}")

@@ -13,9 +13,9 @@ import torch
 from torch import Tensor
 
 from immunize_ext.errors import NotPositiveDefiniteError, NumericalWarning
-from immunize_ext.ops import merge_fallback
-from immunize_ext.ops._dispatch import has_kernel
-from immunize_ext.ops.arguments import carries_derivative, require_finite, require_floating_matrix
+from immunize_ext.ops import operators  # noqa: F401 - defines merge_gram
+from immunize_ext.ops.arguments import require_finite, require_floating_matrix
+from immunize_ext.ops.derivatives import carries_derivative
 from immunize_ext.storage import load_checkpoint, save_checkpoint
 
 _KIND = "immunize_ext.RegularizationFactor/1"
@@ -412,8 +412,7 @@ def _stream_gram(function: str, c_reg: Tensor | Iterable[Tensor], chunk: int) ->
                 f"{function}: every block of c_reg must have width {gram.shape[1]}, got "
                 f"{block.shape[1]}"
             )
-        served = block.device.type == "cpu" and has_kernel(block, "merge_gram")
-        gram += (torch.ops.immunize_ext if served else merge_fallback).merge_gram(block, chunk)
+        gram += torch.ops.immunize_ext.merge_gram(block, chunk)
         samples += block.shape[0]
         # Every entry is squared into the diagonal: one look there instead of a pass over c_reg.
         if not bool(torch.isfinite(gram.diagonal()).all()):

@@ -19,15 +19,13 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Sequence
-from typing import Any, Literal, NamedTuple
+from typing import Literal, NamedTuple
 
 import torch
 from torch import Tensor
 
 from immunize_ext.errors import ContradictoryTargetsError, NumericalWarning
-from immunize_ext.ops.derivatives import BatchedFunction
 from immunize_ext.ops.factor import RegularizationFactor
-from immunize_ext.ops.merge_derivatives import MergeLayout, merge_apply, merge_operator
 from immunize_ext.ops.merge_problem import (
     REPEATED_ROW_RTOL,
     MergeProblem,
@@ -84,7 +82,7 @@ def _shared_part(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """B (s, d) with its derivatives, the defect I - E T (s, s) and the rank of T."""
     c = problem.c
-    b, root, basis, defect, rank = _MergeSolve.apply(
+    b, root, basis, defect, rank = torch.ops.immunize_ext.merge_solve(
         factor.chol, c.detach(), problem.inverse_hardness.detach(), REPEATED_ROW_RTOL, average
     )
     source = c.new_empty(0, factor.dim) if factor.source is None else factor.source
@@ -94,34 +92,12 @@ def _shared_part(
     return constraint_map(saddle), defect, rank
 
 
-class _MergeSolve(BatchedFunction):
-    """The shared part without derivatives; :func:`constraint_map` carries them."""
-
-    @staticmethod
-    def forward(
-        chol: Tensor, c: Tensor, inverse_hardness: Tensor, rank_rtol: float, average: bool
-    ) -> tuple[Tensor, ...]:
-        solve = merge_operator("merge_solve", c)
-        outputs: tuple[Tensor, ...] = solve(chol, c, inverse_hardness, rank_rtol, average)
-        return outputs
-
-    @staticmethod
-    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
-        ctx.mark_non_differentiable(*output)
-
-    @staticmethod
-    def backward(ctx: Any, *grads: Tensor) -> tuple[None, ...]:
-        return (None,) * 5
-
-
 def _apply(problem: MergeProblem, b: Tensor) -> tuple[list[Tensor], list[Tensor], Tensor]:
-    layout = MergeLayout(
-        layers=len(problem.base),
-        targets=len(problem.targets),
-        rows=problem.rows,
-        targets_are_values=problem.targets_are_values,
+    base, targets = list(problem.base), list(problem.targets)
+    outputs: tuple[list[Tensor], list[Tensor], Tensor] = torch.ops.immunize_ext.merge_apply(
+        base, targets, problem.rows, problem.targets_are_values, problem.c, b
     )
-    return merge_apply(layout, problem.c, b, (*problem.base, *problem.targets))
+    return outputs
 
 
 def _first_of(problem: MergeProblem, faults: dict[int, ValueError]) -> ValueError:

@@ -1,6 +1,6 @@
 """Derivatives of the part of a merge per layer, W_l = W0_l + R_l B.
 
-With X_n = W_n - W0 for concept weights, or the one piece X = -W0 with the offset V for given values,
+With X_n = W_n - W0 for concept weights, or one piece X = -W0 with the offset V for given values,
 
     R = V + [X_1 C_1^T | ... | X_N C_N^T],        W = W0 + R B,
 
@@ -20,10 +20,10 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
+from torch.autograd.forward_ad import _set_fwd_grad_enabled
+from torch.autograd.function import _SingleLevelFunction
 
-from immunize_ext.ops import merge_fallback
-from immunize_ext.ops._dispatch import has_kernel
-from immunize_ext.ops.derivatives import fold_batch
+from immunize_ext.ops.derivatives import below_autograd, primals_of
 
 
 class MergeLayout(NamedTuple):
@@ -35,46 +35,60 @@ class MergeLayout(NamedTuple):
     targets_are_values: bool
 
 
-def merge_operator(name: str, like: Tensor) -> Any:
-    """The raw operator for tensors that live where ``like`` does."""
-    if has_kernel(like, "merge_solve", "merge_apply", "merge_apply_backward"):
-        return getattr(torch.ops.immunize_ext, name)
-    return getattr(merge_fallback, name)
+class ApplyRule:
+    """The rule of ``merge_apply``: an ``autograd.Function`` sees no tensor inside of a list."""
+
+    @staticmethod
+    def apply(
+        base: list[Tensor],
+        targets: list[Tensor],
+        rows: Sequence[int],
+        targets_are_values: bool,
+        c: Tensor,
+        b: Tensor,
+    ) -> tuple[list[Tensor], list[Tensor], Tensor]:
+        """Lists in and out."""
+        layers = len(base)
+        layout = MergeLayout(layers, len(targets), tuple(rows), targets_are_values)
+        outputs = _Apply.apply(layout, c, b, *base, *targets)
+        return list(outputs[:layers]), list(outputs[layers:-1]), outputs[-1]
 
 
-def merge_apply(
-    layout: MergeLayout, c: Tensor, b: Tensor, weights: Sequence[Tensor]
-) -> tuple[list[Tensor], list[Tensor], Tensor]:
-    """Merged weights with their derivatives, the residuals R_l and a status for each layer.
+class ApplyBackwardRule:
+    """The rule of ``merge_apply_backward``."""
 
-    ``weights``: W0 of every layer, then the targets, concept-major.
-    """
-    layers = layout.layers
-    if torch.compiler.is_compiling():  # which cannot trace a rule for forward mode
-        base, targets = list(weights[:layers]), list(weights[layers:])
-        merged, residual, status = torch.ops.immunize_ext.merge_apply(
-            base, targets, layout.rows, layout.targets_are_values, c, b
+    @staticmethod
+    def apply(
+        grad: list[Tensor],
+        base: list[Tensor],
+        targets: list[Tensor],
+        rows: Sequence[int],
+        targets_are_values: bool,
+        c: Tensor,
+        b: Tensor,
+        residual: list[Tensor],
+        *needs: bool,
+    ) -> tuple[list[Tensor], list[Tensor], Tensor, Tensor]:
+        """Lists in and out."""
+        layout = MergeLayout(len(base), len(targets), tuple(rows), targets_are_values)
+        outputs = _ApplyBackward.apply(layout, needs, c, b, *grad, *base, *targets, *residual)
+        of_c, of_b, *weights = _unpack(outputs, needs, layout)
+        empty = c.new_empty(0)
+        return (
+            weights[: layout.layers] if needs[0] else [],
+            weights[layout.layers :] if needs[1] else [],
+            empty if of_c is None else of_c,
+            empty if of_b is None else of_b,
         )
-        return list(merged), list(residual), status
-    outputs = MergeApply.apply(layout, c, b, *weights)
-    return list(outputs[:layers]), list(outputs[layers:-1]), outputs[-1]
 
 
-class _LayerwiseFunction(torch.autograd.Function):
-    """Static arguments first; a vmapped axis is folded into the batch of all tensors."""
-
-    @classmethod
-    def vmap(cls, info: Any, in_dims: tuple[Any, ...], *args: Any) -> tuple[Any, Any]:
-        outputs = cls.apply(*fold_batch(info.batch_size, in_dims, args))
-        return outputs, (0,) * len(outputs)
-
-
-class MergeApply(_LayerwiseFunction):
+class _Apply(_SingleLevelFunction):  # type: ignore[misc]
     """From c, b, base and targets to merged weights, residuals and the status."""
 
     @staticmethod
     def forward(layout: MergeLayout, c: Tensor, b: Tensor, *weights: Tensor) -> Any:
-        merged, residual, status = merge_operator("merge_apply", c)(
+        merged, residual, status = below_autograd(
+            torch.ops.immunize_ext.merge_apply,
             list(weights[: layout.layers]),
             list(weights[layout.layers :]),
             layout.rows,
@@ -96,26 +110,44 @@ class MergeApply(_LayerwiseFunction):
     def backward(ctx: Any, *grads: Tensor) -> tuple[Any, ...]:
         layout: MergeLayout = ctx.layout
         c, b, *rest = ctx.saved_tensors
+        base, targets, residual = _split(layout, rest)
         _, need_c, need_b, *need_weights = ctx.needs_input_grad
         need_base, need_targets = need_weights[: layout.layers], need_weights[layout.layers :]
         needs = (any(need_base), any(need_targets), need_c, need_b)
-        outputs = MergeApplyBackward.apply(layout, needs, c, b, *grads[: layout.layers], *rest)
-        return (None, *_unpack(outputs, needs, layout))
+        of_base, of_targets, of_c, of_b = torch.ops.immunize_ext.merge_apply_backward(
+            list(grads[: layout.layers]),
+            base,
+            targets,
+            layout.rows,
+            layout.targets_are_values,
+            c,
+            b,
+            [r.detach() for r in residual],
+            *needs,
+        )
+        return (
+            None,
+            of_c if need_c else None,
+            of_b if need_b else None,
+            *(of_base if needs[0] else (None,) * layout.layers),
+            *(of_targets if needs[1] else (None,) * layout.targets),
+        )
 
     @staticmethod
     def jvp(ctx: Any, _: Any, dc: Any, db: Any, *moving: Any) -> Any:
-        c, b, *weights = ctx.saved_tensors
-        tangents = []
-        for layer in _layers_of(ctx.layout, c, weights):
-            change = layer.change(moving)
-            tangent = change.base + layer.residual_tangent(change, dc) @ b
-            if db is not None:
-                tangent = tangent + layer.residual() @ db
-            tangents.append(tangent.to(weights[layer.index].dtype))
+        with _set_fwd_grad_enabled(True):
+            c, b, *weights = primals_of(ctx.saved_tensors)
+            tangents = []
+            for layer in _layers_of(ctx.layout, c, weights):
+                change = layer.change(moving)
+                tangent = change.base + layer.residual_tangent(change, dc) @ b
+                if db is not None:
+                    tangent = tangent + layer.residual() @ db
+                tangents.append(tangent.to(weights[layer.index].dtype))
         return (*tangents, *(None,) * (ctx.layout.layers + 1))
 
 
-class MergeApplyBackward(_LayerwiseFunction):
+class _ApplyBackward(_SingleLevelFunction):  # type: ignore[misc]
     """Gradients of base, targets, c and b, each only if needed; of c, b, dL/dW, base, targets, R.
 
     With Z the cotangents of its results, Zx_n = Z_n - Z_0 that of dX_n (-Z_0 for values):
@@ -130,9 +162,19 @@ class MergeApplyBackward(_LayerwiseFunction):
     def forward(
         layout: MergeLayout, needs: tuple[bool, ...], c: Tensor, b: Tensor, *tensors: Tensor
     ) -> Any:
-        grads, base, targets, residual = _split(layout, tensors)
-        grad_base, grad_targets, grad_c, grad_b = merge_operator("merge_apply_backward", c)(
-            grads, base, targets, layout.rows, layout.targets_are_values, c, b, residual, *needs
+        layers = layout.layers
+        base, targets, residual = _split(layout, tensors[layers:])
+        grad_base, grad_targets, grad_c, grad_b = below_autograd(
+            torch.ops.immunize_ext.merge_apply_backward,
+            list(tensors[:layers]),
+            base,
+            targets,
+            layout.rows,
+            layout.targets_are_values,
+            c,
+            b,
+            residual,
+            *needs,
         )
         shared = [g for g, need in ((grad_c, needs[2]), (grad_b, needs[3])) if need]
         return (*grad_base, *grad_targets, *shared)
@@ -153,16 +195,15 @@ class MergeApplyBackward(_LayerwiseFunction):
 
     @staticmethod
     def jvp(ctx: Any, _: Any, __: Any, dc: Any, db: Any, *moving: Any) -> Any:
-        return _backward_tangents(ctx.layout, ctx.needs, ctx.saved_tensors, dc, db, moving)
+        with _set_fwd_grad_enabled(True):
+            saved = primals_of(ctx.saved_tensors)
+            return _backward_tangents(ctx.layout, ctx.needs, saved, dc, db, moving)
 
 
 def _split(layout: MergeLayout, tensors: Sequence[Any]) -> tuple[list[Any], ...]:
-    """The cotangents of W, base, targets and, where they are there, the residuals."""
-    ends = (layout.layers, 2 * layout.layers, 2 * layout.layers + layout.targets)
-    return tuple(
-        list(tensors[begin:end])
-        for begin, end in zip((0, *ends), (*ends, len(tensors)), strict=True)
-    )
+    """Base, targets and what follows them."""
+    base, end = layout.layers, layout.layers + layout.targets
+    return list(tensors[:base]), list(tensors[base:end]), list(tensors[end:])
 
 
 class _Change(NamedTuple):
@@ -245,9 +286,9 @@ def _double_backward(
     saved: Sequence[Tensor],
     cotangents: Sequence[Tensor],
 ) -> tuple[Any, ...]:
-    """The formulas of :class:`MergeApplyBackward`."""
+    """The formulas of :class:`_ApplyBackward`."""
     c, b, *rest = saved
-    grads, base, targets, _ = _split(layout, rest)
+    grads, (base, targets, _) = rest[: layout.layers], _split(layout, rest[layout.layers :])
     z_c, z_b, *z_weights = _unpack(cotangents, needs, layout)
     zc = torch.zeros_like(c) if z_c is None else z_c
     zb = torch.zeros_like(b) if z_b is None else z_b
@@ -261,8 +302,7 @@ def _double_backward(
         dr, r_prime = g @ b.mT, g @ zb.mT
         dr_prime = layer.residual_tangent(z, zc)
         moved = [
-            x + y
-            for x, y in zip(layer.to_pieces(r_prime, c), layer.to_pieces(dr, zc), strict=True)
+            x + y for x, y in zip(layer.to_pieces(r_prime, c), layer.to_pieces(dr, zc), strict=True)
         ]
         c_prime = c_prime + layer.to_tokens(dr, z.pieces) + layer.to_tokens(r_prime, layer.pieces)
         b_prime = b_prime + dr_prime.mT @ g
@@ -282,10 +322,11 @@ def _backward_tangents(
     db: Tensor | None,
     moving: Sequence[Tensor | None],
 ) -> tuple[Tensor, ...]:
-    """Tangents of what :class:`MergeApplyBackward` returns: the product rule, term by term."""
+    """Tangents of what :class:`_ApplyBackward` returns: the product rule, term by term."""
     c, b, *rest = saved
-    grads, base, targets, _ = _split(layout, rest)
-    d_grads, d_base, d_targets, _ = _split(layout, moving)
+    layers = layout.layers
+    grads, (base, targets, _) = rest[:layers], _split(layout, rest[layers:])
+    d_grads, (d_base, d_targets, _) = moving[:layers], _split(layout, moving[layers:])
     need_base, need_targets, need_c, need_b = needs
     of_c, of_b = torch.zeros_like(c), torch.zeros_like(b)
     of_base: list[Tensor] = []

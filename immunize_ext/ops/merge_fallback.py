@@ -137,6 +137,25 @@ def merge_solve(
     return b.contiguous(), root.contiguous(), basis, defect, rank
 
 
+def merge_constraint_map(c: Tensor, *saddle: Tensor) -> Tensor:
+    """B, which merge_solve has found: the place where its derivatives are attached."""
+    return saddle[-1].clone()
+
+
+def merge_free_solve(f: Tensor, *saddle: Tensor) -> Tensor:
+    """S F (*, d, k) for F (*, d, k): L^-T (I - Z H (Z H)^T) L^-1 F."""
+    *_, chol, _, basis, _ = saddle
+    v = torch.linalg.solve_triangular(chol, f, upper=False)
+    v = v - basis @ (basis.mT @ v)
+    return torch.linalg.solve_triangular(chol.mT, v, upper=True).contiguous()
+
+
+def merge_constraint_solve(g: Tensor, *saddle: Tensor) -> Tensor:
+    """E G (*, s, k) for G (*, s, k): H H^T G."""
+    root = saddle[-3]
+    return root @ (root.mT @ g)
+
+
 def _check_layers(
     op: str,
     base: Sequence[Tensor],

@@ -6,17 +6,16 @@ The operators return statuses; this is the one place that finds words for them.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 from immunize_ext.errors import ContradictoryTargetsError
-from immunize_ext.ops.arguments import any_true, require_same_device
-from immunize_ext.ops.derivatives import BatchedFunction, RequirePositive
+from immunize_ext.ops.arguments import any_true, require_positive, require_same_device
+from immunize_ext.ops.derivatives import payload
 from immunize_ext.ops.factor import RegularizationFactor
 from immunize_ext.ops.merge_fallback import NOT_FINITE
-
 
 # Squared sine of the angle, in the metric of Q^-1, below which a row of C counts as a combination
 # of the rows before it: 1e-6 in relative distance. Token embeddings that repeat differ by nothing,
@@ -45,36 +44,6 @@ class MergeProblem(NamedTuple):
         )
 
 
-class _Reading:
-    """Carries numbers out of a function that vmap calls; a list would be copied on the way."""
-
-    numbers: list[int]
-
-
-class _Read(BatchedFunction):
-    """Largest status of each column, over a vmapped batch: a function sees plain tensors there."""
-
-    @staticmethod
-    def forward(status: Tensor, reading: _Reading) -> Tensor:
-        flat = status.reshape(-1, status.shape[-1])
-        reading.numbers = flat.amax(0).tolist() if len(flat) else [0] * flat.shape[-1]
-        return status.clone()
-
-    @staticmethod
-    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
-        ctx.mark_non_differentiable(output)
-
-    @staticmethod
-    def backward(ctx: Any, *grads: Tensor) -> tuple[None, None]:
-        return None, None
-
-
-def _read(status: Tensor) -> list[int]:
-    reading = _Reading()
-    _Read.apply(status, reading)
-    return reading.numbers
-
-
 def faults_of_layers(
     problem: MergeProblem,
     factor: RegularizationFactor,
@@ -93,8 +62,8 @@ def faults_of_layers(
     shared = torch.stack([(rank < 0).to(status.dtype), dropped.to(status.dtype)], -1)
     if torch.compiler.is_compiling():
         missed = [rows.any() for rows in _missed_rows(problem, defect, residual)]
-        bad = shared[..., 0].any() | (status != 0).any() | (
-            torch.stack(missed).any() & (not average)
+        bad = (
+            shared[..., 0].any() | (status != 0).any() | (torch.stack(missed).any() & (not average))
         )
         torch._assert_async(
             ~bad,
@@ -102,20 +71,30 @@ def faults_of_layers(
             "each other or a result overflows; the same call without torch.compile says which",
         )
         return {}
-    not_solved, some_dropped, *statuses = _read(torch.cat([shared, status], -1))
+    found = _largest(torch.cat([shared, status], -1))
+    if found is None:  # nothing to read: meta tensors, or a graph that is being traced
+        return {}
+    not_solved, some_dropped, *statuses = found
     if not_solved:
         raise _fault_of_shared_part(problem, factor)
     faults = {
-        layer: _fault_of_layer(problem, layer, found)
-        for layer, found in enumerate(statuses)
-        if found
+        layer: _fault_of_layer(problem, layer, one) for layer, one in enumerate(statuses) if one
     }
     if some_dropped and not average:
         for layer, missed_rows in enumerate(_missed_rows(problem, defect, residual)):
-            rows = [row for row, missed in enumerate(_read(missed_rows)) if missed]
+            rows = [row for row, missed in enumerate(_largest(missed_rows) or []) if missed]
             if rows and layer not in faults:
                 faults[layer] = contradiction(problem, rows)
     return faults
+
+
+def _largest(status: Tensor) -> list[int] | None:
+    """The largest status of each column over a vmapped batch, on the host."""
+    numbers = payload(status)
+    if numbers is None:
+        return None
+    columns = numbers.reshape(-1, status.shape[-1])
+    return columns.amax(0).tolist() if len(columns) else [0] * status.shape[-1]
 
 
 def _fault_of_shared_part(problem: MergeProblem, factor: RegularizationFactor) -> ValueError:
@@ -157,9 +136,7 @@ def _fault_of_layer(problem: MergeProblem, layer: int, status: int) -> ValueErro
     )
 
 
-def _missed_rows(
-    problem: MergeProblem, defect: Tensor, residual: Sequence[Tensor]
-) -> list[Tensor]:
+def _missed_rows(problem: MergeProblem, defect: Tensor, residual: Sequence[Tensor]) -> list[Tensor]:
     """For each layer which constraints were dropped and are missed, (s,) int32.
 
     R (I - E T) is by how much they are missed. Whatever exceeds what near-repeats and rounding
@@ -310,9 +287,7 @@ def _inverse_hardness(hardness: float | Tensor, s: int, c: Tensor) -> Tensor:
             f"embeddings, got {tuple(mu.shape)}"
         )
     if not torch.compiler.is_compiling():
-        mu = RequirePositive.apply(
-            mu, "merge_kv: hardness must be positive (infinite for a hard constraint)"
-        )
+        require_positive("merge_kv", "hardness", mu, "positive (infinite for a hard constraint)")
     return mu.reciprocal().expand(s)
 
 

@@ -9,7 +9,6 @@ import torch
 from torch import Tensor
 
 from immunize_ext.ops.factor import RegularizationFactor
-from immunize_ext.ops.merge_derivatives import merge_operator
 from immunize_ext.ops.merge_problem import REPEATED_ROW_RTOL, MergeProblem, check_merge_problem
 
 # Beyond this condition number of T half of float64's digits are gone, and |W - W0| grows like
@@ -148,7 +147,7 @@ def _measure(
         moved = float((wide - wide0).norm())
         change.append(moved / norm if norm > 0 else (0.0 if moved == 0 else float("inf")))
 
-    *_, rank = merge_operator("merge_solve", problem.c)(
+    *_, rank = torch.ops.immunize_ext.merge_solve(
         factor.chol, problem.c, problem.inverse_hardness, REPEATED_ROW_RTOL, False
     )
     condition_t = _condition_of_t(problem, factor, int(rank))

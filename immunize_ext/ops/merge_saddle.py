@@ -17,6 +17,9 @@ B, F -> S F and G -> E G, have derivatives in one another; so there are derivati
 and nothing is factorised twice. E meets a cotangent once, and only what S left of it: two inverses
 of T, as in E (dB A) E, would lose twice the digits of the angle between two tokens.
 
+They are raw operators of their own, ``merge_constraint_map``, ``merge_free_solve`` and
+``merge_constraint_solve``, with these rules at the dispatcher.
+
 E = H H^T and S = L^-T (I - Z H (Z H)^T) L^-1 with Q = L L^T and Z = L^-1 C^T, from the root H and
 the orthonormal basis Z H that the forward pass found. Where T is singular, E is a generalised
 inverse with dE = -E dT E, and all of this holds as it stands.
@@ -28,8 +31,15 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
+from torch.autograd.forward_ad import _set_fwd_grad_enabled
+from torch.autograd.function import _SingleLevelFunction
 
-from immunize_ext.ops.derivatives import BatchedFunction
+from immunize_ext.ops.derivatives import below_autograd, primals_of
+
+SADDLE_SCHEMA = (
+    "Tensor c, Tensor inverse_hardness, Tensor source, Tensor ridge, Tensor chol, Tensor root, "
+    "Tensor basis, Tensor b"
+)
 
 
 class Saddle(NamedTuple):
@@ -45,33 +55,25 @@ class Saddle(NamedTuple):
     b: Tensor  # (s, d)
 
 
-# Dynamo takes the first of *args for a context, so every forward below spells its arguments out.
 _CONSTANTS = (None, None, None, None)  # chol, root, basis and b have no derivative of their own
 
 
 def constraint_map(saddle: Saddle) -> Tensor:
     """B (s, d) with its derivatives."""
-    found: Tensor = (_ConstraintMap if _compiling() else _ConstraintMapDual).apply(*saddle)
+    found: Tensor = torch.ops.immunize_ext.merge_constraint_map(*saddle)
     return found
 
 
 def _solve_free(f: Tensor, saddle: Saddle) -> Tensor:
     """S F (d, k): what of Q^-1 F meets no constraint."""
-    function = _FreeSolve if _compiling() else _FreeSolveDual
-    found: Tensor = function.apply(f, *saddle)
+    found: Tensor = torch.ops.immunize_ext.merge_free_solve(f, *saddle)
     return found
 
 
 def _solve_constraints(g: Tensor, saddle: Saddle) -> Tensor:
     """E G (s, k)."""
-    function = _ConstraintSolve if _compiling() else _ConstraintSolveDual
-    found: Tensor = function.apply(g, *saddle)
+    found: Tensor = torch.ops.immunize_ext.merge_constraint_solve(g, *saddle)
     return found
-
-
-def _compiling() -> bool:
-    # Dynamo cannot trace a function with a rule for forward mode.
-    return torch.compiler.is_compiling()
 
 
 def _outer_gradients(
@@ -102,8 +104,14 @@ def _moved_q(saddle: Saddle, x: Tensor, source: Tensor | None, ridge: Tensor | N
     return result
 
 
-class _Saved(BatchedFunction):
+class _Saved(_SingleLevelFunction):  # type: ignore[misc]
     """Keeps inputs and output, of which the input B and the output belong to the graph."""
+
+    operator: str
+
+    @classmethod
+    def forward(cls, *args: Tensor) -> Any:
+        return below_autograd(getattr(torch.ops.immunize_ext, cls.operator), *args)
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Tensor, ...], output: Tensor) -> None:
@@ -114,18 +122,7 @@ class _Saved(BatchedFunction):
 class _ConstraintMap(_Saved):
     """B, given B."""
 
-    @staticmethod
-    def forward(
-        c: Tensor,
-        inverse_hardness: Tensor,
-        source: Tensor,
-        ridge: Tensor,
-        chol: Tensor,
-        root: Tensor,
-        basis: Tensor,
-        b: Tensor,
-    ) -> Tensor:
-        return b.clone()
+    operator = "merge_constraint_map"
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Any, ...]:
@@ -143,45 +140,28 @@ class _ConstraintMap(_Saved):
         of_q = _outer_gradients(saddle, b.mT, u, -1.0, need_q)
         return (grad_c, grad_d, *of_q, *_CONSTANTS)
 
-
-class _ConstraintMapDual(_ConstraintMap):
-    """The same with a rule for forward mode."""
-
     @staticmethod
     def jvp(ctx: Any, dc: Any, dd: Any, source: Any, ridge: Any, *_: Any) -> Tensor:
-        *inputs, b = ctx.saved_tensors
-        saddle = Saddle(*inputs)._replace(b=b)
-        right = _moved_q(saddle, b.mT, source, ridge)  # dQ B^T
-        pulled = torch.zeros_like(b)
-        moved = torch.zeros_like(b)
-        if dc is not None:
-            pulled = pulled + _solve_free(dc.mT, saddle).mT
-            moved = moved - (b @ dc.mT) @ b
-        if dd is not None:
-            pulled = pulled - dd.unsqueeze(-1) * b
-        if source is not None or ridge is not None:
-            moved = moved - _solve_free(right, saddle).mT
-        return moved + _solve_constraints(pulled, saddle)
+        with _set_fwd_grad_enabled(True):
+            *inputs, b = primals_of(ctx.saved_tensors)
+            saddle = Saddle(*inputs)._replace(b=b)
+            right = _moved_q(saddle, b.mT, source, ridge)  # dQ B^T
+            pulled = torch.zeros_like(b)
+            moved = torch.zeros_like(b)
+            if dc is not None:
+                pulled = pulled + _solve_free(dc.mT, saddle).mT
+                moved = moved - (b @ dc.mT) @ b
+            if dd is not None:
+                pulled = pulled - dd.unsqueeze(-1) * b
+            if source is not None or ridge is not None:
+                moved = moved - _solve_free(right, saddle).mT
+            return moved + _solve_constraints(pulled, saddle)
 
 
 class _FreeSolve(_Saved):
     """X = S F."""
 
-    @staticmethod
-    def forward(
-        f: Tensor,
-        c: Tensor,
-        inverse_hardness: Tensor,
-        source: Tensor,
-        ridge: Tensor,
-        chol: Tensor,
-        root: Tensor,
-        basis: Tensor,
-        b: Tensor,
-    ) -> Tensor:
-        v = torch.linalg.solve_triangular(chol, f, upper=False)
-        v = v - basis @ (basis.mT @ v)
-        return torch.linalg.solve_triangular(chol.mT, v, upper=True)
+    operator = "merge_free_solve"
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Any, ...]:
@@ -197,43 +177,28 @@ class _FreeSolve(_Saved):
         of_q = _outer_gradients(saddle, h, x.mT, -1.0, need_q)
         return (h, grad_c, grad_d, *of_q, *_CONSTANTS)
 
-
-class _FreeSolveDual(_FreeSolve):
-    """The same with a rule for forward mode."""
-
     @staticmethod
     def jvp(ctx: Any, df: Any, dc: Any, dd: Any, source: Any, ridge: Any, *_: Any) -> Tensor:
-        f, *inputs, x = ctx.saved_tensors
-        saddle = Saddle(*inputs)
-        bf = saddle.b @ f
-        free = -_moved_q(saddle, x, source, ridge)
-        met = torch.zeros_like(bf)
-        if df is not None:
-            free = free + df
-        if dc is not None:
-            free = free - dc.mT @ bf
-            met = met - dc @ x
-        if dd is not None:
-            met = met + dd.unsqueeze(-1) * bf
-        return _solve_free(free, saddle) + saddle.b.mT @ met
+        with _set_fwd_grad_enabled(True):
+            f, *inputs, x = primals_of(ctx.saved_tensors)
+            saddle = Saddle(*inputs)
+            bf = saddle.b @ f
+            free = -_moved_q(saddle, x, source, ridge)
+            met = torch.zeros_like(bf)
+            if df is not None:
+                free = free + df
+            if dc is not None:
+                free = free - dc.mT @ bf
+                met = met - dc @ x
+            if dd is not None:
+                met = met + dd.unsqueeze(-1) * bf
+            return _solve_free(free, saddle) + saddle.b.mT @ met
 
 
 class _ConstraintSolve(_Saved):
     """Y = E G."""
 
-    @staticmethod
-    def forward(
-        g: Tensor,
-        c: Tensor,
-        inverse_hardness: Tensor,
-        source: Tensor,
-        ridge: Tensor,
-        chol: Tensor,
-        root: Tensor,
-        basis: Tensor,
-        b: Tensor,
-    ) -> Tensor:
-        return root @ (root.mT @ g)
+    operator = "merge_constraint_solve"
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Any, ...]:
@@ -252,22 +217,22 @@ class _ConstraintSolve(_Saved):
         of_q = _outer_gradients(saddle, q, p.mT, 1.0, need_q)
         return (k, grad_c, grad_d, *of_q, *_CONSTANTS)
 
-
-class _ConstraintSolveDual(_ConstraintSolve):
-    """The same with a rule for forward mode."""
-
     @staticmethod
     def jvp(ctx: Any, dg: Any, dc: Any, dd: Any, source: Any, ridge: Any, *_: Any) -> Tensor:
-        g, *inputs, y = ctx.saved_tensors
-        saddle = Saddle(*inputs)
-        p = saddle.b.mT @ g
-        free = _moved_q(saddle, p, source, ridge)
-        met = torch.zeros_like(y)
-        if dg is not None:
-            met = met + dg
-        if dc is not None:
-            free = free - dc.mT @ y
-            met = met - dc @ p
-        if dd is not None:
-            met = met - dd.unsqueeze(-1) * y
-        return _solve_constraints(met, saddle) + saddle.b @ free
+        with _set_fwd_grad_enabled(True):
+            g, *inputs, y = primals_of(ctx.saved_tensors)
+            saddle = Saddle(*inputs)
+            p = saddle.b.mT @ g
+            free = _moved_q(saddle, p, source, ridge)
+            met = torch.zeros_like(y)
+            if dg is not None:
+                met = met + dg
+            if dc is not None:
+                free = free - dc.mT @ y
+                met = met - dc @ p
+            if dd is not None:
+                met = met - dd.unsqueeze(-1) * y
+            return _solve_constraints(met, saddle) + saddle.b @ free
+
+
+RULES = {rule.operator: rule for rule in (_ConstraintMap, _FreeSolve, _ConstraintSolve)}

@@ -20,8 +20,6 @@ from torch import Tensor, nn
 from torch.autograd import forward_ad
 
 from immunize_ext.errors import NotPositiveDefiniteError
-from immunize_ext.ops import fallback as composite
-from immunize_ext.ops._dispatch import has_kernel
 from immunize_ext.ops.arguments import require_finite, require_floating_matrix, require_same_device
 
 _EPS = torch.finfo(torch.float64).eps
@@ -148,10 +146,8 @@ class _Precondition(torch.autograd.Function):
 
     @staticmethod
     def forward(grad: Tensor, factor: Tensor, x: Tensor, ridge: float, woodbury: bool) -> Tensor:
-        if has_kernel(grad, "precondition"):
-            result: Tensor = torch.ops.immunize_ext.precondition(grad, factor, x, ridge, woodbury)
-            return result
-        return composite.precondition(grad, factor, x, ridge, woodbury)
+        result: Tensor = torch.ops.immunize_ext.precondition(grad, factor, x, ridge, woodbury)
+        return result
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:

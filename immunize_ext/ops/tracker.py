@@ -15,20 +15,13 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from immunize_ext.ops._dispatch import has_kernel
-from immunize_ext.ops.derivatives import BatchedFunction
-from immunize_ext.ops.symmetric import (
-    SymmetricExtremes,
-    _SymmetricExtremesBackward,
-    cluster_tolerance,
-    symmetric_extremes,
-)
+from immunize_ext.ops.spectrum import SymmetricExtremes, cluster_tolerance
 
 _LONGEST_PAUSE = 32
 _STATE = ("vectors", "matrix", "reflectors", "tridiagonal", "ends")
 
 
-class _Tracked(BatchedFunction):
+class _Tracked(torch.autograd.Function):
     """Values that were found outside autograd, with the derivatives of ``symmetric_extremes``."""
 
     @staticmethod
@@ -44,7 +37,7 @@ class _Tracked(BatchedFunction):
 
     @staticmethod
     def backward(ctx: Any, grad_max: Tensor, grad_min: Tensor) -> tuple[Any, ...]:
-        grad = _SymmetricExtremesBackward.apply(
+        grad = torch.ops.immunize_ext.symmetric_extremes_backward(
             grad_max, grad_min, *ctx.saved_tensors, ctx.cluster_rtol
         )
         return grad, None, None, None, None
@@ -117,9 +110,6 @@ class SpectrumTracker:
                 f"SpectrumTracker: h must have shape (p, p), got {tuple(h.shape)}; "
                 "use one tracker for each matrix of a batch"
             )
-        if h.device.type != "cpu" or not has_kernel(h, "symmetric_track"):
-            self.cold_calls += 1
-            return symmetric_extremes(h, cluster_rtol=tolerance)
         values, multiplicity, vectors = self._advance(h.detach(), tolerance)
         largest, smallest = _Tracked.apply(h, values, multiplicity, vectors, tolerance)
         return SymmetricExtremes(

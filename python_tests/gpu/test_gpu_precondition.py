@@ -7,12 +7,12 @@ import torch
 from torch import Tensor
 
 from immunize_ext.ops import Preconditioner, precondition_gradient
-from immunize_ext.ops._dispatch import _CUDA_OPERATORS
+from immunize_ext.ops.operators import has_kernel
 
 pytestmark = [
     pytest.mark.gpu,
     pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device"),
-    pytest.mark.skipif("precondition" not in _CUDA_OPERATORS, reason="built without CUDA kernels"),
+    pytest.mark.skipif(not has_kernel("precondition", "cuda"), reason="built without CUDA kernels"),
 ]
 # One rounding to the stored type, and for float64 two triangular solves at kappa near 1e3.
 RTOL = {torch.float64: 1e-11, torch.float32: 1e-6, torch.float16: 2e-3, torch.bfloat16: 1e-2}

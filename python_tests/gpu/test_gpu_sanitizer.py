@@ -19,12 +19,12 @@ from immunize_ext.ops import (
     gram_extremes,
     merge_kv,
 )
-from immunize_ext.ops._dispatch import _CUDA_OPERATORS
+from immunize_ext.ops.operators import has_kernel
 
 pytestmark = [
     pytest.mark.gpu,
     pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device"),
-    pytest.mark.skipif("merge_apply" not in _CUDA_OPERATORS, reason="built without CUDA kernels"),
+    pytest.mark.skipif(not has_kernel("merge_apply", "cuda"), reason="built without CUDA kernels"),
 ]
 
 
