@@ -132,13 +132,14 @@ inline MergeProblem make_merge_problem(
   p.accumulate = p.dtype == at::kDouble ? at::kDouble : at::kFloat;
   p.targets_are_values = targets_are_values;
   p.first_token.push_back(0);
+  bool fits = true;
   for (const int64_t n : rows) {
-    IMMUNIZE_CHECK(n >= 0, op, "rows", "hold no negative number", rows);
-    p.first_token.push_back(p.first_token.back() + n);
+    fits = fits && n >= 0 && n <= p.s - p.first_token.back();
+    p.first_token.push_back(p.first_token.back() + (fits ? n : 0));
   }
   TORCH_CHECK_VALUE(
-      p.first_token.back() == p.s, op, ": rows must add up to the rows of c, ", p.s, ", got ",
-      rows);
+      fits && p.first_token.back() == p.s, op, ": rows must add up to the rows of c, ", p.s,
+      ", none of them negative, got ", rows);
   const size_t expected = targets_are_values ? base.size() : base.size() * rows.size();
   TORCH_CHECK_VALUE(
       targets.size() == expected, op, ": targets must hold ", expected, " tensors, got ",

@@ -7,10 +7,8 @@
 //   A = Q^-1 C^T,   T = C A + diag(1 / mu),   E = T^-1,   B = E A^T,   W_l = W0_l + R_l B,
 //   R_l = V_l - W0_l C^T, for concept weights R_l = [ (W_1 - W0) C_1^T | ... | (W_N - W0) C_N^T ].
 //
-// A, T, E, B do not depend on the layer. With Q = L L^T and Z = L^-1 C^T, T = Z'^T Z' for
-// Z' = [ Z; diag(1 / mu)^(1/2) ]. The shared part finds a root H of E = H H^T for which Z' H is
-// orthonormal; then B = H (L^-T Z H)^T, and an angle between two tokens costs as many digits as it
-// has zeros, not twice as many. Backward of the part per layer, G_l = dL/dW_l:
+// A, T, E, B do not depend on the layer; merge_solve.h has how they are found. Backward of the part
+// per layer, G_l = dL/dW_l:
 //
 //   dR_l = G_l B^T          dW0_l = G_l - dR_l C      dW_n,l = dR_n,l C_n      dV_l = dR_l
 //   dB = sum_l R_l^T G_l    dC_n = sum_l dR_n,l^T (W_n,l - W0_l)   or   dC = -sum_l dR_l^T W0_l
@@ -31,6 +29,7 @@
 
 #include "../checks.h"
 #include "../merge_problem.h"
+#include "../merge_solve.h"
 #include "row_kernels.h"
 
 namespace immunize_ext {
@@ -41,116 +40,53 @@ using at::TensorList;
 
 // ---- solve: the part shared by all layers --------------------------------------------------------
 
-// Pivoted Cholesky of T scaled to unit diagonal. A pivot is then the squared sine of the angle
-// between a row and the span of those already kept, so the tolerance has no units.
-struct PivotedCholesky {
-  std::vector<int64_t> kept;
-  std::vector<double> scale;   // [s], sqrt of the diagonal of T
-  std::vector<double> factor;  // [s, s] row-major: row j holds the coefficients of constraint j
-  double smallest = 1.0;       // pivot that was kept
-};
-
-PivotedCholesky pivoted_cholesky(const double* t, int64_t s, double rank_rtol) {
-  PivotedCholesky p;
-  p.scale.resize(s);
-  p.factor.assign(s * s, 0.0);
-  std::vector<double> pivot(s, 1.0);
+// Pivoted Cholesky of T [s, s] scaled to unit diagonal. A pivot is then the squared sine of the
+// angle between a row and the span of those already kept, so the tolerance has no units.
+int64_t pivoted_cholesky(
+    const double* t, int64_t s, double rank_rtol, double* triangle, int64_t* order) {
+  std::vector<double> scale(s), pivot(s, 1.0), factor(s * s, 0.0);
   for (int64_t j = 0; j < s; ++j) {
     const double diagonal = t[j * s + j];
-    p.scale[j] = diagonal > 0.0 ? std::sqrt(diagonal) : 1.0;
+    scale[j] = diagonal > 0.0 ? std::sqrt(diagonal) : 1.0;
     if (!(diagonal > 0.0))
       pivot[j] = 0.0;  // a zero row of C: it constrains nothing
   }
-  for (int64_t step = 0; step < s; ++step) {
+  int64_t rank = 0;
+  for (; rank < s; ++rank) {
     // The first of equal pivots wins, so an earlier row is kept and its repeat dropped.
     const int64_t best = std::max_element(pivot.begin(), pivot.end()) - pivot.begin();
     if (!(pivot[best] > rank_rtol))
       break;
-    p.smallest = pivot[best];
     const double root = std::sqrt(pivot[best]);
     for (int64_t j = 0; j < s; ++j) {
       if (pivot[j] < 0.0)
         continue;  // kept already
-      double value = t[j * s + best] / (p.scale[j] * p.scale[best]);
-      for (int64_t k = 0; k < step; ++k)
-        value -= p.factor[j * s + k] * p.factor[best * s + k];
-      p.factor[j * s + step] = value / root;
+      double value = t[j * s + best] / (scale[j] * scale[best]);
+      for (int64_t k = 0; k < rank; ++k)
+        value -= factor[j * s + k] * factor[best * s + k];
+      factor[j * s + rank] = value / root;
     }
-    p.factor[best * s + step] = root;
+    factor[best * s + rank] = root;
     for (int64_t j = 0; j < s; ++j)
       if (pivot[j] >= 0.0)
-        pivot[j] = std::max(0.0, pivot[j] - p.factor[j * s + step] * p.factor[j * s + step]);
+        pivot[j] = std::max(0.0, pivot[j] - factor[j * s + rank] * factor[j * s + rank]);
     pivot[best] = -1.0;
-    p.kept.push_back(best);
+    order[rank] = best;
   }
-  return p;
-}
-
-// X^T for X L = I, L a lower triangle [r, r] whose rows are `stride` apart: upper, row-major. The
-// system is small, and LAPACK's inverse changes its last bits with the number of threads.
-std::vector<double> inverse_transposed(const double* l, int64_t r, int64_t stride) {
-  std::vector<double> x(r * r, 0.0);
-  for (int64_t j = 0; j < r; ++j) {  // row j of X^T is column j of L^-1
-    double* column = x.data() + j * r;
-    column[j] = 1.0 / l[j * stride + j];
-    for (int64_t i = j + 1; i < r; ++i) {
-      double sum = 0.0;
-      for (int64_t k = j; k < i; ++k)
-        sum -= l[i * stride + k] * column[k];
-      column[i] = sum / l[i * stride + i];
-    }
-  }
-  return x;
-}
-
-// A root H [s, r] of E = H H^T from T = D F F^T D with F [s, r] the pivoted factor. Kept rows
-// alone: H has the rows of (D L)^-T, L the kept rows of F. Averaging: H = (D F)^+T, so E = T^+,
-// which meets repeated constraints in the least-squares sense.
-Tensor generalised_root(const PivotedCholesky& p, int64_t s, bool average) {
-  const int64_t rank = static_cast<int64_t>(p.kept.size());
-  const auto options = at::TensorOptions().dtype(at::kDouble);
-  if (average && 0 < rank && rank < s) {
-    const Tensor scale = at::tensor(p.scale, options);
-    const Tensor factor = at::tensor(p.factor, options).view({s, s}).slice(1, 0, rank);
-    return at::linalg_pinv(factor * scale.unsqueeze(1)).mT().contiguous();
-  }
-  std::vector<double> triangle(rank * rank);
   for (int64_t i = 0; i < rank; ++i)
     for (int64_t k = 0; k <= i; ++k)
-      triangle[i * rank + k] = p.scale[p.kept[i]] * p.factor[p.kept[i] * s + k];
-  const std::vector<double> inverse = inverse_transposed(triangle.data(), rank, rank);
-  const Tensor root = at::zeros({s, rank}, options);
-  double* h = root.mutable_data_ptr<double>();
-  for (int64_t j = 0; j < rank; ++j)
-    std::copy_n(inverse.data() + j * rank, rank, h + p.kept[j] * rank);
-  return root;
-}
-
-// The second step of CholeskyQR2: Z' H, orthonormal up to eps kappa(T) before, becomes so to
-// rounding. T is a Gram matrix and has lost twice the digits of the angles between tokens; Z has
-// not.
-Tensor orthonormalised(const Tensor& root, const Tensor& z, const Tensor& inverse_hardness) {
-  const int64_t rank = root.size(1);
-  const Tensor basis = z.mm(root);
-  const Tensor gram =
-      (basis.mT().mm(basis) + root.mT().mm(inverse_hardness.unsqueeze(1) * root)).contiguous();
-  const double* g = gram.const_data_ptr<double>();
-  std::vector<double> l(rank * rank, 0.0);
-  for (int64_t i = 0; i < rank; ++i)
-    for (int64_t j = 0; j <= i; ++j) {
-      double value = g[i * rank + j];
-      for (int64_t k = 0; k < j; ++k)
-        value -= l[i * rank + k] * l[j * rank + k];
-      l[i * rank + j] = i == j ? std::sqrt(value) : value / l[j * rank + j];
+      triangle[i * s + k] = scale[order[i]] * factor[order[i] * s + k];
+  int64_t next = rank;
+  for (int64_t j = 0; j < s; ++j)
+    if (!(pivot[j] < 0.0)) {
+      triangle[next * s + next] = 1.0;
+      order[next++] = j;
     }
-  const std::vector<double> inverse = inverse_transposed(l.data(), rank, rank);
-  return root.mm(at::tensor(inverse, root.options()).view({rank, rank}));
+  return rank;
 }
 
-// Below this pivot the root of T is not good enough. At 1e-2 it has lost two digits.
-constexpr double kSmallPivot = 1e-2;
-// Operations of a solve that are not worth a second thread. Below, no parallel region is opened at
-// all: in a process that was forked after threads ran, one would never end.
+// Operations that are not worth a second thread. Below, no parallel region is opened at all: in a
+// process that was forked after threads ran, one would never end.
 constexpr int64_t kSerialOperations = 1 << 18;
 
 // LAPACK and BLAS that split one solve over their threads change the last bits with their number.
@@ -172,21 +108,24 @@ void on_one_thread(int64_t operations, const Function& function) {
 // number of threads, each solved by one.
 Tensor solve_in_groups(const Tensor& triangle, const Tensor& right, bool upper) {
   constexpr int64_t kGroup = 16;
-  const int64_t d = right.size(0), s = right.size(1);
+  const int64_t batch = right.size(0), d = right.size(1), s = right.size(2);
   const int64_t groups = (s + kGroup - 1) / kGroup;
-  Tensor solution = at::empty({s, d}, right.options()).mT();
+  const Tensor solution = at::empty({batch, s, d}, right.options()).mT();
   const auto solve = [&](int64_t begin, int64_t end) {
     const at::AutoDispatchBelowADInplaceOrView no_autograd;
-    for (int64_t k = begin; k < std::min(end, groups); ++k) {
-      const int64_t first = k * kGroup, count = std::min(kGroup, s - first);
-      solution.narrow(1, first, count)
-          .copy_(at::linalg_solve_triangular(triangle, right.narrow(1, first, count), upper));
+    for (int64_t k = begin; k < std::min(end, batch * groups); ++k) {
+      const int64_t i = k / groups, first = k % groups * kGroup;
+      const int64_t count = std::min(kGroup, s - first);
+      solution[i]
+          .narrow(1, first, count)
+          .copy_(at::linalg_solve_triangular(
+              triangle[i], right[i].narrow(1, first, count), upper));
     }
   };
-  if (d * d * s <= kSerialOperations)
-    solve(0, groups);
+  if (batch * d * d * s <= kSerialOperations)
+    solve(0, batch * groups);
   else
-    at::parallel_for(0, std::max<int64_t>(groups, 2), 1, solve);
+    at::parallel_for(0, std::max<int64_t>(batch * groups, 2), 1, solve);
   return solution;
 }
 
@@ -197,48 +136,30 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> merge_solve(
     double rank_rtol,
     bool average) {
   const SolveProblem p = make_solve_problem(chol, c, inverse_hardness);
-  const Tensor b = at::zeros({p.batch, p.s, p.d}, c.options());
-  const Tensor root = at::zeros({p.batch, p.s, p.s}, c.options());
-  const Tensor basis = at::zeros({p.batch, p.d, p.s}, c.options());
-  const Tensor defect = at::zeros({p.batch, p.s, p.s}, c.options());
-  const Tensor rank = at::full({p.batch}, -1, c.options().dtype(at::kLong));
-  const int64_t operations = p.s * p.s * (p.d + p.s);
-  for (int64_t i = 0; i < p.batch; ++i) {
-    // T as the Gram matrix of Z = L^-1 C^T: positive semidefinite whatever the rounding, and twice
-    // as many digits of a small angle between constraints as C Q^-1 C^T would keep.
-    const Tensor z = solve_in_groups(p.chol[i], p.c[i].mT(), /*upper=*/false);
-    Tensor t, h;
-    bool finite = false;
-    on_one_thread(operations, [&] {
-      t = z.mT().mm(z);
-      t.diagonal().add_(p.inverse_hardness[i]);
-      t = t.contiguous();
-      finite = t.isfinite().all().item<bool>();
-      if (!finite)
-        return;
-      const PivotedCholesky pivoted =
-          pivoted_cholesky(t.const_data_ptr<double>(), p.s, rank_rtol);
-      const int64_t kept = static_cast<int64_t>(pivoted.kept.size());
-      rank[i].fill_(kept);
-      h = generalised_root(pivoted, p.s, average);
-      if (pivoted.smallest < kSmallPivot)
-        h = orthonormalised(h, z, p.inverse_hardness[i]);
-      root[i].slice(1, 0, kept).copy_(h);
-      basis[i].slice(1, 0, kept).copy_(z.mm(h));
-      if (kept == p.s)
-        return;
-      defect[i].copy_(-h.mm(h.mT().mm(t)));
-      defect[i].diagonal().add_(1.0);
-      // Exact zeros for the kept columns, which hold nothing but rounding.
-      if (!average)
-        defect[i].index_fill_(1, at::tensor(pivoted.kept, at::kLong), 0.0);
-    });
-    if (!finite)
-      continue;
-    const Tensor moved =
-        solve_in_groups(p.chol[i].mT(), basis[i].slice(1, 0, h.size(1)), /*upper=*/true);
-    on_one_thread(operations, [&] { b[i].copy_(h.mm(moved.mT())); });
-  }
+  const int64_t operations = p.batch * p.s * p.s * (p.d + p.s);
+  const auto integers = c.options().dtype(at::kLong);
+  const Pivoted v{
+      at::zeros({p.batch, p.s, p.s}, c.options()), at::empty({p.batch, p.s}, integers),
+      at::empty({p.batch}, integers)};
+  // T as the Gram matrix of Z = L^-1 C^T: positive semidefinite whatever the rounding, and twice
+  // as many digits of a small angle between constraints as C Q^-1 C^T would keep.
+  const Tensor z = solve_in_groups(p.chol, p.c.mT(), /*upper=*/false);
+  Tensor root, basis, defect, finite, b;
+  on_one_thread(operations, [&] {
+    Tensor t = z.mT().matmul(z);
+    t.diagonal(0, -2, -1).add_(p.inverse_hardness);
+    t = t.contiguous();
+    for (int64_t i = 0; i < p.batch; ++i)
+      v.rank.mutable_data_ptr<int64_t>()[i] = pivoted_cholesky(
+          t.const_data_ptr<double>() + i * p.s * p.s, p.s, rank_rtol,
+          v.triangle.mutable_data_ptr<double>() + i * p.s * p.s,
+          v.order.mutable_data_ptr<int64_t>() + i * p.s);
+    std::tie(root, basis, defect) = solve_constraints(p, z, t, v, average);
+    finite = t.isfinite().flatten(1).all(-1);
+  });
+  const Tensor moved = solve_in_groups(p.chol.mT(), basis, /*upper=*/true);
+  on_one_thread(operations, [&] { b = root.matmul(moved.mT()).contiguous(); });
+  const Tensor rank = v.rank.masked_fill(finite.logical_not(), -1);
   return {p.shaped(b), p.shaped(root), p.shaped(basis), p.shaped(defect), p.shaped(rank)};
 }
 

@@ -15,6 +15,7 @@
 
 #include "../checks.h"
 #include "../merge_problem.h"
+#include "../merge_solve.h"
 #include "merge_launchers.h"
 #include "merge_solve.cuh"
 
@@ -62,37 +63,17 @@ void with_storage_type(at::ScalarType dtype, const Function& function) {
 
 // ---- solve: the part shared by all layers -------------------------------------------------------
 
-struct Rooted {
-  Tensor root, factor, scale, rank;
-};
-
-// A root of the (generalised) inverse of each t [batch, s, s].
-Rooted root_of(const Tensor& t, double rank_rtol) {
+Pivoted pivoted_cholesky(const Tensor& t, double rank_rtol) {
   const int64_t batch = t.size(0), s = t.size(1);
-  const Tensor matrices = t.contiguous();
-  const Rooted r{
-      at::empty_like(matrices), at::empty_like(matrices), at::empty({batch, s}, t.options()),
-      at::zeros({batch}, t.options().dtype(at::kLong))};
-  merge::launch_root(
-      {mutable_pointer<double>(r.root), mutable_pointer<double>(r.factor),
-       mutable_pointer<double>(r.scale), mutable_pointer<int64_t>(r.rank), s, rank_rtol},
-      pointer<double>(matrices), batch, at::cuda::getCurrentCUDAStream());
-  return r;
-}
-
-// The root of T^+ for the problems of the batch whose T is singular.
-void average_repeated_rows(const Rooted& r) {
-  const int64_t s = r.root.size(-1);
-  const Tensor ranks = r.rank.cpu();
-  for (int64_t i = 0; i < r.root.size(0); ++i) {
-    const int64_t rank = ranks.const_data_ptr<int64_t>()[i];
-    if (rank == s || rank == 0)
-      continue;
-    // T = (D F)(D F)^T, so T^+ = H^+T H^+ with H = D F of full column rank.
-    const Tensor h = r.factor[i].slice(0, 0, rank).mT() * r.scale[i].unsqueeze(1);
-    r.root[i].zero_();
-    r.root[i].slice(1, 0, rank).copy_(at::linalg_pinv(h).mT());
-  }
+  const auto integers = t.options().dtype(at::kLong);
+  const Pivoted v{
+      at::empty_like(t), at::empty({batch, s}, integers), at::zeros({batch}, integers)};
+  const Tensor factor = at::empty_like(t);
+  merge::launch_pivoted_cholesky(
+      {pointer<double>(t), mutable_pointer<double>(v.triangle), mutable_pointer<int64_t>(v.order),
+       mutable_pointer<int64_t>(v.rank), mutable_pointer<double>(factor), batch, s, rank_rtol},
+      at::cuda::getCurrentCUDAStream());
+  return v;
 }
 
 std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> merge_solve(
@@ -112,25 +93,13 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> merge_solve(
   const Tensor z = at::linalg_solve_triangular(p.chol, p.c.mT(), /*upper=*/false);
   Tensor t = z.mT().matmul(z);
   t.diagonal(0, -2, -1).add_(p.inverse_hardness);
-  const Rooted first = root_of(t, rank_rtol);
-  if (average)
-    average_repeated_rows(first);
-  // The second step of CholeskyQR2; rows that were dropped are zero and are dropped again.
-  const Tensor raw = z.matmul(first.root);
-  const Tensor gram =
-      raw.mT().matmul(raw) +
-      first.root.mT().matmul(p.inverse_hardness.unsqueeze(-1) * first.root);
-  const Tensor root = first.root.matmul(root_of(gram, rank_rtol).root);
-  const Tensor basis = z.matmul(root).contiguous();
+  t = t.contiguous();
+  const Pivoted v = pivoted_cholesky(t, rank_rtol);
+  const auto [root, basis, defect] = solve_constraints(p, z, t, v, average);
   const Tensor moved = at::linalg_solve_triangular(p.chol.mT(), basis, /*upper=*/true);
   const Tensor b = root.matmul(moved.mT()).contiguous();
-  // Exact zeros where T has full rank and, unless averaging, in the columns of rows that were kept.
-  const Tensor missing = average ? first.rank.lt(p.s).view({p.batch, 1, 1})
-                                 : first.root.eq(0).all(-1).unsqueeze(-2);
-  const Tensor off = at::eye(p.s, c.options()) - root.matmul(root.mT().matmul(t));
-  const Tensor defect = at::where(missing, off, at::zeros({}, c.options()));
   const Tensor finite = t.isfinite().flatten(1).all(-1);
-  const Tensor rank = at::where(finite, first.rank, at::full({}, -1, first.rank.options()));
+  const Tensor rank = v.rank.masked_fill(finite.logical_not(), -1);
   return {p.shaped(b), p.shaped(root), p.shaped(basis), p.shaped(defect), p.shaped(rank)};
 }
 

@@ -18,19 +18,21 @@ using simt::Stream;
 
 constexpr int kSolveThreads = 256;
 
-// Results for a batch; factor is scratch. The factor's column k lies at factor[k, :].
-struct Root {
-  GlobalPtr<double> root;        // [batch, s, s], E = root root^T; zero from column `rank` on
-  GlobalPtr<double> factor;      // [batch, s, s], T = D F F^T D, first `rank` columns of F
-  GlobalPtr<double> scale;       // [batch, s], the diagonal of D: square roots of that of T
-  GlobalPtr<std::int64_t> rank;  // [batch]
-  std::int64_t s;
+// Results for a batch, see Pivoted in merge_solve.h; factor is scratch, its column k lies at
+// factor[k, :].
+struct PivotedProblem {
+  GlobalPtr<const double> t;      // [batch, s, s], symmetric
+  GlobalPtr<double> triangle;     // [batch, s, s]
+  GlobalPtr<std::int64_t> order;  // [batch, s]
+  GlobalPtr<std::int64_t> rank;   // [batch]
+  GlobalPtr<double> factor;       // [batch, s, s]
+  std::int64_t batch, s;
   double rank_rtol;
 };
 
-// Shared memory of find_root, in doubles.
-constexpr std::int64_t root_doubles(std::int64_t s) {
-  return 3 * s + (s + 1) / 2;  // pivots, two kinds of reciprocals, kept rows as ints
+// Shared memory of a problem, in doubles: pivots, scales, kept rows.
+constexpr std::int64_t pivoted_doubles(std::int64_t s) {
+  return 3 * s;
 }
 
 // The first place of the largest pivot, to all threads.
@@ -72,29 +74,26 @@ __device__ __forceinline__ int find_pivot(SharedPtr<double> pivot, int s, double
   return place;
 }
 
-// A root of E = T^-1 of one T (s x s) by all threads of a block. T is scaled to unit diagonal, so a
-// pivot is the squared sine of the angle between a row and the span of those already kept, and the
-// tolerance has no units. Of equal rows the first is kept. With S selecting the kept rows,
-//   E = S^T (S T S^T)^-1 S = S^T (D L L^T D)^-1 S,   L the kept rows of F, lower triangular,
-// so its root is S^T D^-1 L^-T.
-__device__ __forceinline__ void find_root(
-    const Root& p, GlobalPtr<const double> t, std::int64_t batch, SharedPtr<double> memory) {
+// One T (s x s) by all threads of a block. T is scaled to unit diagonal, so a pivot is the squared
+// sine of the angle between a row and the span of those already kept, and the tolerance has no
+// units. Of equal rows the first is kept.
+__device__ __forceinline__ void factorise(
+    const PivotedProblem& p, std::int64_t batch, SharedPtr<double> memory) {
   const int s = static_cast<int>(p.s);
   const int thread = static_cast<int>(threadIdx.x);
   const std::int64_t matrix = batch * p.s * p.s;
+  const GlobalPtr<const double> t = p.t + matrix;
   const GlobalPtr<double> factor = p.factor + matrix;
-  const GlobalPtr<double> root = p.root + matrix;
-  const SharedPtr<double> pivot = memory;            // below 0: the row is kept
-  const SharedPtr<double> unscale = pivot + s;       // 1 / D
-  const SharedPtr<double> reciprocal = unscale + s;  // of the diagonal of L
-  const SharedPtr<int> kept = simt::pointer_cast<int>(reciprocal + s);
+  const GlobalPtr<double> triangle = p.triangle + matrix;
+  const GlobalPtr<std::int64_t> order = p.order + batch * p.s;
+  const SharedPtr<double> pivot = memory;     // below 0: the row is kept
+  const SharedPtr<double> scale = pivot + s;  // square roots of the diagonal
+  const SharedPtr<std::int64_t> kept = simt::pointer_cast<std::int64_t>(scale + s);
 
   for (int j = thread; j < s; j += kSolveThreads) {
     const double diagonal = t[std::int64_t{j} * s + j];
     // A zero row of C constrains nothing.
-    const double size = diagonal > 0 ? sqrt(diagonal) : 1.0;
-    unscale[j] = 1.0 / size;
-    p.scale[batch * p.s + j] = size;
+    scale[j] = diagonal > 0 ? sqrt(diagonal) : 1.0;
     pivot[j] = diagonal > 0 ? 1.0 : 0.0;
   }
   __syncthreads();
@@ -105,8 +104,8 @@ __device__ __forceinline__ void find_root(
     if (!(value > p.rank_rtol)) {
       break;
     }
-    const double diagonal = sqrt(value), over_diagonal = 1.0 / diagonal;
-    const double best_unscale = unscale[best];
+    const double diagonal = sqrt(value);
+    const double best_scale = scale[best];
     for (int j = thread; j < s; j += kSolveThreads) {
       const double old = pivot[j];
       double entry = 0;  // of a row that is kept already
@@ -114,17 +113,16 @@ __device__ __forceinline__ void find_root(
         entry = diagonal;
         pivot[j] = -1.0;
         kept[rank] = j;
-        reciprocal[rank] = over_diagonal;
       } else if (old >= 0) {
-        const double row_unscale = unscale[j];
+        const double row_scale = scale[j];
         entry = t[std::int64_t{j} * s + best];
-        entry *= row_unscale * best_unscale;
+        entry /= row_scale * best_scale;
         for (int k = 0; k < rank; ++k) {
           const double mine = factor[std::int64_t{k} * s + j];
           const double other = factor[std::int64_t{k} * s + best];
           entry -= mine * other;
         }
-        entry *= over_diagonal;
+        entry /= diagonal;
         pivot[j] = max(0.0, old - entry * entry);
       }
       factor[std::int64_t{rank} * s + j] = entry;
@@ -134,37 +132,41 @@ __device__ __forceinline__ void find_root(
   __syncthreads();
   if (thread == 0) {
     p.rank[batch] = rank;
-  }
-
-  for (std::int64_t i = thread; i < std::int64_t{s} * s; i += kSolveThreads) {
-    root[i] = 0;
+    std::int64_t next = rank;
+    for (int j = 0; j < s; ++j) {
+      const double left = pivot[j];
+      if (!(left < 0)) {
+        kept[next++] = j;
+      }
+    }
   }
   __syncthreads();
-  // X = L^-1, a column a thread, each in the row of the root that it becomes.
-  for (int column = thread; column < rank; column += kSolveThreads) {
-    const int owner = kept[column];
-    const GlobalPtr<double> x = root + std::int64_t{owner} * s;
-    const double row_unscale = unscale[owner];
-    for (int i = column; i < rank; ++i) {
-      const int row = kept[i];
-      double entry = i == column ? row_unscale : 0.0;
-      for (int k = column; k < i; ++k) {
-        const double left = factor[std::int64_t{k} * s + row];
-        const double right = x[k];
-        entry -= left * right;
+  for (int i = thread; i < s; i += kSolveThreads) {
+    const std::int64_t row = kept[i];
+    order[i] = row;
+  }
+  for (std::int64_t i = thread; i < std::int64_t{s} * s; i += kSolveThreads) {
+    const std::int64_t row = i / s, column = i % s;
+    double entry = row == column ? 1.0 : 0.0;
+    if (row < rank && column < rank) {
+      const std::int64_t owner = kept[row];
+      const double row_scale = scale[owner];
+      entry = 0;
+      if (column <= row) {
+        entry = factor[column * s + owner];
+        entry *= row_scale;
       }
-      const double over_diagonal = reciprocal[i];
-      x[i] = entry * over_diagonal;
     }
+    triangle[i] = entry;
   }
   __syncthreads();
 }
 
 static __global__ void __launch_bounds__(kSolveThreads, 1)
-    merge_root(const Root p, GlobalPtr<const double> t, std::int64_t batch) {
+    merge_pivoted_cholesky(const PivotedProblem p) {
   SIMT_DYNAMIC_SHARED(double, memory);
-  for (std::int64_t i = blockIdx.x; i < batch; i += gridDim.x) {
-    find_root(p, t + i * p.s * p.s, i, memory);
+  for (std::int64_t i = blockIdx.x; i < p.batch; i += gridDim.x) {
+    factorise(p, i, memory);
   }
 }
 
@@ -175,20 +177,19 @@ inline dim3 solve_grid(std::int64_t batch) {
 
 #if defined(IMMUNIZE_EXT_WITH_CUDA) && !defined(__CUDACC__)
 
-void launch_root(const Root& p, GlobalPtr<const double> t, std::int64_t batch, Stream stream);
+void launch_pivoted_cholesky(const PivotedProblem& p, Stream stream);
 
 #else
 
-// t: [batch, s, s], symmetric.
-IMMUNIZE_EXT_LAUNCHER void launch_root(
-    const Root& p, GlobalPtr<const double> t, std::int64_t batch, Stream stream) {
-  if (batch == 0 || p.s == 0) {
+IMMUNIZE_EXT_LAUNCHER void launch_pivoted_cholesky(const PivotedProblem& p, Stream stream) {
+  if (p.batch == 0 || p.s == 0) {
     return;
   }
-  const std::size_t bytes = static_cast<std::size_t>(root_doubles(p.s)) * sizeof(double);
-  simt::allow_dynamic_shared(SIMT_KERNEL(merge_root), bytes);
+  const std::size_t bytes = static_cast<std::size_t>(pivoted_doubles(p.s)) * sizeof(double);
+  simt::allow_dynamic_shared(SIMT_KERNEL(merge_pivoted_cholesky), bytes);
   simt::launch(
-      SIMT_KERNEL(merge_root), solve_grid(batch), dim3(kSolveThreads), bytes, stream, p, t, batch);
+      SIMT_KERNEL(merge_pivoted_cholesky), solve_grid(p.batch), dim3(kSolveThreads), bytes, stream,
+      p);
 }
 
 #endif

@@ -43,8 +43,8 @@ def merge_gram(c_reg: Tensor, chunk: int = 512) -> Tensor:
     return lower + lower.tril(-1).mT
 
 
-def _pivoted_cholesky(t: Tensor, rank_rtol: float) -> tuple[list[int], Tensor]:
-    """Rows of t (s, s) that are kept, and H (s, r) with t = H H^T up to what was dropped.
+def _pivoted_cholesky(t: Tensor, rank_rtol: float) -> tuple[Tensor, list[int], int]:
+    """L (s, s), continued by the identity, the order of rows, and how many of them are kept.
 
     Pivots are those of t scaled to unit diagonal: the squared sine of the angle between a row and
     the span of the rows already kept.
@@ -54,87 +54,72 @@ def _pivoted_cholesky(t: Tensor, rank_rtol: float) -> tuple[list[int], Tensor]:
     scale = torch.where(diagonal > 0, diagonal, 1.0).sqrt()
     scaled = t / torch.outer(scale, scale)
     pivots = torch.where(diagonal > 0, 1.0, 0.0).to(t.dtype)
-    columns: list[Tensor] = []
+    factor = torch.zeros_like(t)
     kept: list[int] = []
-    for _ in range(s):
+    for step in range(s):
         best = int(pivots.argmax())
         pivot = float(pivots[best])
         if not pivot > rank_rtol:
             break
-        column = scaled[:, best].clone()
-        for previous in columns:
-            column -= previous * previous[best]
-        column = column / pivot**0.5
+        column = (scaled[:, best] - factor[:, :step] @ factor[best, :step]) / pivot**0.5
         column[kept] = 0.0
         pivots = (pivots - column.square()).clamp(min=0.0)
         kept.append(best)
         pivots[kept] = -1.0
-        columns.append(column)
-    factor = torch.stack(columns, -1) if columns else t.new_zeros(s, 0)
-    return kept, factor * scale.unsqueeze(-1)
-
-
-def _generalised_root(t: Tensor, rank_rtol: float, average: bool) -> tuple[Tensor, list[int]]:
-    """H (s, s) with E = H H^T the (generalised) inverse of t (s, s); columns beyond r are zero."""
-    kept, factor = _pivoted_cholesky(t, rank_rtol)
-    root = torch.zeros_like(t)
-    if average and 0 < len(kept) < len(t):
-        root[:, : len(kept)] = torch.linalg.pinv(factor).mT
-    elif kept:
-        triangle = factor[kept]
-        identity = torch.eye(len(kept), dtype=t.dtype, device=t.device)
-        root[kept, : len(kept)] = torch.linalg.solve_triangular(triangle.mT, identity, upper=True)
-    return root, kept
-
-
-def _orthonormalised(root: Tensor, z: Tensor, inverse_hardness: Tensor) -> Tensor:
-    """Root with [Z; diag(1/mu)^(1/2)] root orthonormal to rounding: the second step of CholeskyQR2.
-
-    The root of T itself, a Gram matrix, has lost twice the digits of the angles between tokens.
-    """
-    basis = z @ root
-    gram = basis.mT @ basis + root.mT @ (inverse_hardness.unsqueeze(-1) * root)
-    unused = (root == 0).all(-2)
-    factor = torch.linalg.cholesky_ex(gram + torch.diag_embed(unused.to(root.dtype)))[0]
-    return torch.linalg.solve_triangular(factor, root.mT, upper=False).mT
+        factor[:, step] = column
+    rank = len(kept)
+    order = kept + [row for row in range(s) if row not in kept]
+    triangle = torch.eye(s, dtype=t.dtype, device=t.device)
+    triangle[:rank, :rank] = (scale.unsqueeze(-1) * factor)[kept, :rank].tril()
+    return triangle, order, rank
 
 
 def merge_solve(
     chol: Tensor, c: Tensor, inverse_hardness: Tensor, rank_rtol: float, average: bool
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """B, a root of E, the basis Z root, I - E T, and the rank of T (-1: input not finite)."""
-    s, d = c.shape[-2:]
-    for name, tensor, shape in (
-        ("c", c, (*chol.shape[:-2], s, d)),
-        ("chol", chol, (*c.shape[:-2], d, d)),
-        ("inverse_hardness", inverse_hardness, (*c.shape[:-2], s)),
-    ):
-        if tuple(tensor.shape) != shape or tensor.dtype != torch.float64:
-            raise ValueError(
-                f"merge_solve: {name} must have shape {list(shape)} and dtype torch.float64, got "
-                f"{list(tensor.shape)} {tensor.dtype}"
-            )
+    """B, a root of E, the basis Z root, I - E T, and the rank of T (-1: input not finite).
+
+    csrc/merge_solve.h says why each of the solves below is the one it is.
+    """
+    op = "merge_solve"
+    if c.dim() < 2:
+        raise ValueError(f"{op}: c must have shape [*, s, d], got {list(c.shape)}")
+    batch, (s, d) = c.shape[:-2], c.shape[-2:]
+    _check(op, "chol", chol, (*batch, d, d), torch.float64)
+    _check(op, "c", c, c.shape, torch.float64)
+    _check(op, "inverse_hardness", inverse_hardness, (*batch, s), torch.float64)
+    lower = torch.linalg.solve_triangular
     # T as a Gram matrix is positive semidefinite whatever the rounding.
-    z = torch.linalg.solve_triangular(chol, c.mT, upper=False)
+    z = lower(chol, c.mT, upper=False)
     t = z.mT @ z + torch.diag_embed(inverse_hardness)
-    root, missing = torch.zeros_like(t), torch.zeros_like(t)
-    ranks: list[int] = []
-    flat = t.reshape(-1, s, s)
-    for k in range(len(flat)):
-        root.view(-1, s, s)[k], kept = _generalised_root(flat[k], rank_rtol, average)
-        ranks.append(len(kept) if bool(flat[k].isfinite().all()) else -1)
-        if len(kept) < s:
-            columns = torch.ones(s, dtype=torch.bool, device=t.device)
-            columns[[] if average else kept] = False
-            missing.view(-1, s, s)[k] = columns.to(t.dtype)
-    root = _orthonormalised(root, z, inverse_hardness)
-    basis = (z @ root).contiguous()
-    b = root @ torch.linalg.solve_triangular(chol.mT, basis, upper=True).mT
+    found = [_pivoted_cholesky(one, rank_rtol) for one in t.reshape(-1, s, s)]
+    triangle = torch.stack([one[0] for one in found]).reshape(t.shape) if found else t
+    integers = {"dtype": torch.int64, "device": t.device}
+    order = torch.tensor([one[1] for one in found], **integers).reshape(*batch, s)
+    rank = torch.tensor([one[2] for one in found], **integers).reshape(batch)
+
+    kept = (torch.arange(s, **integers) < rank.unsqueeze(-1)).to(t.dtype)  # in order
     identity = torch.eye(s, dtype=t.dtype, device=t.device)
-    # Exact zeros where T has full rank and, unless averaging, for the rows that were kept.
-    defect = torch.where(missing != 0, identity - root @ (root.mT @ t), 0.0)
-    rank = torch.tensor(ranks, dtype=torch.int64, device=t.device).reshape(c.shape[:-2])
-    return b.contiguous(), root.contiguous(), basis, defect, rank
+    stacked = torch.cat([z, torch.diag_embed(inverse_hardness.sqrt())], -2)
+    columns = stacked.gather(-1, order.unsqueeze(-2).expand(stacked.shape)) * kept.unsqueeze(-2)
+    first = lower(triangle, columns.mT, upper=False)
+    gram = first @ first.mT + torch.diag_embed(1.0 - kept)
+    correction = torch.linalg.cholesky_ex(gram)[0]
+    q = lower(correction, first, upper=False)
+    inverse = lower(triangle @ correction, identity * kept.unsqueeze(-1), upper=False)
+    root = torch.zeros_like(t).scatter(-2, order.unsqueeze(-1).expand(t.shape), inverse.mT)
+    basis = q[..., :d].mT
+    missing = torch.ones_like(kept).scatter(-1, order, 1.0 - kept).unsqueeze(-2)
+    singular = (rank < s)[..., None, None]
+    if average and bool(singular.any()):
+        averaging = torch.linalg.pinv(t @ root).mT
+        root = torch.where(singular, averaging, root)
+        basis = torch.where(singular, z @ averaging, basis)
+        missing = singular.to(t.dtype)
+    defect = (identity - root @ (root.mT @ t)) * missing
+    b = root @ lower(chol.mT, basis, upper=True).mT
+    rank = torch.where(t.isfinite().flatten(-2).all(-1), rank, -1)
+    return b.contiguous(), root.contiguous(), basis.contiguous(), defect.contiguous(), rank
 
 
 def merge_constraint_map(c: Tensor, *saddle: Tensor) -> Tensor:
@@ -163,36 +148,49 @@ def _check_layers(
     rows: Sequence[int],
     targets_are_values: bool,
     c: Tensor,
+    b: Tensor,
     **others: Sequence[Tensor],
 ) -> None:
-    """The refusals of the kernels' front function."""
+    """The refusals of the kernels' front function, csrc/merge_problem.h."""
     if len(base) == 0:
         raise ValueError(f"{op}: base must hold at least one layer, got an empty list")
-    if any(n < 0 for n in rows) or sum(rows) != c.shape[-2]:
+    if c.dim() < 2:
+        raise ValueError(f"{op}: c must have shape [*, s, d], got {list(c.shape)}")
+    batch, (s, d) = c.shape[:-2], c.shape[-2:]
+    _check(op, "b", b, c.shape, torch.float64)
+    _check(op, "c", c, c.shape, torch.float64)
+    if any(n < 0 for n in rows) or sum(rows) != s:
         raise ValueError(
-            f"{op}: rows must be non-negative and add up to the rows of c, {c.shape[-2]}, got "
-            f"{list(rows)}"
+            f"{op}: rows must add up to the rows of c, {s}, none of them negative, got {list(rows)}"
         )
     expected = len(base) * (1 if targets_are_values else len(rows))
-    for name, found, count in (
-        ("targets", targets, expected),
-        *((name, found, len(base)) for name, found in others.items()),
-    ):
-        if len(found) != count:
-            raise ValueError(f"{op}: {name} must hold {count} tensors, got {len(found)}")
-    s, d = c.shape[-2:]
+    if len(targets) != expected:
+        raise ValueError(f"{op}: targets must hold {expected} tensors, got {len(targets)}")
+    for name, found in others.items():
+        if len(found) != len(base):
+            raise ValueError(
+                f"{op}: {name} must hold one tensor a layer, {len(base)}, got {len(found)}"
+            )
+    dtype = base[0].dtype
+    accumulate = torch.float64 if dtype == torch.float64 else torch.float32
     for layer, weight in enumerate(base):
-        lead = (*c.shape[:-2], weight.shape[-2])
-        asked = [("base", weight, d)]
-        width = s if targets_are_values else d
-        asked += [("targets", t, width) for t in targets[layer :: len(base)]]
-        widths = {"grad": d, "residual": s}
-        asked += [(name, found[layer], widths[name]) for name, found in others.items()]
-        for name, tensor, columns in asked:
-            if tuple(tensor.shape) != (*lead, columns):
-                raise ValueError(
-                    f"{op}: {name} must have shape {[*lead, columns]}, got {list(tensor.shape)}"
-                )
+        lead = (*batch, *weight.shape[-2:-1])
+        _check(op, "base", weight, (*lead, d), dtype)
+        for target in targets[layer :: len(base)]:
+            if targets_are_values:
+                _check(op, "targets", target, (*lead, s), accumulate)
+            else:
+                _check(op, "targets", target, (*lead, d), dtype)
+        if others:
+            _check(op, "grad", others["grad"][layer], (*lead, d), dtype)
+            _check(op, "residual", others["residual"][layer], (*lead, s), accumulate)
+
+
+def _check(op: str, name: str, tensor: Tensor, shape: Sequence[int], dtype: torch.dtype) -> None:
+    if tuple(tensor.shape) != tuple(shape):
+        raise ValueError(f"{op}: {name} must have shape {list(shape)}, got {list(tensor.shape)}")
+    if tensor.dtype != dtype:
+        raise ValueError(f"{op}: {name} must have dtype {dtype}, got {tensor.dtype}")
 
 
 def merge_apply(
@@ -204,7 +202,7 @@ def merge_apply(
     b: Tensor,
 ) -> tuple[list[Tensor], list[Tensor], Tensor]:
     """Merged weights W_l = W0_l + R_l B, the residuals R_l, and a status (*, L) for each layer."""
-    _check_layers("merge_apply", base, targets, rows, targets_are_values, c)
+    _check_layers("merge_apply", base, targets, rows, targets_are_values, c, b)
     accumulate = torch.float64 if base[0].dtype == torch.float64 else torch.float32
     norms = c.norm(dim=-1).unsqueeze(-2)
     merged, residuals, status = [], [], []
@@ -242,16 +240,8 @@ def merge_apply_backward(
     need_b: bool,
 ) -> tuple[list[Tensor], list[Tensor], Tensor, Tensor]:
     """Gradients of base, targets, c and b, each only if needed."""
-    _check_layers(
-        "merge_apply_backward",
-        base,
-        targets,
-        rows,
-        targets_are_values,
-        c,
-        grad=grad,
-        residual=residual,
-    )
+    op = "merge_apply_backward"
+    _check_layers(op, base, targets, rows, targets_are_values, c, b, grad=grad, residual=residual)
     pieces = [c.shape[-2]] if targets_are_values else list(rows)
     parts = c.split(pieces, -2)
     grad_base: list[Tensor] = []

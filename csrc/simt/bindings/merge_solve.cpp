@@ -15,18 +15,18 @@ namespace py = simt::py;
 
 SIMT_BINDINGS(merge_solve, m) {
   m.def(
-      "root",
+      "pivoted_cholesky",
       [](const Array<double>& t, double rank_rtol, std::uint64_t seed) {
         const std::int64_t batch = t.shape(0), s = t.shape(1);
         const Buffer<const double> in = simt::input("t", t);
-        Buffer<double> root("root", batch * s * s), factor("factor", batch * s * s);
-        Buffer<double> scale("scale", batch * s);
-        Buffer<std::int64_t> rank("rank", batch);
-        launch_root(
-            {root.ptr(), factor.ptr(), scale.ptr(), rank.ptr(), s, rank_rtol}, in.ptr(), batch,
+        Buffer<double> triangle("triangle", batch * s * s), factor("factor", batch * s * s);
+        Buffer<std::int64_t> order("order", batch * s), rank("rank", batch);
+        launch_pivoted_cholesky(
+            {in.ptr(), triangle.ptr(), order.ptr(), rank.ptr(), factor.ptr(), batch, s, rank_rtol},
             Stream{seed});
         return py::make_tuple(
-            simt::to_numpy(root, {batch, s, s}), simt::to_numpy(rank, {batch}));
+            simt::to_numpy(triangle, {batch, s, s}), simt::to_numpy(order, {batch, s}),
+            simt::to_numpy(rank, {batch}));
       },
       arg("t").noconvert(), arg("rank_rtol"), arg("seed") = 0);
 }
