@@ -1,19 +1,62 @@
-// The per-layer merge as both devices see it: checked arguments, and the refusals that read
-// results. Device-independent; the mathematics stands in cpu/merge.cpp.
+// A merge as both devices see it: its checked arguments. Device-independent; the mathematics stands
+// in cpu/merge.cpp. Kernels refuse nothing that depends on the numbers: they return statuses, which
+// immunize_ext/ops/merge_problem.py names.
 #pragma once
 
 #include <ATen/ATen.h>
 #include <c10/util/accumulate.h>
 
-#include <cmath>
 #include <cstdint>
-#include <limits>
-#include <string>
 #include <vector>
 
 #include "checks.h"
+#include "merge_status.h"
 
 namespace immunize_ext {
+
+// flat [batch, ...] with the leading dimensions it came from.
+inline at::Tensor with_batch(const at::Tensor& flat, at::IntArrayRef batch) {
+  std::vector<int64_t> shape = batch.vec();
+  for (int64_t k = 1; k < flat.dim(); ++k)
+    shape.push_back(flat.size(k));
+  return flat.reshape(shape);
+}
+
+// The part shared by all layers: contiguous, the batch flattened.
+struct SolveProblem {
+  at::Tensor chol, c, inverse_hardness;  // [batch, d, d], [batch, s, d], [batch, s]
+  std::vector<int64_t> batch_shape;
+  int64_t batch, s, d;
+
+  at::Tensor shaped(const at::Tensor& flat) const {
+    return with_batch(flat, batch_shape);
+  }
+};
+
+inline SolveProblem make_solve_problem(
+    const at::Tensor& chol,                // [*, d, d] float64, lower
+    const at::Tensor& c,                   // [*, s, d] float64
+    const at::Tensor& inverse_hardness) {  // [*, s] float64
+  constexpr const char* op = "merge_solve";
+  check_dtype(op, "chol", chol, at::kDouble);
+  check_dtype(op, "c", c, at::kDouble);
+  check_dtype(op, "inverse_hardness", inverse_hardness, at::kDouble);
+  check_matrix(op, "c", c);
+  SolveProblem p;
+  p.s = c.size(-2);
+  p.d = c.size(-1);
+  check_matrix(op, "chol", chol, p.d, p.d);
+  p.batch_shape = c.sizes().slice(0, c.dim() - 2).vec();
+  check_batch(op, "chol", chol, p.batch_shape);
+  check_shape(op, "inverse_hardness", inverse_hardness, c.sizes().slice(0, c.dim() - 1));
+  check_same_device(op, "chol", chol, "c", c);
+  check_same_device(op, "inverse_hardness", inverse_hardness, "c", c);
+  p.batch = c10::multiply_integers(p.batch_shape);
+  p.chol = chol.reshape({p.batch, p.d, p.d}).contiguous();
+  p.c = c.reshape({p.batch, p.s, p.d}).contiguous();
+  p.inverse_hardness = inverse_hardness.reshape({p.batch, p.s}).contiguous();
+  return p;
+}
 
 inline std::vector<at::Tensor> contiguous(at::TensorList tensors) {
   std::vector<at::Tensor> result;
@@ -35,16 +78,21 @@ inline std::vector<at::Tensor> allocate(
   return result;
 }
 
-// Contiguous tensors on one device, C and B in the type that the kernels compute in.
+// The part per layer: contiguous tensors on one device, C and B in the type that the kernels
+// compute in.
 struct MergeProblem {
   std::vector<at::Tensor> base, targets;
   std::vector<int64_t> first_token;  // [N + 1], where the tokens of each concept start in C
   bool targets_are_values;
   at::Tensor c, b;        // [batch, s, d]
   at::Tensor token_norm;  // [batch, s] float64, |c_j|; defined for values only
+  std::vector<int64_t> batch_shape;
   int64_t batch, s, d;
   at::ScalarType dtype, accumulate;
 
+  at::Tensor shaped(const at::Tensor& flat) const {
+    return with_batch(flat, batch_shape);
+  }
   int64_t layers() const {
     return static_cast<int64_t>(base.size());
   }
@@ -76,18 +124,22 @@ inline MergeProblem make_merge_problem(
   check_shape(op, "b", b, c.sizes());
   p.s = c.size(-2);
   p.d = c.size(-1);
-  const auto batch_shape = c.sizes().slice(0, c.dim() - 2);
+  p.batch_shape = c.sizes().slice(0, c.dim() - 2).vec();
+  const at::IntArrayRef batch_shape = p.batch_shape;
   p.batch = c10::multiply_integers(batch_shape);
   p.dtype = base[0].scalar_type();
   check_real_floating(op, "base[0]", base[0]);
   p.accumulate = p.dtype == at::kDouble ? at::kDouble : at::kFloat;
   p.targets_are_values = targets_are_values;
   p.first_token.push_back(0);
-  for (const int64_t n : rows)
-    p.first_token.push_back(p.first_token.back() + n);
+  bool fits = true;
+  for (const int64_t n : rows) {
+    fits = fits && n >= 0 && n <= p.s - p.first_token.back();
+    p.first_token.push_back(p.first_token.back() + (fits ? n : 0));
+  }
   TORCH_CHECK_VALUE(
-      p.first_token.back() == p.s, op, ": rows must add up to the rows of c, ", p.s, ", got ",
-      rows);
+      fits && p.first_token.back() == p.s, op, ": rows must add up to the rows of c, ", p.s,
+      ", none of them negative, got ", rows);
   const size_t expected = targets_are_values ? base.size() : base.size() * rows.size();
   TORCH_CHECK_VALUE(
       targets.size() == expected, op, ": targets must hold ", expected, " tensors, got ",
@@ -113,88 +165,25 @@ inline MergeProblem make_merge_problem(
   return p;
 }
 
-// Raises for a layer whose residual R is not finite. Every entry of W0 and of every target meets a
-// product in R, so R is finite only if they are: looking at R alone costs s numbers a row instead
-// of another pass over the weights.
-inline void refuse_layer(const char* op, const MergeProblem& p, int64_t layer) {
-  TORCH_CHECK_VALUE(
-      p.base[layer].isfinite().all().item<bool>(), op, ": base[", layer,
-      "] must be finite, got NaN or infinity");
-  for (size_t k = layer; k < p.targets.size(); k += p.base.size())
-    TORCH_CHECK_VALUE(
-        p.targets[k].isfinite().all().item<bool>(), op, ": ",
-        p.targets_are_values ? "values" : "concepts", "[",
-        p.targets_are_values ? "" : std::to_string(k / p.base.size()) + "][", layer,
-        "] must be finite, got NaN or infinity");
-  TORCH_CHECK_VALUE(
-      false, op, ": the outputs asked of layer ", layer, " overflow ", p.accumulate,
-      "; scale the embeddings down or use float64 weights");
-}
-
-// Raises for a layer whose merged weights their dtype cannot hold. R B is at most s max|R| max|B|;
-// as long as that stays below half a unit in the last place of the largest number, no finite weight
-// can be pushed over it, and the weights need not be looked at.
-inline void refuse_overflow(
+// One tensor a layer, [*, o_l, columns], contiguous.
+inline std::vector<at::Tensor> checked_layers(
     const char* op,
+    const char* argument,
+    at::TensorList tensors,
     const MergeProblem& p,
-    const std::vector<at::Tensor>& residual,
-    const std::vector<at::Tensor>& merged) {
-  double harmless = 0.0;
-  AT_DISPATCH_FLOATING_TYPES_AND2(at::kHalf, at::kBFloat16, p.dtype, "refuse_overflow", [&] {
-    harmless = static_cast<double>(std::numeric_limits<scalar_t>::max()) / 4.0 *
-               static_cast<double>(std::numeric_limits<scalar_t>::epsilon());
-  });
-  if (p.b.numel() == 0)
-    return;
-  const double largest_b = p.b.abs().amax().to(at::kDouble).item<double>();
-  for (int64_t l = 0; l < p.layers(); ++l) {
-    if (residual[l].numel() == 0)
-      continue;
-    const double largest_r = residual[l].abs().amax().to(at::kDouble).item<double>();
-    if (static_cast<double>(p.s) * largest_r * largest_b <= harmless)
-      continue;
-    // A NaN, as of an infinite B, is not harmless either.
-    TORCH_CHECK_VALUE(
-        merged[l].isfinite().all().item<bool>(), op, ": the merged weights of layer ", l,
-        " overflow ", p.dtype,
-        "; raise the ridge, soften the targets with a finite hardness, or "
-        "use weights of a wider dtype");
-  }
-}
-
-// R (I - E T) is by how much the constraints that were not kept are missed. Whatever exceeds what
-// near-repeats and rounding explain is a contradiction between targets. Each layer is judged by its
-// own size: a large edit of one must not hide the contradiction of another.
-inline void check_contradictions(
-    const char* op,
-    const MergeProblem& p,
-    const at::Tensor& defect,  // [*, s, s]
-    double rank_rtol,
-    const std::vector<at::Tensor>& residual) {
-  const at::Tensor flat = defect.reshape({p.batch, p.s, p.s});
-  const double epsilon = p.accumulate == at::kDouble ? std::numeric_limits<double>::epsilon()
-                                                     : std::numeric_limits<float>::epsilon();
-  const double tolerance = 10.0 * std::sqrt(rank_rtol) + 1e4 * epsilon;
-  at::Tensor missed = at::zeros({p.s}, flat.options().dtype(at::kBool));
-  for (int64_t l = 0; l < p.layers(); ++l) {
-    if (residual[l].numel() == 0)
-      continue;
-    const at::Tensor r = residual[l].reshape({p.batch, -1, p.s}).to(at::kDouble);
-    at::Tensor scale = r.abs().amax({1, 2});
-    if (p.targets_are_values) {
-      const at::Tensor values = p.targets[l].reshape({p.batch, -1, p.s}).to(at::kDouble);
-      scale = at::maximum(scale, values.abs().amax({1, 2}) * 1e-3);
-    }
-    const at::Tensor violation = r.matmul(flat).abs().amax(1);  // [batch, s]
-    missed.logical_or_((violation > tolerance * scale.unsqueeze(1)).any(0));
-  }
-  const at::Tensor found = missed.nonzero().flatten().cpu();
+    int64_t columns,
+    at::ScalarType dtype) {
   TORCH_CHECK_VALUE(
-      found.numel() == 0, op, ": contradictory targets at rows ",
-      at::IntArrayRef(found.const_data_ptr<int64_t>(), found.numel()),
-      " of the embeddings, which repeat earlier rows but ask for other outputs; drop "
-      "the repeated tokens, average them with contradictions='average', or soften "
-      "them with a finite hardness");
+      tensors.size() == p.base.size(), op, ": ", argument, " must hold one tensor a layer, ",
+      p.layers(), ", got ", tensors.size());
+  for (size_t l = 0; l < tensors.size(); ++l) {
+    std::vector<int64_t> shape = p.base[l].sizes().vec();
+    shape.back() = columns;
+    check_same_device(op, argument, tensors[l], "c", p.c);
+    check_shape(op, argument, tensors[l], shape);
+    check_dtype(op, argument, tensors[l], dtype);
+  }
+  return contiguous(tensors);
 }
 
 }  // namespace immunize_ext

@@ -7,18 +7,20 @@
 //   A = Q^-1 C^T,   T = C A + diag(1 / mu),   E = T^-1,   B = E A^T,   W_l = W0_l + R_l B,
 //   R_l = V_l - W0_l C^T, for concept weights R_l = [ (W_1 - W0) C_1^T | ... | (W_N - W0) C_N^T ].
 //
-// A, T, E, B do not depend on the layer. Backward of the part per layer, G_l = dL/dW_l:
+// A, T, E, B do not depend on the layer; merge_solve.h has how they are found. Backward of the part
+// per layer, G_l = dL/dW_l:
 //
 //   dR_l = G_l B^T          dW0_l = G_l - dR_l C      dW_n,l = dR_n,l C_n      dV_l = dR_l
 //   dB = sum_l R_l^T G_l    dC_n = sum_l dR_n,l^T (W_n,l - W0_l)   or   dC = -sum_l dR_l^T W0_l
 //
-// The derivatives of A, T, E, B are small and are left to immunize_ext/ops/merge.py.
+// The derivatives of B are small and are left to immunize_ext/ops/merge_saddle.py.
 
 #include <ATen/ATen.h>
 #include <ATen/Parallel.h>
 #include <torch/library.h>
 
 #include <algorithm>
+#include <atomic>
 #include <cmath>
 #include <limits>
 #include <tuple>
@@ -27,6 +29,7 @@
 
 #include "../checks.h"
 #include "../merge_problem.h"
+#include "../merge_solve.h"
 #include "row_kernels.h"
 
 namespace immunize_ext {
@@ -35,29 +38,21 @@ namespace {
 using at::Tensor;
 using at::TensorList;
 
-// ---- solve: the part shared by all layers
-// ---------------------------------------------------------
+// ---- solve: the part shared by all layers --------------------------------------------------------
 
-// Pivoted Cholesky of T scaled to unit diagonal. A pivot is then the squared sine of the angle
-// between a row and the span of those already kept, so the tolerance has no units.
-struct PivotedCholesky {
-  std::vector<int64_t> kept;
-  std::vector<double> scale;   // [s], sqrt of the diagonal of T
-  std::vector<double> factor;  // [s, s] row-major: row j holds the coefficients of constraint j
-};
-
-PivotedCholesky pivoted_cholesky(const double* t, int64_t s, double rank_rtol) {
-  PivotedCholesky p;
-  p.scale.resize(s);
-  p.factor.assign(s * s, 0.0);
-  std::vector<double> pivot(s, 1.0);
+// Pivoted Cholesky of T [s, s] scaled to unit diagonal. A pivot is then the squared sine of the
+// angle between a row and the span of those already kept, so the tolerance has no units.
+int64_t pivoted_cholesky(
+    const double* t, int64_t s, double rank_rtol, double* triangle, int64_t* order) {
+  std::vector<double> scale(s), pivot(s, 1.0), factor(s * s, 0.0);
   for (int64_t j = 0; j < s; ++j) {
     const double diagonal = t[j * s + j];
-    p.scale[j] = diagonal > 0.0 ? std::sqrt(diagonal) : 1.0;
+    scale[j] = diagonal > 0.0 ? std::sqrt(diagonal) : 1.0;
     if (!(diagonal > 0.0))
       pivot[j] = 0.0;  // a zero row of C: it constrains nothing
   }
-  for (int64_t step = 0; step < s; ++step) {
+  int64_t rank = 0;
+  for (; rank < s; ++rank) {
     // The first of equal pivots wins, so an earlier row is kept and its repeat dropped.
     const int64_t best = std::max_element(pivot.begin(), pivot.end()) - pivot.begin();
     if (!(pivot[best] > rank_rtol))
@@ -66,160 +61,109 @@ PivotedCholesky pivoted_cholesky(const double* t, int64_t s, double rank_rtol) {
     for (int64_t j = 0; j < s; ++j) {
       if (pivot[j] < 0.0)
         continue;  // kept already
-      double value = t[j * s + best] / (p.scale[j] * p.scale[best]);
-      for (int64_t k = 0; k < step; ++k)
-        value -= p.factor[j * s + k] * p.factor[best * s + k];
-      p.factor[j * s + step] = value / root;
+      double value = t[j * s + best] / (scale[j] * scale[best]);
+      for (int64_t k = 0; k < rank; ++k)
+        value -= factor[j * s + k] * factor[best * s + k];
+      factor[j * s + rank] = value / root;
     }
-    p.factor[best * s + step] = root;
+    factor[best * s + rank] = root;
     for (int64_t j = 0; j < s; ++j)
       if (pivot[j] >= 0.0)
-        pivot[j] = std::max(0.0, pivot[j] - p.factor[j * s + step] * p.factor[j * s + step]);
+        pivot[j] = std::max(0.0, pivot[j] - factor[j * s + rank] * factor[j * s + rank]);
     pivot[best] = -1.0;
-    p.kept.push_back(best);
+    order[rank] = best;
   }
-  return p;
-}
-
-// (L L^T)^-1 for a lower triangle [r, r]: M = L^-1 row by row, then M^T M. The s x s system is
-// small, and LAPACK's inverse changes its last bits with the number of threads.
-Tensor inverse_of_factor(const Tensor& triangle) {
-  const int64_t r = triangle.size(0);
-  const double* l = triangle.const_data_ptr<double>();
-  std::vector<double> m(r * r, 0.0);
-  const Tensor inverse = at::zeros({r, r}, triangle.options());
-  double* out = inverse.mutable_data_ptr<double>();
-  for (int64_t i = 0; i < r; ++i) {
-    double* row = m.data() + i * r;
-    for (int64_t k = 0; k < i; ++k)
-      for (int64_t j = 0; j <= k; ++j)
-        row[j] -= l[i * r + k] * m[k * r + j];
-    row[i] = 1.0;
-    for (int64_t j = 0; j <= i; ++j)
-      row[j] /= l[i * r + i];
+  for (int64_t i = 0; i < rank; ++i)
     for (int64_t k = 0; k <= i; ++k)
-      for (int64_t j = 0; j <= i; ++j)
-        out[k * r + j] += row[k] * row[j];
-  }
-  return inverse;
+      triangle[i * s + k] = scale[order[i]] * factor[order[i] * s + k];
+  int64_t next = rank;
+  for (int64_t j = 0; j < s; ++j)
+    if (!(pivot[j] < 0.0)) {
+      triangle[next * s + next] = 1.0;
+      order[next++] = j;
+    }
+  return rank;
 }
 
-// E (generalised inverse of T) and I - E T, from T = D F F^T D with F [s, r] the pivoted factor.
-// Kept rows alone: E = S^T (S T S^T)^-1 S, S selecting them. Averaging: E = T^+, which meets
-// repeated constraints in the least-squares sense.
-std::tuple<Tensor, Tensor, int64_t> generalised_inverse(
-    const Tensor& t, double rank_rtol, bool average) {
-  const int64_t s = t.size(0);
-  const PivotedCholesky p = pivoted_cholesky(t.const_data_ptr<double>(), s, rank_rtol);
-  const int64_t rank = static_cast<int64_t>(p.kept.size());
-  const Tensor index = at::tensor(p.kept, t.options().dtype(at::kLong));
-  const Tensor scale = at::tensor(p.scale, t.options());
-  const Tensor factor = at::tensor(p.factor, t.options()).view({s, s}).slice(1, 0, rank);
-  Tensor e = at::zeros({s, s}, t.options());
-  Tensor defect = at::zeros({s, s}, t.options());
-  if (rank == 0) {
-    defect.fill_diagonal_(1.0);
-    return {e, defect, rank};
-  }
-  const Tensor kept_scale = scale.index_select(0, index);
-  const Tensor triangle = factor.index_select(0, index).contiguous();  // lower, [r, r]
-  if (rank < s && average) {
-    // T = (D F)(D F)^T, so T^+ = H^+T H^+ with H = D F of full column rank.
-    const Tensor pinv = at::linalg_pinv(factor * scale.unsqueeze(1));  // [r, s]
-    e = pinv.mT().mm(pinv);
-  } else {
-    const Tensor inverse = inverse_of_factor(triangle) / at::outer(kept_scale, kept_scale);
-    e.index_put_({index.unsqueeze(1), index.unsqueeze(0)}, inverse);
-  }
-  if (rank < s) {
-    defect = -e.mm(t);
-    defect.diagonal().add_(1.0);
-    // Exact zeros for the kept columns, which hold nothing but rounding.
-    if (!average)
-      defect.index_fill_(1, index, 0.0);
-  }
-  return {e, defect, rank};
-}
+// Operations that are not worth a second thread. Below, no parallel region is opened at all: in a
+// process that was forked after threads ran, one would never end.
+constexpr int64_t kSerialOperations = 1 << 18;
 
 // LAPACK and BLAS that split one solve over their threads change the last bits with their number.
 // Inside a parallel region they use one thread. Two items: for a single one there is no region.
 template <typename Function>
-void on_one_thread(const Function& function) {
-  at::parallel_for(0, 2, 1, [&](int64_t begin, int64_t) {
+void on_one_thread(int64_t operations, const Function& function) {
+  const auto run = [&](int64_t begin, int64_t) {
     const at::AutoDispatchBelowADInplaceOrView no_autograd;
     if (begin == 0)
       function();
-  });
+  };
+  if (operations <= kSerialOperations)
+    run(0, 1);
+  else
+    at::parallel_for(0, 2, 1, run);
 }
 
 // L^-1 Y, or L^-T Y for upper = true, in groups of right-hand sides that do not depend on the
 // number of threads, each solved by one.
 Tensor solve_in_groups(const Tensor& triangle, const Tensor& right, bool upper) {
   constexpr int64_t kGroup = 16;
-  const int64_t d = right.size(0), s = right.size(1);
+  const int64_t batch = right.size(0), d = right.size(1), s = right.size(2);
   const int64_t groups = (s + kGroup - 1) / kGroup;
-  Tensor solution = at::empty({s, d}, right.options()).mT();
-  at::parallel_for(0, std::max<int64_t>(groups, 2), 1, [&](int64_t begin, int64_t end) {
+  const Tensor solution = at::empty({batch, s, d}, right.options()).mT();
+  const auto solve = [&](int64_t begin, int64_t end) {
     const at::AutoDispatchBelowADInplaceOrView no_autograd;
-    for (int64_t k = begin; k < std::min(end, groups); ++k) {
-      const int64_t first = k * kGroup, count = std::min(kGroup, s - first);
-      solution.narrow(1, first, count)
-          .copy_(at::linalg_solve_triangular(triangle, right.narrow(1, first, count), upper));
+    for (int64_t k = begin; k < std::min(end, batch * groups); ++k) {
+      const int64_t i = k / groups, first = k % groups * kGroup;
+      const int64_t count = std::min(kGroup, s - first);
+      solution[i]
+          .narrow(1, first, count)
+          .copy_(at::linalg_solve_triangular(
+              triangle[i], right[i].narrow(1, first, count), upper));
     }
-  });
+  };
+  if (batch * d * d * s <= kSerialOperations)
+    solve(0, batch * groups);
+  else
+    at::parallel_for(0, std::max<int64_t>(batch * groups, 2), 1, solve);
   return solution;
 }
 
-std::tuple<Tensor, Tensor, Tensor, Tensor> merge_solve(
+std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> merge_solve(
     const Tensor& chol,              // [*, d, d] float64, lower
     const Tensor& c,                 // [*, s, d] float64
     const Tensor& inverse_hardness,  // [*, s] float64
     double rank_rtol,
     bool average) {
-  constexpr const char* op = "merge_solve";
-  check_dtype(op, "chol", chol, at::kDouble);
-  check_dtype(op, "c", c, at::kDouble);
-  check_dtype(op, "inverse_hardness", inverse_hardness, at::kDouble);
-  check_matrix(op, "c", c);
-  const int64_t s = c.size(-2), d = c.size(-1);
-  check_matrix(op, "chol", chol, d, d);
-  const auto batch_shape = c.sizes().slice(0, c.dim() - 2);
-  check_batch(op, "chol", chol, batch_shape);
-  TORCH_CHECK_VALUE(
-      c.isfinite().all().item<bool>(), op, ": embeddings must be finite, got NaN or infinity");
-  const int64_t batch = c10::multiply_integers(batch_shape);
-  const Tensor chol_flat = chol.reshape({batch, d, d});
-  const Tensor c_flat = c.reshape({batch, s, d});
-  const Tensor inverse_flat = inverse_hardness.reshape({batch, s});
-  Tensor a = at::empty({batch, d, s}, c.options());
-  Tensor e = at::empty({batch, s, s}, c.options());
-  Tensor defect = at::empty({batch, s, s}, c.options());
-  Tensor rank = at::empty({batch}, c.options().dtype(at::kLong));
-  for (int64_t b = 0; b < batch; ++b) {
-    // T as the Gram matrix of Z = L^-1 C^T: positive semidefinite whatever the rounding, and twice
-    // as many digits of a small angle between constraints as C Q^-1 C^T would keep.
-    const Tensor z = solve_in_groups(chol_flat[b], c_flat[b].mT(), /*upper=*/false);
-    a[b] = solve_in_groups(chol_flat[b].mT(), z, /*upper=*/true);
-    on_one_thread([&] {
-      Tensor t = z.mT().mm(z);
-      t.diagonal().add_(inverse_flat[b]);
-      const auto [e_b, defect_b, rank_b] = generalised_inverse(t.contiguous(), rank_rtol, average);
-      e[b] = e_b;
-      defect[b] = defect_b;
-      rank[b] = rank_b;
-    });
-  }
-  const auto shaped = [&](const Tensor& flat) {
-    std::vector<int64_t> shape(batch_shape.begin(), batch_shape.end());
-    for (int64_t k = 1; k < flat.dim(); ++k)
-      shape.push_back(flat.size(k));
-    return flat.reshape(shape);
-  };
-  return {shaped(a), shaped(e), shaped(defect), shaped(rank)};
+  const SolveProblem p = make_solve_problem(chol, c, inverse_hardness);
+  const int64_t operations = p.batch * p.s * p.s * (p.d + p.s);
+  const auto integers = c.options().dtype(at::kLong);
+  const Pivoted v{
+      at::zeros({p.batch, p.s, p.s}, c.options()), at::empty({p.batch, p.s}, integers),
+      at::empty({p.batch}, integers)};
+  // T as the Gram matrix of Z = L^-1 C^T: positive semidefinite whatever the rounding, and twice
+  // as many digits of a small angle between constraints as C Q^-1 C^T would keep.
+  const Tensor z = solve_in_groups(p.chol, p.c.mT(), /*upper=*/false);
+  Tensor root, basis, defect, finite, b;
+  on_one_thread(operations, [&] {
+    Tensor t = z.mT().matmul(z);
+    t.diagonal(0, -2, -1).add_(p.inverse_hardness);
+    t = t.contiguous();
+    for (int64_t i = 0; i < p.batch; ++i)
+      v.rank.mutable_data_ptr<int64_t>()[i] = pivoted_cholesky(
+          t.const_data_ptr<double>() + i * p.s * p.s, p.s, rank_rtol,
+          v.triangle.mutable_data_ptr<double>() + i * p.s * p.s,
+          v.order.mutable_data_ptr<int64_t>() + i * p.s);
+    std::tie(root, basis, defect) = solve_constraints(p, z, t, v, average);
+    finite = t.isfinite().flatten(1).all(-1);
+  });
+  const Tensor moved = solve_in_groups(p.chol.mT(), basis, /*upper=*/true);
+  on_one_thread(operations, [&] { b = root.matmul(moved.mT()).contiguous(); });
+  const Tensor rank = v.rank.masked_fill(finite.logical_not(), -1);
+  return {p.shaped(b), p.shaped(root), p.shaped(basis), p.shaped(defect), p.shaped(rank)};
 }
 
-// ---- apply: the part per layer
-// --------------------------------------------------------------------
+// ---- apply: the part per layer -------------------------------------------------------------------
 
 // Rows of a block. 32 rows of 768 float32 columns and the concept differences of the same block
 // stay in a 1 MiB second-level cache next to C and B.
@@ -310,10 +254,52 @@ void subtract_from_values(
   }
 }
 
+// The largest |x|; infinity if one of them is, or is a NaN.
+template <typename T>
+double largest_of(const T* x, int64_t count) {
+  T largest = 0;
+  bool finite = true;
+  for (int64_t i = 0; i < count; ++i) {
+    const T size = std::abs(x[i]);
+    largest = size > largest ? size : largest;
+    finite &= size <= std::numeric_limits<T>::max();
+  }
+  return finite ? static_cast<double>(largest) : std::numeric_limits<double>::infinity();
+}
+
 template <typename scalar_t>
-void apply_block(
+bool all_finite(const scalar_t* x, int64_t count) {
+  using acc_t = accumulate_t<scalar_t>;
+  bool finite = true;
+  for (int64_t i = 0; i < count; ++i) {
+    const acc_t value = static_cast<acc_t>(x[i]);
+    finite &= value - value == acc_t(0);
+  }
+  return finite;
+}
+
+// The status of the block. R B is at most s max|R| max|B|; as long as that stays below half a unit
+// in the last place of the largest number, no finite weight can be pushed over it, and the weights
+// need not be looked at. Every entry of W0 and of every target meets a product in R, so R is finite
+// only if they are.
+template <typename scalar_t>
+int status_of(
+    const accumulate_t<scalar_t>* r, int64_t edits, double growth, const scalar_t* out,
+    int64_t count) {
+  const double largest = largest_of(r, edits);
+  if (!std::isfinite(largest))
+    return kNotFinite;
+  const double harmless = static_cast<double>(std::numeric_limits<scalar_t>::max()) / 4.0 *
+                          static_cast<double>(std::numeric_limits<scalar_t>::epsilon());
+  return largest * growth <= harmless || all_finite(out, count) ? kMerged : kOverflow;
+}
+
+// Returns the status of the block; growth is s max|B|.
+template <typename scalar_t>
+int apply_block(
     const MergeProblem& p,
     const Block& block,
+    double growth,
     Scratch<accumulate_t<scalar_t>>& scratch,
     std::vector<Tensor>& merged,
     std::vector<Tensor>& residual) {
@@ -347,44 +333,45 @@ void apply_block(
     rows::add_product<acc_t>(base, acc_t(1), r, p.s, block.rows, p.s, b, p.d, scratch.out.data());
     narrow(scratch.out.data(), count, out);
   }
+  return status_of<scalar_t>(r, block.rows * p.s, growth, out, count);
 }
 
-template <typename Function>
-void for_each_block(const std::vector<Block>& blocks, const Function& function) {
-  at::parallel_for(0, static_cast<int64_t>(blocks.size()), 1, [&](int64_t begin, int64_t end) {
-    function(begin, end);
-  });
+// Blocks that one thread should have at least.
+int64_t grain_of(const MergeProblem& p) {
+  const int64_t operations = kBlockRows * (p.s + 1) * (p.d + 1);
+  return std::max<int64_t>(1, kSerialOperations / operations);
 }
 
-std::tuple<std::vector<Tensor>, std::vector<Tensor>> merge_apply(
+std::tuple<std::vector<Tensor>, std::vector<Tensor>, Tensor> merge_apply(
     TensorList base,     // L x [*, o_l, d]
     TensorList targets,  // N L x [*, o_l, d] or L x [*, o_l, s]
     at::IntArrayRef rows,
     bool targets_are_values,
-    const Tensor& c,       // [*, s, d]
-    const Tensor& b,       // [*, s, d]
-    const Tensor& defect,  // [*, s, s]
-    double rank_rtol,
-    bool check) {
+    const Tensor& c,    // [*, s, d]
+    const Tensor& b) {  // [*, s, d]
   const MergeProblem p =
       make_merge_problem("merge_apply", base, targets, rows, targets_are_values, c, b);
   std::vector<Tensor> merged = allocate(p.base, p.d, p.dtype);
   std::vector<Tensor> residual = allocate(p.base, p.s, p.accumulate);
   const std::vector<Block> blocks = split_into_blocks(p.batch, p.base);
+  std::vector<std::atomic<int>> found(p.batch * p.layers());
   AT_DISPATCH_FLOATING_TYPES_AND2(at::kHalf, at::kBFloat16, p.dtype, "merge_apply", [&] {
-    for_each_block(blocks, [&](int64_t begin, int64_t end) {
-      Scratch<accumulate_t<scalar_t>> scratch;
-      for (int64_t i = begin; i < end; ++i)
-        apply_block<scalar_t>(p, blocks[i], scratch, merged, residual);
+    using acc_t = accumulate_t<scalar_t>;
+    const double growth = static_cast<double>(p.s) *
+                          largest_of(p.b.const_data_ptr<acc_t>(), p.b.numel());
+    const int64_t count = static_cast<int64_t>(blocks.size());
+    at::parallel_for(0, count, grain_of(p), [&](int64_t begin, int64_t end) {
+      Scratch<acc_t> scratch;
+      for (int64_t i = begin; i < end; ++i) {
+        const int one = apply_block<scalar_t>(p, blocks[i], growth, scratch, merged, residual);
+        if (one != kMerged)
+          found[blocks[i].batch * p.layers() + blocks[i].layer].fetch_or(one);
+      }
     });
   });
-  for (int64_t l = 0; l < p.layers(); ++l)
-    if (!residual[l].isfinite().all().item<bool>())
-      refuse_layer("merge_kv", p, l);
-  refuse_overflow("merge_kv", p, residual, merged);
-  if (check && defect.any().item<bool>())
-    check_contradictions("merge_kv", p, defect, rank_rtol, residual);
-  return {merged, residual};
+  const Tensor status = at::empty({p.batch, p.layers()}, c.options().dtype(at::kInt));
+  std::copy(found.begin(), found.end(), status.mutable_data_ptr<int>());
+  return {merged, residual, p.shaped(status)};
 }
 
 // What a block of the backward pass adds to: dB and dC in float64, one pair a partial sum.
@@ -472,12 +459,9 @@ std::tuple<std::vector<Tensor>, std::vector<Tensor>, Tensor, Tensor> merge_apply
     bool need_b) {
   const MergeProblem p =
       make_merge_problem("merge_apply_backward", base, targets, rows, targets_are_values, c, b);
-  const std::vector<Tensor> g = contiguous(grad);
-  const std::vector<Tensor> r = contiguous(residual);
-  for (int64_t l = 0; l < p.layers(); ++l) {
-    check_shape("merge_apply_backward", "grad", g[l], p.base[l].sizes());
-    check_dtype("merge_apply_backward", "grad", g[l], p.dtype);
-  }
+  const std::vector<Tensor> g = checked_layers("merge_apply_backward", "grad", grad, p, p.d, p.dtype);
+  const std::vector<Tensor> r =
+      checked_layers("merge_apply_backward", "residual", residual, p, p.s, p.accumulate);
   std::vector<Tensor> grad_base, grad_targets;
   if (need_base)
     grad_base = allocate(p.base, p.d, p.dtype);
@@ -501,7 +485,8 @@ std::tuple<std::vector<Tensor>, std::vector<Tensor>, Tensor, Tensor> merge_apply
     const Tensor partial_c = at::zeros({need_c ? sums : 0, size}, options);
     const Tensor partial_b = at::zeros({need_b ? sums : 0, size}, options);
     AT_DISPATCH_FLOATING_TYPES_AND2(at::kHalf, at::kBFloat16, p.dtype, "merge_apply_backward", [&] {
-      at::parallel_for(0, sums, 1, [&](int64_t begin, int64_t end) {
+      const int64_t grain = count <= grain_of(p) ? sums : 1;
+      at::parallel_for(0, sums, grain, [&](int64_t begin, int64_t end) {
         Scratch<accumulate_t<scalar_t>> scratch;
         for (int64_t k = begin; k < end; ++k) {
           double* sum_c = need_c ? partial_c.mutable_data_ptr<double>() + k * size : nullptr;

@@ -31,7 +31,7 @@ void fill_gram(const T* rows, int64_t m, int64_t d, double* g) {
   });
 }
 
-Tensor merge_gram(const Tensor& c_reg) {  // [m, d]
+Tensor merge_gram(const Tensor& c_reg, int64_t) {  // [m, d]; panels are widened as they are packed
   constexpr const char* op = "merge_gram";
   check_real_floating(op, "c_reg", c_reg);
   TORCH_CHECK_VALUE(

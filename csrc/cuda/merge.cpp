@@ -1,11 +1,8 @@
 // Regularised key/value merge on a GPU: checks, allocations, launches. The mathematics stands in
 // csrc/cpu/merge.cpp, the kernels in merge.cuh (per layer) and merge_solve.cuh (shared part).
 //
-// What waits for the GPU. The operators raise the same errors as on the CPU, and an error needs to
-// know the values: merge_solve reads one number at its end (with `average` the ranks before), and
-// merge_apply one small tensor at its end, and more only where rows of C repeat or something is not
-// finite. merge_apply_backward never waits. While a CUDA graph is captured nothing can be read, so
-// these checks are left out: check the inputs once before capturing.
+// Nothing here waits for the GPU but averaging, which reads the ranks: what depends on the numbers
+// are statuses, for the caller to read.
 
 #include <ATen/ATen.h>
 #include <ATen/cuda/CUDAContext.h>
@@ -13,14 +10,12 @@
 #include <c10/cuda/CUDAGuard.h>
 #include <torch/library.h>
 
-#include <algorithm>
-#include <cmath>
-#include <string>
 #include <tuple>
 #include <vector>
 
 #include "../checks.h"
 #include "../merge_problem.h"
+#include "../merge_solve.h"
 #include "merge_launchers.h"
 #include "merge_solve.cuh"
 
@@ -38,10 +33,6 @@ namespace {
 
 using at::Tensor;
 using at::TensorList;
-
-bool is_capturing() {
-  return c10::cuda::currentStreamCaptureStatusMayInitCtx() != c10::cuda::CaptureStatus::None;
-}
 
 template <typename T>
 const T* pointer(const Tensor& t) {
@@ -72,104 +63,44 @@ void with_storage_type(at::ScalarType dtype, const Function& function) {
 
 // ---- solve: the part shared by all layers -------------------------------------------------------
 
-// E = T^+ and I - E T for the problems of the batch whose T is singular.
-void average_repeated_rows(
-    const Tensor& t,
-    const Tensor& factor,
-    const Tensor& scale,
-    const Tensor& rank,
-    Tensor& e,
-    Tensor& defect) {
-  const int64_t s = t.size(-1);
-  const Tensor ranks = rank.cpu();
-  for (int64_t i = 0; i < t.size(0); ++i) {
-    const int64_t r = ranks.const_data_ptr<int64_t>()[i];
-    if (r == s || r == 0)
-      continue;
-    // T = (D F)(D F)^T, so T^+ = H^+T H^+ with H = D F of full column rank.
-    const Tensor h = factor[i].slice(0, 0, r).mT() * scale[i].unsqueeze(1);
-    const Tensor pinv = at::linalg_pinv(h);  // [r, s]
-    e[i].copy_(pinv.mT().mm(pinv));
-    defect[i].copy_(-e[i].mm(t[i]));
-    defect[i].diagonal().add_(1.0);
-  }
+Pivoted pivoted_cholesky(const Tensor& t, double rank_rtol) {
+  const int64_t batch = t.size(0), s = t.size(1);
+  const auto integers = t.options().dtype(at::kLong);
+  const Pivoted v{
+      at::empty_like(t), at::empty({batch, s}, integers), at::zeros({batch}, integers)};
+  const Tensor factor = at::empty_like(t);
+  merge::launch_pivoted_cholesky(
+      {pointer<double>(t), mutable_pointer<double>(v.triangle), mutable_pointer<int64_t>(v.order),
+       mutable_pointer<int64_t>(v.rank), mutable_pointer<double>(factor), batch, s, rank_rtol},
+      at::cuda::getCurrentCUDAStream());
+  return v;
 }
 
-std::tuple<Tensor, Tensor, Tensor, Tensor> merge_solve(
+std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> merge_solve(
     const Tensor& chol,              // [*, d, d] float64, lower
     const Tensor& c,                 // [*, s, d] float64
     const Tensor& inverse_hardness,  // [*, s] float64
     double rank_rtol,
     bool average) {
-  constexpr const char* op = "merge_solve";
-  check_dtype(op, "chol", chol, at::kDouble);
-  check_dtype(op, "c", c, at::kDouble);
-  check_dtype(op, "inverse_hardness", inverse_hardness, at::kDouble);
-  check_matrix(op, "c", c);
-  const int64_t s = c.size(-2), d = c.size(-1);
-  check_matrix(op, "chol", chol, d, d);
-  const auto batch_shape = c.sizes().slice(0, c.dim() - 2);
-  check_batch(op, "chol", chol, batch_shape);
-  check_same_device(op, "chol", chol, "c", c);
-  check_same_device(op, "inverse_hardness", inverse_hardness, "c", c);
+  const SolveProblem p = make_solve_problem(chol, c, inverse_hardness);
   const c10::cuda::CUDAGuard guard(c.device());
-  const auto stream = at::cuda::getCurrentCUDAStream();
   TORCH_CHECK_VALUE(
-      !average || !is_capturing(), op,
-      ": average must be false while a CUDA graph is captured, got true; averaging reads the rank "
-      "of T on the host, so solve before capturing");
-
-  const int64_t batch = c10::multiply_integers(batch_shape);
-  const Tensor chol_flat = chol.reshape({batch, d, d}).contiguous();
-  const Tensor c_flat = c.reshape({batch, s, d}).contiguous();
-  const Tensor inverse_flat = inverse_hardness.reshape({batch, s}).contiguous();
-  Tensor a = at::empty({batch, d, s}, c.options());
-  Tensor e = at::empty({batch, s, s}, c.options());
-  Tensor defect = at::empty({batch, s, s}, c.options());
-  Tensor rank = at::zeros({batch}, c.options().dtype(at::kLong));
-  if (batch > 0 && s > 0) {
-    const Tensor factor = at::empty({batch, s, s}, c.options());
-    const Tensor scale = at::empty({batch, s}, c.options());
-    const merge::Inverse inverse{
-        mutable_pointer<double>(e),
-        mutable_pointer<double>(defect),
-        mutable_pointer<double>(factor),
-        mutable_pointer<double>(scale),
-        mutable_pointer<int64_t>(rank),
-        s,
-        rank_rtol};
-    Tensor t;
-    if (merge::is_small(d, s, stream)) {
-      t = at::empty({batch, s, s}, c.options());
-      const Tensor z = at::empty({batch, s, d}, c.options());
-      merge::launch_solve_small(
-          {pointer<double>(chol_flat), pointer<double>(c_flat), pointer<double>(inverse_flat),
-           mutable_pointer<double>(a), mutable_pointer<double>(z), mutable_pointer<double>(t),
-           batch, d},
-          inverse, stream);
-    } else {
-      // T as the Gram matrix of Z = L^-1 C^T, as on the CPU.
-      const Tensor z = at::linalg_solve_triangular(chol_flat, c_flat.mT(), /*upper=*/false);
-      t = z.mT().matmul(z);
-      t.diagonal(0, -2, -1).add_(inverse_flat);
-      t = t.contiguous();
-      a.copy_(at::linalg_solve_triangular(chol_flat.mT(), z, /*upper=*/true));
-      merge::launch_invert(inverse, pointer<double>(t), batch, stream);
-    }
-    if (average)
-      average_repeated_rows(t, factor, scale, rank, e, defect);
-  }
-  if (!is_capturing()) {
-    TORCH_CHECK_VALUE(
-        c.isfinite().all().item<bool>(), op, ": embeddings must be finite, got NaN or infinity");
-  }
-  const auto shaped = [&](const Tensor& flat) {
-    std::vector<int64_t> shape(batch_shape.begin(), batch_shape.end());
-    for (int64_t k = 1; k < flat.dim(); ++k)
-      shape.push_back(flat.size(k));
-    return flat.reshape(shape);
-  };
-  return {shaped(a), shaped(e), shaped(defect), shaped(rank)};
+      !average || c10::cuda::currentStreamCaptureStatusMayInitCtx() ==
+                      c10::cuda::CaptureStatus::None,
+      "merge_solve: average must be false while a CUDA graph is captured, got true; averaging "
+      "reads the rank of T on the host, so solve before capturing");
+  // T as the Gram matrix of Z = L^-1 C^T, as on the CPU.
+  const Tensor z = at::linalg_solve_triangular(p.chol, p.c.mT(), /*upper=*/false);
+  Tensor t = z.mT().matmul(z);
+  t.diagonal(0, -2, -1).add_(p.inverse_hardness);
+  t = t.contiguous();
+  const Pivoted v = pivoted_cholesky(t, rank_rtol);
+  const auto [root, basis, defect] = solve_constraints(p, z, t, v, average);
+  const Tensor moved = at::linalg_solve_triangular(p.chol.mT(), basis, /*upper=*/true);
+  const Tensor b = root.matmul(moved.mT()).contiguous();
+  const Tensor finite = t.isfinite().flatten(1).all(-1);
+  const Tensor rank = v.rank.masked_fill(finite.logical_not(), -1);
+  return {p.shaped(b), p.shaped(root), p.shaped(basis), p.shaped(defect), p.shaped(rank)};
 }
 
 // ---- the part per layer -------------------------------------------------------------------------
@@ -200,19 +131,15 @@ std::vector<merge::Weight<T>> weights(const std::vector<Tensor>& tensors) {
   return result;
 }
 
-std::tuple<std::vector<Tensor>, std::vector<Tensor>> merge_apply(
+std::tuple<std::vector<Tensor>, std::vector<Tensor>, Tensor> merge_apply(
     TensorList base,     // L x [*, o_l, d]
     TensorList targets,  // N L x [*, o_l, d] or L x [*, o_l, s]
     at::IntArrayRef rows,
     bool targets_are_values,
-    const Tensor& c,       // [*, s, d]
-    const Tensor& b,       // [*, s, d]
-    const Tensor& defect,  // [*, s, s]
-    double rank_rtol,
-    bool check) {
+    const Tensor& c,    // [*, s, d]
+    const Tensor& b) {  // [*, s, d]
   const MergeProblem p =
       make_merge_problem("merge_apply", base, targets, rows, targets_are_values, c, b);
-  check_same_device("merge_apply", "defect", defect, "c", c);
   const c10::cuda::CUDAGuard guard(c.device());
   const auto stream = at::cuda::getCurrentCUDAStream();
   const std::vector<Tensor> merged = allocate(p.base, p.d, p.dtype);
@@ -224,8 +151,7 @@ std::tuple<std::vector<Tensor>, std::vector<Tensor>> merge_apply(
         residual[l].copy_(p.targets[l]);
     }
   }
-  const int64_t layers = p.layers();
-  const Tensor not_finite = at::zeros({layers}, c.options().dtype(at::kInt));
+  const Tensor status = at::zeros({p.batch, p.layers()}, c.options().dtype(at::kInt));
   const Tensor table = table_for(p);
   with_storage_type(p.dtype, [&](auto type) {
     using T = decltype(type);
@@ -239,18 +165,9 @@ std::tuple<std::vector<Tensor>, std::vector<Tensor>> merge_apply(
         entries, targets_are_values ? std::vector<merge::Weight<T>>() : weights<T>(p.targets),
         targets_are_values, shared_of<T>(p),
         targets_are_values ? pointer<double>(p.token_norm) : nullptr,
-        mutable_pointer<int>(not_finite), mutable_pointer<std::uint64_t>(table), stream);
+        mutable_pointer<int>(status), mutable_pointer<std::uint64_t>(table), stream);
   });
-  if (is_capturing())
-    return {merged, residual};
-  const Tensor dropped = defect.ne(0).any().to(at::kInt).reshape({1});
-  const Tensor flags = at::cat({not_finite, dropped}).cpu();  // the one wait of the usual case
-  for (int64_t l = 0; l < layers; ++l)
-    if (flags.const_data_ptr<int>()[l] != 0)
-      refuse_layer("merge_kv", p, l);
-  if (check && flags.const_data_ptr<int>()[layers] != 0)
-    check_contradictions("merge_kv", p, defect, rank_rtol, residual);
-  return {merged, residual};
+  return {merged, residual, p.shaped(status)};
 }
 
 // sign * sum over layers and rows of coefficients^T X, X = W_n - plain or, without targets, plain;
@@ -300,20 +217,8 @@ std::tuple<std::vector<Tensor>, std::vector<Tensor>, Tensor, Tensor> merge_apply
   const MergeProblem p = make_merge_problem(op, base, targets, rows, targets_are_values, c, b);
   const c10::cuda::CUDAGuard guard(c.device());
   const cudaStream_t stream = at::cuda::getCurrentCUDAStream();
-  TORCH_CHECK_VALUE(
-      grad.size() == base.size() && residual.size() == base.size(), op,
-      ": grad and residual must hold one tensor a layer, ", p.layers(), ", got ", grad.size(),
-      " and ", residual.size());
-  const std::vector<Tensor> g = contiguous(grad);
-  const std::vector<Tensor> r = contiguous(residual);
-  for (int64_t l = 0; l < p.layers(); ++l) {
-    check_same_device(op, "grad", g[l], "c", c);
-    check_shape(op, "grad", g[l], p.base[l].sizes());
-    check_dtype(op, "grad", g[l], p.dtype);
-    check_same_device(op, "residual", r[l], "c", c);
-    check_matrix(op, "residual", r[l], p.base[l].size(-2), p.s);
-    check_dtype(op, "residual", r[l], p.accumulate);
-  }
+  const std::vector<Tensor> g = checked_layers(op, "grad", grad, p, p.d, p.dtype);
+  const std::vector<Tensor> r = checked_layers(op, "residual", residual, p, p.s, p.accumulate);
   std::vector<Tensor> grad_base, grad_targets, dr;
   if (need_base)
     grad_base = allocate(p.base, p.d, p.dtype);

@@ -33,6 +33,7 @@
 #include <cstring>
 #include <vector>
 
+#include "../merge_status.h"
 #include "storage.cuh"
 
 namespace immunize_ext::merge {
@@ -462,9 +463,9 @@ __device__ __forceinline__ Accumulate<T> project(
 
 // out = previous + sign coefficients Z for all columns, over `tokens` coefficients; z points at the
 // first of their rows. previous: the kept rows (`from_kept`), the null pointer for zero, or any
-// matrix like out, out itself included.
+// matrix like out, out itself included. Returns whether what this thread wrote is finite.
 template <typename T, bool kPacks>
-__device__ __forceinline__ void combine(
+__device__ __forceinline__ bool combine(
     const Workspace<Accumulate<T>>& w,
     const Rows<T>& rows,
     SharedPtr<Accumulate<T>> coefficients,
@@ -479,6 +480,7 @@ __device__ __forceinline__ void combine(
   if (from_kept) {
     previous = rows.kept;
   }
+  bool finite = true;
   for (std::int64_t k = 2 * threadIdx.x; k < rows.d; k += kPairColumns) {
     const bool has_second = k + 1 < rows.d;
     A sums[kTileRows][2] = {};
@@ -522,12 +524,17 @@ __device__ __forceinline__ void combine(
           load_pair<T, kPacks>(from_row, has_second, pair);
           from_row += rows.d;
         }
-        store_pair<T, kPacks>(
-            out_row, has_second, pair[0] + sign * sums[i][0], pair[1] + sign * sums[i][1]);
+        const A first = pair[0] + sign * sums[i][0], second = pair[1] + sign * sums[i][1];
+        store_pair<T, kPacks>(out_row, has_second, first, second);
+        // As they are stored: a half type overflows where float32 does not.
+        const A stored = Storage<T>::widen(Storage<T>::narrow(first));
+        const A other = has_second ? Storage<T>::widen(Storage<T>::narrow(second)) : A(0);
+        finite = finite && stored - stored == A(0) && other - other == A(0);
         out_row += rows.d;
       }
     }
   }
+  return finite;
 }
 
 // --- Forward -------------------------------------------------------------------------------------
@@ -540,7 +547,7 @@ struct ApplyProblem {
   GlobalPtr<const std::int64_t> first_token;  // [N + 1] tokens of the concepts before
   GlobalPtr<const Accumulate<T>> c, b;        // [batch, s, d]
   GlobalPtr<const double> token_norm;         // [batch, s] |c_j|, for values only
-  GlobalPtr<int> not_finite;                  // [L] set to 1 where R is not finite
+  GlobalPtr<int> status;                      // [batch, L], see merge_status.h
   std::int64_t batch, s, d, blocks_of_a_batch;
   int layer_count, concepts;
 };
@@ -605,16 +612,19 @@ __global__ void __launch_bounds__(kThreads, sizeof(Accumulate<T>) == 4 ? 2 : 1)
             if (exists) {
               layer.residual[place] = r;
               if (!(r - r == A(0))) {  // infinite or NaN
-                atomicOr(p.not_finite + index, 1);
+                atomicOr(p.status + (batch * p.layer_count + index), kNotFinite);
               }
             }
           }
         }
       }
       __syncthreads();
-      combine<T, kPacks>(
+      const bool finite = combine<T, kPacks>(
           w, rows, w.coefficients, to - from, b + from * p.d, A(1), from == 0,
           SharedPtr<const T>(merged), SharedPtr<T>(merged));
+      if (!finite) {
+        atomicOr(p.status + (batch * p.layer_count + index), kOverflow);
+      }
       __syncthreads();
       if (p.s == 0) {
         break;
@@ -872,7 +882,7 @@ inline std::int64_t table_words(std::int64_t layers, std::int64_t concepts, std:
          (concepts + 1) + 3 * (s / kTileTokens + concepts + 1);
 }
 
-// merged and residual of all layers. table: table_words(...) words; not_finite: [L] zeros.
+// merged and residual of all layers. table: table_words(...) words; status: [batch, L] zeros.
 template <typename T>
 void launch_apply(
     const std::vector<ApplyLayer<T>>& layers,
@@ -880,7 +890,7 @@ void launch_apply(
     bool values,
     const Shared<T>& shared,
     GlobalPtr<const double> token_norm,
-    GlobalPtr<int> not_finite,
+    GlobalPtr<int> status,
     GlobalPtr<std::uint64_t> table,
     Stream stream) {
   using A = Accumulate<T>;
@@ -905,7 +915,7 @@ void launch_apply(
   p.c = shared.c;
   p.b = shared.b;
   p.token_norm = token_norm;
-  p.not_finite = not_finite;
+  p.status = status;
   p.batch = shared.batch;
   p.s = shared.s;
   p.d = shared.d;

@@ -15,7 +15,7 @@ and compiled code, and nothing for Dynamo to trace.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple, cast
 
 import torch
@@ -71,20 +71,24 @@ def fold_batch(batch_size: int, in_dims: tuple[Any, ...], args: tuple[Any, ...])
     Args:
         batch_size: Length of the vmapped axis.
         in_dims: For each argument the position of that axis, or None.
-        args: Positional arguments of an operator; whatever is no tensor passes unchanged.
+        args: Positional arguments of an operator, tensors or lists of tensors; whatever else
+            passes unchanged.
 
     Returns:
         The arguments with the axis in front of their own batch dimensions.
     """
-    folded: list[Any] = []
-    for arg, dim in zip(args, in_dims, strict=True):
-        if not isinstance(arg, Tensor):
-            folded.append(arg)
-        elif dim is None:
-            folded.append(arg.unsqueeze(0).expand(batch_size, *arg.shape))
-        else:
-            folded.append(arg.movedim(dim, 0))
-    return folded
+    return [_fold(batch_size, dim, arg) for dim, arg in zip(in_dims, args, strict=True)]
+
+
+def _fold(batch_size: int, dim: Any, arg: Any) -> Any:
+    if isinstance(arg, Sequence) and not isinstance(arg, str):
+        dims = [None] * len(arg) if dim is None else dim
+        return [_fold(batch_size, one, part) for one, part in zip(dims, arg, strict=True)]
+    if not isinstance(arg, Tensor):
+        return arg
+    if dim is None:
+        return arg.unsqueeze(0).expand(batch_size, *arg.shape)
+    return arg.movedim(dim, 0)
 
 
 class BatchedFunction(torch.autograd.Function):
@@ -114,7 +118,7 @@ def below_autograd(operator: Kernel, *args: Any) -> Any:
         return operator(*args)
 
 
-def _primals(tensors: tuple[Tensor, ...]) -> list[Tensor]:
+def primals_of(tensors: tuple[Tensor, ...]) -> list[Tensor]:
     """The saved tensors without the tangents of the level that is being differentiated.
 
     What is computed from them then belongs to the levels outside: that is what makes forward mode
@@ -197,7 +201,7 @@ class Values(_SingleLevelFunction):
     def jvp(ctx: Any, _: Any, tangent: Tensor, *__: Any) -> tuple[Any, ...]:
         family: Family = ctx.family
         with _set_fwd_grad_enabled(True):
-            a, *outputs = _primals(ctx.saved_tensors)
+            a, *outputs = primals_of(ctx.saved_tensors)
             undefined = _undefined(family, tuple(outputs))
             wide, moving = a.to(torch.float64), tangent.to(torch.float64)
             saved = [outputs[k].detach() for k in family.saved]
@@ -241,7 +245,7 @@ class Gradient(_SingleLevelFunction):
     def jvp(ctx: Any, _: Any, *tangents: Any) -> Tensor:
         family: Family = ctx.family
         with _set_fwd_grad_enabled(True):
-            primals = _primals(ctx.saved_tensors)
+            primals = primals_of(ctx.saved_tensors)
             grads, a, rest = (
                 primals[: family.values],
                 primals[family.values],
@@ -289,7 +293,7 @@ class SecondDerivative(_SingleLevelFunction):
         if moving_a is not None:
             raise NotImplementedError(family.third)
         with _set_fwd_grad_enabled(True):
-            cotangent, *grads, a = _primals(ctx.saved_tensors)
+            cotangent, *grads, a = primals_of(ctx.saved_tensors)
             still = torch.zeros_like(cotangent) if moving is None else moving
             *along, total = family.call("_double_backward", still, *grads, a, *ctx.policy)
             if any(tangent is not None for tangent in moving_grads):

@@ -7,22 +7,19 @@ import os
 import warnings
 from collections.abc import Iterable
 from functools import cached_property
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from immunize_ext.errors import NotPositiveDefiniteError, NumericalWarning
+from immunize_ext.ops import operators  # noqa: F401 - defines merge_gram
 from immunize_ext.ops.arguments import require_finite, require_floating_matrix
 from immunize_ext.ops.derivatives import carries_derivative
-from immunize_ext.ops.operators import has_kernel
 from immunize_ext.storage import load_checkpoint, save_checkpoint
 
 _KIND = "immunize_ext.RegularizationFactor/1"
 _EPS = torch.finfo(torch.float64).eps
-# Columns of a block of the Gram matrix: wide enough for a full-speed product, narrow enough that
-# little above the diagonal is computed (5/8 of the work of a full product at d = 768). No power of
-# two: at 128 and 256 the columns of a row-major block fall into the same cache sets [measured].
-_GRAM_BLOCK = 192
 
 
 class RegularizationFactor:
@@ -76,13 +73,65 @@ class RegularizationFactor:
             mean_diagonal: Of C_reg^T C_reg where the ridge given is relative to it.
             tag: What the captions and the text encoder were.
         """
-        self.chol = chol
+        # LAPACK returns columns; and what inference mode made could never be saved for a backward.
+        with torch.inference_mode(False):
+            self.chol = chol.clone() if chol.is_inference() else chol.contiguous()
         self.ridge = ridge
         self.samples = samples
         self.source = source
         self._given_ridge = given_ridge
         self._mean_diagonal = mean_diagonal
         self.tag = tag
+        self._versions = self._current_versions()
+
+    def _current_versions(self) -> tuple[int, ...]:
+        """How often C_reg and the ridge were changed in place; inference tensors do not count."""
+        followed = (self.source, self._given_ridge)
+        return tuple(t._version for t in followed if t is not None and not t.is_inference())
+
+    def require_current(self, function: str) -> None:
+        """Refuse a factor whose C_reg or ridge was changed in place after it was built.
+
+        Its numbers are those of the old values, its gradients would be those of neither.
+
+        Args:
+            function: The function that refuses.
+
+        Raises:
+            ValueError: If there was such a change.
+        """
+        if torch.compiler.is_compiling() or self._current_versions() == self._versions:
+            return
+        raise ValueError(
+            f"{function}: factor must be of the present C_reg and ridge, got one that was built "
+            "before they were changed in place; build it again with "
+            "RegularizationFactor.from_embeddings"
+        )
+
+    def __getstate__(self) -> dict[str, Any]:
+        """The numbers, as :meth:`save` keeps them: a pickled factor has no path to C_reg."""
+        plain = {"source": None, "_given_ridge": None, "_mean_diagonal": None, "_versions": ()}
+        return {**self.__dict__, **plain}
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> RegularizationFactor:
+        """Numbers of its own, and gradients that reach the same C_reg and ridge."""
+        copied = self._with(self.chol.clone(), self.source, self._given_ridge)
+        memo[id(self)] = copied
+        return copied
+
+    def _with(
+        self, chol: Tensor, source: Tensor | None, given_ridge: Tensor | None
+    ) -> RegularizationFactor:
+        self.require_current("RegularizationFactor")
+        return RegularizationFactor(
+            chol,
+            ridge=self.ridge,
+            samples=self.samples,
+            source=source,
+            given_ridge=given_ridge,
+            mean_diagonal=self._mean_diagonal,
+            tag=self.tag,
+        )
 
     @property
     def dim(self) -> int:
@@ -256,15 +305,9 @@ class RegularizationFactor:
         chol = self.chol.to(device)
         if chol is self.chol:
             return self
-        return RegularizationFactor(
-            chol,
-            ridge=self.ridge,
-            samples=self.samples,
-            source=None if self.source is None else self.source.to(device),
-            given_ridge=None if self._given_ridge is None else self._given_ridge.to(device),
-            mean_diagonal=self._mean_diagonal,
-            tag=self.tag,
-        )
+        source = None if self.source is None else self.source.to(device)
+        given = None if self._given_ridge is None else self._given_ridge.to(device)
+        return self._with(chol, source, given)
 
     def save(self, path: str | os.PathLike[str], *, tag: str | None = None) -> None:
         """Write the factor to a safetensors file, whole or not at all.
@@ -311,7 +354,12 @@ class RegularizationFactor:
         """
         function = "RegularizationFactor.load"
         tensors, values = load_checkpoint(path, kind=_KIND, function=function, device=device)
-        chol = tensors.get("chol", torch.empty(0))
+        if set(tensors) != {"chol"}:
+            raise ValueError(
+                f"{function}: {os.fspath(path)} must hold a float64 Cholesky factor and nothing "
+                f"else, got {sorted(tensors)}"
+            )
+        chol = tensors["chol"]
         square = chol.dim() == 2 and chol.shape[0] == chol.shape[1] and chol.shape[0] > 0
         if (
             not square
@@ -340,7 +388,7 @@ class RegularizationFactor:
 
 
 def _stream_gram(function: str, c_reg: Tensor | Iterable[Tensor], chunk: int) -> tuple[Tensor, int]:
-    """C_reg^T C_reg in float64, right on and below the diagonal, and the number of rows."""
+    """C_reg^T C_reg in float64 and the number of rows."""
     if chunk < 1:
         raise ValueError(f"{function}: chunk must be positive, got {chunk}")
     blocks = [c_reg] if isinstance(c_reg, Tensor) else c_reg
@@ -364,7 +412,7 @@ def _stream_gram(function: str, c_reg: Tensor | Iterable[Tensor], chunk: int) ->
                 f"{function}: every block of c_reg must have width {gram.shape[1]}, got "
                 f"{block.shape[1]}"
             )
-        _add_lower_gram(gram, block, chunk)
+        gram += torch.ops.immunize_ext.merge_gram(block, chunk)
         samples += block.shape[0]
         # Every entry is squared into the diagonal: one look there instead of a pass over c_reg.
         if not bool(torch.isfinite(gram.diagonal()).all()):
@@ -376,20 +424,6 @@ def _stream_gram(function: str, c_reg: Tensor | Iterable[Tensor], chunk: int) ->
     if gram is None:
         raise ValueError(f"{function}: c_reg must hold at least one block, got none")
     return gram, samples
-
-
-def _add_lower_gram(gram: Tensor, block: Tensor, chunk: int) -> None:
-    """Add block^T block to gram, at least on and below the diagonal, in float64."""
-    if has_kernel("merge_gram", block.device.type):
-        gram += torch.ops.immunize_ext.merge_gram(block)
-        return
-    # One buffer for all pieces: a wide copy of each would stand beside the one before it.
-    buffer = gram.new_empty(0 if block.dtype == gram.dtype else min(chunk, len(block)), len(gram))
-    for rows in block.split(chunk):
-        wide = rows if rows.dtype == gram.dtype else buffer[: len(rows)].copy_(rows)
-        for begin in range(0, len(gram), _GRAM_BLOCK):  # torch has no syrk
-            end = begin + _GRAM_BLOCK
-            gram[begin:, begin:end].addmm_(wide[:, begin:].mT, wide[:, begin:end])
 
 
 def _factor_or_explain(

@@ -12,7 +12,7 @@ with mu_j = infinity for a hard constraint. The solution is
 
 with Q = C_reg^T C_reg + ridge I. A, T and B are the same for all layers: one Cholesky factor of Q
 and one s x s system. What differs per layer runs in a fused kernel, csrc/cpu/merge.cpp. The
-derivatives stand in ``_merge_functions``.
+derivatives stand in ``merge_saddle`` and ``merge_derivatives``.
 """
 
 from __future__ import annotations
@@ -24,43 +24,16 @@ from typing import Literal, NamedTuple
 import torch
 from torch import Tensor
 
-from immunize_ext.errors import NumericalWarning
+from immunize_ext.errors import ContradictoryTargetsError, NumericalWarning
 from immunize_ext.ops.factor import RegularizationFactor
-from immunize_ext.ops.merge_derivatives import (
-    FactorSolve,
-    FactorSolveDual,
-    Inverse,
-    InverseDual,
-    MergeApplyDual,
-    MergeLayout,
-    MergeSolve,
+from immunize_ext.ops.merge_problem import (
+    REPEATED_ROW_RTOL,
+    MergeProblem,
+    check_merge_problem,
+    contradiction,
+    faults_of_layers,
 )
-from immunize_ext.ops.merge_problem import MergeProblem, check_merge_problem, name_contradictions
-
-# Squared sine of the angle, in the metric of Q^-1, below which a row of C counts as a combination
-# of the rows before it: 1e-6 in relative distance. Token embeddings that repeat differ by nothing,
-# or by the rounding of the text encoder (1e-7 in float32); distinct ones by 1e-2 and more.
-REPEATED_ROW_RTOL = 1e-12
-
-
-def _shared_part(
-    c: Tensor,
-    factor: RegularizationFactor,
-    inverse_hardness: Tensor,
-    average: bool,
-) -> tuple[Tensor, Tensor]:
-    """B (s, d) with its graph, and the defect I - E T (s, s)."""
-    a, e, defect, _ = MergeSolve.apply(
-        factor.chol, c.detach(), inverse_hardness.detach(), REPEATED_ROW_RTOL, average
-    )
-    tracing = torch.compiler.is_compiling()
-    solve, inverse = (FactorSolve, Inverse) if tracing else (FactorSolveDual, InverseDual)
-    source = c.new_empty(0, factor.dim) if factor.source is None else factor.source
-    ridge = factor.ridge_tensor
-    ridge = c.new_zeros(()) if ridge is None else ridge
-    a = solve.apply(c.mT, source, ridge, factor.chol, a)
-    t = c @ a + torch.diag_embed(inverse_hardness)
-    return inverse.apply(t, e) @ a.mT, defect
+from immunize_ext.ops.merge_saddle import Saddle, constraint_map
 
 
 class MergeSolution(NamedTuple):
@@ -70,7 +43,7 @@ class MergeSolution(NamedTuple):
     residual: list[Tensor]  # R, L x (o_l, s), float32 or float64, without derivatives
     b: Tensor  # (s, d) float64
     problem: MergeProblem
-    skipped: tuple[int, ...]  # layers left as they were, with residual 0
+    skipped: tuple[int, ...] = ()  # layers left as they were, with residual 0
 
 
 def solve_merge(
@@ -94,85 +67,73 @@ def solve_merge(
         )
     average = contradictions == "average"
     with torch.autocast(base[0].device.type, enabled=False):
-        b, defect = _shared_part(problem.c, factor, problem.inverse_hardness, average)
-        layout = MergeLayout(
-            layers=len(base),
-            targets=len(problem.targets),
-            rows=problem.rows,
-            targets_are_values=values is not None,
-            rank_rtol=REPEATED_ROW_RTOL,
-            check=not average,
-        )
-        skipped: tuple[int, ...] = ()
-        try:
-            merged, residual = _apply(layout, problem, b, defect, base)
-        except ValueError as error:
-            named = name_contradictions(error, problem)
-            if on_error == "raise":
-                raise named from None
-            merged, residual, skipped = _apply_one_by_one(layout, problem, b, defect, base)
-    return MergeSolution(merged, residual, b, problem, skipped)
+        b, defect, rank = _shared_part(problem, factor, average)
+        merged, residual, status = _apply(problem, b)
+        faults = faults_of_layers(problem, factor, (defect, rank), residual, status, average)
+        if not faults:
+            return MergeSolution(merged, residual, b, problem)
+        if on_error == "raise":
+            raise _first_of(problem, faults)
+        return _without(problem, b, faults)
 
 
-def _apply_one_by_one(
-    layout: MergeLayout,
-    problem: MergeProblem,
-    b: Tensor,
-    defect: Tensor,
-    base: Sequence[Tensor],
-) -> tuple[list[Tensor], list[Tensor], tuple[int, ...]]:
-    """The part per layer for each layer alone; those that fail stay as they are, with a warning.
+def _shared_part(
+    problem: MergeProblem, factor: RegularizationFactor, average: bool
+) -> tuple[Tensor, Tensor, Tensor]:
+    """B (s, d) with its derivatives, the defect I - E T (s, s) and the rank of T."""
+    c = problem.c
+    b, root, basis, defect, rank = torch.ops.immunize_ext.merge_solve(
+        factor.chol, c.detach(), problem.inverse_hardness.detach(), REPEATED_ROW_RTOL, average
+    )
+    source = c.new_empty(0, factor.dim) if factor.source is None else factor.source
+    ridge = factor.ridge_tensor
+    ridge = c.new_zeros(()) if ridge is None else ridge
+    saddle = Saddle(c, problem.inverse_hardness, source, ridge, factor.chol, root, basis, b)
+    return constraint_map(saddle), defect, rank
+
+
+def _apply(problem: MergeProblem, b: Tensor) -> tuple[list[Tensor], list[Tensor], Tensor]:
+    base, targets = list(problem.base), list(problem.targets)
+    outputs: tuple[list[Tensor], list[Tensor], Tensor] = torch.ops.immunize_ext.merge_apply(
+        base, targets, problem.rows, problem.targets_are_values, problem.c, b
+    )
+    return outputs
+
+
+def _first_of(problem: MergeProblem, faults: dict[int, ValueError]) -> ValueError:
+    """The error to raise: the first layer's, or all contradictions in one."""
+    first = faults[min(faults)]
+    if not isinstance(first, ContradictoryTargetsError):
+        return first
+    found = [fault for fault in faults.values() if isinstance(fault, ContradictoryTargetsError)]
+    return contradiction(problem, sorted({row for fault in found for row in fault.rows}))
+
+
+def _without(problem: MergeProblem, b: Tensor, faults: dict[int, ValueError]) -> MergeSolution:
+    """The merge of the other layers; those at fault stay as they are, with a warning.
 
     Layers are independent and sums run in a fixed order, so the others get the bits they would
-    have got in one call.
+    have got in one call, and their gradients meet nothing that is not finite.
     """
-    merged: list[Tensor] = []
-    residual: list[Tensor] = []
-    reasons: dict[int, str] = {}
-    accumulate = torch.float64 if base[0].dtype == torch.float64 else torch.float32
-    for layer, weight in enumerate(base):
-        alone = problem._replace(targets=problem.targets[layer :: layout.layers])
-        single = layout._replace(layers=1, targets=len(alone.targets))
-        try:
-            (w,), (r,) = _apply(single, alone, b, defect, [weight])
-        except ValueError as error:
-            # The kernel saw one layer and calls it number 0.
-            reasons[layer] = str(name_contradictions(error, alone)).removeprefix("merge_kv: ")
-            w = weight.clone()
-            r = weight.new_zeros(weight.shape[0], problem.c.shape[0], dtype=accumulate)
-        merged.append(w)
-        residual.append(r)
-    told = "; ".join(f"layer {layer} (alone: {reason})" for layer, reason in reasons.items())
+    layers = len(problem.base)
+    good = [layer for layer in range(layers) if layer not in faults]
+    wide = torch.float64 if problem.base[0].dtype == torch.float64 else torch.float32
+    merged = [w.clone() for w in problem.base]
+    residual = [w.new_zeros((*w.shape[:-1], len(problem.c)), dtype=wide) for w in problem.base]
+    if good:
+        outputs = _apply(problem.of_layers(good), b)
+        for layer, w, r in zip(good, *outputs[:2], strict=True):
+            merged[layer], residual[layer] = w, r
+    told = "; ".join(
+        f"layer {layer} ({str(fault).removeprefix('merge_kv: ')})"
+        for layer, fault in sorted(faults.items())
+    )
     warnings.warn(
-        f"merge_kv: {len(reasons)} of {len(base)} layers were left as they are: {told}",
+        f"merge_kv: {len(faults)} of {layers} layers were left as they are: {told}",
         NumericalWarning,
         stacklevel=4,
     )
-    return merged, residual, tuple(reasons)
-
-
-def _apply(
-    layout: MergeLayout,
-    problem: MergeProblem,
-    b: Tensor,
-    defect: Tensor,
-    base: Sequence[Tensor],
-) -> tuple[list[Tensor], list[Tensor]]:
-    if torch.compiler.is_compiling():
-        merged, residual = torch.ops.immunize_ext.merge_apply(
-            base,
-            problem.targets,
-            layout.rows,
-            layout.targets_are_values,
-            problem.c,
-            b,
-            defect,
-            layout.rank_rtol,
-            layout.check,
-        )
-        return list(merged), list(residual)
-    outputs = MergeApplyDual.apply(layout, problem.c, b, defect, *base, *problem.targets)
-    return list(outputs[: layout.layers]), list(outputs[layout.layers :])
+    return MergeSolution(merged, residual, b, problem, tuple(sorted(faults)))
 
 
 def merge_kv(

@@ -1,13 +1,16 @@
-"""Derivatives of the key/value merge: the shared part, and the part per layer.
+"""Derivatives of the part of a merge per layer, W_l = W0_l + R_l B.
 
-Derivatives of the shared part. Q^-1 and T^-1 enter through two small functions whose derivatives
-are closed forms in what the forward computed already, so nothing is factorised twice:
+With X_n = W_n - W0 for concept weights, or one piece X = -W0 with the offset V for given values,
 
-- X = Q^-1 Y:  dY = Q^-1 dX =: S and dQ = -sym(S X^T), hence d ridge = -<S, X> and
-  dC_reg = 2 C_reg dQ = -(C_reg S) X^T - (C_reg X) S^T, never a d x d matrix;
-- E = T^-1:    dT = -E^T dE E^T.
+    R = V + [X_1 C_1^T | ... | X_N C_N^T],        W = W0 + R B,
 
-Everything else is matrix products, so derivatives of every order follow.
+and for G = dL/dW
+
+    dR = G B^T,   dX_n = dR_n C_n,   dW0 = G - sum_n dX_n,   dW_n = dX_n,   dV = dR,
+    dB = R^T G,   dC_n = dR_n^T X_n.
+
+The first derivative runs in a fused kernel; those of the derivative itself are written below in
+torch operations, in float64 and layer by layer, so that derivatives of every order follow.
 """
 
 from __future__ import annotations
@@ -17,8 +20,10 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
+from torch.autograd.forward_ad import _set_fwd_grad_enabled
+from torch.autograd.function import _SingleLevelFunction
 
-from immunize_ext.ops.derivatives import BatchedFunction, fold_batch
+from immunize_ext.ops.derivatives import below_autograd, primals_of
 
 
 class MergeLayout(NamedTuple):
@@ -28,252 +33,142 @@ class MergeLayout(NamedTuple):
     targets: int
     rows: tuple[int, ...]  # tokens of each concept
     targets_are_values: bool
-    rank_rtol: float
-    check: bool
 
 
-class MergeSolve(BatchedFunction):
-    """The solve without derivatives: FactorSolve and Inverse carry them."""
+class ApplyRule:
+    """The rule of ``merge_apply``: an ``autograd.Function`` sees no tensor inside of a list."""
 
     @staticmethod
-    def forward(
-        chol: Tensor,
+    def apply(
+        base: list[Tensor],
+        targets: list[Tensor],
+        rows: Sequence[int],
+        targets_are_values: bool,
         c: Tensor,
-        inverse_hardness: Tensor,
-        rank_rtol: float,
-        average: bool,
-    ) -> tuple[Tensor, ...]:
-        outputs: tuple[Tensor, ...] = torch.ops.immunize_ext.merge_solve(
-            chol, c, inverse_hardness, rank_rtol, average
+        b: Tensor,
+    ) -> tuple[list[Tensor], list[Tensor], Tensor]:
+        """Lists in and out."""
+        layers = len(base)
+        layout = MergeLayout(layers, len(targets), tuple(rows), targets_are_values)
+        outputs = _Apply.apply(layout, c, b, *base, *targets)
+        return list(outputs[:layers]), list(outputs[layers:-1]), outputs[-1]
+
+
+class ApplyBackwardRule:
+    """The rule of ``merge_apply_backward``."""
+
+    @staticmethod
+    def apply(
+        grad: list[Tensor],
+        base: list[Tensor],
+        targets: list[Tensor],
+        rows: Sequence[int],
+        targets_are_values: bool,
+        c: Tensor,
+        b: Tensor,
+        residual: list[Tensor],
+        *needs: bool,
+    ) -> tuple[list[Tensor], list[Tensor], Tensor, Tensor]:
+        """Lists in and out."""
+        layout = MergeLayout(len(base), len(targets), tuple(rows), targets_are_values)
+        outputs = _ApplyBackward.apply(layout, needs, c, b, *grad, *base, *targets, *residual)
+        of_c, of_b, *weights = _unpack(outputs, needs, layout)
+        empty = c.new_empty(0)
+        return (
+            weights[: layout.layers] if needs[0] else [],
+            weights[layout.layers :] if needs[1] else [],
+            empty if of_c is None else of_c,
+            empty if of_b is None else of_b,
         )
-        return outputs
+
+
+class _Apply(_SingleLevelFunction):  # type: ignore[misc]
+    """From c, b, base and targets to merged weights, residuals and the status."""
+
+    @staticmethod
+    def forward(layout: MergeLayout, c: Tensor, b: Tensor, *weights: Tensor) -> Any:
+        merged, residual, status = below_autograd(
+            torch.ops.immunize_ext.merge_apply,
+            list(weights[: layout.layers]),
+            list(weights[layout.layers :]),
+            layout.rows,
+            layout.targets_are_values,
+            c,
+            b,
+        )
+        return (*merged, *residual, status)
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
-        ctx.mark_non_differentiable(*output)
+        ctx.layout, *tensors = inputs
+        *residual, status = output[ctx.layout.layers :]
+        ctx.save_for_backward(*tensors, *residual)
+        ctx.save_for_forward(*tensors)
+        ctx.mark_non_differentiable(*residual, status)
 
     @staticmethod
-    def backward(ctx: Any, *grads: Tensor) -> tuple[None, ...]:
-        return (None,) * 5
-
-
-class FactorSolve(BatchedFunction):
-    """X = Q^-1 Y for Q = C_reg^T C_reg + ridge I, given L and, where it is known already, X.
-
-    c_reg has no rows where no gradient shall reach it.
-    """
-
-    @staticmethod
-    def forward(
-        y: Tensor, c_reg: Tensor, ridge: Tensor, chol: Tensor, known: Tensor | None
-    ) -> Tensor:
-        return torch.cholesky_solve(y, chol) if known is None else known.clone()
-
-    @staticmethod
-    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
-        _, c_reg, ridge, chol, _ = inputs
-        ctx.save_for_backward(c_reg, ridge, chol, output)
-        ctx.save_for_forward(c_reg, ridge, chol, output)
-
-    @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple[Any, ...]:
-        c_reg, ridge, chol, x = ctx.saved_tensors
-        s = FactorSolve.apply(grad, c_reg, ridge, chol, None)
-        grad_c_reg = grad_ridge = None
-        if ctx.needs_input_grad[1]:
-            wide = c_reg.to(torch.float64)
-            grad_c_reg = -((wide @ s) @ x.mT + (wide @ x) @ s.mT).to(c_reg.dtype)
-        if ctx.needs_input_grad[2]:
-            grad_ridge = -(s * x).sum(dim=(-2, -1))
-        return s, grad_c_reg, grad_ridge, None, None
-
-
-class FactorSolveDual(FactorSolve):
-    """The same with a rule for forward mode, which ``torch.compile`` cannot trace."""
-
-    @staticmethod
-    def jvp(ctx: Any, tangent_y: Any, tangent_c: Any, tangent_ridge: Any, *_: Any) -> Tensor:
-        c_reg, ridge, chol, x = ctx.saved_tensors
-        right = torch.zeros_like(x) if tangent_y is None else tangent_y
-        if tangent_c is not None:
-            wide, moving = c_reg.to(torch.float64), tangent_c.to(torch.float64)
-            right = right - (moving.mT @ (wide @ x) + wide.mT @ (moving @ x))
-        if tangent_ridge is not None:
-            right = right - tangent_ridge[..., None, None] * x
-        solved: Tensor = FactorSolveDual.apply(right, c_reg, ridge, chol, None)
-        return solved
-
-
-class Inverse(BatchedFunction):
-    """E = T^-1, given E. Where T is singular, E and its derivative are generalised inverses."""
-
-    @staticmethod
-    def forward(t: Tensor, e: Tensor) -> Tensor:
-        return e.clone()
-
-    @staticmethod
-    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
-        ctx.save_for_backward(output)
-        ctx.save_for_forward(output)
-
-    @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
-        (e,) = ctx.saved_tensors
-        return -(e.mT @ grad @ e.mT), None
-
-
-class InverseDual(Inverse):
-    """The same with a rule for forward mode, which ``torch.compile`` cannot trace."""
-
-    @staticmethod
-    def jvp(ctx: Any, tangent: Tensor, *_: Any) -> Tensor:
-        (e,) = ctx.saved_tensors
-        return -(e @ tangent @ e)
-
-
-class MergeApply(torch.autograd.Function):
-    """W_l = W0_l + R_l B: from c, b, defect, base and targets to merged weights and residuals R."""
-
-    @staticmethod
-    def forward(layout: MergeLayout, c: Tensor, b: Tensor, defect: Tensor, *weights: Tensor) -> Any:
-        base, targets = weights[: layout.layers], weights[layout.layers :]
-        merged, residual = torch.ops.immunize_ext.merge_apply(
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Any, ...]:
+        layout: MergeLayout = ctx.layout
+        c, b, *rest = ctx.saved_tensors
+        base, targets, residual = _split(layout, rest)
+        _, need_c, need_b, *need_weights = ctx.needs_input_grad
+        need_base, need_targets = need_weights[: layout.layers], need_weights[layout.layers :]
+        needs = (any(need_base), any(need_targets), need_c, need_b)
+        of_base, of_targets, of_c, of_b = torch.ops.immunize_ext.merge_apply_backward(
+            list(grads[: layout.layers]),
             base,
             targets,
             layout.rows,
             layout.targets_are_values,
             c,
             b,
-            defect,
-            layout.rank_rtol,
-            layout.check,
+            [r.detach() for r in residual],
+            *needs,
         )
-        return (*merged, *residual)
+        return (
+            None,
+            of_c if need_c else None,
+            of_b if need_b else None,
+            *(of_base if needs[0] else (None,) * layout.layers),
+            *(of_targets if needs[1] else (None,) * layout.targets),
+        )
 
     @staticmethod
-    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
-        ctx.layout, c, b, _, *weights = inputs
-        residual = output[ctx.layout.layers :]
-        ctx.save_for_backward(c, b, *weights, *residual)
-        ctx.save_for_forward(c, b, *weights, *residual)
-        ctx.mark_non_differentiable(*residual)
-
-    @staticmethod
-    def backward(ctx: Any, *grads: Tensor) -> tuple[Any, ...]:
-        layout: MergeLayout = ctx.layout
-        layers = layout.layers
-        c, b, *rest = ctx.saved_tensors
-        _, need_c, need_b, _, *need_weights = ctx.needs_input_grad
-        needs = (any(need_weights[:layers]), any(need_weights[layers:]), need_c, need_b)
-        outputs = MergeApplyBackward.apply(layout, needs, c, b, *grads[:layers], *rest)
-        return (None, *_unpack(outputs, needs, layout))
-
-    @staticmethod
-    def vmap(
-        info: Any, in_dims: tuple[Any, ...], layout: MergeLayout, *args: Any
-    ) -> tuple[Any, Any]:
-        folded = fold_batch(info.batch_size, in_dims[1:], args)
-        outputs = MergeApply.apply(layout, *folded)
-        return outputs, (0,) * len(outputs)
+    def jvp(ctx: Any, _: Any, dc: Any, db: Any, *moving: Any) -> Any:
+        with _set_fwd_grad_enabled(True):
+            c, b, *weights = primals_of(ctx.saved_tensors)
+            tangents = []
+            for layer in _layers_of(ctx.layout, c, weights):
+                change = layer.change(moving)
+                tangent = change.base + layer.residual_tangent(change, dc) @ b
+                if db is not None:
+                    tangent = tangent + layer.residual() @ db
+                tangents.append(tangent.to(weights[layer.index].dtype))
+        return (*tangents, *(None,) * (ctx.layout.layers + 1))
 
 
-class MergeApplyDual(MergeApply):
-    """The same with a rule for forward mode, which ``torch.compile`` cannot trace.
+class _ApplyBackward(_SingleLevelFunction):  # type: ignore[misc]
+    """Gradients of base, targets, c and b, each only if needed; of c, b, dL/dW, base, targets, R.
 
-    dW = dW0 + dR B + R dB, with dR = dV - dW0 C^T - W0 dC^T for given values and
-    dR_n = (dW_n - dW0) C_n^T + (W_n - W0) dC_n^T for concept weights.
-    """
+    With Z the cotangents of its results, Zx_n = Z_n - Z_0 that of dX_n (-Z_0 for values):
 
-    @staticmethod
-    def jvp(ctx: Any, _: Any, moving_c: Any, moving_b: Any, __: Any, *moving: Any) -> Any:
-        layout: MergeLayout = ctx.layout
-        layers = layout.layers
-        c, b, *weights = ctx.saved_tensors[: 2 + layers + layout.targets]
-        residual = ctx.saved_tensors[2 + layers + layout.targets :]
-        dc = torch.zeros_like(c) if moving_c is None else moving_c
-        db = torch.zeros_like(b) if moving_b is None else moving_b
-        wide = [w.to(torch.float64) for w in weights]
-        change = [
-            torch.zeros_like(w) if m is None else m.to(torch.float64)
-            for w, m in zip(wide, moving, strict=True)
-        ]
-        tangents = []
-        for layer in range(layers):
-            w0, dw0 = wide[layer], change[layer]
-            if layout.targets_are_values:
-                dr = change[layers + layer] - dw0 @ c.mT - w0 @ dc.mT
-            else:
-                pieces = zip(c.split(layout.rows, -2), dc.split(layout.rows, -2), strict=True)
-                dr = torch.cat(
-                    [
-                        (change[index] - dw0) @ c_n.mT + (wide[index] - w0) @ dc_n.mT
-                        for index, (c_n, dc_n) in zip(
-                            range(layers + layer, len(weights), layers), pieces, strict=True
-                        )
-                    ],
-                    -1,
-                )
-            tangent = dw0 + dr @ b + residual[layer].to(torch.float64) @ db
-            tangents.append(tangent.to(weights[layer].dtype))
-        return (*tangents, *(None,) * layers)
-
-    @staticmethod
-    def vmap(
-        info: Any, in_dims: tuple[Any, ...], layout: MergeLayout, *args: Any
-    ) -> tuple[Any, Any]:
-        folded = fold_batch(info.batch_size, in_dims[1:], args)
-        outputs = MergeApplyDual.apply(layout, *folded)
-        return outputs, (0,) * len(outputs)
-
-
-def _unpack(
-    outputs: tuple[Tensor, ...], needs: tuple[bool, ...], layout: MergeLayout
-) -> tuple[Tensor | None, ...]:
-    """Gradients of c, b, defect, base and targets from those that were asked for, in that order."""
-    found = list(outputs)
-    need_base, need_targets, need_c, need_b = needs
-    base = [found.pop(0) if need_base else None for _ in range(layout.layers)]
-    targets = [found.pop(0) if need_targets else None for _ in range(layout.targets)]
-    grad_c = found.pop(0) if need_c else None
-    grad_b = found.pop(0) if need_b else None
-    return (grad_c, grad_b, None, *base, *targets)
-
-
-class MergeApplyBackward(torch.autograd.Function):
-    """Gradients of base, targets, c and b, each only if needed.
-
-    Its own derivative. With Z the cotangents of dW0, dW_n (or dV), dB and dC, and per layer
-
-        dR = G B^T,  dW0 = G - dR C,  dW_n = dR_n C_n,  dB = R^T G,  dC_n = dR_n^T (W_n - W0),
-
-    collect what multiplies each input, first through dR and R:
-
-        dR' = -Z_0 C^T + [Z_n C_n^T + (W_n - W0) Z_C,n^T]_n,      R' = G Z_B^T
-
-        G'  = Z_0 + dR' B + R Z_B          B'  = dR'^T G
-        C'_n = -dR_n^T Z_0 + dR_n^T Z_n + R'_n^T (W_n - W0)
-        W_n' = R'_n C_n + dR_n Z_C,n       W0' = -sum_n W_n'
-
-    and for given values V, where dV = dR, dC = -dR^T W0 and R = V - W0 C^T:
-
-        dR' = Z_V - Z_0 C^T - W0 Z_C^T,    V' = R'
-        C'  = -dR^T Z_0 - R'^T W0          W0' = -R' C - dR Z_C.
-
-    Written in torch operations, so that still higher derivatives follow.
+        dR' = Z_V + [Zx_n C_n^T + X_n Z_C,n^T]_n        R' = G Z_B^T
+        G'  = Z_0 + dR' B + R Z_B                       B' = dR'^T G
+        C'_n = dR_n^T Zx_n + R'_n^T X_n                 X'_n = R'_n C_n + dR_n Z_C,n
+        W0' = -sum_n X'_n                               W_n' = X'_n,  V' = R'
     """
 
     @staticmethod
     def forward(
         layout: MergeLayout, needs: tuple[bool, ...], c: Tensor, b: Tensor, *tensors: Tensor
     ) -> Any:
-        layers, targets = layout.layers, layout.targets
-        grads, base = tensors[:layers], tensors[layers : 2 * layers]
-        given = tensors[2 * layers : 2 * layers + targets]
-        residual = tensors[2 * layers + targets :]
-        grad_base, grad_targets, grad_c, grad_b = torch.ops.immunize_ext.merge_apply_backward(
-            grads,
+        layers = layout.layers
+        base, targets, residual = _split(layout, tensors[layers:])
+        grad_base, grad_targets, grad_c, grad_b = below_autograd(
+            torch.ops.immunize_ext.merge_apply_backward,
+            list(tensors[:layers]),
             base,
-            given,
+            targets,
             layout.rows,
             layout.targets_are_values,
             c,
@@ -286,87 +181,186 @@ class MergeApplyBackward(torch.autograd.Function):
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
+        # R is computed again where it is needed: it depends on the other inputs.
         ctx.layout, ctx.needs, *tensors = inputs
-        # The residual is recomputed where it is needed: it depends on the other inputs.
-        ctx.save_for_backward(*tensors[: 2 + 2 * ctx.layout.layers + ctx.layout.targets])
+        kept = tensors[: len(tensors) - ctx.layout.layers]
+        ctx.save_for_backward(*kept)
+        ctx.save_for_forward(*kept)
 
     @staticmethod
     def backward(ctx: Any, *cotangents: Tensor) -> tuple[Any, ...]:
-        # Autocast would round the products below to half precision.
+        # Autocast would round the products to half precision.
         with torch.autocast(ctx.saved_tensors[0].device.type, enabled=False):
-            return _merge_apply_double_backward(
-                ctx.layout, ctx.needs, ctx.saved_tensors, cotangents
-            )
+            return _double_backward(ctx.layout, ctx.needs, ctx.saved_tensors, cotangents)
 
     @staticmethod
-    def vmap(
-        info: Any, in_dims: tuple[Any, ...], layout: MergeLayout, needs: Any, *args: Any
-    ) -> tuple[Any, Any]:
-        outputs = MergeApplyBackward.apply(
-            layout, needs, *fold_batch(info.batch_size, in_dims[2:], args)
+    def jvp(ctx: Any, _: Any, __: Any, dc: Any, db: Any, *moving: Any) -> Any:
+        with _set_fwd_grad_enabled(True):
+            saved = primals_of(ctx.saved_tensors)
+            return _backward_tangents(ctx.layout, ctx.needs, saved, dc, db, moving)
+
+
+def _split(layout: MergeLayout, tensors: Sequence[Any]) -> tuple[list[Any], ...]:
+    """Base, targets and what follows them."""
+    base, end = layout.layers, layout.layers + layout.targets
+    return list(tensors[:base]), list(tensors[base:end]), list(tensors[end:])
+
+
+class _Change(NamedTuple):
+    """What the kernel's inputs are of one layer, or their tangents: W0, X_n and V."""
+
+    base: Tensor
+    pieces: list[Tensor]
+    offset: Tensor | float
+
+
+class _Layer:
+    """One layer in float64."""
+
+    def __init__(
+        self, layout: MergeLayout, index: int, c: Tensor, weights: Sequence[Tensor]
+    ) -> None:
+        self.layout, self.index, self.c = layout, index, c
+        # Given values are one piece, W0 C^T.
+        self.rows = [c.shape[-2]] if layout.targets_are_values else list(layout.rows)
+        self.shape = weights[index].shape
+        self.base, self.pieces, self.offset = self.change(weights)
+
+    def change(self, weights: Sequence[Tensor | None]) -> _Change:
+        """W0, X_n and V from base and targets of all layers; linear, so for tangents as well."""
+        base, *targets = (
+            self.c.new_zeros(()) if w is None else w.to(torch.float64)
+            for w in (weights[self.index], *weights[self.layout.layers + self.index :: self.step])
         )
-        return outputs, (0,) * len(outputs)
+        base = base.expand(self.shape)
+        if self.layout.targets_are_values:
+            return _Change(base, [-base], targets[0])
+        return _Change(base, [w - base for w in targets], 0.0)
+
+    @property
+    def step(self) -> int:
+        """From a target of this layer to the next concept's."""
+        return self.layout.layers
+
+    def products(self, pieces: Sequence[Tensor], c: Tensor) -> Tensor:
+        """[X_1 C_1^T | ... | X_N C_N^T]."""
+        parts = zip(pieces, c.split(self.rows, -2), strict=True)
+        return torch.cat([x @ c_n.mT for x, c_n in parts], -1)
+
+    def residual(self) -> Tensor:
+        """R."""
+        return self.offset + self.products(self.pieces, self.c)
+
+    def residual_tangent(self, change: _Change, dc: Tensor | None) -> Tensor:
+        """DR for tangents of W0, X_n, V and C."""
+        r = change.offset + self.products(change.pieces, self.c)
+        return r if dc is None else r + self.products(self.pieces, dc)
+
+    def to_pieces(self, dr: Tensor, c: Tensor) -> list[Tensor]:
+        """DR_n C_n for each piece."""
+        parts = zip(dr.split(self.rows, -1), c.split(self.rows, -2), strict=True)
+        return [dr_n @ c_n for dr_n, c_n in parts]
+
+    def to_tokens(self, dr: Tensor, pieces: Sequence[Tensor]) -> Tensor:
+        """[dR_1^T X_1; ...; dR_N^T X_N] (s, d)."""
+        parts = zip(dr.split(self.rows, -1), pieces, strict=True)
+        return torch.cat([dr_n.mT @ x for dr_n, x in parts], -2)
+
+    def place(
+        self, into: list[Tensor | None], like: Sequence[Tensor], pieces: list[Tensor], dv: Tensor
+    ) -> None:
+        """Write the gradients of targets, those of X_n or of V, in the dtype of ``like``."""
+        found = [dv] if self.layout.targets_are_values else pieces
+        places = range(self.index, self.layout.targets, self.step)
+        for place, gradient in zip(places, found, strict=True):
+            into[place] = gradient.to(like[place].dtype)
 
 
-def _merge_apply_double_backward(
+def _layers_of(layout: MergeLayout, c: Tensor, weights: Sequence[Tensor]) -> list[_Layer]:
+    return [_Layer(layout, index, c, weights) for index in range(layout.layers)]
+
+
+def _double_backward(
     layout: MergeLayout,
     needs: tuple[bool, ...],
     saved: Sequence[Tensor],
-    cotangents: tuple[Tensor, ...],
+    cotangents: Sequence[Tensor],
 ) -> tuple[Any, ...]:
-    """The formulas of :class:`MergeApplyBackward`, in float64, layer by layer."""
-    layers, rows = layout.layers, list(layout.rows)
+    """The formulas of :class:`_ApplyBackward`."""
     c, b, *rest = saved
-    grads, base, given = rest[:layers], rest[layers : 2 * layers], rest[2 * layers :]
-    z_c, z_b, _, *z_weights = _unpack(cotangents, needs, layout)
-    zero = torch.zeros((), dtype=torch.float64, device=c.device)
-
-    def wide(tensor: Tensor | None) -> Tensor:
-        return zero if tensor is None else tensor.to(torch.float64)
-
+    grads, (base, targets, _) = rest[: layout.layers], _split(layout, rest[layout.layers :])
+    z_c, z_b, *z_weights = _unpack(cotangents, needs, layout)
     zc = torch.zeros_like(c) if z_c is None else z_c
     zb = torch.zeros_like(b) if z_b is None else z_b
     c_prime, b_prime = torch.zeros_like(c), torch.zeros_like(b)
     grads_prime: list[Tensor] = []
     base_prime: list[Tensor] = []
-    given_prime: list[Tensor] = [zero] * layout.targets
-    for layer in range(layers):
-        g, w0 = wide(grads[layer]), wide(base[layer])
-        z0 = wide(z_weights[layer]).expand_as(w0)
-        dr = g @ b.mT
-        r_prime = g @ zb.mT
-        if layout.targets_are_values:
-            zv = wide(z_weights[layers + layer])
-            residual = wide(given[layer]) - w0 @ c.mT
-            dr_prime = zv - z0 @ c.mT - w0 @ zc.mT
-            c_prime = c_prime - dr.mT @ z0 - r_prime.mT @ w0
-            w0_prime = -(r_prime @ c) - dr @ zc
-            given_prime[layer] = r_prime.to(given[layer].dtype)
-        else:
-            parts, residuals, c_parts = [], [], []
-            w0_prime = torch.zeros_like(w0)
-            pieces = zip(
-                c.split(rows, -2),
-                zc.split(rows, -2),
-                dr.split(rows, -1),
-                r_prime.split(rows, -1),
-                strict=True,
-            )
-            for n, (c_n, zc_n, dr_n, rp_n) in enumerate(pieces):
-                index = n * layers + layer
-                difference = wide(given[index]) - w0
-                zn = wide(z_weights[layers + index]).expand_as(w0)
-                residuals.append(difference @ c_n.mT)
-                parts.append(zn @ c_n.mT + difference @ zc_n.mT)
-                c_parts.append(dr_n.mT @ zn + rp_n.mT @ difference)
-                moved = rp_n @ c_n + dr_n @ zc_n
-                w0_prime = w0_prime - moved
-                given_prime[index] = moved.to(given[index].dtype)
-            residual = torch.cat(residuals, -1)
-            dr_prime = torch.cat(parts, -1) - z0 @ c.mT
-            c_prime = c_prime + torch.cat(c_parts, -2) - dr.mT @ z0
-        grads_prime.append((z0 + dr_prime @ b + residual @ zb).to(grads[layer].dtype))
-        base_prime.append(w0_prime.to(base[layer].dtype))
+    targets_prime: list[Tensor | None] = [None] * layout.targets
+    for layer in _layers_of(layout, c, [*base, *targets]):
+        g = grads[layer.index].to(torch.float64)
+        z = layer.change(z_weights)
+        dr, r_prime = g @ b.mT, g @ zb.mT
+        dr_prime = layer.residual_tangent(z, zc)
+        moved = [
+            x + y for x, y in zip(layer.to_pieces(r_prime, c), layer.to_pieces(dr, zc), strict=True)
+        ]
+        c_prime = c_prime + layer.to_tokens(dr, z.pieces) + layer.to_tokens(r_prime, layer.pieces)
         b_prime = b_prime + dr_prime.mT @ g
-    nothing = (None,) * layers  # the residuals, recomputed above
-    return (None, None, c_prime, b_prime, *grads_prime, *base_prime, *given_prime, *nothing)
+        g_prime = z.base + dr_prime @ b + layer.residual() @ zb
+        grads_prime.append(g_prime.to(grads[layer.index].dtype))
+        base_prime.append(-sum(moved[1:], moved[0]).to(base[layer.index].dtype))
+        layer.place(targets_prime, targets, moved, r_prime)
+    nothing = (None,) * layout.layers  # the residuals
+    return (None, None, c_prime, b_prime, *grads_prime, *base_prime, *targets_prime, *nothing)
+
+
+def _backward_tangents(
+    layout: MergeLayout,
+    needs: tuple[bool, ...],
+    saved: Sequence[Tensor],
+    dc: Tensor | None,
+    db: Tensor | None,
+    moving: Sequence[Tensor | None],
+) -> tuple[Tensor, ...]:
+    """Tangents of what :class:`_ApplyBackward` returns: the product rule, term by term."""
+    c, b, *rest = saved
+    layers = layout.layers
+    grads, (base, targets, _) = rest[:layers], _split(layout, rest[layers:])
+    d_grads, (d_base, d_targets, _) = moving[:layers], _split(layout, moving[layers:])
+    need_base, need_targets, need_c, need_b = needs
+    of_c, of_b = torch.zeros_like(c), torch.zeros_like(b)
+    of_base: list[Tensor] = []
+    of_targets: list[Tensor | None] = [None] * layout.targets
+    for layer in _layers_of(layout, c, [*base, *targets]):
+        g, dg = grads[layer.index].to(torch.float64), d_grads[layer.index]
+        change = layer.change([*d_base, *d_targets])
+        dr = g @ b.mT
+        ddr = torch.zeros_like(dr) if db is None else g @ db.mT
+        of_b = of_b + layer.residual_tangent(change, dc).mT @ g
+        plain = torch.zeros_like(g)
+        if dg is not None:
+            plain = dg.to(torch.float64)
+            ddr = ddr + plain @ b.mT
+            of_b = of_b + layer.residual().mT @ plain
+        moved = layer.to_pieces(ddr, c)
+        if dc is not None:
+            moved = [x + y for x, y in zip(moved, layer.to_pieces(dr, dc), strict=True)]
+        of_base.append((plain - sum(moved[1:], moved[0])).to(base[layer.index].dtype))
+        layer.place(of_targets, targets, moved, ddr)
+        of_c = of_c + layer.to_tokens(ddr, layer.pieces) + layer.to_tokens(dr, change.pieces)
+    found: list[Any] = [*of_base] if need_base else []
+    found += of_targets if need_targets else []
+    return (*found, *([of_c] if need_c else []), *([of_b] if need_b else []))
+
+
+def _unpack(
+    outputs: Sequence[Tensor], needs: tuple[bool, ...], layout: MergeLayout
+) -> tuple[Tensor | None, ...]:
+    """Gradients of c, b, base and targets from those that were asked for, in that order."""
+    found = list(outputs)
+    need_base, need_targets, need_c, need_b = needs
+    base = [found.pop(0) if need_base else None for _ in range(layout.layers)]
+    targets = [found.pop(0) if need_targets else None for _ in range(layout.targets)]
+    grad_c = found.pop(0) if need_c else None
+    grad_b = found.pop(0) if need_b else None
+    return (grad_c, grad_b, *base, *targets)

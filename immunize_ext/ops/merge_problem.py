@@ -1,8 +1,10 @@
-"""Arguments of the key/value merge: checked, and in the form the kernels take."""
+"""Arguments of the key/value merge, checked and in the form the kernels take; and their faults.
+
+The operators return statuses; this is the one place that finds words for them.
+"""
 
 from __future__ import annotations
 
-import re
 from collections.abc import Sequence
 from typing import NamedTuple
 
@@ -10,36 +12,161 @@ import torch
 from torch import Tensor
 
 from immunize_ext.errors import ContradictoryTargetsError
-from immunize_ext.ops.arguments import (
-    require_floating_matrix,
-    require_positive,
-    require_same_device,
-)
+from immunize_ext.ops.arguments import any_true, require_positive, require_same_device
+from immunize_ext.ops.derivatives import payload
 from immunize_ext.ops.factor import RegularizationFactor
+from immunize_ext.ops.merge_fallback import NOT_FINITE
+
+# Squared sine of the angle, in the metric of Q^-1, below which a row of C counts as a combination
+# of the rows before it: 1e-6 in relative distance. Token embeddings that repeat differ by nothing,
+# or by the rounding of the text encoder (1e-7 in float32); distinct ones by 1e-2 and more.
+REPEATED_ROW_RTOL = 1e-12
 
 
 class MergeProblem(NamedTuple):
     """A merge as the kernels see it: targets flattened, tokens stacked in float64."""
 
-    targets: tuple[Tensor, ...]
+    base: tuple[Tensor, ...]
+    targets: tuple[Tensor, ...]  # concept-major
     rows: tuple[int, ...]
     c: Tensor  # (s, d) float64
     inverse_hardness: Tensor  # (s,) float64
     names: tuple[str, ...]
+    targets_are_values: bool
+
+    def of_layers(self, layers: Sequence[int]) -> MergeProblem:
+        """The same merge of some layers alone."""
+        count = len(self.base)
+        starts = range(0, len(self.targets), count)
+        return self._replace(
+            base=tuple(self.base[layer] for layer in layers),
+            targets=tuple(self.targets[start + layer] for start in starts for layer in layers),
+        )
 
 
-def name_contradictions(error: ValueError, problem: MergeProblem) -> ValueError:
-    """The kernel's error about contradictory rows, told in terms of concepts."""
-    found = re.search(r"contradictory targets at rows \[([\d, ]+)\]", str(error))
-    if found is None:
-        return error
-    rows = [int(row) for row in found.group(1).split(",")]
+def faults_of_layers(
+    problem: MergeProblem,
+    factor: RegularizationFactor,
+    solved: tuple[Tensor, Tensor],
+    residual: Sequence[Tensor],
+    status: Tensor,
+    average: bool,
+) -> dict[int, ValueError]:
+    """What is wrong with which layer, from the statuses of the operators: one read of the device.
+
+    Raises for what concerns all layers. ``solved``: defect and rank of the shared part; ``average``
+    accepts contradictions.
+    """
+    defect, rank = solved
+    dropped = (defect != 0).any(-1).any(-1)
+    shared = torch.stack([(rank < 0).to(status.dtype), dropped.to(status.dtype)], -1)
+    if torch.compiler.is_compiling():
+        missed = [rows.any() for rows in _missed_rows(problem, defect, residual)]
+        bad = (
+            shared[..., 0].any() | (status != 0).any() | (torch.stack(missed).any() & (not average))
+        )
+        torch._assert_async(
+            ~bad,
+            "merge_kv: a layer cannot be merged: an argument is not finite, targets contradict "
+            "each other or a result overflows; the same call without torch.compile says which",
+        )
+        return {}
+    found = _largest(torch.cat([shared, status], -1))
+    if found is None:  # nothing to read: meta tensors, or a graph that is being traced
+        return {}
+    not_solved, some_dropped, *statuses = found
+    if not_solved:
+        raise _fault_of_shared_part(problem, factor)
+    faults = {
+        layer: _fault_of_layer(problem, layer, one) for layer, one in enumerate(statuses) if one
+    }
+    if some_dropped and not average:
+        for layer, missed_rows in enumerate(_missed_rows(problem, defect, residual)):
+            rows = [row for row, missed in enumerate(_largest(missed_rows) or []) if missed]
+            if rows and layer not in faults:
+                faults[layer] = contradiction(problem, rows)
+    return faults
+
+
+def _largest(status: Tensor) -> list[int] | None:
+    """The largest status of each column over a vmapped batch, on the host."""
+    numbers = payload(status)
+    if numbers is None:
+        return None
+    columns = numbers.reshape(-1, status.shape[-1])
+    return columns.amax(0).tolist() if len(columns) else [0] * status.shape[-1]
+
+
+def _fault_of_shared_part(problem: MergeProblem, factor: RegularizationFactor) -> ValueError:
+    if not any_true(~torch.isfinite(problem.c)):
+        if any_true(~torch.isfinite(factor.chol)):
+            return ValueError(
+                "merge_kv: factor must be finite, got NaN or infinity; build it again with "
+                "RegularizationFactor.from_embeddings"
+            )
+        return ValueError(
+            "merge_kv: C Q^-1 C^T must be finite, got a product that overflows float64; scale the "
+            "embeddings down or C_reg up"
+        )
+    return ValueError(
+        "merge_kv: embeddings must be finite, got NaN or infinity; look for an overflow upstream, "
+        "float16 features for instance"
+    )
+
+
+def _fault_of_layer(problem: MergeProblem, layer: int, status: int) -> ValueError:
+    layers = len(problem.base)
+    dtype = problem.base[layer].dtype
+    if not status & NOT_FINITE:
+        return ValueError(
+            f"merge_kv: the merged weights of layer {layer} overflow {dtype}; raise the ridge, "
+            "soften the targets with a finite hardness, or use weights of a wider dtype"
+        )
+    named = [(f"base[{layer}]", problem.base[layer])]
+    for n, target in enumerate(problem.targets[layer::layers]):
+        name = f"values[{layer}]" if problem.targets_are_values else f"concepts[{n}][{layer}]"
+        named.append((name, target))
+    for name, tensor in named:
+        if any_true(~torch.isfinite(tensor)):
+            return ValueError(f"merge_kv: {name} must be finite, got NaN or infinity")
+    accumulate = torch.float64 if dtype == torch.float64 else torch.float32
+    return ValueError(
+        f"merge_kv: the outputs asked of layer {layer} overflow {accumulate}; scale the embeddings "
+        "down or use float64 weights"
+    )
+
+
+def _missed_rows(problem: MergeProblem, defect: Tensor, residual: Sequence[Tensor]) -> list[Tensor]:
+    """For each layer which constraints were dropped and are missed, (s,) int32.
+
+    R (I - E T) is by how much they are missed. Whatever exceeds what near-repeats and rounding
+    explain is a contradiction. Each layer is judged by its own size: a large edit of one must not
+    hide the contradiction of another.
+    """
+    found = []
+    for layer, r in enumerate(residual):
+        tolerance = 10.0 * REPEATED_ROW_RTOL**0.5 + 1e4 * torch.finfo(r.dtype).eps
+        wide = r.detach().to(torch.float64)
+        asked = [wide]
+        if problem.targets_are_values:
+            asked.append(1e-3 * problem.targets[layer].detach().to(torch.float64))
+        if r.shape[-2] == 0 or r.shape[-1] == 0:
+            found.append(torch.zeros(r.shape[-1], dtype=torch.int32, device=r.device))
+            continue
+        scale = torch.stack([size.abs().amax(dim=(-2, -1)) for size in asked]).amax(0)
+        violation = (wide @ defect).abs().amax(-2)
+        found.append((violation > tolerance * scale.unsqueeze(-1)).to(torch.int32))
+    return found
+
+
+def contradiction(problem: MergeProblem, rows: Sequence[int]) -> ContradictoryTargetsError:
+    """The error about constraints that contradict earlier ones, told in terms of concepts."""
     owners = [
         name for name, count in zip(problem.names, problem.rows, strict=True) for _ in range(count)
     ]
     names = [owners[row] for row in rows]
     named = ContradictoryTargetsError.for_rows("merge_kv", rows=rows, names=names)
-    tokens, width = problem.c.shape
+    tokens, width = problem.c.shape[-2:]
     if tokens <= width:
         return named
     more = f"{named}; {tokens} tokens cannot all be independent in {width} columns"
@@ -64,11 +191,12 @@ def check_merge_problem(
     for name, sequence in (("base", base), ("embeddings", embeddings)):
         if len(sequence) == 0:
             raise ValueError(f"merge_kv: {name} must not be empty")
+    factor.require_current("merge_kv")
     dim, dtype = factor.dim, base[0].dtype
     named = [(f"base[{layer}]", w) for layer, w in enumerate(base)]
     named += [(f"embeddings[{n}]", e) for n, e in enumerate(embeddings)]
     for name, tensor in named:
-        require_floating_matrix("merge_kv", name, tensor)
+        _require_floating(name, tensor)
         if tensor.dim() != 2 or tensor.shape[1] != dim:
             raise ValueError(
                 f"merge_kv: {name} must have shape (rows, {dim}), the width of the factor, got "
@@ -104,7 +232,7 @@ def check_merge_problem(
             )
         for layer, value in enumerate(values):
             expected = (base[layer].shape[0], s)
-            require_floating_matrix("merge_kv", f"values[{layer}]", value)
+            _require_floating(f"values[{layer}]", value)
             if tuple(value.shape) != expected:
                 raise ValueError(
                     f"merge_kv: values[{layer}] must have shape {expected}, (outputs, tokens), got "
@@ -119,12 +247,28 @@ def check_merge_problem(
         accumulate = torch.float64 if dtype == torch.float64 else torch.float32
         targets = tuple(value.to(accumulate) for value in values)
     return MergeProblem(
+        base=tuple(base),
         targets=targets,
         rows=tuple(e.shape[0] for e in embeddings),
         c=c,
         inverse_hardness=_inverse_hardness(hardness, s, c),
         names=_concept_names(names, len(embeddings)),
+        targets_are_values=values is not None,
     )
+
+
+def _require_floating(name: str, value: Tensor) -> None:
+    """Refuse anything but a real floating-point tensor. Without rows it asks nothing."""
+    if not isinstance(value, Tensor):
+        raise TypeError(
+            f"merge_kv: {name} must be a torch.Tensor, got {type(value).__name__}; convert it with "
+            "torch.as_tensor"
+        )
+    if not value.dtype.is_floating_point:
+        raise ValueError(
+            f"merge_kv: {name} must have a real floating-point dtype, got {value.dtype}; convert "
+            "it with .to(torch.float64)"
+        )
 
 
 def _check_like(name: str, weight: Tensor, other_name: str, other: Tensor) -> None:
@@ -152,4 +296,10 @@ def _concept_names(names: Sequence[str] | None, count: int) -> tuple[str, ...]:
         return tuple(f"concept {n}" for n in range(count))
     if len(names) != count:
         raise ValueError(f"merge_kv: names must hold {count} names, got {len(names)}")
-    return tuple(names)
+    # Concepts of one name, two of "art" for instance, are told apart by their number.
+    seen: dict[str, int] = {}
+    told = []
+    for name in names:
+        seen[name] = seen.get(name, 0) + 1
+        told.append(name if seen[name] == 1 else f"{name} ({seen[name]})")
+    return tuple(told)

@@ -9,8 +9,7 @@ import torch
 from torch import Tensor
 
 from immunize_ext.ops.factor import RegularizationFactor
-from immunize_ext.ops.merge import REPEATED_ROW_RTOL
-from immunize_ext.ops.merge_problem import MergeProblem, check_merge_problem
+from immunize_ext.ops.merge_problem import REPEATED_ROW_RTOL, MergeProblem, check_merge_problem
 
 # Beyond this condition number of T half of float64's digits are gone, and |W - W0| grows like
 # 1 / distance of the nearly repeated tokens.
@@ -148,7 +147,7 @@ def _measure(
         moved = float((wide - wide0).norm())
         change.append(moved / norm if norm > 0 else (0.0 if moved == 0 else float("inf")))
 
-    _, _, _, rank = torch.ops.immunize_ext.merge_solve(
+    *_, rank = torch.ops.immunize_ext.merge_solve(
         factor.chol, problem.c, problem.inverse_hardness, REPEATED_ROW_RTOL, False
     )
     condition_t = _condition_of_t(problem, factor, int(rank))
@@ -173,10 +172,10 @@ def _condition_of_t(problem: MergeProblem, factor: RegularizationFactor, rank: i
     if rank == 0:
         return float("inf")
     z = torch.linalg.solve_triangular(factor.chol, problem.c.mT, upper=False)
-    t = z.mT @ z + torch.diag(problem.inverse_hardness)
-    eigenvalues = torch.linalg.eigvalsh(t).flip(0)
-    smallest = float(eigenvalues[rank - 1])
-    return float(eigenvalues[0]) / smallest if smallest > 0 else float("inf")
+    # T = Z'^T Z': the singular values of Z' keep the digits that T has lost.
+    sigma = torch.linalg.svdvals(torch.cat([z, torch.diag(problem.inverse_hardness.sqrt())]))
+    smallest = float(sigma[rank - 1])
+    return (float(sigma[0]) / smallest) ** 2 if smallest > 0 else float("inf")
 
 
 def _warnings(

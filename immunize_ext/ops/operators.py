@@ -14,12 +14,10 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Any, Literal, cast
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
-from torch._functorch.utils import enable_single_level_autograd_function
-from torch.autograd.function import _SingleLevelFunction
 from torch.utils import _pytree as pytree
 
 from immunize_ext import _load
@@ -30,12 +28,13 @@ from immunize_ext.ops.derivatives import (
     Linear,
     SecondDerivative,
     Values,
-    below_autograd,
-    carries_tangent,
     differentiable,
     fold_batch,
     refusing,
 )
+from immunize_ext.ops.merge_derivatives import ApplyBackwardRule, ApplyRule
+from immunize_ext.ops.merge_saddle import RULES as SADDLE_RULES
+from immunize_ext.ops.merge_saddle import SADDLE_SCHEMA
 
 _NAMESPACE = "immunize_ext"
 _LIBRARY = torch.library.Library(_NAMESPACE, "DEF")
@@ -50,9 +49,10 @@ class Operator:
         fallback: The operator in torch, for devices without a kernel.
         fake: Shapes, dtypes and (contiguous) strides of the outputs; None where they depend on the
             numbers.
-        derivative: The function of its rules and what that is given first; or, for an operator
+        derivative: The ``autograd.Function`` and what its rules need to know; or, for an operator
             without rules, the text that refuses them; None where csrc has them.
-        vmap: Which tensor arguments carry the batch that vmap folds into: all, or the first alone.
+        vmap: Which tensor arguments carry the batch that vmap folds into: all, also those in lists,
+            or the first alone.
         autocast: Whether autocast hands over float32. Half precision gains nothing here: kernels
             compute in float64 or float32, and a parameter must not lose digits on the way in.
         composed: Whether the fallback is no loss worth a word where a device has no kernel.
@@ -165,19 +165,24 @@ def _symmetric_reference(h: Tensor, cluster_rtol: float) -> tuple[Tensor, ...]:
     )
 
 
-def _merge_gram(c_reg: Tensor) -> Tensor:
+def _merge_gram(c_reg: Tensor, chunk: int = 512) -> Tensor:
     d = c_reg.shape[-1]
     return c_reg.new_empty((d, d), dtype=torch.float64)
 
 
-def _merge_solve(chol: Tensor, c: Tensor, *rest: Any) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+def _merge_solve(chol: Tensor, c: Tensor, *rest: Any) -> tuple[Tensor, ...]:
     batch, (s, d) = c.shape[:-2], c.shape[-2:]
     return (
-        c.new_empty((*batch, d, s)),
+        c.new_empty((*batch, s, d)),
         c.new_empty((*batch, s, s)),
+        c.new_empty((*batch, d, s)),
         c.new_empty((*batch, s, s)),
         c.new_empty(batch, dtype=torch.int64),
     )
+
+
+def _like_first(first: Tensor, *rest: Any) -> Tensor:
+    return first.new_empty(first.shape)
 
 
 def _merge_apply(
@@ -187,11 +192,11 @@ def _merge_apply(
     targets_are_values: bool,
     c: Tensor,
     *rest: Any,
-) -> tuple[list[Tensor], list[Tensor]]:
+) -> tuple[list[Tensor], list[Tensor], Tensor]:
     accumulate = torch.float64 if base[0].dtype == torch.float64 else torch.float32
     merged = [w.new_empty(w.shape) for w in base]
     residual = [w.new_empty((*w.shape[:-1], c.shape[-2]), dtype=accumulate) for w in base]
-    return merged, residual
+    return merged, residual, c.new_empty((*c.shape[:-2], len(base)), dtype=torch.int32)
 
 
 def _merge_apply_backward(
@@ -358,9 +363,10 @@ OPERATORS: dict[str, Operator] = {
         _no_derivative("symmetric_track", "SpectrumTracker"),
         composed=True,
     ),
-    # Q without ridge: c_reg [m, d] to c_reg^T c_reg [d, d] float64, symmetric to the bit.
+    # Q without ridge: c_reg [m, d] to c_reg^T c_reg [d, d] float64, symmetric to the bit. chunk:
+    # rows that are widened at a time where there is no kernel.
     "merge_gram": Operator(
-        "(Tensor c_reg) -> Tensor",
+        "(Tensor c_reg, int chunk=512) -> Tensor",
         merge_fallback.merge_gram,
         _merge_gram,
         _no_derivative("merge_gram", "RegularizationFactor.from_embeddings"),
@@ -368,27 +374,55 @@ OPERATORS: dict[str, Operator] = {
     ),
     # The part shared by all layers: T = c Q^-1 c^T + diag(inverse_hardness), E its (generalised)
     # inverse. chol [*, d, d] lower factor of Q, c [*, s, d], inverse_hardness [*, s] (0 = hard);
-    # a [*, d, s] = Q^-1 c^T, e [*, s, s], defect [*, s, s] = I - E T, zero where T has full rank,
-    # rank [*] int64. All else float64.
+    # b [*, s, d] = E c Q^-1; root [*, s, s], E = root root^T, zero from column `rank` on; basis
+    # [*, d, s] = chol^-1 c^T root; defect [*, s, s] = I - E T, zero where T has full rank; rank
+    # [*] int64, -1 where an input or T is not finite. All else float64.
     "merge_solve": Operator(
         "(Tensor chol, Tensor c, Tensor inverse_hardness, float rank_rtol, bool average) -> "
-        "(Tensor a, Tensor e, Tensor defect, Tensor rank)",
+        "(Tensor b, Tensor root, Tensor basis, Tensor defect, Tensor rank)",
         merge_fallback.merge_solve,
         _merge_solve,
         _no_derivative("merge_solve", "merge_kv"),
         vmap="all",
     ),
+    # b, S f and E g for S = Q^-1 - Q^-1 c^T b, f [*, d, k] and g [*, s, k]: what the derivatives of
+    # b are made of. source [*, m, d] = C_reg, ridge [*]; the rest as merge_solve has it.
+    "merge_constraint_map": Operator(
+        f"({SADDLE_SCHEMA}) -> Tensor",
+        merge_fallback.merge_constraint_map,
+        _like_first,
+        (SADDLE_RULES["merge_constraint_map"],),
+        vmap="all",
+        composed=True,
+    ),
+    "merge_free_solve": Operator(
+        f"(Tensor f, {SADDLE_SCHEMA}) -> Tensor",
+        merge_fallback.merge_free_solve,
+        _like_first,
+        (SADDLE_RULES["merge_free_solve"],),
+        vmap="all",
+        composed=True,
+    ),
+    "merge_constraint_solve": Operator(
+        f"(Tensor g, {SADDLE_SCHEMA}) -> Tensor",
+        merge_fallback.merge_constraint_solve,
+        _like_first,
+        (SADDLE_RULES["merge_constraint_solve"],),
+        vmap="all",
+        composed=True,
+    ),
     # The part per layer: W_l = W0_l + R_l b with R_l = V_l - W0_l c^T. base L x [*, o_l, d];
     # targets: concept weights, concept-major (N * L tensors [*, o_l, d]) with rows[n] tokens each,
     # or with targets_are_values one [*, o_l, s] tensor a layer; c, b [*, s, d] float64; merged
-    # L x [*, o_l, d] in the dtype of base, residual L x [*, o_l, s] float32 or float64.
+    # L x [*, o_l, d] in the dtype of base, residual L x [*, o_l, s] float32 or float64; status
+    # [*, L] int32, see csrc/merge_status.h.
     "merge_apply": Operator(
         "(Tensor[] base, Tensor[] targets, int[] rows, bool targets_are_values, Tensor c, "
-        "Tensor b, Tensor defect, float rank_rtol, bool check) -> "
-        "(Tensor[] merged, Tensor[] residual)",
+        "Tensor b) -> (Tensor[] merged, Tensor[] residual, Tensor status)",
         merge_fallback.merge_apply,
         _merge_apply,
-        None,
+        (ApplyRule,),
+        vmap="all",
     ),
     # Empty lists, and tensors of shape [0], for gradients that are not needed.
     "merge_apply_backward": Operator(
@@ -397,7 +431,8 @@ OPERATORS: dict[str, Operator] = {
         "bool need_b) -> (Tensor[] grad_base, Tensor[] grad_targets, Tensor grad_c, Tensor grad_b)",
         merge_fallback.merge_apply_backward,
         _merge_apply_backward,
-        _no_derivative("merge_apply_backward", "merge_kv"),
+        (ApplyBackwardRule,),
+        vmap="all",
     ),
     # grad [*, o, p] times K^-1 for K = x^T x + ridge I, from the lower Cholesky factor of K
     # [p, p] and a basis [0, p]; or, for n < p samples, from that of basis K basis^T [n, n] and an
@@ -443,11 +478,12 @@ def _warning(name: str, operator: Operator) -> Callable[..., Any]:
 
 
 def _folding(op: Callable[..., Any]) -> Callable[..., Any]:
-    """Fold the vmapped axis into the batch dimensions of a tensors-only operator."""
+    """Fold the vmapped axis into the batch dimensions of all tensors."""
 
     def rule(info: Any, in_dims: tuple[Any, ...], *args: Any) -> tuple[Any, Any]:
         outputs = op(*fold_batch(info.batch_size, in_dims, args))
-        return outputs, 0 if isinstance(outputs, Tensor) else (0,) * len(outputs)
+        # An output that was not asked for is empty, without a batch.
+        return outputs, pytree.tree_map(lambda out: None if out.shape == (0,) else 0, outputs)
 
     return rule
 
@@ -465,71 +501,6 @@ def _leading(name: str, op: Callable[..., Any]) -> Callable[..., Any]:
     return rule
 
 
-class _MergeApply(_SingleLevelFunction):
-    """First derivatives of the raw per-layer merge: its lists laid out one after the other."""
-
-    @staticmethod
-    def forward(layout: tuple[Any, ...], c: Tensor, b: Tensor, *weights: Tensor) -> Any:
-        layers, rows, values, *rest = layout
-        merged, residual = below_autograd(
-            torch.ops.immunize_ext.merge_apply,
-            *(weights[:layers], weights[layers:], rows, values, c, b, *rest),
-        )
-        return (*merged, *residual)
-
-    @staticmethod
-    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
-        ctx.layout, *tensors = inputs
-        residual = output[ctx.layout[0] :]
-        ctx.count = len(tensors) - 2
-        ctx.save_for_backward(*tensors, *residual)
-        ctx.mark_non_differentiable(*residual)
-
-    @staticmethod
-    def backward(ctx: Any, *grads: Tensor) -> tuple[Any, ...]:
-        layers, rows, values, *_ = ctx.layout
-        c, b, *rest = ctx.saved_tensors
-        weights, residual = rest[: ctx.count], rest[ctx.count :]
-        _, need_c, need_b, *need = ctx.needs_input_grad
-        needs = (any(need[:layers]), any(need[layers:]), need_c, need_b)
-        base, targets, grad_c, grad_b = torch.ops.immunize_ext.merge_apply_backward(
-            *(grads[:layers], weights[:layers], weights[layers:], rows, values, c, b, residual),
-            *needs,
-        )
-        return (
-            None,
-            grad_c if need_c else None,
-            grad_b if need_b else None,
-            *(base if needs[0] else (None,) * layers),
-            *(targets if needs[1] else (None,) * (ctx.count - layers)),
-        )
-
-
-def _merge_apply_kernel(op: Callable[..., Any]) -> Callable[..., Any]:
-    refuses = refusing(op, _no_derivative("merge_apply", "merge_kv"))
-
-    def kernel(
-        base: Sequence[Tensor],
-        targets: Sequence[Tensor],
-        rows: Sequence[int],
-        values: bool,
-        c: Tensor,
-        b: Tensor,
-        *rest: Any,
-    ) -> Any:
-        tensors = (*base, *targets, c, b)
-        recorded = torch.is_grad_enabled() and any(t.requires_grad for t in tensors)
-        if not recorded or any(carries_tangent(t) for t in tensors):
-            return refuses(base, targets, rows, values, c, b, *rest)
-        with enable_single_level_autograd_function():
-            outputs = cast(Any, _MergeApply).apply(
-                (len(base), rows, values, *rest), c, b, *base, *targets
-            )
-        return list(outputs[: len(base)]), list(outputs[len(base) :])
-
-    return kernel
-
-
 def _register() -> None:
     for name, operator in OPERATORS.items():
         _LIBRARY.define(name + operator.schema)
@@ -540,9 +511,7 @@ def _register() -> None:
         full_name = f"{_NAMESPACE}::{name}"
         if operator.fake is not None:
             torch.library.register_fake(full_name, operator.fake, lib=_LIBRARY)
-        if name == "merge_apply":
-            _LIBRARY.impl(name, _merge_apply_kernel(op), "Autograd")
-        elif isinstance(operator.derivative, str):
+        if isinstance(operator.derivative, str):
             _LIBRARY.impl(name, refusing(op, operator.derivative), "Autograd")
         elif operator.derivative is not None:
             _LIBRARY.impl(name, differentiable(op, *operator.derivative), "Autograd")

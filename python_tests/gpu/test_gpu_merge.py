@@ -108,8 +108,7 @@ def raw_arguments(
     b = torch.linalg.pinv(c).mT.contiguous()
     base = [w.to(device) for w in problem.base]
     targets = [w.to(device) for layers in problem.concepts for w in layers]
-    defect = torch.zeros(len(c), len(c), dtype=torch.float64, device=device)
-    return base, targets, [5, 17], False, c, b, defect, 1e-12, True
+    return base, targets, [5, 17], False, c, b
 
 
 @contextmanager
@@ -194,9 +193,11 @@ def test_large_batches_of_tiny_solves(batch: int) -> None:
     chol = torch.eye(2, device="cuda", dtype=torch.float64).expand(batch, 2, 2)
     c = torch.randn(batch, 1, 2, generator=generator, device="cuda", dtype=torch.float64)
     hardness = torch.zeros(batch, 1, device="cuda", dtype=torch.float64)
-    a, e, _, rank = torch.ops.immunize_ext.merge_solve(chol, c, hardness, 1e-12, False)
-    assert torch.equal(a, c.mT)
-    torch.testing.assert_close(e[:, 0, 0], 1 / c.square().sum((1, 2)))
+    b, root, _, defect, rank = torch.ops.immunize_ext.merge_solve(chol, c, hardness, 1e-12, False)
+    e = root[:, 0, 0].square()
+    torch.testing.assert_close(b, e[:, None, None] * c)
+    torch.testing.assert_close(e, 1 / c.square().sum((1, 2)))
+    assert not defect.any()
     assert bool((rank == 1).all())
 
 
@@ -204,7 +205,7 @@ def test_layers_without_rows() -> None:
     base, targets, *rest = raw_arguments("cuda")
     expected = torch.ops.immunize_ext.merge_apply(base, targets, *rest)[0][1]
     base[0], targets[0], targets[3] = (w[:0] for w in (base[0], targets[0], targets[3]))
-    merged, residual = torch.ops.immunize_ext.merge_apply(base, targets, *rest)
+    merged, residual, _ = torch.ops.immunize_ext.merge_apply(base, targets, *rest)
     assert torch.equal(merged[1], expected)
     assert merged[0].shape == (0, 200)
     assert residual[0].shape == (0, 22)
@@ -301,8 +302,8 @@ def test_work_goes_to_the_current_stream() -> None:
 
 
 def test_the_backward_pass_does_not_wait() -> None:
-    base, targets, rows, values, c, b, *rest = raw_arguments("cuda")
-    merged, residual = torch.ops.immunize_ext.merge_apply(base, targets, rows, values, c, b, *rest)
+    base, targets, rows, values, c, b = raw_arguments("cuda")
+    merged, residual, _ = torch.ops.immunize_ext.merge_apply(base, targets, rows, values, c, b)
     torch.cuda.synchronize()
     with no_waiting():
         torch.ops.immunize_ext.merge_apply_backward(
@@ -322,7 +323,7 @@ def test_cuda_graph() -> None:
     torch.cuda.current_stream().wait_stream(stream)
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph):
-        merged, _ = operator(static, *rest)
+        merged, *_ = operator(static, *rest)
     for factor, right in zip((1.0, 2.0), expected, strict=True):
         for slot, w in zip(static, base, strict=True):
             slot.copy_(factor * w)

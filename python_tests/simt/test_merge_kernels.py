@@ -13,6 +13,7 @@ from immunize_ext.reference.merge import merge_layers
 
 SEEDS = range(4)
 PROFILE = settings(max_examples=15, deadline=None, derandomize=True)
+NOT_FINITE, OVERFLOW = 1, 2
 TILE_ROWS, TILE_TOKENS, CHUNK, PAIR_COLUMNS = 16, 16, 128, 512
 # Type of the weights: type to compute in, and how far a float64 result may be off in units of it.
 EPS = {"float32": 2.0**-23, "float64": 2.0**-52, "float16": 2.0**-10, "bfloat16": 2.0**-7}
@@ -115,8 +116,8 @@ def assert_near(got: Any, expected: Any, dtype: str, terms: int) -> None:
 
 
 def check_apply(merge: Any, case: Case, **options: Any) -> None:
-    merged, residual, not_finite = apply(merge, case, **options)
-    assert not not_finite.any()
+    merged, residual, status = apply(merge, case, **options)
+    assert not status.any()
     s, d = case.c.shape[1:]
     for layer in range(len(case.base)):
         expected = case.residual(layer)
@@ -246,7 +247,22 @@ def test_layers_that_are_not_finite_are_told(
 ) -> None:
     case = make_case("float32", [4, 17, 5], [2, 3], 130, values=values)
     getattr(case, where)[1][0, 16, 1] = bad
-    assert apply(merge, case)[2].tolist() == [0, 1, 0]
+    assert (apply(merge, case)[2] & NOT_FINITE).tolist() == [[0, NOT_FINITE, 0]]
+
+
+@pytest.mark.parametrize(("dtype", "size"), [("float16", 3e2), ("float32", 1e25)])
+@pytest.mark.parametrize("d", [130, 128])
+def test_layers_that_their_dtype_cannot_hold_are_told(
+    merge: Any, dtype: str, size: float, d: int
+) -> None:
+    """R and B are finite, R B in one layer of one batch element is not; in the last column too."""
+    case = make_case(dtype, [4, 17, 5], [2], d, values=True, batch=2)
+    case.c[:] = 0
+    case.b[1, :, d - 1] = size
+    case.targets[1][1, 16] = size
+    merged, _, status = apply(merge, case)
+    assert status.tolist() == [[0, 0, 0], [0, OVERFLOW, 0]]
+    assert np.isinf(wide(merged[1])[1, 16, d - 1])
 
 
 @pytest.mark.parametrize("values", [False, True])

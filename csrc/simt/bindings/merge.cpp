@@ -179,8 +179,9 @@ py::tuple apply(
     norm.data()[j] = std::sqrt(squared);
   }
   const Buffer<const double> token_norm("token_norm", norm.data(), shared.batch * shared.s);
-  Buffer<int> not_finite("not_finite", static_cast<std::int64_t>(base.size()));
-  not_finite.fill(0);
+  const std::int64_t layer_count = static_cast<std::int64_t>(base.size());
+  Buffer<int> status("status", shared.batch * layer_count);
+  status.fill(0);
   std::vector<ApplyLayer<T>> layers;
   for (std::size_t l = 0; l < base.size(); ++l) {
     layers.push_back(
@@ -188,11 +189,10 @@ py::tuple apply(
          merged[l]->ptr(), residual[l]->ptr(), base[l].shape(1)});
   }
   launch_apply<T>(
-      layers, weights<T>(target_in), values, shared, token_norm.ptr(), not_finite.ptr(),
+      layers, weights<T>(target_in), values, shared, token_norm.ptr(), status.ptr(),
       problem.table.ptr(), options.stream());
   return py::make_tuple(
-      numpy(merged), numpy(residual),
-      simt::to_numpy(not_finite, {static_cast<py::ssize_t>(base.size())}));
+      numpy(merged), numpy(residual), simt::to_numpy(status, {shared.batch, layer_count}));
 }
 
 template <typename T>
