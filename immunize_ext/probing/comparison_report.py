@@ -40,6 +40,22 @@ _RUNS, _TASKS, _MAPS = 200, 20, 12
 # --- comparisons --------------------------------------------------------------------------------
 
 
+def _is_old(results: Results) -> bool:
+    """Whether it is of schema 1, which did not keep which slow-downs of runs are lower bounds."""
+    return any("slowdown_is_lower_bound" not in run for run in results["runs"])
+
+
+def _migrated(results: Results) -> Results:
+    """A comparison as it is written now: in schema 1 only the stepwise ones made up the worst."""
+    if not _is_old(results):
+        return results
+    renamed = {
+        key: {WORST_STEPWISE if n == WORST else n: found for n, found in results[key].items()}
+        for key in ("equal_primary_slowdown", "frontier")
+    }
+    return {**results, **renamed}
+
+
 def _labels(results: Results, points: list[Point]) -> dict[str, str]:
     known = {n: info.label for n, info in common_attackers(points).items()} | _WORST_LABELS
     return {n: known.get(n, n) for n in results["equal_primary_slowdown"]}
@@ -77,7 +93,7 @@ def _cost_rows(cells: Mapping[str, Mapping[str, Any]]) -> list[list[Any]]:
     return [[m, *(_cell(cells[m][f"{budget:g}"]) for budget in BUDGETS)] for m in order]
 
 
-def headline(results: Results, attacker: str) -> str:
+def headline(results: Results, attacker: str, label: str) -> str:
     """The best method at no cost, under one attacker, in a few words."""
     cells = {m: found[_KEY] for m, found in results["equal_primary_slowdown"][attacker].items()}
     reached = {m: real(cell["median"]) for m, cell in cells.items() if cell["median"] is not None}
@@ -85,7 +101,23 @@ def headline(results: Results, attacker: str) -> str:
         return "No method slows the harm for free"
     best = max(reached, key=lambda method: reached[method])
     bound = "at least " if _bounds(cells[best])["median"] else ""
-    return f"{best}: {bound}{reached[best]:.3g} times slower to misuse, no slower to use"
+    return (
+        f"{best}: {bound}{reached[best]:.3g} times slower to misuse by {label.lower()}, no slower "
+        "to use"
+    )
+
+
+def _worst_case(results: Results, labels: Mapping[str, str]) -> str:
+    """One sentence that counts every attacker that the runs share."""
+    if WORST not in labels:
+        return ""
+    cells = [found[_KEY] for found in results["equal_primary_slowdown"][WORST].values()]
+    known = [Slowdown(real(c["median"]), _bounds(c)["median"]) for c in cells if c["cells"]]
+    if not known:
+        return ""
+    return (
+        f"An attacker who may choose among all that were tried is slowed {_at_least(*max(known))}."
+    )
 
 
 def _run_rows(points: list[Point], attacker: str) -> list[list[str]]:
@@ -135,6 +167,8 @@ def page(results: Results) -> Page:
     Args:
         results: What :func:`immunize_ext.probing.comparison.compare` gave.
     """
+    old = _is_old(results)
+    results = _migrated(results)
     points = [Point.from_dict(run) for run in results["runs"]]
     labels = _labels(results, points)
     infos = common_attackers(points)
@@ -150,17 +184,18 @@ def page(results: Results) -> Page:
     # The first attacker and the worst ones decide; the others are a click away.
     shown = [n for n in dict.fromkeys((first, *_WORST_LABELS)) if n in tables]
     notes = _left_out(points)
-    if "schema" not in results:
+    if old:
         notes.append(
-            "An earlier version wrote this comparison: it counted only those who train step by "
-            "step as the worst, and did not keep which slow-downs of single runs are lower bounds."
+            "An earlier version wrote this comparison and did not keep which slow-downs of single "
+            "runs are lower bounds."
         )
     return Page(
-        headline(results, first),
+        headline(results, first, labels[first]),
         "kappa_comparison.html.j2",
         {
             "runs": len(points),
             "pairs": len(tasks),
+            "worst_case": _worst_case(results, labels),
             "attacker": labels[first].lower(),
             "header": ["Method", *(f"primary ≤ {budget:g}×" for budget in BUDGETS)],
             "shown": [tables[name] for name in shown],
@@ -212,6 +247,7 @@ def _plain_cell(cell: Mapping[str, Any] | None) -> str:
 
 def summary(results: Results) -> str:
     """The slow-downs at no cost in plain text."""
+    results = _migrated(results)
     points = [Point.from_dict(run) for run in results["runs"]]
     labels = _labels(results, points)
     methods = list(dict.fromkeys(point.method for point in points))
@@ -294,9 +330,10 @@ def sweep_page(results: Results) -> Page:
     ]
     limit = max([1e-9, *known])
     notes = []
-    if "schema" not in results and any(
-        entry["slowdown"]["harmful"] for entry in results["methods"].values()
-    ):
+    measured = [
+        spread for e in results["methods"].values() for spread in e["slowdown"]["harmful"].values()
+    ]
+    if any("is_lower_bound" not in spread for spread in measured):
         notes.append(
             "An earlier version wrote this sweep and did not keep which slow-downs were cut off by "
             "their budget: read each as “at least”."

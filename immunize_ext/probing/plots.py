@@ -1,4 +1,4 @@
-"""The plots of a condition-number report, and what results hold for them."""
+"""The plots of a condition-number report."""
 
 from __future__ import annotations
 
@@ -14,65 +14,6 @@ from immunize_ext.report.words import number, real, times
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
-    from torch import Tensor
-
-    from immunize_ext.probing.attacks import AttackComparison
-
-
-# Points of a curve, and eigenvalues of a spectrum, that results keep for the plots.
-_CURVE_POINTS, _EIGENVALUES = 120, 256
-
-
-def log_spaced_steps(last: int, count: int) -> list[int]:
-    """About ``count`` steps from 0 to ``last``, evenly spaced on a logarithmic axis."""
-    spaced = np.geomspace(1, max(last, 1), count).round().astype(int)
-    return sorted({0, *spaced.tolist()} & set(range(last + 1)))
-
-
-def curves_of(comparison: AttackComparison, *, accuracy: bool) -> dict[str, Any]:
-    """Both curves of an attack as plain values, thinned to what a plot can show.
-
-    Args:
-        comparison: One attacker on one task.
-        accuracy: Whether the test accuracy means something.
-
-    Returns:
-        ``"without"`` and ``"with"``: ``steps``, ``test_loss`` and, if asked for, ``test_accuracy``.
-        The steps that sentences quote are among them.
-    """
-    quoted = {1, 10, 100, comparison.base_steps, comparison.steps or 0}
-    found: dict[str, Any] = {}
-    for side, curve in (("without", comparison.base), ("with", comparison.immunized)):
-        spaced = {*log_spaced_steps(curve.steps, _CURVE_POINTS), *quoted, curve.steps}
-        steps = sorted(step for step in spaced if step <= curve.steps)
-        found[side] = {"steps": steps, "test_loss": _short(curve.test_loss[steps])}
-        if accuracy and curve.test_accuracy is not None:
-            found[side]["test_accuracy"] = _short(curve.test_accuracy[steps])
-    return found
-
-
-def _short(values: Tensor) -> list[float]:
-    """Six digits: more than a plot or a sentence shows."""
-    return [float(f"{value:.6g}") for value in values.tolist()]
-
-
-def spectrum_of(before: Tensor, after: Tensor) -> dict[str, list[float]]:
-    """Eigenvalues before and after as plain values, thinned to what a plot can show.
-
-    Args:
-        before: Descending, ``(p,)``.
-        after: Likewise.
-
-    Returns:
-        ``"places"``, counted from 1, and the eigenvalues there, ``"before"`` and ``"after"``.
-    """
-    spaced = np.linspace(0, len(before) - 1, min(len(before), _EIGENVALUES)).round()
-    chosen = np.unique(spaced.astype(int)).tolist()
-    return {
-        "places": [place + 1 for place in chosen],
-        "before": _short(before[chosen]),
-        "after": _short(after[chosen]),
-    }
 
 
 def _tick(value: float, _position: object = None) -> str:
@@ -192,6 +133,7 @@ def spectrum(role: str, values: Mapping[str, list[float]]) -> Draw:
                 label=f"{label}, κ = {number(kappa)}",
             )
         axes.set_yscale("log")
+        axes.yaxis.set_major_formatter(_tick)
         axes.set_xlabel("eigenvalue, from the largest")
         axes.set_ylabel("relative to the largest")
         _legend(axes)

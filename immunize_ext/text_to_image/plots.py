@@ -118,7 +118,7 @@ def gaps(measured: Measured) -> Draw:
         low, high = axes.get_ylim()
         axes.set_ylim(min(low, -0.05), max(high, 1.05))
         axes.set_xlabel("steps of the attacker")
-        axes.set_ylabel("1: nothing learnt, 0: no protection")
+        axes.set_ylabel("MSGR")
         axes.legend(frameon=False, fontsize=9.5, labelcolor=COLOURS["--muted"])
 
     return draw
@@ -254,4 +254,6 @@ def _over_knob(axes: Axes, rows: Sequence[Any], knob: str, label: str, value: st
     axes.plot(places, means, color=colour)
     if knob == "ridge" and min(places) > 0:
         axes.set_xscale("log")
+        axes.xaxis.set_major_formatter(lambda tick, _: f"{tick:g}")
+        axes.xaxis.set_minor_formatter(lambda *_: "")
     axes.set_xlabel(label)

@@ -326,7 +326,8 @@ def _panels(measured: Measured) -> list[Panel]:
     found.append(
         Panel(
             plots.gaps(measured),
-            "Mean over concepts" + (" and seeds." if len(measured.seeds) > 1 else ", of one seed."),
+            "1: nothing learnt, 0: no protection. Mean over concepts"
+            + (" and seeds." if len(measured.seeds) > 1 else ", of one seed."),
             "MSGR of each attack over its steps",
         )
     )

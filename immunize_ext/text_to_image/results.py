@@ -77,7 +77,7 @@ class Score:
     def extent(self) -> str:
         """The interval, or the range over seeds; nothing for one seed of another measure."""
         if self.interval is not None:
-            return "{:.0%} to {:.0%}".format(*self.interval)
+            return "{:.1%} to {:.1%}".format(*self.interval)
         return f"{self.low:.2f} to {self.high:.2f}" if self.seeds > 1 else ""
 
 

@@ -1,23 +1,29 @@
 """Reports: complete run directories, honest sentences, a page that stands alone."""
 
+import copy
 import json
 import math
 import re
-from html.parser import HTMLParser
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 
-from immunize_ext._extras import MissingExtraError
-from immunize_ext.probing.attacks import AttackComparison, AttackCurve
-from immunize_ext.probing.data import Task
-from immunize_ext.probing.evaluation import Evaluation, evaluate, log_spaced_steps
+pytest.importorskip("jinja2")
+pytest.importorskip("matplotlib")
+
+from page_parser import ParsedPage
+from saved_results import saved
+
+from immunize_ext import report
+from immunize_ext.probing.data import Problem, Task
+from immunize_ext.probing.evaluation import Evaluation, evaluate, log_spaced_steps, warnings_of
 from immunize_ext.probing.immunizers import ClosedFormImmunizer, ConditionNumberImmunizer, Immunized
-from immunize_ext.probing.metrics import RelativeImmunizationRatio
-from immunize_ext.probing.report import describe_attack, headline, render_html, times
-from immunize_ext.probing.tmp_write import write_run
+from immunize_ext.probing.report import attack_summary, describe_attack, headline, summary, verdict
+from immunize_ext.probing.results import Attacked, AttackerInfo
 from immunize_ext.quantities import Slowdown
+from immunize_ext.report.page import page_of
 from immunize_ext.storage import check_target, run_directory, to_json
 
 
@@ -32,30 +38,29 @@ def task(seed: int, *, labels: bool = True, n: int = 80, p: int = 5) -> Task:
     return Task(f"task <{seed}> & more", x[:50], y[:50], x[50:], y[50:])
 
 
+def immunized(primary: Task, harmful: Task, **settings: Any) -> Immunized:
+    return ClosedFormImmunizer(**settings).fit(None, Problem.of(primary, harmful))
+
+
 @pytest.fixture(scope="module")
 def evaluation() -> Evaluation:
     primary, harmful = task(1), task(2)
-    immunized = ClosedFormImmunizer(strength=10.0).fit(primary, harmful)
-    return evaluate(immunized, primary, harmful, base_budget=200, limit=16.0)
+    extractor = immunized(primary, harmful, strength=10.0)
+    return evaluate(extractor, primary, harmful, base_budget=200, limit=16.0)
 
 
-def replaced(evaluation: Evaluation, **slowdowns: Slowdown) -> Evaluation:
-    """The same evaluation with other slow-downs of gradient descent, by role."""
-    comparisons = {role: dict(found) for role, found in evaluation.comparisons.items()}
-    for role, slowdown in slowdowns.items():
-        old = comparisons[role]["gradient_descent"]
-        comparisons[role]["gradient_descent"] = AttackComparison(
-            **{**vars(old), "slowdown": slowdown}
-        )
-    return Evaluation(**{**vars(evaluation), "comparisons": comparisons})
+def results_of(evaluation: Evaluation) -> dict[str, Any]:
+    """What ``results.json`` of such a run holds, as it reads back."""
+    about = {"kind": "kappa", "method": "closed-form", "config": {}, "environment": {}}
+    found: dict[str, Any] = json.loads(json.dumps(to_json({**about, **evaluation.to_dict()})))
+    return found
 
 
 # --- measurements -------------------------------------------------------------------------------
 
 
 def test_results_hold_what_a_report_needs(evaluation: Evaluation) -> None:
-    results = evaluation.results()
-    assert results["method"] == "closed_form"
+    results = evaluation.to_dict()
     assert set(results["rir"]) == {"official", "ridge", "rank_aware"}
     assert results["rir"]["ridge"] == pytest.approx(results["i"] / results["ii"])
     assert results["ceiling"] == pytest.approx(results["rir"]["ridge"], rel=1e-6)
@@ -63,8 +68,8 @@ def test_results_hold_what_a_report_needs(evaluation: Evaluation) -> None:
     for role in ("harmful", "primary"):
         assert results["slowdown"][role]["whitened"] == 1.0
         assert results["slowdown"][role]["closed_form_ridge"] == 1.0
-    assert results["config"]["strength"] == 10.0
-    assert {"torch", "compiled_operators", "python"} <= set(results["environment"])
+    assert not results["attackers"]["whitened"]["sees_theta"]
+    assert Evaluation.from_dict(results_of(evaluation)) == evaluation
 
 
 def test_evaluation_on_each_device(device: torch.device) -> None:
@@ -73,53 +78,55 @@ def test_evaluation_on_each_device(device: torch.device) -> None:
         ClosedFormImmunizer(strength=10.0),
         ConditionNumberImmunizer(steps=3, preconditioner="explicit"),
     ):
-        immunized = immunizer.fit(primary, harmful)
-        assert immunized.theta.device.type == device.type
-        found = evaluate(immunized, primary, harmful, base_budget=50, limit=2.0)
-        assert found.results()["environment"]["device"].startswith(device.type)
-        assert found.comparisons["harmful"]["whitened"].slowdown == (1.0, False)
+        extractor = immunizer.fit(None, Problem.of(primary, harmful))
+        assert extractor.theta.device.type == device.type
+        found = evaluate(extractor, primary, harmful, base_budget=50, limit=2.0)
+        assert found.slowdown["harmful"]["whitened"] == 1.0
+        assert not found.slowdown_is_lower_bound["harmful"]["whitened"]
 
 
 def test_metrics_rows_follow_the_curves(evaluation: Evaluation) -> None:
-    rows = evaluation.metrics()
-    assert [row["step"] for row in rows if row["kind"] == "immunize"] == [0.0, 1.0]
-    curve = evaluation.comparisons["harmful"]["gradient_descent"].immunized
+    curve = evaluation.attacks["harmful"]["gradient_descent"]["curves"]["with"]
+    about = ("harmful", "gradient_descent", True)
     mine = [
         row
-        for row in rows
-        if row["kind"] == "attack"
-        and (row["role"], row["attacker"], row["immunized"])
-        == ("harmful", "gradient_descent", True)
+        for row in evaluation.metrics()
+        if (row["role"], row["attacker"], row["immunized"]) == about
     ]
-    assert mine[0]["step"] == 0
-    assert mine[-1]["step"] == curve.steps
-    for row in mine:
-        assert row["test_loss"] == float(curve.test_loss[row["step"]])
+    assert [row["step"] for row in mine] == curve["steps"]
+    assert [row["test_loss"] for row in mine] == curve["test_loss"]
+
+
+def warned(evaluation: Evaluation, **changes: Any) -> list[str]:
+    """Warnings where some measurements came out otherwise; ``__`` leads into tables."""
+    found = copy.deepcopy(evaluation.to_dict())
+    for path, value in changes.items():
+        *outer, last = path.split("__")
+        table = found
+        for name in outer:
+            table = table[name]
+        table[last] = value
+    return warnings_of(found, {})
 
 
 def test_warnings_name_what_is_wrong(evaluation: Evaluation) -> None:
-    same = replaced(evaluation, harmful=Slowdown(1.0, False))
-    assert any("does not work" in text for text in same.warnings())
-    costly = replaced(evaluation, primary=Slowdown(3.0, False))
-    assert any("primary task is slowed as well (3.0x" in text for text in costly.warnings())
-    few = evaluation.tasks["harmful"]
-    short = Task(few.name, few.x_train[:3], few.y_train[:3], few.x_test, few.y_test)
-    scarce = Evaluation(
-        **{
-            **vars(evaluation),
-            "tasks": {**evaluation.tasks, "harmful": short},
-            "ceiling_growth": 50.0,
-        }
-    )
-    assert any("fewer training samples (3) than features (5)" in t for t in scarce.warnings())
-    assert any("grows 50 times" in text for text in scarce.warnings())
+    free = {"slowdown__harmful__gradient_descent": 1.0}
+    free["slowdown_is_lower_bound__harmful__gradient_descent"] = False
+    same = warned(evaluation, **free)
+    assert any("does not work" in text for text in same)
+    costly = warned(evaluation, slowdown__primary__gradient_descent=3.0)
+    assert any("primary task is slowed as well (3.0x" in text for text in costly)
+    scarce = warned(evaluation, tasks__harmful__train_samples=3, ceiling_growth=50.0)
+    assert any("fewer training samples (3) than features (5)" in text for text in scarce)
+    assert any("grows 50 times" in text for text in scarce)
+    alone = warned(evaluation, tasks__harmful__kind="constant labels")
+    assert any("has one class" in text for text in alone)
 
 
 def test_warning_when_rir_is_high_for_the_wrong_reason(evaluation: Evaluation) -> None:
     # kappa_H fell by e, kappa_P by e^3: RIR is e^2.
-    ratio = RelativeImmunizationRatio("ridge", 1e-2, 2.0, 3.0, 1.0, 4.0, 5, 5, 5, 5)
-    easier = Evaluation(**{**vars(evaluation), "rir": {**evaluation.rir, "ridge": ratio}})
-    assert any("although RIR is 7.39" in text for text in easier.warnings())
+    easier = warned(evaluation, i=math.exp(-1.0), log_rir__ridge=2.0, rir__ridge=math.exp(2.0))
+    assert any("although RIR is 7.39" in text for text in easier)
 
 
 def test_log_spaced_steps() -> None:
@@ -133,10 +140,10 @@ def test_log_spaced_steps() -> None:
 # --- words --------------------------------------------------------------------------------------
 
 
-def comparison(base_steps: int, steps: int | None, ratio: float) -> AttackComparison:
-    curve = AttackCurve("gradient_descent", torch.ones(1281), torch.ones(1281), None, torch.ones(1))
-    result = Slowdown(ratio, steps is None)
-    return AttackComparison("gradient_descent", "t", 0.1, base_steps, steps, result, curve, curve)
+def attack(base_steps: int, steps: int | None, ratio: float, budget: int = 1280) -> Attacked:
+    facts = {"steps_without": base_steps, "steps_with": steps, "budget_with": budget}
+    slowdown = Slowdown(ratio, steps is None)
+    return Attacked("harmful", AttackerInfo("Gradient descent"), slowdown, facts)
 
 
 @pytest.mark.parametrize(
@@ -151,74 +158,210 @@ def comparison(base_steps: int, steps: int | None, ratio: float) -> AttackCompar
             10,
             None,
             128.0,
-            "Not there after 1,280 steps: more than 128 times the 10 steps it took before.",
+            "Not there after 1,280 steps: more than 128 times the 10 steps before.",
         ),
+        (900, None, 1.42, "Not there after 1,280 steps: more than 1.4 times the 900 steps before."),
+        # "More than 1 times" says nothing.
+        (1280, None, 1.0, "Not there after 1,280 steps; without immunization it took 1,280."),
     ],
 )
 def test_sentences(base_steps: int, steps: int | None, ratio: float, sentence: str) -> None:
-    assert describe_attack(comparison(base_steps, steps, ratio)) == sentence
+    assert describe_attack(attack(base_steps, steps, ratio)) == sentence
 
 
-def test_headline_is_no_better_than_the_numbers(evaluation: Evaluation) -> None:
-    expected = {
-        (30.0, 1.0): "Slower to misuse, not locked",
-        (1.5, 1.0): "Slightly slower to misuse",
-        (1.0, 1.0): "No protection on these tasks",
-        (0.5, 0.1): "No protection on these tasks",
-        (30.0, 4.0): "Slower to misuse, and slower to use",
+def results_with(**harmful: tuple[float, bool]) -> dict[str, Any]:
+    """A run whose attackers on the harmful task came out so; the primary task is as it was."""
+    return results_of_roles(harmful, dict.fromkeys(harmful, (1.0, False)))
+
+
+def results_of_roles(
+    harmful: dict[str, tuple[float, bool]], primary: dict[str, tuple[float, bool]]
+) -> dict[str, Any]:
+    results = saved("kappa")
+    for role, found in (("harmful", harmful), ("primary", primary)):
+        results["slowdown"][role] = {name: ratio for name, (ratio, _) in found.items()}
+        results["slowdown_is_lower_bound"][role] = {name: cut for name, (_, cut) in found.items()}
+        facts = results["attacks"][role]
+        results["attacks"][role] = {name: facts.get(name, facts["whitened"]) for name in found}
+    return results
+
+
+@pytest.mark.parametrize(
+    ("harmful", "primary", "words"),
+    [
+        ((30.0, False), 1.0, "Slower to misuse, not locked"),
+        ((1.5, False), 1.0, "Slightly slower to misuse"),
+        ((1.0, False), 1.0, "No protection on these tasks"),
+        ((0.5, False), 0.1, "No protection on these tasks"),
+        ((30.0, False), 4.0, "Slower to misuse, and slower to use"),
+        ((1.0, True), 0.9, "Slower to misuse, not locked"),
+    ],
+)
+def test_headline_is_no_better_than_the_numbers(
+    harmful: tuple[float, bool], primary: float, words: str
+) -> None:
+    results = results_of_roles(
+        {"gradient_descent": harmful}, {"gradient_descent": (primary, False)}
+    )
+    assert headline(results) == words
+
+
+def test_verdict_counts_every_attacker() -> None:
+    two_free = results_with(
+        gradient_descent=(30.0, False),
+        conjugate_gradients=(3.5, False),
+        adam=(64.0, True),
+        whitened=(1.0, False),
+        closed_form_ridge=(1.0, False),
+    )
+    expected = (
+        "Of 5 attackers, 3 are slowed, by 3.5× to >64×; not slowed: whitens the features first, "
+        "solves in closed form."
+    )
+    assert verdict(two_free) == expected
+    page = ParsedPage(report.render(two_free)).text
+    assert expected in page
+    # The card of the attacker who minds it least shows one who is not slowed, not the 3.5x.
+    assert "1.0× the steps to learn the harmful task for the attacker who minds it least" in page
+    assert expected in summary(two_free)
+
+
+def test_an_optimizer_that_is_not_slowed_is_in_the_headline() -> None:
+    results = results_with(gradient_descent=(30.0, False), adam=(1.0, False))
+    assert headline(results) == "Slower to misuse for some optimizers, not for all"
+    one = results_with(gradient_descent=(30.0, False))
+    assert verdict(one) == "Of 1 attacker, 1 is slowed, by 30×; none gets round it."
+    none = results_with(gradient_descent=(1.0, False), adam=(0.5, False))
+    assert verdict(none) == "None of 2 attackers is slowed."
+
+
+def test_every_attacker_has_its_row_and_its_name() -> None:
+    """Also one that this package does not know: results bring the label."""
+    results = results_with(gradient_descent=(30.0, False), patient=(2.0, False))
+    results["attackers"]["patient"] = {"label": "Waits for better times", "sees_theta": True}
+    text = ParsedPage(report.render(results)).text
+    assert "Waits for better times 2.0×" in text
+    assert "Other optimizers: waits for better times, 2.0×." in text
+    assert "Waits for better times" in summary(results)
+
+
+def test_warnings_stand_in_the_page_and_reach_the_terminal() -> None:
+    results = {**saved("kappa"), "warnings": ["The ceiling is a lie."], "notes": ["Chosen tasks."]}
+    text = ParsedPage(report.render(results)).text
+    assert "Before you quote these numbers The ceiling is a lie. Chosen tasks." in text
+    assert "warning: The ceiling is a lie." in summary(results)
+
+
+def test_shares_of_test_samples_have_their_intervals() -> None:
+    text = ParsedPage(report.render(saved("kappa"))).text
+    assert re.search(
+        r"Its test accuracy at the end is 99.7% \(98.5% to 100.0% at 95%, n = 360", text
+    )
+    assert len(re.findall(r"% to [\d.]+% at 95%, n = 358\)", text)) == 2
+
+
+def test_page_says_it_all() -> None:
+    results = saved("kappa")
+    results["alternatives"] = [
+        {
+            "name": "Other & co",
+            "rir": 1234567.0,
+            "share_of_ceiling": 0.5,
+            "harmful": [128.0, True],
+            "primary": [0.5, False],
+        }
+    ]
+    results["harmful_tasks"] = [
+        {
+            "name": "one more harm",
+            "rir": {"ridge": 3.0},
+            "share_of_ceiling": 0.25,
+            "slowdown": {"gradient_descent": 16.0, "whitened": 1.0},
+            "slowdown_is_lower_bound": {"gradient_descent": True, "whitened": False},
+        }
+    ]
+    text = ParsedPage(report.render(results)).text
+    for words in (
+        "What was protected",
+        "Against whom",
+        "At what cost",
+        "whitens the features first, or solves for the head in closed form, is not slowed at all",
+        "Other & co 1.23·10⁶ 50% >128× 0.50×",
+        "one more harm >16× 1.0× 3 25%",
+        "Slow-down on the training loss from the spectrum alone",
+    ):
+        assert words in text
+
+
+def test_results_without_curves_have_a_page_without_plots() -> None:
+    text = report.render(saved("kappa", schema=1))
+    assert "<svg" not in text
+    assert "Watching the attackers learn" not in text
+    assert "The ceiling of RIR, by ridge" in text
+
+
+def test_further_attacks_in_plain_text() -> None:
+    row = {
+        "attacker": "lbfgs",
+        "role": "harmful",
+        "slowdown": 64.0,
+        "is_lower_bound": True,
+        "steps_without": 1,
+        "steps_with": None,
+        "budgets": [{"steps": 1, "loss_with": 0.25, "loss_without": 0.125}],
     }
-    for (harm, cost), words in expected.items():
-        found = replaced(evaluation, harmful=Slowdown(harm, False), primary=Slowdown(cost, False))
-        assert headline(found) == words
-    censored = replaced(evaluation, harmful=Slowdown(1.0, True), primary=Slowdown(0.9, False))
-    assert headline(censored) == "Slower to misuse, not locked"
-    assert times(Slowdown(128.0, True)) == ">128×"
+    told = attack_summary({"kind": "kappa-attack", "attacks": [row]})
+    assert "L-BFGS" in told
+    assert ">64× slower" in told
+    assert "1 step: test loss 0.25, 0.125 without" in told
+
+
+# --- what results hold for the plots ------------------------------------------------------------
+
+
+def test_curves_are_thinned_and_keep_what_sentences_quote(evaluation: Evaluation) -> None:
+    facts = evaluation.attacks["harmful"]["gradient_descent"]
+    for side, last in (("without", None), ("with", facts["budget_with"])):
+        curve = facts["curves"][side]
+        steps = curve["steps"]
+        assert steps == sorted(set(steps))
+        assert {0, 1, 10, facts["steps_without"]} <= {*steps}
+        assert len(steps) <= 130
+        assert len(curve["test_loss"]) == len(curve["test_accuracy"]) == len(steps)
+        assert last in (None, steps[-1])
+
+
+def test_a_run_is_drawn_from_what_was_measured(evaluation: Evaluation) -> None:
+    page = ParsedPage(report.render(results_of(evaluation)))
+    page.check()
+    assert "task <2> & more" in page.text  # escaped once, not twice
+    assert "Right answers while the attack runs" in page.text
+    assert "Why: the spectra" in page.text
+
+
+def test_regression_has_no_accuracy_plot() -> None:
+    primary, harmful = task(1, labels=False), task(2, labels=False)
+    extractor = immunized(primary, harmful, strength=5.0)
+    found = results_of(evaluate(extractor, primary, harmful, base_budget=100, limit=4.0))
+    page = page_of(found)
+    assert page.panels["accuracy"] == []
+    assert page.panels["convergence"]
+    assert "Right answers" not in report.render(found)
 
 
 # --- run directories ----------------------------------------------------------------------------
 
 
-def test_run_directory_is_complete(evaluation: Evaluation, tmp_path: Path) -> None:
-    target = tmp_path / "runs" / "first"
-    assert write_run(evaluation, target, extra={"seconds": {"total": 1.0}}) == target
-    assert sorted(path.name for path in target.iterdir()) == [
-        "accuracy.png",
-        "convergence.png",
-        "immunized.safetensors",
-        "metrics.jsonl",
-        "report.html",
-        "results.json",
-        "spectra.png",
-    ]
-    assert [path.name for path in target.parent.iterdir()] == ["first"]
-    results = json.loads((target / "results.json").read_text())
-    assert results["seconds"] == {"total": 1.0}
-    for line in (target / "metrics.jsonl").read_text().splitlines():
-        json.loads(line)
-    for name in ("accuracy", "convergence", "spectra"):
-        assert (target / f"{name}.png").read_bytes().startswith(b"\x89PNG")
-    again = Immunized.load(target / "immunized.safetensors")
-    assert torch.equal(again.theta, evaluation.immunized.theta)
-
-
-def test_regression_has_no_accuracy_plot(tmp_path: Path) -> None:
-    primary, harmful = task(1, labels=False), task(2, labels=False)
-    immunized = ClosedFormImmunizer(strength=5.0).fit(primary, harmful)
-    found = evaluate(immunized, primary, harmful, base_budget=100, limit=4.0)
-    target = write_run(found, tmp_path / "run")
-    assert not (target / "accuracy.png").exists()
-    assert "Right answers" not in (target / "report.html").read_text()
-
-
-def test_failure_leaves_nothing(
-    evaluation: Evaluation, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    def fail(*_: object) -> None:
+def test_a_page_that_fails_leaves_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def fail(*_: object, **__: object) -> None:
         raise OSError("disk full")
 
-    monkeypatch.setattr("immunize_ext.probing.tmp_write.write_json_lines", fail)
-    with pytest.raises(OSError, match="disk full"):
-        write_run(evaluation, tmp_path / "run")
+    monkeypatch.setattr("immunize_ext.report.page.write_file", fail)
+    with (
+        pytest.raises(OSError, match="disk full"),
+        run_directory(tmp_path / "run") as folder,
+    ):
+        report.write(saved("kappa"), folder)
     assert list(tmp_path.iterdir()) == []
 
 
@@ -278,133 +421,3 @@ def test_json_is_strict() -> None:
     value = {"a": [math.inf, -math.inf, math.nan, 1.0], 2: (True, None)}
     assert to_json(value) == {"a": ["inf", "-inf", None, 1.0], "2": [True, None]}
     json.dumps(to_json(value), allow_nan=False)
-
-
-# --- the page -----------------------------------------------------------------------------------
-
-
-class Page(HTMLParser):
-    """Collects what a page refers to, its identifiers and its visible text."""
-
-    VOID = ("meta", "link", "img", "br", "hr", "input")
-
-    def __init__(self, text: str) -> None:
-        super().__init__()
-        self.references: list[str] = []
-        self.identifiers: list[str] = []
-        self.words: list[str] = []
-        self.open: list[str] = []
-        self.tags: set[str] = set()
-        self.feed(text)
-
-    def handle_starttag(self, tag: str, attributes: list[tuple[str, str | None]]) -> None:
-        self.tags.add(tag)
-        if tag not in self.VOID:
-            self.open.append(tag)
-        self._attributes(attributes)
-
-    def handle_startendtag(self, tag: str, attributes: list[tuple[str, str | None]]) -> None:
-        self.tags.add(tag)
-        self._attributes(attributes)
-
-    def _attributes(self, attributes: list[tuple[str, str | None]]) -> None:
-        for name, value in attributes:
-            if name in ("href", "src", "xlink:href"):
-                self.references.append(value or "")
-            if name == "id":
-                self.identifiers.append(value or "")
-
-    def handle_endtag(self, tag: str) -> None:
-        assert self.open.pop() == tag
-
-    def handle_data(self, text: str) -> None:
-        if not self.open or self.open[-1] not in ("style", "script"):
-            self.words.append(text)
-
-
-@pytest.fixture(scope="module")
-def page_text(evaluation: Evaluation) -> str:
-    from immunize_ext.probing.plots import draw_svg
-
-    results = {
-        **evaluation.results(),
-        "notes": ["a <note>"],
-        "alternatives": [
-            {
-                "name": "Other & co",
-                "rir": 1234567.0,
-                "share_of_ceiling": 0.5,
-                "harmful": [128.0, True],
-                "primary": [0.5, False],
-            }
-        ],
-    }
-    return render_html(evaluation, results, draw_svg(evaluation))
-
-
-def test_page_is_well_formed_and_stands_alone(page_text: str) -> None:
-    page = Page(page_text)
-    assert page.open == []
-    assert "script" not in page.tags
-    # References only within the page, to identifiers that exist and are unique.
-    assert all(reference.startswith("#") for reference in page.references)
-    assert {reference[1:] for reference in page.references} <= set(page.identifiers)
-    assert len(page.identifiers) == len(set(page.identifiers))
-    for used in re.findall(r"url\(#([^)]*)\)", page_text):
-        assert used in page.identifiers
-    assert "http" not in re.sub(r'xmlns(:\w+)?="[^"]*"', "", page_text)
-
-
-def test_page_adapts_to_phone_and_dark_mode(page_text: str) -> None:
-    assert 'name="viewport"' in page_text
-    assert "prefers-color-scheme: dark" in page_text
-    # No colour of a plot is fixed.
-    svg = "".join(re.findall(r"<svg.*?</svg>", page_text, flags=re.DOTALL))
-    assert "var(--harmful)" in svg
-    assert set(re.findall(r"#[0-9a-f]{6}\b", svg)) == set()
-
-
-def test_page_says_it_all(page_text: str) -> None:
-    text = " ".join("".join(Page(page_text).words).split())
-    for words in (
-        "What was protected",
-        "Against whom",
-        "At what cost",
-        "whitens the features first, or solves for the head in closed form, is not slowed at all",
-        "task <2> & more",  # escaped once, not twice
-        "a <note>",
-        "Other & co",
-        "1.23·106",  # an exponent, as a superscript
-        ">128×",
-    ):
-        assert words in text
-
-
-def test_every_plot_has_its_sentence(page_text: str) -> None:
-    captions = re.findall(r"<figcaption>(.*?)</figcaption>", page_text)
-    assert len(captions) == page_text.count("<figure>") == 12
-    assert all(caption.strip() for caption in captions)
-    assert sum("Not slowed at all" in caption for caption in captions) >= 2
-
-
-def test_plots_leave_matplotlib_alone(evaluation: Evaluation) -> None:
-    import matplotlib
-
-    from immunize_ext.probing.plots import draw_svg
-
-    before = dict(matplotlib.rcParams)
-    first, again = draw_svg(evaluation), draw_svg(evaluation)
-    assert dict(matplotlib.rcParams) == before
-    assert first == again
-
-
-def test_missing_matplotlib_is_named(
-    evaluation: Evaluation, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    def missing(name: str) -> None:
-        raise ModuleNotFoundError(f"No module named {name!r}", name="matplotlib")
-
-    monkeypatch.setattr("immunize_ext._extras.importlib.import_module", missing)
-    with pytest.raises(MissingExtraError, match=r"pip install 'immunize_ext\[report\]'"):
-        write_run(evaluation, tmp_path / "run")
-    assert list(tmp_path.iterdir()) == []

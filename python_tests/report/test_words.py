@@ -1,0 +1,85 @@
+"""Numbers in words, and the interval of a share."""
+
+from __future__ import annotations
+
+import math
+
+import pytest
+
+from immunize_ext.quantities import Slowdown, binomial_interval
+from immunize_ext.report.words import (
+    count,
+    in_words,
+    number,
+    percent,
+    plain,
+    share,
+    slowed,
+    times,
+    unchanged,
+)
+
+
+@pytest.mark.parametrize(
+    ("successes", "trials", "low", "high"),
+    [
+        # Clopper and Pearson's own case, and tables of the interval.
+        (0, 48, 0.0, 0.0740),
+        (48, 48, 0.9260, 1.0),
+        (0, 10, 0.0, 0.3085),
+        (1, 10, 0.0025, 0.4450),
+        (5, 10, 0.1871, 0.8129),
+        (81, 263, 0.2527, 0.3676),
+        (0, 0, 0.0, 1.0),
+    ],
+)
+def test_clopper_pearson(successes: int, trials: int, low: float, high: float) -> None:
+    assert binomial_interval(successes, trials) == pytest.approx((low, high), abs=5e-5)
+
+
+def test_clopper_pearson_covers() -> None:
+    """Whatever the true share, at least 95 % of the intervals hold it."""
+    trials = 20
+    intervals = [binomial_interval(k, trials) for k in range(trials + 1)]
+    for true in (0.01, 0.1, 0.3, 0.5, 0.9):
+        covered = sum(
+            math.comb(trials, k) * true**k * (1.0 - true) ** (trials - k)
+            for k, (low, high) in enumerate(intervals)
+            if low <= true <= high
+        )
+        assert covered >= 0.95
+
+
+@pytest.mark.parametrize(("successes", "trials"), [(-1, 3), (4, 3)])
+def test_clopper_pearson_refuses(successes: int, trials: int) -> None:
+    with pytest.raises(ValueError, match="successes must be 0 to trials"):
+        binomial_interval(successes, trials)
+
+
+def test_grammar() -> None:
+    assert count(1, "run") == "1 run"
+    assert count(0, "run") == "0 runs"
+    assert count(1280, "step") == "1,280 steps"
+
+
+def test_numbers() -> None:
+    assert [number(v) for v in (0.001234, 12.345, 1234.5, 1.234e6, 1e-5)] == [
+        *("0.00123", "12.3", "1,234", "1.23·10⁶", "1·10⁻⁵"),
+    ]
+    assert [number(v) for v in (math.inf, "-inf", None)] == ["∞", "-∞", "not defined"]
+    assert percent(None) == "not measured"
+    assert share(0.0, 48) == "0.0% (0.0% to 7.4% at 95%, n = 48)"
+    assert plain({"a": [1, True, None], "b": ()}) == "a 1, yes, none, b none"
+
+
+def test_slow_downs() -> None:
+    assert times(Slowdown(128.0, True)) == ">128×"
+    assert in_words(Slowdown(3.5, False)) == "3.5× slower"
+    assert in_words(Slowdown(0.5, False)) == "2.0× faster"
+    assert in_words(Slowdown(1.0, False)) == "as fast as before"
+    # A budget that ends just behind the base: more than once, never "more than 1 times".
+    assert times(Slowdown(1.4, True)) == ">1.4×"
+    assert unchanged(Slowdown(1.0, False))
+    assert not unchanged(Slowdown(1.0, True))
+    assert slowed(Slowdown(1.0, True))
+    assert not slowed(Slowdown(1.04, False))
