@@ -286,8 +286,8 @@ def effects(files: Mapping[str, Any]) -> list[str]:
         ),
         (
             "random start with bias; RIR is measured against the identity",
-            f"start at the identity: RIR {rir('start at the identity, no bias')} instead of {base};"
-            " the metric sees the layer's output with its bias, without it "
+            f"start at the identity: RIR {rir('start at the identity, no bias')} instead of "
+            f"{base}. The metric sees the layer's output with its bias, without it "
             f"{rir('the bias left out of the metric')}",
         ),
         (

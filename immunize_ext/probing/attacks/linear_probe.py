@@ -240,16 +240,27 @@ class LinearProbeAttack(ABC):
 
 
 def _features(name: str, task: Task, theta: Tensor | None) -> tuple[Tensor, Tensor]:
-    parts = task.x_train.to(torch.float64), task.x_test.to(torch.float64)
-    if theta is None:
-        return parts
+    parts = [task.x_train.to(torch.float64), task.x_test.to(torch.float64)]
+    if theta is not None:
+        parts = [x @ _fitting(name, task, theta) for x in parts]
+    if not all(bool(torch.isfinite(part).all()) for part in parts):
+        raise ValueError(
+            f"{name}: features x @ theta must be finite, got an overflow; scale theta down"
+        )
+    # No attacker sees the scale of its features, but squares of 1e200 overflow. A power of two
+    # changes no digit.
+    peak = float(parts[0].abs().max())
+    scale = 2.0 ** -math.frexp(peak)[1] if peak > 0.0 else 1.0
+    return parts[0] * scale, parts[1] * scale
+
+
+def _fitting(name: str, task: Task, theta: Tensor) -> Tensor:
     if theta.dim() != 2 or theta.shape[0] != task.num_features:
         raise ValueError(
             f"{name}: theta must have shape ({task.num_features}, q) to multiply the task's "
             f"inputs, got {tuple(theta.shape)}"
         )
-    theta = theta.detach().to(torch.float64)
-    return parts[0] @ theta, parts[1] @ theta
+    return theta.detach().to(torch.float64)
 
 
 def _evaluate(

@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
+import torch
 from torch import Tensor
 
 from immunize_ext.probing.attacks.linear_probe import LinearProbeAttack, Traces
@@ -94,8 +95,7 @@ def compare_attack(
         The comparison; ``str(result.slowdown)`` is ``"3.5x"`` or ``">128x"``.
 
     Raises:
-        ValueError: If an argument is out of range, shapes do not fit, or the attack gets no finite
-            test loss at all.
+        ValueError: If an argument is out of range, shapes do not fit, or losses overflow.
 
     Note:
         Deterministic; computed in float64. Where the lowest test loss is that of an early stop, as
@@ -119,18 +119,14 @@ def compare_attack(
         raise ValueError(f"compare_attack: base_budget must be at least 1 step, got {base_budget}")
     attack = find_attack("compare_attack", attacker) if isinstance(attacker, str) else attacker
     without = _traces(attack, theta0, task, base_budget, seed)
-    lowest = min(without.lowest)
-    if not math.isfinite(lowest):
-        raise ValueError(
-            f"compare_attack: {attack.name} must reach a finite test loss without immunization, "
-            "got none at any step; scale the features, or lower its learning rates"
-        )
-    target = max((1.0 + tolerance) * lowest, SOLVED * float(without.test_loss[0, 0]))
+    _check_finite(without, "without")
+    target = max((1.0 + tolerance) * min(without.lowest), SOLVED * float(without.test_loss[0, 0]))
     chosen = without.best(target)
     base_steps = without.steps_to(target)[chosen]
     assert base_steps is not None  # the minimum itself is within the tolerance
     budget = max(1, round(limit * max(base_steps, 1)))
     found = _traces(attack, theta, task, budget, seed, target if stop_early else None)
+    _check_finite(found, "with")
     column = found.best(target)
     steps = found.steps_to(target)[column]
     return AttackComparison(
@@ -143,6 +139,15 @@ def compare_attack(
         base=without.curve(chosen),
         immunized=found.curve(column),
     )
+
+
+def _check_finite(traces: Traces, side: str) -> None:
+    """Refuse an attack whose losses overflow with every learning rate: that is no protection."""
+    if not bool(torch.isfinite(traces.test_loss).all(0).any()):
+        raise ValueError(
+            f"compare_attack: {traces.attack} must keep its losses finite {side} immunization, got "
+            "NaN or infinity with every learning rate; scale the features or theta"
+        )
 
 
 class BudgetOutcome(NamedTuple):

@@ -211,14 +211,13 @@ def calibrate_strength(
         coordinates = pencil(fold.x_train, x_harmful, ridge=ridge)
         rotation = random_rotation(coordinates.basis, seed)
         base = probe.run(None, fold, steps=1000)
-        lowest = min(
-            (loss for loss in base.score("test_loss") if math.isfinite(loss)), default=None
-        )
-        if lowest is None:
+        losses = base.score("test_loss")
+        if not all(map(math.isfinite, losses)):
             raise ValueError(
-                f"calibrate_strength: {attacker} must reach a finite loss on every fold of the "
-                "primary task, got none at any step; scale the features"
+                f"calibrate_strength: {attacker} must keep its loss finite on every fold of the "
+                "primary task, got NaN or infinity; scale the features"
             )
+        lowest = min(losses)
         target = (1.0 + _TOLERANCE) * lowest
         needed = base.steps_to("test_loss", target, below=True) or 0
         budget = max(1, math.floor(max_primary_slowdown * max(needed, 1)))

@@ -1,6 +1,7 @@
 """The attack: curves, budgets, and the comparison without and with immunization."""
 
 import itertools
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -151,3 +152,22 @@ def test_a_task_that_is_solved_exactly_is_no_protection(attacker: str) -> None:
     theta = torch.diag(torch.logspace(0, 6, 5, dtype=torch.float64)) @ torch.linalg.qr(square).Q
     task = Task("constant", x[:40], y[:40], x[40:], y[40:])
     assert str(compare_attack(task, theta, attacker=attacker).slowdown) == "1.0x"
+
+
+@pytest.mark.parametrize("attacker", list(ATTACKS))
+@pytest.mark.parametrize("scale", [2.0**-600, 2.0**600])
+def test_no_scale_of_theta_looks_like_protection(attacker: str, scale: float) -> None:
+    """Squares of such features overflow or vanish; an attacker who stops short is an artefact."""
+    theta = scale * torch.eye(4, dtype=torch.float64)
+    result = compare_attack(task(), theta, attacker=attacker, base_budget=100)
+    assert result.slowdown == (1.0, False)
+    pairs = zip(result.immunized.score("test_loss"), result.base.score("test_loss"), strict=False)
+    assert all(found == pytest.approx(expected, rel=1e-9) for found, expected in pairs)
+
+
+def test_losses_that_overflow_are_neither_protection_nor_none() -> None:
+    wild = replace(ATTACKS["momentum"], learning_rates=(1e3, 1e4))  # type: ignore[type-var]
+    with pytest.raises(ValueError, match="losses finite without immunization, got NaN or infinity"):
+        compare_attack(task(), torch.eye(4), attacker=wild)
+    with pytest.raises(ValueError, match=r"x @ theta must be finite, got an overflow"):
+        compare_attack(task(), 1e308 * torch.ones(4, 4, dtype=torch.float64))
