@@ -14,11 +14,10 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Any, Literal, cast
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
-from torch._functorch.utils import enable_single_level_autograd_function
 from torch.autograd.function import _SingleLevelFunction
 from torch.utils import _pytree as pytree
 
@@ -30,6 +29,7 @@ from immunize_ext.ops.derivatives import (
     Linear,
     SecondDerivative,
     Values,
+    apply_here,
     below_autograd,
     carries_tangent,
     differentiable,
@@ -521,10 +521,8 @@ def _merge_apply_kernel(op: Callable[..., Any]) -> Callable[..., Any]:
         recorded = torch.is_grad_enabled() and any(t.requires_grad for t in tensors)
         if not recorded or any(carries_tangent(t) for t in tensors):
             return refuses(base, targets, rows, values, c, b, *rest)
-        with enable_single_level_autograd_function():
-            outputs = cast(Any, _MergeApply).apply(
-                (len(base), rows, values, *rest), c, b, *base, *targets
-            )
+        layout = (len(base), rows, values, *rest)
+        outputs = apply_here(_MergeApply, layout, c, b, *base, *targets)
         return list(outputs[: len(base)]), list(outputs[len(base) :])
 
     return kernel
