@@ -31,15 +31,18 @@ Kernel = Callable[..., Any]
 # --- looking at tensors that transforms wrap ------------------------------------------------------
 
 
+_PLAIN = (Tensor, torch.nn.Parameter)
+
+
+def _no_tangents() -> bool:
+    return forward_ad._current_level < 0 and not torch._C._are_functorch_transforms_active()
+
+
 def carries_tangent(tensor: Tensor) -> bool:
     """True if forward mode differentiates with respect to ``tensor``, in whatever disguise."""
     # The plain case first: the full question costs microseconds. In a graph that Dynamo traced the
     # level is entered without forward_ad knowing, but the tensors are then no plain ones.
-    if (
-        forward_ad._current_level < 0
-        and type(tensor) in (Tensor, torch.nn.Parameter)
-        and not torch._C._are_functorch_transforms_active()
-    ):
+    if type(tensor) in _PLAIN and _no_tangents():
         return False
     return torch._VF._unpack_dual(tensor, level=0)[1] is not None
 
@@ -58,7 +61,7 @@ def payload(tensor: Tensor) -> Tensor | None:
         return None
     while torch._C._functorch.is_functorch_wrapped_tensor(tensor):
         tensor = torch._C._functorch.get_unwrapped(tensor)
-    plain = type(tensor) in (Tensor, torch.nn.Parameter) and tensor.device.type != "meta"
+    plain = type(tensor) in _PLAIN and tensor.device.type != "meta"
     return tensor.detach() if plain else None
 
 
@@ -110,6 +113,9 @@ def below_autograd(operator: Kernel, *args: Any) -> Any:
     That transform must find both modes as they were outside, and ``autograd.Function`` switches
     them off around its forward.
     """
+    if not torch._C._are_functorch_transforms_active():
+        with torch._C._AutoDispatchBelowAutograd():
+            return operator(*args)
     with (
         torch.enable_grad(),
         _set_fwd_grad_enabled(True),
@@ -193,7 +199,8 @@ class Values(_SingleLevelFunction):
     def backward(ctx: Any, *grads: Tensor) -> tuple[Any, ...]:
         a, *outputs = ctx.saved_tensors
         family: Family = ctx.family
-        saved = [outputs[k].detach() for k in family.saved]
+        # The differentiable outputs are saved as numbers: their derivative is the whole formula's.
+        saved = [outputs[k].detach() if k < family.values else outputs[k] for k in family.saved]
         grad = family.call("_backward", *grads[: family.values], a, *saved, *ctx.policy)
         return None, grad, *(None,) * len(ctx.policy)
 
@@ -356,12 +363,26 @@ class _Refusal(_SingleLevelFunction):
 
 def _differentiated(args: tuple[Any, ...]) -> Tensor | None:
     """The first tensor among the arguments that a derivative is asked for."""
-    tensors = [leaf for leaf in pytree.tree_leaves(args) if isinstance(leaf, Tensor)]
-    recording = torch.is_grad_enabled()
-    for tensor in tensors:
-        if (recording and tensor.requires_grad) or carries_tangent(tensor):
-            return tensor
+    recording, still = torch.is_grad_enabled(), _no_tangents()
+    for arg in args:
+        if isinstance(arg, Tensor):
+            if recording and arg.requires_grad:
+                return arg
+            if not (still and type(arg) in _PLAIN) and carries_tangent(arg):
+                return arg
+        elif isinstance(arg, (list, tuple)):
+            found = _differentiated(tuple(arg))
+            if found is not None:
+                return found
     return None
+
+
+def apply_here(function: type[_SingleLevelFunction], *args: Any) -> Any:
+    """Apply a function at the transform that is being served, and no other."""
+    if not torch._C._are_functorch_transforms_active():
+        return cast(Any, function).apply(*args)
+    with enable_single_level_autograd_function():
+        return cast(Any, function).apply(*args)
 
 
 def differentiable(operator: Kernel, function: type[_SingleLevelFunction], *given: Any) -> Kernel:
@@ -371,8 +392,7 @@ def differentiable(operator: Kernel, function: type[_SingleLevelFunction], *give
         if _differentiated(args) is None:
             with torch._C._AutoDispatchBelowAutograd():
                 return operator(*args)
-        with enable_single_level_autograd_function():
-            return cast(Any, function).apply(*given, *args)
+        return apply_here(function, *given, *args)
 
     return kernel
 
@@ -388,13 +408,10 @@ def refusing(operator: Kernel, text: str) -> Kernel:
         if carries_tangent(cause):
             raise NotImplementedError(text)
         outputs = below_autograd(operator, *args)
-        with enable_single_level_autograd_function():
-            return pytree.tree_map_only(
-                Tensor,
-                lambda out: (
-                    cast(Any, _Refusal).apply(text, out, cause) if out.is_floating_point() else out
-                ),
-                outputs,
-            )
+        return pytree.tree_map_only(
+            Tensor,
+            lambda out: apply_here(_Refusal, text, out, cause) if out.is_floating_point() else out,
+            outputs,
+        )
 
     return kernel
