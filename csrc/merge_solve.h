@@ -1,5 +1,5 @@
-// The part of a merge that all layers share, from Z = L^-1 C^T and the pivots of T on: library calls
-// alone, once for all devices. Shapes are [batch, ...].
+// The part of a merge that all layers share, from Z = L^-1 C^T and the pivots of T on: library
+// calls alone, once for all devices. Shapes are [batch, ...].
 #pragma once
 
 #include <ATen/ATen.h>
@@ -20,9 +20,10 @@ struct Pivoted {
 
 // T = Z'^T Z' for Z' = [ Z; diag(1 / mu)^(1/2) ], of the rows that are kept Z' = Q R. The root
 // H = R^-1 of E = H H^T and the upper part of Q give B = H (L^-T Q)^T. R = L^T of T, a Gram matrix,
-// has lost twice the digits of the angles between tokens; one step on Q (CholeskyQR2) brings them
-// back, provided that Q comes from Z' by substitution and H from solving H R = I row by row: then
-// H R - I is of the order eps |H| |R|, and constraints are met as far as their size allows.
+// has lost twice the digits of the angles between tokens; orthonormalising Q once more
+// (CholeskyQR2, here with a symmetric second factor) brings them back, provided that Q comes from
+// Z' by substitution and H from solving H R = I row by row: then H R - I is of the order eps |H|
+// |R|, and constraints are met as far as their size allows.
 //
 // Averaging: E = T^+, which meets repeated constraints in the least-squares sense. T = K K^T with
 // K = T H of full column rank, so T^+ = K^+T K^+ and its root is K^+T.
@@ -44,11 +45,16 @@ inline std::tuple<at::Tensor, at::Tensor, at::Tensor> solve_constraints(
       stacked.gather(2, v.order.unsqueeze(1).expand(stacked.sizes())) * kept.unsqueeze(1);
   const at::Tensor first = at::linalg_solve_triangular(v.triangle, columns.mT(), /*upper=*/false);
   const at::Tensor gram = first.matmul(first.mT()) + at::diag_embed(1.0 - kept);
-  const at::Tensor correction = std::get<0>(at::linalg_cholesky_ex(gram));
-  const at::Tensor q = at::linalg_solve_triangular(correction, first, /*upper=*/false);
-  const at::Tensor lower = v.triangle.matmul(correction);
-  const at::Tensor inverse =
-      at::linalg_solve_triangular(lower, identity * kept.unsqueeze(-1), /*upper=*/false);
+  // gram^(-1/2) by Newton and Schulz: gram is within 1e-3 of I, and each step squares that. No
+  // library call, since LAPACK's Cholesky never ends in a process that was forked after threads
+  // ran.
+  at::Tensor correction = 1.5 * identity - 0.5 * gram;
+  for (int step = 0; step < 2; ++step)
+    correction =
+        1.5 * correction - 0.5 * correction.matmul(correction).matmul(correction.matmul(gram));
+  const at::Tensor q = correction.matmul(first);
+  const at::Tensor inverse = correction.matmul(
+      at::linalg_solve_triangular(v.triangle, identity * kept.unsqueeze(-1), /*upper=*/false));
   const at::Tensor rows = v.order.unsqueeze(-1).expand(t.sizes());
   at::Tensor root = at::zeros_like(t).scatter(1, rows, inverse.mT());
   at::Tensor basis = q.narrow(2, 0, p.d).mT();

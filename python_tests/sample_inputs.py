@@ -266,6 +266,22 @@ def _merge_solve(device: str) -> list[Sample]:
     ]
 
 
+def _merge_saddle(device: str, first_rows: str = "") -> list[Sample]:
+    """c, inverse_hardness, source, ridge, chol, root, basis, b; after a right-hand side, or not."""
+    samples = []
+    for name, (chol, c, hardness, *rest) in _merge_solve(device):
+        b, root, basis, *_ = torch.ops.immunize_ext.merge_solve(chol, c, hardness, *rest)
+        batch, (s, d) = c.shape[:-2], c.shape[-2:]
+        source = gaussian(*batch, 4, d, seed=55).to(device)
+        ridge = torch.full(batch, 0.5, dtype=torch.float64, device=device)
+        saddle = (c, hardness, source, ridge, chol, root, basis, b)
+        if first_rows:
+            rows = {"d": d, "s": s}[first_rows]
+            saddle = (gaussian(*batch, rows, 2, seed=56).to(device), *saddle)
+        samples.append(Sample(name, saddle))
+    return samples
+
+
 class MergeShapes(NamedTuple):
     """Sizes of one merge: layers of ``out`` rows, ``rows`` tokens a concept, width ``d``."""
 
@@ -381,6 +397,9 @@ _BUILDERS: dict[str, Callable[[str], list[Sample]]] = {
     "symmetric_track": _symmetric_track,
     "merge_gram": _merge_gram,
     "merge_solve": _merge_solve,
+    "merge_constraint_map": _merge_saddle,
+    "merge_free_solve": lambda device: _merge_saddle(device, "d"),
+    "merge_constraint_solve": lambda device: _merge_saddle(device, "s"),
     "merge_apply": _merge_apply,
     "merge_apply_backward": _merge_apply_backward,
     "precondition": _precondition,
@@ -404,6 +423,11 @@ HALF_DIFFERENTIABLE = (
     "precondition",
     "precondition_gradient",
     "symmetric_extremes_backward",
+    # With C, Q and the right-hand side; the rest of their arguments follows from these.
+    "merge_constraint_map",
+    "merge_free_solve",
+    "merge_constraint_solve",
+    "merge_apply_backward",
 )
 # Whether it succeeds depends on the numbers, and is a bool: it cannot be traced.
 WITHOUT_FAKE = ("symmetric_track",)

@@ -38,7 +38,8 @@ namespace {
 using at::Tensor;
 using at::TensorList;
 
-// ---- solve: the part shared by all layers --------------------------------------------------------
+// ---- solve: the part shared by all layers
+// --------------------------------------------------------
 
 // Pivoted Cholesky of T [s, s] scaled to unit diagonal. A pivot is then the squared sine of the
 // angle between a row and the span of those already kept, so the tolerance has no units.
@@ -118,8 +119,7 @@ Tensor solve_in_groups(const Tensor& triangle, const Tensor& right, bool upper) 
       const int64_t count = std::min(kGroup, s - first);
       solution[i]
           .narrow(1, first, count)
-          .copy_(at::linalg_solve_triangular(
-              triangle[i], right[i].narrow(1, first, count), upper));
+          .copy_(at::linalg_solve_triangular(triangle[i], right[i].narrow(1, first, count), upper));
     }
   };
   if (batch * d * d * s <= kSerialOperations)
@@ -163,7 +163,8 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> merge_solve(
   return {p.shaped(b), p.shaped(root), p.shaped(basis), p.shaped(defect), p.shaped(rank)};
 }
 
-// ---- apply: the part per layer -------------------------------------------------------------------
+// ---- apply: the part per layer
+// -------------------------------------------------------------------
 
 // Rows of a block. 32 rows of 768 float32 columns and the concept differences of the same block
 // stay in a 1 MiB second-level cache next to C and B.
@@ -284,7 +285,10 @@ bool all_finite(const scalar_t* x, int64_t count) {
 // only if they are.
 template <typename scalar_t>
 int status_of(
-    const accumulate_t<scalar_t>* r, int64_t edits, double growth, const scalar_t* out,
+    const accumulate_t<scalar_t>* r,
+    int64_t edits,
+    double growth,
+    const scalar_t* out,
     int64_t count) {
   const double largest = largest_of(r, edits);
   if (!std::isfinite(largest))
@@ -357,8 +361,8 @@ std::tuple<std::vector<Tensor>, std::vector<Tensor>, Tensor> merge_apply(
   std::vector<std::atomic<int>> found(p.batch * p.layers());
   AT_DISPATCH_FLOATING_TYPES_AND2(at::kHalf, at::kBFloat16, p.dtype, "merge_apply", [&] {
     using acc_t = accumulate_t<scalar_t>;
-    const double growth = static_cast<double>(p.s) *
-                          largest_of(p.b.const_data_ptr<acc_t>(), p.b.numel());
+    const double growth =
+        static_cast<double>(p.s) * largest_of(p.b.const_data_ptr<acc_t>(), p.b.numel());
     const int64_t count = static_cast<int64_t>(blocks.size());
     at::parallel_for(0, count, grain_of(p), [&](int64_t begin, int64_t end) {
       Scratch<acc_t> scratch;
@@ -459,7 +463,8 @@ std::tuple<std::vector<Tensor>, std::vector<Tensor>, Tensor, Tensor> merge_apply
     bool need_b) {
   const MergeProblem p =
       make_merge_problem("merge_apply_backward", base, targets, rows, targets_are_values, c, b);
-  const std::vector<Tensor> g = checked_layers("merge_apply_backward", "grad", grad, p, p.d, p.dtype);
+  const std::vector<Tensor> g =
+      checked_layers("merge_apply_backward", "grad", grad, p, p.d, p.dtype);
   const std::vector<Tensor> r =
       checked_layers("merge_apply_backward", "residual", residual, p, p.s, p.accumulate);
   std::vector<Tensor> grad_base, grad_targets;

@@ -66,8 +66,7 @@ void with_storage_type(at::ScalarType dtype, const Function& function) {
 Pivoted pivoted_cholesky(const Tensor& t, double rank_rtol) {
   const int64_t batch = t.size(0), s = t.size(1);
   const auto integers = t.options().dtype(at::kLong);
-  const Pivoted v{
-      at::empty_like(t), at::empty({batch, s}, integers), at::zeros({batch}, integers)};
+  const Pivoted v{at::empty_like(t), at::empty({batch, s}, integers), at::zeros({batch}, integers)};
   const Tensor factor = at::empty_like(t);
   merge::launch_pivoted_cholesky(
       {pointer<double>(t), mutable_pointer<double>(v.triangle), mutable_pointer<int64_t>(v.order),
@@ -85,8 +84,8 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> merge_solve(
   const SolveProblem p = make_solve_problem(chol, c, inverse_hardness);
   const c10::cuda::CUDAGuard guard(c.device());
   TORCH_CHECK_VALUE(
-      !average || c10::cuda::currentStreamCaptureStatusMayInitCtx() ==
-                      c10::cuda::CaptureStatus::None,
+      !average ||
+          c10::cuda::currentStreamCaptureStatusMayInitCtx() == c10::cuda::CaptureStatus::None,
       "merge_solve: average must be false while a CUDA graph is captured, got true; averaging "
       "reads the rank of T on the host, so solve before capturing");
   // T as the Gram matrix of Z = L^-1 C^T, as on the CPU.
@@ -164,8 +163,8 @@ std::tuple<std::vector<Tensor>, std::vector<Tensor>, Tensor> merge_apply(
     merge::launch_apply<T>(
         entries, targets_are_values ? std::vector<merge::Weight<T>>() : weights<T>(p.targets),
         targets_are_values, shared_of<T>(p),
-        targets_are_values ? pointer<double>(p.token_norm) : nullptr,
-        mutable_pointer<int>(status), mutable_pointer<std::uint64_t>(table), stream);
+        targets_are_values ? pointer<double>(p.token_norm) : nullptr, mutable_pointer<int>(status),
+        mutable_pointer<std::uint64_t>(table), stream);
   });
   return {merged, residual, p.shaped(status)};
 }

@@ -1,6 +1,6 @@
 // Regularised key/value merge on a GPU, the part shared by all layers, in float64: what no library
-// has, a Cholesky factorisation of T = Z'^T Z' with pivots, which finds repeated rows of C. merge.cpp
-// composes the rest of products and triangular solves.
+// has, a Cholesky factorisation of T = Z'^T Z' with pivots, which finds repeated rows of C.
+// merge.cpp composes the rest of products and triangular solves.
 //
 // One block does one problem of the batch, and nothing waits for the host.
 #pragma once

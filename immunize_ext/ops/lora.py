@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
@@ -190,6 +191,7 @@ def save_lora(
 
 def _peft_config(adapter: MergeAdapter, modules: Sequence[str]) -> dict[str, Any]:
     rank = adapter.down.shape[0]
+    used = [module for layer, module in enumerate(modules) if layer not in adapter.skipped]
     return {
         "peft_type": "LORA",
         "task_type": None,
@@ -197,6 +199,8 @@ def _peft_config(adapter: MergeAdapter, modules: Sequence[str]) -> dict[str, Any
         "lora_alpha": rank,
         "lora_dropout": 0.0,
         "bias": "none",
-        "target_modules": [m for n, m in enumerate(modules) if n not in adapter.skipped],
+        # One pattern of full names: names in a list match the ends of other names as well, and PEFT
+        # would wrap those modules with adapters that do nothing but cost.
+        "target_modules": "|".join(re.escape(module) for module in used),
         "inference_mode": True,
     }

@@ -16,7 +16,7 @@ torch operations, in float64 and layer by layer, so that derivatives of every or
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, cast
 
 import torch
 from torch import Tensor
@@ -50,7 +50,7 @@ class ApplyRule:
         """Lists in and out."""
         layers = len(base)
         layout = MergeLayout(layers, len(targets), tuple(rows), targets_are_values)
-        outputs = _Apply.apply(layout, c, b, *base, *targets)
+        outputs = cast(Any, _MergeApply).apply(layout, c, b, *base, *targets)
         return list(outputs[:layers]), list(outputs[layers:-1]), outputs[-1]
 
 
@@ -71,8 +71,10 @@ class ApplyBackwardRule:
     ) -> tuple[list[Tensor], list[Tensor], Tensor, Tensor]:
         """Lists in and out."""
         layout = MergeLayout(len(base), len(targets), tuple(rows), targets_are_values)
-        outputs = _ApplyBackward.apply(layout, needs, c, b, *grad, *base, *targets, *residual)
-        of_c, of_b, *weights = _unpack(outputs, needs, layout)
+        outputs = cast(Any, _MergeApplyBackward).apply(
+            layout, needs, c, b, *grad, *base, *targets, *residual
+        )
+        of_c, of_b, *weights = cast(Any, _unpack(outputs, needs, layout))
         empty = c.new_empty(0)
         return (
             weights[: layout.layers] if needs[0] else [],
@@ -82,7 +84,7 @@ class ApplyBackwardRule:
         )
 
 
-class _Apply(_SingleLevelFunction):  # type: ignore[misc]
+class _MergeApply(_SingleLevelFunction):
     """From c, b, base and targets to merged weights, residuals and the status."""
 
     @staticmethod
@@ -147,7 +149,7 @@ class _Apply(_SingleLevelFunction):  # type: ignore[misc]
         return (*tangents, *(None,) * (ctx.layout.layers + 1))
 
 
-class _ApplyBackward(_SingleLevelFunction):  # type: ignore[misc]
+class _MergeApplyBackward(_SingleLevelFunction):
     """Gradients of base, targets, c and b, each only if needed; of c, b, dL/dW, base, targets, R.
 
     With Z the cotangents of its results, Zx_n = Z_n - Z_0 that of dX_n (-Z_0 for values):
@@ -286,7 +288,7 @@ def _double_backward(
     saved: Sequence[Tensor],
     cotangents: Sequence[Tensor],
 ) -> tuple[Any, ...]:
-    """The formulas of :class:`_ApplyBackward`."""
+    """The formulas of :class:`_MergeApplyBackward`."""
     c, b, *rest = saved
     grads, (base, targets, _) = rest[: layout.layers], _split(layout, rest[layout.layers :])
     z_c, z_b, *z_weights = _unpack(cotangents, needs, layout)
@@ -322,7 +324,7 @@ def _backward_tangents(
     db: Tensor | None,
     moving: Sequence[Tensor | None],
 ) -> tuple[Tensor, ...]:
-    """Tangents of what :class:`_ApplyBackward` returns: the product rule, term by term."""
+    """Tangents of what :class:`_MergeApplyBackward` returns: the product rule, term by term."""
     c, b, *rest = saved
     layers = layout.layers
     grads, (base, targets, _) = rest[:layers], _split(layout, rest[layers:])

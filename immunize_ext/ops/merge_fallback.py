@@ -7,6 +7,7 @@ no operator but the baseline that the benchmarks have to beat.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 
 import torch
@@ -92,7 +93,8 @@ def merge_solve(
     # T as a Gram matrix is positive semidefinite whatever the rounding.
     z = lower(chol, c.mT, upper=False)
     t = z.mT @ z + torch.diag_embed(inverse_hardness)
-    found = [_pivoted_cholesky(one, rank_rtol) for one in t.reshape(-1, s, s)]
+    problems = t.reshape(math.prod(batch), s, s)
+    found = [_pivoted_cholesky(one, rank_rtol) for one in problems]
     triangle = torch.stack([one[0] for one in found]).reshape(t.shape) if found else t
     integers = {"dtype": torch.int64, "device": t.device}
     order = torch.tensor([one[1] for one in found], **integers).reshape(*batch, s)
@@ -104,9 +106,11 @@ def merge_solve(
     columns = stacked.gather(-1, order.unsqueeze(-2).expand(stacked.shape)) * kept.unsqueeze(-2)
     first = lower(triangle, columns.mT, upper=False)
     gram = first @ first.mT + torch.diag_embed(1.0 - kept)
-    correction = torch.linalg.cholesky_ex(gram)[0]
-    q = lower(correction, first, upper=False)
-    inverse = lower(triangle @ correction, identity * kept.unsqueeze(-1), upper=False)
+    correction = 1.5 * identity - 0.5 * gram  # gram^(-1/2), by Newton and Schulz
+    for _ in range(2):
+        correction = 1.5 * correction - 0.5 * correction @ correction @ (correction @ gram)
+    q = correction @ first
+    inverse = correction @ lower(triangle, identity * kept.unsqueeze(-1), upper=False)
     root = torch.zeros_like(t).scatter(-2, order.unsqueeze(-1).expand(t.shape), inverse.mT)
     basis = q[..., :d].mT
     missing = torch.ones_like(kept).scatter(-1, order, 1.0 - kept).unsqueeze(-2)

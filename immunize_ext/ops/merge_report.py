@@ -152,7 +152,7 @@ def _measure(
     )
     condition_t = _condition_of_t(problem, factor, int(rank))
     residual = {
-        name: float(part.max())
+        name: float(part.max()) if len(part) else 0.0
         for name, part in zip(problem.names, worst.split(list(problem.rows)), strict=True)
     }
     return MergeReport(

@@ -104,7 +104,7 @@ def _moved_q(saddle: Saddle, x: Tensor, source: Tensor | None, ridge: Tensor | N
     return result
 
 
-class _Saved(_SingleLevelFunction):  # type: ignore[misc]
+class _Saved(_SingleLevelFunction):
     """Keeps inputs and output, of which the input B and the output belong to the graph."""
 
     operator: str

@@ -157,7 +157,39 @@ def test_one_bad_layer_does_not_cost_the_adapter(format: Any, tmp_path: Path) ->
     assert owners == {"a", "b"}
     if format == "peft":
         config = json.loads((folder / "adapter_config.json").read_text())
-        assert config["target_modules"] == ["a", "b"]
+        assert config["target_modules"] == "a|b"
+
+
+def test_peft_wraps_the_modules_of_the_merge_and_no_other(tmp_path: Path) -> None:
+    """A list of names would match every name that ends like one of them."""
+    peft = pytest.importorskip("peft")
+
+    class Block(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.to_k = nn.Linear(D, 6, bias=False)
+
+    class Model(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.to_k = nn.Linear(D, 6, bias=False)
+            self.block, self.xblock = Block(), Block()
+            self.deep = nn.ModuleDict({"block": Block()})
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.to_k(x) + self.block.to_k(x) + self.deep["block"].to_k(x)
+
+    model = Model()
+    names = ["to_k", "block.to_k"]
+    args = problem([model.get_submodule(name).weight.detach() for name in names])
+    folder = save_lora(as_lora(*args), names, tmp_path / "adapter", format="peft")
+    loaded = peft.PeftModel.from_pretrained(copy.deepcopy(model), folder)
+    wrapped = [n for n, m in loaded.base_model.model.named_modules() if hasattr(m, "lora_A")]
+    assert wrapped == names
+    for name, weight in zip(names, merge_kv(*args), strict=True):
+        module = loaded.base_model.model.get_submodule(name)
+        found = module.weight + module.get_delta_weight("default")
+        torch.testing.assert_close(found, weight, rtol=1e-5, atol=1e-6)
 
 
 @pytest.fixture(scope="module")
