@@ -31,7 +31,7 @@ from threadpoolctl import threadpool_limits  # type: ignore[import-untyped]
 from torch import Tensor
 
 from immunize_ext import _load
-from immunize_ext.ops._dispatch import has_kernel
+from immunize_ext.ops.operators import has_kernel
 
 Role = Literal["ours", "baseline", "floor", "rival"]
 Tensors = tuple[Tensor, ...]
@@ -115,7 +115,7 @@ class Budget:
 def refuse_fallback(what: str, device: torch.device) -> None:
     """Raise ``RuntimeError`` where the operators to be timed are not the compiled ones."""
     _load.require_compiled(what)
-    if not has_kernel(torch.empty(0, device=device)):
+    if not has_kernel("merge_apply", device.type):
         raise RuntimeError(
             f"{what} needs compiled operators for {device.type}, and they were built without; "
             f"build them again with: {_load.build_command()}"

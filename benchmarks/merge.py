@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 
 from immunize_ext.ops import RegularizationFactor, merge_kv
-from immunize_ext.ops import fallback as composite
+from immunize_ext.ops import merge_fallback as composite
 
 from . import _baselines as baselines
 from . import _expected as expected
@@ -229,7 +229,7 @@ def _contenders(
         make("ours", "immunize_ext, float64 factor made in the call", "ours", ours),
         make(
             "composite",
-            "B: immunize_ext.ops.fallback, float64 factor made in the call",
+            "B: immunize_ext.ops.merge_fallback, float64 factor made in the call",
             "baseline",
             composed,
         ),

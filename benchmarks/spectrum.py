@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 
 from immunize_ext import ops
-from immunize_ext.ops import fallback as composite
+from immunize_ext.ops import fallback
 from immunize_ext.ops.arguments import spectrum_policy
 from immunize_ext.ops.regularizers import gram_r_ill, gram_r_well
 
@@ -59,12 +59,26 @@ def features(options: Options, *shape: int, kappa: float | None = None, variant:
 # --- ways -------------------------------------------------------------------------------------
 
 
+class _Composite(torch.autograd.Function):
+    """The torch-only operator and its backward, past the dispatcher, which would take kernels."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, *policy: Any) -> tuple[Tensor, ...]:
+        outputs = fallback.gram_extremes(x, *policy)
+        ctx.save_for_backward(x, *outputs[:2], *outputs[4:])
+        ctx.policy = policy
+        ctx.mark_non_differentiable(outputs[3])
+        return outputs[:4]
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Any, ...]:
+        grad = fallback.gram_extremes_backward(*grads[:3], *ctx.saved_tensors, *ctx.policy)
+        return grad, *(None,) * len(ctx.policy)
+
+
 def _composite_values(x: Tensor) -> baselines.GramValues:
     policy = spectrum_policy("gram_extremes", "x", x, "numerical", None, None)
-    extremes, squared_frobenius = composite.gram_extremes(x, policy)
-    return baselines.GramValues(
-        extremes.largest, extremes.smallest, squared_frobenius, extremes.rank
-    )
+    return baselines.GramValues(*_Composite.apply(x, *policy))
 
 
 def _from_values(name: str, label: str, role: str, values: Extremes) -> Way:

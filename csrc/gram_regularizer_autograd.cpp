@@ -208,11 +208,19 @@ class GramRegularizer : public Function<GramRegularizer> {
 
   static variable_list backward(AutogradContext* ctx, const variable_list& grads) {
     const auto saved = ctx->get_saved_variables();
+    const auto gradient = [&](const Tensor& grad) {
+      return call_backward(
+          grad, saved[0], saved[1], saved[2], saved[3], saved[4], ctx->saved_data["ill"].toBool(),
+          ctx->saved_data["normaliser"].toOptional<double>(),
+          ctx->saved_data["rank_rtol"].toDouble(), ctx->saved_data["cluster_rtol"].toDouble(),
+          ctx->saved_data["full_rank"].toBool());
+    };
     variable_list out(7);
-    out[0] = call_backward(
-        grads[0], saved[0], saved[1], saved[2], saved[3], saved[4], ctx->saved_data["ill"].toBool(),
-        ctx->saved_data["normaliser"].toOptional<double>(), ctx->saved_data["rank_rtol"].toDouble(),
-        ctx->saved_data["cluster_rtol"].toDouble(), ctx->saved_data["full_rank"].toBool());
+    const Tensor moving = grads[0]._fw_grad(/*level=*/0);
+    // A dual cotangent: the gradient is linear in it.
+    out[0] = moving.defined()
+                 ? at::_make_dual(gradient(grads[0]._fw_primal(0)), gradient(moving), /*level=*/0)
+                 : gradient(grads[0]);
     return out;
   }
 };

@@ -1,5 +1,5 @@
 // The Python module object immunize_ext._C. Importing it loads this library, whose static
-// initialisers register the operators (registration.cpp and the kernel files); the module itself
+// initialisers register the operators (their schemas stand in ops/operators.py); the module itself
 // has one function, which says how the library was built. The macros come from setup.py.
 
 #include <ATen/Config.h>

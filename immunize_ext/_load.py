@@ -202,4 +202,5 @@ def _caller_stacklevel() -> int:
 
 
 def _is_ours(module: str) -> bool:
-    return module.partition(".")[0] == "immunize_ext"
+    """Whether a frame belongs to the package, or to the dispatcher in between."""
+    return module.partition(".")[0] in ("immunize_ext", "torch")

@@ -77,8 +77,10 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> gram_regularizer(
     const double denominator = mean_square - smallest * smallest / 2.0;
     const double least =
         mean_square * floor.value_or(kVanishing * static_cast<double>(std::max(n, p)));
-    // One cluster of all singular values: what D has left of itself is rounding.
-    const bool one_cluster = multiplicity.const_data_ptr<int64_t>()[b] >= rank;
+    // One cluster of all singular values: what D has left of itself is rounding. Zeros that full
+    // rank counts are no cluster: D is then |K|_F^2 / (2 k).
+    const bool one_cluster =
+        smallest > 0.0 && multiplicity.const_data_ptr<int64_t>()[b] >= rank;
     if (denominator <= least || (one_cluster && !normaliser && !floor)) {
       TORCH_CHECK_VALUE(
           floor.has_value(), op,

@@ -85,44 +85,6 @@ inline double power_of_two_scale(double largest) {
   return std::ldexp(1.0, exponent - 1);
 }
 
-// A batch of matrices in float64, contiguous, each divided by its own power of two.
-struct ScaledBatch {
-  Tensor matrices;  // [batch, n, p] float64
-  Tensor scale;     // [batch] float64
-  int64_t batch, n, p;
-};
-
-inline ScaledBatch scale_batch(const char* op, const char* name, const Tensor& a) {
-  check_real_floating(op, name, a);
-  TORCH_CHECK_VALUE(
-      a.dim() >= 2 && a.size(-2) > 0 && a.size(-1) > 0, op, ": ", name,
-      " must have shape [*, n, p] with n >= 1 and p >= 1, got ", a.sizes());
-  const int64_t n = a.size(-2), p = a.size(-1);
-  ScaledBatch scaled;
-  scaled.n = n;
-  scaled.p = p;
-  scaled.batch = a.numel() / (n * p);
-  const Tensor flat = a.to(at::kDouble).reshape({scaled.batch, n, p});
-  scaled.scale = at::ones({scaled.batch}, flat.options());
-  if (scaled.batch == 0) {
-    scaled.matrices = flat;
-    return scaled;
-  }
-  // amax propagates NaN, so one pass finds the scale and non-finite entries alike.
-  const Tensor largest = flat.abs().amax({1, 2});
-  const double* largest_data = largest.const_data_ptr<double>();
-  double* scale_data = scaled.scale.mutable_data_ptr<double>();
-  for (int64_t b = 0; b < scaled.batch; ++b) {
-    TORCH_CHECK_VALUE(
-        std::isfinite(largest_data[b]), op, ": ", name,
-        " must be finite, got NaN or infinity at batch index ", b,
-        "; look for an overflow upstream, float16 features for instance");
-    scale_data[b] = power_of_two_scale(largest_data[b]);
-  }
-  scaled.matrices = (flat / scaled.scale.view({-1, 1, 1})).contiguous();
-  return scaled;
-}
-
 inline at::IntArrayRef batch_shape(const Tensor& a) {
   return a.sizes().slice(0, a.dim() - 2);
 }

@@ -237,8 +237,9 @@ ExtremesBatch extremes_of(
     const double scale = outcome.scale, square = scale * scale;
     out.sigma_max.mutable_data_ptr<double>()[b] = x.sigma_max * scale;
     out.sigma_min.mutable_data_ptr<double>()[b] = x.sigma_min * scale;
-    out.lambda_max.mutable_data_ptr<double>()[b] = x.sigma_max * x.sigma_max * square;
-    out.lambda_min.mutable_data_ptr<double>()[b] = x.sigma_min * x.sigma_min * square;
+    // Scaled before they are squared: the square of a large scale is infinite, and 0 of it no number.
+    out.lambda_max.mutable_data_ptr<double>()[b] = (x.sigma_max * scale) * (x.sigma_max * scale);
+    out.lambda_min.mutable_data_ptr<double>()[b] = (x.sigma_min * scale) * (x.sigma_min * scale);
     out.squared_frobenius.mutable_data_ptr<double>()[b] =
         outcome.squared_frobenius * square * square;
     out.rank.mutable_data_ptr<int64_t>()[b] = x.rank;

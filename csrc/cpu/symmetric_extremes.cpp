@@ -1,11 +1,8 @@
-// Algebraic extremes of symmetric matrices on the CPU: forward, backward, double backward.
+// Algebraic extremes of symmetric matrices on the CPU: forward and backward.
 //
 // d lambda_i = v_i^T dH v_i for a simple eigenvalue, so grad_H = g v_i v_i^T, symmetric as H is. At
 // an extreme of multiplicity m the gradient is the mean of v_i v_i^T over the cluster, the element
 // of least norm of the subdifferential; the backward decomposes such a matrix again.
-//
-// Second derivative where simple, with Z the symmetric part of the cotangent:
-//   d(v_i v_i^T)[Z] = sum_{j != i} (v_j^T Z v_i) / (lambda_i - lambda_j) (v_j v_i^T + v_i v_j^T).
 
 #include <ATen/ATen.h>
 #include <torch/library.h>
@@ -171,56 +168,11 @@ Tensor symmetric_extremes_backward(
   return grad.view(h.sizes()).to(h.scalar_type());
 }
 
-std::tuple<Tensor, Tensor, Tensor> symmetric_extremes_double_backward(
-    const Tensor& cotangent,  // [*, p, p], with respect to grad_h
-    const Tensor& grad_max,
-    const Tensor& grad_min,
-    const Tensor& h,
-    double cluster_rtol) {
-  const int64_t t = h.size(-1), batch = h.numel() / (t * t);
-  const Tensor flat = h.reshape({batch, t, t});
-  const Tensor cotangents = cotangent.to(at::kDouble).reshape({batch, t, t});
-  const Tensor z = (cotangents + cotangents.mT()) * 0.5;
-  const Tensor g[2] = {
-      grad_max.to(at::kDouble).reshape({batch}).contiguous(),
-      grad_min.to(at::kDouble).reshape({batch}).contiguous()};
-  Tensor along[2] = {at::zeros({batch}, z.options()), at::zeros({batch}, z.options())};
-  const Tensor grad = at::zeros({batch, t, t}, z.options());
-  const char* names[2] = {"lambda_max", "lambda_min"};
-  for (int64_t b = 0; b < batch; ++b) {
-    const Decomposed d = eigen(flat[b], cluster_rtol);
-    const int64_t counts[2] = {d.most, d.least}, begins[2] = {t - d.most, 0};
-    for (int k = 0; k < 2; ++k) {
-      const double weight = g[k].const_data_ptr<double>()[b];
-      TORCH_CHECK_NOT_IMPLEMENTED(
-          counts[k] <= 1 || weight == 0.0,
-          "symmetric_extremes_double_backward: the second derivative of ", names[k],
-          " does not exist at batch index ", b, ", where it is repeated (multiplicity ", counts[k],
-          "); use the first derivative there, or a smaller cluster_rtol");
-      along[k][b] = (mean_projector(d.v, begins[k], counts[k]) * z[b]).sum();
-      if (weight == 0.0 || counts[k] != 1)
-        continue;
-      const int64_t i = begins[k];
-      const Tensor v = d.v.select(1, i);
-      const Tensor gap = d.lambda[i] - d.lambda;
-      const Tensor self = at::arange(t, gap.options().dtype(at::kLong)) == i;
-      const Tensor c = (d.v.mT().mv(z[b].mv(v)) / gap).masked_fill_(self, 0.0);
-      const Tensor half = at::outer(d.v.mv(c), v);
-      grad[b].add_(half + half.mT(), weight);
-    }
-  }
-  const auto shape = batch_shape(h);
-  return {
-      along[0].reshape(shape), along[1].reshape(shape),
-      grad.reshape(h.sizes()).to(h.scalar_type())};
-}
-
 }  // namespace
 
 TORCH_LIBRARY_IMPL(immunize_ext, CPU, m) {
   m.impl("symmetric_extremes", &symmetric_extremes);
   m.impl("symmetric_extremes_backward", &symmetric_extremes_backward);
-  m.impl("symmetric_extremes_double_backward", &symmetric_extremes_double_backward);
 }
 
 }  // namespace immunize_ext

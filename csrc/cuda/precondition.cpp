@@ -1,4 +1,4 @@
-// Gradient times K^-1 on the input side, K = x^T x + ridge I, on a GPU; csrc/cpu/precondition.cpp
+// Gradient times K^-1 on the input side, K = x^T x + ridge I, on a GPU; ops/fallback.py
 // has the formulas. With a small factor of K one kernel does all of it (precondition.cuh). Else two
 // triangular solves and at most two products in float64 are all there is, so cuSOLVER and cuBLAS do
 // them. Nothing here waits for the GPU, and TF32 does not touch float64.
@@ -9,6 +9,7 @@
 #include <torch/library.h>
 
 #include <algorithm>
+#include <cmath>
 
 #include "../checks.h"
 #include "precondition_launchers.h"
@@ -62,23 +63,30 @@ bool try_small(const Tensor& grad, const Tensor& factor, const Tensor& to) {
   }
 }
 
+double epsilon_of(const Tensor& grad) {
+  const at::ScalarType dtype = grad.scalar_type();
+  return dtype == at::kDouble  ? 0x1p-52
+         : dtype == at::kFloat ? 0x1p-23
+         : dtype == at::kHalf  ? 0x1p-10
+                               : 0x1p-7;
+}
+
 Tensor apply_inverse(
     const Tensor& grad,    // [*, o, p]
     const Tensor& factor,  // [p, p] or [n, n] float64, lower
-    const Tensor& x,       // [n, p] float64; [0, p] unless woodbury
-    double ridge,
-    bool woodbury) {
+    const Tensor& basis,   // [n, p] float64, orthonormal rows; [0, p] where the factor is that of K
+    double ridge) {
   constexpr const char* op = "precondition";
   check_real_floating(op, "grad", grad);
   check_matrix(op, "grad", grad);
   check_dtype(op, "factor", factor, at::kDouble);
   check_same_device(op, "factor", factor, "grad", grad);
-  const int64_t p = grad.size(-1), side = woodbury ? x.size(0) : p;
+  const int64_t p = grad.size(-1), n = basis.size(0), side = n > 0 ? n : p;
   check_shape(op, "factor", factor, {side, side});
-  if (woodbury) {
-    check_dtype(op, "x", x, at::kDouble);
-    check_shape(op, "x", x, {side, p});
-    check_same_device(op, "x", x, "grad", grad);
+  if (n > 0) {
+    check_dtype(op, "basis", basis, at::kDouble);
+    check_shape(op, "basis", basis, {n, p});
+    check_same_device(op, "basis", basis, "grad", grad);
     TORCH_CHECK_VALUE(
         ridge > 0.0, op, ": ridge must be positive with fewer samples than features, got ", ridge);
   }
@@ -87,15 +95,22 @@ Tensor apply_inverse(
   if (grad.numel() == 0)
     return result;
   const Tensor from = grad.reshape({-1, p}), to = result.view({-1, p});
-  if (!woodbury && try_small(from, factor, to))
+  if (n == 0 && try_small(from, factor, to))
     return result;
   for (int64_t begin = 0; begin < from.size(0); begin += kRowsAtOnce) {
     const int64_t end = std::min(begin + kRowsAtOnce, from.size(0));
     // float64 whatever the type of grad: K is squared in condition and the gradient is small.
     const Tensor rows = from.slice(0, begin, end).to(at::kDouble);
-    if (woodbury) {
-      const Tensor inner = at::cholesky_solve(x.mm(rows.mT()), factor);  // [n, rows]
-      to.slice(0, begin, end).copy_((rows - inner.mT().mm(x)) / ridge);
+    if (n > 0) {
+      const Tensor within = rows.mm(basis.mT());  // [rows, n]
+      const Tensor beside = rows - within.mm(basis);
+      // What rounding to the type of grad left beside the row space is no gradient.
+      const double tolerance = 8.0 * std::sqrt(static_cast<double>(p)) * epsilon_of(grad);
+      const Tensor rounding = beside.norm(2, 1, true) <= tolerance * rows.norm(2, 1, true);
+      to.slice(0, begin, end)
+          .copy_(
+              at::cholesky_solve(within.mT(), factor).mT().mm(basis) +
+              beside.masked_fill(rounding, 0.0) / ridge);
     } else {
       to.slice(0, begin, end).copy_(at::cholesky_solve(rows.mT(), factor).mT());
     }

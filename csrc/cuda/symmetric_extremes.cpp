@@ -1,5 +1,5 @@
 // Algebraic extremes of symmetric matrices on CUDA: a composition of ATen operators over the whole
-// batch, forward, backward and double backward. Derivations: cpu/symmetric_extremes.cpp.
+// batch, forward and backward. Derivations: cpu/symmetric_extremes.cpp.
 //
 // Up to a side of 1024 the eigendecomposition is cuSOLVER's, batched for small sides: both
 // extremes, their multiplicities and their vectors follow from one call, and an indefinite matrix
@@ -217,67 +217,11 @@ Tensor symmetric_extremes_backward(
   return grad.reshape(h.sizes()).to(h.scalar_type());
 }
 
-std::tuple<Tensor, Tensor, Tensor> symmetric_extremes_double_backward(
-    const Tensor& cotangent,  // [*, p, p], with respect to grad_h
-    const Tensor& grad_max,
-    const Tensor& grad_min,
-    const Tensor& h,
-    double cluster_rtol) {
-  constexpr const char* op = "symmetric_extremes_double_backward";
-  const c10::OptionalDeviceGuard guard(h.device());
-  check_floating_matrix(op, "h", h);
-  check_same_device(op, "cotangent", cotangent, "h", h);
-  check_shape(op, "cotangent", cotangent, h.sizes());
-  const auto shape = batch_of(h);
-  if (h.numel() == 0)
-    return {
-        at::zeros(shape, h.options().dtype(at::kDouble)),
-        at::zeros(shape, h.options().dtype(at::kDouble)), at::zeros_like(h)};
-  const Scaled s = scaled_symmetric(op, h, /*check=*/false);
-  const int64_t p = h.size(-1), batch = s.h.size(0);
-  const Tensor cotangents = cotangent.to(at::kDouble).reshape({batch, p, p});
-  const Tensor z = (cotangents + cotangents.mT()) * 0.5;
-  const Decomposed d = eigen(s.h, cluster_rtol);
-  Tensor grad = at::zeros_like(z);
-  Tensor along[2];
-  const Tensor grads[2] = {grad_max, grad_min}, members[2] = {d.most, d.least};
-  const int64_t at_end[2] = {p - 1, 0};
-  const char* names[2] = {"lambda_max", "lambda_min"};
-  const Tensor rotated = at::bmm(at::bmm(d.v.mT(), z), d.v);  // v_j^T Z v_i
-  for (int k = 0; k < 2; ++k) {
-    const Tensor g = grads[k].to(at::kDouble).reshape({batch});
-    const Tensor count = members[k].sum(1);
-    const Tensor refused = (count > 1).logical_and(g != 0).nonzero().cpu();
-    if (refused.numel() > 0) {
-      const int64_t b = refused.const_data_ptr<int64_t>()[0];
-      TORCH_CHECK_NOT_IMPLEMENTED(
-          false, op, ": the second derivative of ", names[k], " does not exist at batch index ", b,
-          ", where it is repeated (multiplicity ", count[b].item<int64_t>(),
-          "); use the first derivative there, or a smaller cluster_rtol");
-    }
-    const Tensor diagonal = rotated.diagonal(0, 1, 2);
-    along[k] = (diagonal * members[k].to(at::kDouble)).sum(1) / count.to(at::kDouble);
-    const int64_t i = at_end[k];
-    const Tensor gap = d.lambda.narrow(1, i, 1) - d.lambda;
-    // lambda itself, and what coincides with an extreme that has no weight.
-    const Tensor skip = members[k];
-    const Tensor c = (rotated.select(2, i) / gap.masked_fill(skip, 1.0)).masked_fill(skip, 0.0);
-    const Tensor left = at::bmm(d.v, c.unsqueeze(2)).squeeze(2), v = d.v.select(2, i);
-    const Tensor half = left.unsqueeze(2) * v.unsqueeze(1);
-    // v is of degree 0 in h: its derivative scales with the inverse of h's scale.
-    grad = grad + (half + half.mT()) * (g.view({-1, 1, 1}) / s.scale);
-  }
-  return {
-      along[0].reshape(shape), along[1].reshape(shape),
-      grad.reshape(h.sizes()).to(h.scalar_type())};
-}
-
 }  // namespace
 
 TORCH_LIBRARY_IMPL(immunize_ext, CUDA, m) {
   m.impl("symmetric_extremes", &symmetric_extremes);
   m.impl("symmetric_extremes_backward", &symmetric_extremes_backward);
-  m.impl("symmetric_extremes_double_backward", &symmetric_extremes_double_backward);
 }
 
 }  // namespace immunize_ext

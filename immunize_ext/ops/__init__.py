@@ -13,13 +13,14 @@ from immunize_ext.ops.precondition import (
 from immunize_ext.ops.spectrum import (
     GramExtremes,
     SingularExtremes,
+    SymmetricExtremes,
     condition_number,
     extremal_singular_values,
     gram_extremes,
     log_condition_number,
+    symmetric_extremes,
 )
 from immunize_ext.ops.streaming import StreamedGram
-from immunize_ext.ops.symmetric import SymmetricExtremes, symmetric_extremes
 from immunize_ext.ops.tracker import SpectrumTracker
 
 __all__ = [

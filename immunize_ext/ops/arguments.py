@@ -4,13 +4,12 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from typing import Any, Literal, NamedTuple
+from typing import Literal, NamedTuple
 
 import torch
 from torch import Tensor
-from torch.autograd import forward_ad
 
-from immunize_ext.ops.derivatives import BatchedFunction
+from immunize_ext.ops.derivatives import payload
 
 RankPolicy = Literal["numerical", "full"]
 
@@ -30,6 +29,11 @@ def require_floating_matrix(operator: str, name: str, value: Tensor) -> None:
             f"{operator}: {name} must be a torch.Tensor, got {type(value).__name__}; "
             "convert it with torch.as_tensor"
         )
+    if value.dtype.is_complex:
+        raise ValueError(
+            f"{operator}: {name} must have a real floating-point dtype, got {value.dtype}; the "
+            "singular values of a + ib are those of the real matrix [[a, -b], [b, a]], each twice"
+        )
     if not value.dtype.is_floating_point:
         raise ValueError(
             f"{operator}: {name} must have a real floating-point dtype, got {value.dtype}; "
@@ -44,7 +48,10 @@ def require_floating_matrix(operator: str, name: str, value: Tensor) -> None:
 
 def require_finite(operator: str, name: str, value: Tensor) -> None:
     """Refuse NaN and infinity. Reads the tensor on the host."""
-    if any_true(~torch.isfinite(value.detach())):
+    numbers = value.detach()
+    if value.element_size() == 1:  # isfinite knows not all of the 8-bit types
+        numbers = numbers.to(torch.float32)
+    if any_true(~torch.isfinite(numbers)):
         raise ValueError(
             f"{operator}: {name} must be finite, got NaN or infinity; "
             "look for an overflow upstream, float16 features for instance"
@@ -63,22 +70,23 @@ def require_same_device(operator: str, named: Sequence[tuple[str, Tensor]]) -> N
 
 
 def resolution(dtype: torch.dtype) -> float:
-    """Unit roundoff that default tolerances use; half types count as exact float32 numbers.
+    """Unit roundoff that default tolerances use; narrower types count as exact float32 numbers.
 
-    ``max(n, p) * eps(bfloat16)`` exceeds 1 from 128 columns on and would leave no singular value.
+    ``max(n, p) * eps(bfloat16)`` exceeds 1 from 128 columns on and would leave no singular value;
+    so would that of the 8-bit types from 4 on.
     """
-    half = dtype in (torch.float16, torch.bfloat16)
-    return float(torch.finfo(torch.float32 if half else dtype).eps)
+    return float(torch.finfo(torch.float64 if dtype == torch.float64 else torch.float32).eps)
 
 
 def cluster_resolution(side: int, dtype: torch.dtype) -> float:
     """Default ``cluster_rtol``: what rounding makes of values that are equal.
 
     The values of a rotated multiple of an orthogonal matrix spread over up to 7 eps at every side
-    from 2 to 64 (the worst of 300 each), so ``side * eps`` is too little below 16: at side 2 it
-    missed every fifth of them. Values that differ by more than 16 eps are left apart.
+    from 2 to 64 (the worst of 300 each). But vectors are rotated into each other by eps / gap, so
+    between gaps of 16 and 64 eps there is neither a cluster nor a pair of vectors to tell apart:
+    what is closer than 64 eps counts as equal.
     """
-    return min(max(side, 16) * resolution(dtype), 0.5)
+    return min(max(side, 64) * resolution(dtype), 0.5)
 
 
 def spectrum_policy(
@@ -112,42 +120,18 @@ def spectrum_policy(
     )
 
 
-def carries_derivative(tensor: Tensor) -> bool:
-    """True if reverse or forward mode shall differentiate with respect to ``tensor``."""
-    return tensor.requires_grad or forward_ad.unpack_dual(tensor).tangent is not None
-
-
-class _Answer:
-    """Carries a number out of a function that vmap calls; a list would be copied on the way."""
-
-    value = False
-
-
-class _AnyTrue(BatchedFunction):
-    """Asks about the whole vmapped batch: the rule of the base class hands over plain tensors."""
-
-    @staticmethod
-    def forward(mask: Tensor, answer: _Answer) -> Tensor:
-        answer.value = bool(mask.any())
-        return mask.clone()
-
-    @staticmethod
-    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
-        ctx.mark_non_differentiable(output)
-
-    @staticmethod
-    def backward(ctx: Any, *grads: Tensor) -> tuple[None, None]:
-        return None, None
-
-
 def any_true(mask: Tensor) -> bool:
     """Whether any entry is true; under vmap, whether any is for any element of the batch.
 
-    Not for use inside ``torch.compile``, which cannot branch on data in one graph.
+    False where there are no numbers to read: meta tensors, and tracing for ``torch.compile``.
     """
-    try:
-        return bool(mask.any())
-    except RuntimeError:  # a batched tensor of torch.vmap, which cannot be read
-        answer = _Answer()
-        _AnyTrue.apply(mask, answer)
-        return answer.value
+    numbers = payload(mask)
+    return numbers is not None and bool(numbers.any())
+
+
+def require_positive(function: str, name: str, value: Tensor, expected: str = "positive") -> None:
+    """Refuse numbers that are not positive. Reads them on the host, where there are any."""
+    numbers = payload(value)
+    # NaN fails every comparison, so the test is for what is allowed.
+    if numbers is not None and not bool((numbers > 0).all()):
+        raise ValueError(f"{function}: {name} must be {expected}, got {numbers.tolist()}")

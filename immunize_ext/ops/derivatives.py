@@ -1,15 +1,68 @@
-"""What every ``autograd.Function`` of this package shares: its rule for ``torch.vmap``.
+"""Derivatives of the raw operators, of every order and direction, registered with the dispatcher.
 
-The operators take leading batch dimensions, so a vmapped axis is moved to the front and folded into
-them. Arguments that the axis does not touch are expanded along it, without a copy.
+An operator whose differentiable outputs are functions of one matrix comes as a family of three:
+``op`` gives values and vectors, ``op_backward`` their gradient G for given weights, and
+``op_double_backward`` its second derivative H. With t a tangent and z a cotangent, everything else
+follows from these three for any such family:
+
+    values:    backward g -> G(g),      jvp t -> <G(e_i), t>
+    gradient:  backward z -> H(z, g),   jvp (tg, ta) -> G(tg) + H(ta, g), as H is symmetric
+
+The rules stand at the dispatch key ``Autograd``, where ``torch.func``, dual numbers, ``vmap`` of
+either and ``torch.compile`` all arrive with plain operator calls. So there is one rule for eager
+and compiled code, and nothing for Dynamo to trace.
 """
 
 from __future__ import annotations
 
-from typing import Any
+from collections.abc import Callable
+from typing import Any, NamedTuple, cast
 
 import torch
 from torch import Tensor
+from torch._functorch import autograd_function as functorch
+from torch.autograd import forward_ad
+from torch.autograd.forward_ad import _set_fwd_grad_enabled
+from torch.autograd.function import _SingleLevelFunction
+from torch.utils import _pytree as pytree
+
+Kernel = Callable[..., Any]
+
+# --- looking at tensors that transforms wrap ------------------------------------------------------
+
+
+def carries_tangent(tensor: Tensor) -> bool:
+    """True if forward mode differentiates with respect to ``tensor``, in whatever disguise."""
+    # The plain case first: the full question costs microseconds. In a graph that Dynamo traced the
+    # level is entered without forward_ad knowing, but the tensors are then no plain ones.
+    if (
+        forward_ad._current_level < 0
+        and type(tensor) in (Tensor, torch.nn.Parameter)
+        and not torch._C._are_functorch_transforms_active()
+    ):
+        return False
+    return torch._VF._unpack_dual(tensor, level=0)[1] is not None
+
+
+def carries_derivative(tensor: Tensor) -> bool:
+    """True if reverse or forward mode shall differentiate with respect to ``tensor``."""
+    return tensor.requires_grad or carries_tangent(tensor)
+
+
+def payload(tensor: Tensor) -> Tensor | None:
+    """The numbers beneath the wrappers of ``torch.func``, the whole vmapped batch at once.
+
+    None where there are no numbers to read: meta tensors, and tracing for ``torch.compile``.
+    """
+    if torch.compiler.is_compiling():
+        return None
+    while torch._C._functorch.is_functorch_wrapped_tensor(tensor):
+        tensor = torch._C._functorch.get_unwrapped(tensor)
+    plain = type(tensor) in (Tensor, torch.nn.Parameter) and tensor.device.type != "meta"
+    return tensor.detach() if plain else None
+
+
+# --- vmap -----------------------------------------------------------------------------------------
 
 
 def fold_batch(batch_size: int, in_dims: tuple[Any, ...], args: tuple[Any, ...]) -> list[Any]:
@@ -44,28 +97,255 @@ class BatchedFunction(torch.autograd.Function):
         return outputs, 0 if isinstance(outputs, Tensor) else (0,) * len(outputs)
 
 
-class RequirePositive(BatchedFunction):
-    """Identity that refuses numbers that are not positive.
+# --- the dispatch key Autograd --------------------------------------------------------------------
 
-    A function and no plain check, so that it sees plain tensors under ``torch.func``. Reads them on
-    the host; not for use inside ``torch.compile``.
+
+def below_autograd(operator: Kernel, *args: Any) -> Any:
+    """Call the operator past its rule: its kernel, or the next transform of ``torch.func``.
+
+    That transform must find both modes as they were outside, and ``autograd.Function`` switches
+    them off around its forward.
+    """
+    with (
+        torch.enable_grad(),
+        _set_fwd_grad_enabled(True),
+        torch._C._AutoDispatchBelowAutograd(),
+    ):
+        return operator(*args)
+
+
+def _primals(tensors: tuple[Tensor, ...]) -> list[Tensor]:
+    """The saved tensors without the tangents of the level that is being differentiated.
+
+    What is computed from them then belongs to the levels outside: that is what makes forward mode
+    over forward mode right.
+    """
+    unpack = torch._VF._unpack_dual
+    return [unpack(tensor, level=0)[0] for tensor in tensors]
+
+
+class Family(NamedTuple):
+    """What the derivatives of one family have to know.
+
+    Attributes:
+        name: The operator ``op``: (a, *policy) -> outputs.
+        values: How many of its outputs are differentiable; they lead, and are float64.
+        saved: The outputs that ``op_backward`` takes: (*grads, a, *saved, *policy) -> grad_a.
+        multiplicities: Which outputs say how often an extreme occurs, one for each extreme.
+        vectors: Which outputs are zero where the gradient of that extreme is.
+    """
+
+    name: str
+    values: int
+    saved: tuple[int, ...]
+    multiplicities: tuple[int, ...]
+    vectors: tuple[int, ...]
+
+    def call(self, suffix: str, *args: Any) -> Any:
+        """Call ``op``, ``op_backward`` or ``op_double_backward``."""
+        return getattr(torch.ops.immunize_ext, self.name + suffix)(*args)
+
+    def below(self, suffix: str, *args: Any) -> Any:
+        """The same below autograd."""
+        return below_autograd(getattr(torch.ops.immunize_ext, self.name + suffix), *args)
+
+
+def _undefined(family: Family, outputs: tuple[Tensor, ...]) -> list[Tensor]:
+    """For each extreme, where it has no derivative; raises if that can be read and is anywhere."""
+    found = []
+    for count, vector in zip(family.multiplicities, family.vectors, strict=True):
+        # A zero vector marks a derivative that is zero, however many values coincide there.
+        repeated = (outputs[count] > 1) & (outputs[vector] != 0).any(-1)
+        readable = payload(repeated)
+        if readable is not None and bool(readable.any()):
+            raise NotImplementedError(
+                f"{family.name}: forward-mode derivatives of an extreme do not exist where it is "
+                "repeated (multiplicity > 1); reverse mode returns the least-norm subgradient"
+            )
+        found.append(repeated)
+    return found
+
+
+class Values(_SingleLevelFunction):
+    """``op``: the differentiable values of one matrix, and what belongs to them."""
+
+    @staticmethod
+    def forward(family: Family, *args: Any) -> Any:
+        return family.below("", *args)
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
+        ctx.family, a, *ctx.policy = inputs
+        ctx.save_for_backward(a, *output)
+        ctx.save_for_forward(a, *output)
+        ctx.mark_non_differentiable(*output[ctx.family.values :])
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Any, ...]:
+        a, *outputs = ctx.saved_tensors
+        family: Family = ctx.family
+        saved = [outputs[k].detach() for k in family.saved]
+        grad = family.call("_backward", *grads[: family.values], a, *saved, *ctx.policy)
+        return None, grad, *(None,) * len(ctx.policy)
+
+    @staticmethod
+    def jvp(ctx: Any, _: Any, tangent: Tensor, *__: Any) -> tuple[Any, ...]:
+        family: Family = ctx.family
+        with _set_fwd_grad_enabled(True):
+            a, *outputs = _primals(ctx.saved_tensors)
+            undefined = _undefined(family, tuple(outputs))
+            wide, moving = a.to(torch.float64), tangent.to(torch.float64)
+            saved = [outputs[k].detach() for k in family.saved]
+            zero = torch.zeros_like(outputs[0])
+            tangents = []
+            for k in range(family.values):
+                grads = [zero] * family.values
+                grads[k] = torch.ones_like(zero)
+                gradient = family.call("_backward", *grads, wide, *saved, *ctx.policy)
+                moved = (gradient * moving).sum(dim=(-2, -1))
+                if k < len(undefined) and payload(undefined[k]) is None:
+                    moved = torch.where(undefined[k], torch.nan, moved)
+                tangents.append(moved)
+        return (*tangents, *(None,) * (len(outputs) - family.values))
+
+
+class Gradient(_SingleLevelFunction):
+    """``op_backward``: linear in the incoming gradients, and with a symmetric derivative in a."""
+
+    @staticmethod
+    def forward(family: Family, *args: Any) -> Any:
+        return family.below("_backward", *args)
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+        family, *rest = inputs
+        count = family.values + 1 + len(family.saved)
+        ctx.family, ctx.policy = family, rest[count:]
+        ctx.save_for_backward(*rest[: family.values + 1])
+        ctx.save_for_forward(*rest[:count])
+
+    @staticmethod
+    def backward(ctx: Any, cotangent: Tensor) -> tuple[Any, ...]:
+        family: Family = ctx.family
+        saved = ctx.saved_tensors[: family.values + 1]
+        grads = family.call("_double_backward", cotangent, *saved, *ctx.policy)
+        return None, *grads, *(None,) * (len(family.saved) + len(ctx.policy))
+
+    @staticmethod
+    def jvp(ctx: Any, _: Any, *tangents: Any) -> Tensor:
+        family: Family = ctx.family
+        with _set_fwd_grad_enabled(True):
+            primals = _primals(ctx.saved_tensors)
+            grads, a, rest = (
+                primals[: family.values],
+                primals[family.values],
+                primals[family.values :],
+            )
+            total = torch.zeros_like(a)
+            moving = tangents[: family.values]
+            if any(tangent is not None for tangent in moving):
+                filled = [
+                    torch.zeros_like(grad) if tangent is None else tangent
+                    for grad, tangent in zip(grads, moving, strict=True)
+                ]
+                total = total + family.call("_backward", *filled, *rest, *ctx.policy)
+            if tangents[family.values] is not None:
+                second = family.call(
+                    "_double_backward", tangents[family.values], *grads, a, *ctx.policy
+                )
+                total = total + second[-1]
+        return total
+
+
+class Linear(_SingleLevelFunction):
+    """An operator that is linear in its first argument and self-adjoint: its own derivative.
+
+    Or another one, ``derivative``, on purpose: what comes out is then no gradient of a function.
     """
 
     @staticmethod
-    def forward(value: Tensor, message: str) -> Tensor:
-        # NaN fails every comparison, so the test is for what is allowed.
-        if not bool((value > 0).all()):
-            raise ValueError(f"{message}, got {value.tolist()}")
+    def forward(name: str, derivative: str, *args: Any) -> Any:
+        return below_autograd(getattr(torch.ops.immunize_ext, name), *args)
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+        _, ctx.derivative, _, factor, basis, ctx.ridge = inputs
+        ctx.save_for_backward(factor, basis)
+        ctx.save_for_forward(factor, basis)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Any, ...]:
+        operator = getattr(torch.ops.immunize_ext, ctx.derivative)
+        return None, None, operator(grad, *ctx.saved_tensors, ctx.ridge), None, None, None
+
+    @staticmethod
+    def jvp(ctx: Any, _: Any, __: Any, tangent: Tensor, *___: Any) -> Tensor:
+        with _set_fwd_grad_enabled(True):
+            operator = getattr(torch.ops.immunize_ext, ctx.derivative)
+            return operator(tangent, *ctx.saved_tensors, ctx.ridge)
+
+
+class _Refusal(_SingleLevelFunction):
+    """A result whose derivative is an error with a given text."""
+
+    @staticmethod
+    def forward(text: str, value: Tensor, cause: Tensor) -> Tensor:
         return value.clone()
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
-        pass
+        ctx.text = inputs[0]
 
     @staticmethod
-    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None]:
-        return grads[0], None
+    def backward(ctx: Any, *grads: Tensor) -> Any:
+        raise NotImplementedError(ctx.text)
 
     @staticmethod
-    def jvp(ctx: Any, tangent: Tensor, *_: Any) -> Tensor:
-        return tangent.clone()
+    def jvp(ctx: Any, *tangents: Any) -> Any:
+        raise NotImplementedError(ctx.text)
+
+
+def _differentiated(args: tuple[Any, ...]) -> Tensor | None:
+    """The first tensor among the arguments that a derivative is asked for."""
+    tensors = [leaf for leaf in pytree.tree_leaves(args) if isinstance(leaf, Tensor)]
+    recording = torch.is_grad_enabled()
+    for tensor in tensors:
+        if (recording and tensor.requires_grad) or carries_tangent(tensor):
+            return tensor
+    return None
+
+
+def differentiable(operator: Kernel, function: type[_SingleLevelFunction], *given: Any) -> Kernel:
+    """The ``Autograd`` kernel of an operator with a rule: ``function.apply(*given, *args)``."""
+
+    def kernel(*args: Any) -> Any:
+        if _differentiated(args) is None:
+            with torch._C._AutoDispatchBelowAutograd():
+                return operator(*args)
+        with functorch.enable_single_level_autograd_function():
+            return cast(Any, function).apply(*given, *args)
+
+    return kernel
+
+
+def refusing(operator: Kernel, text: str) -> Kernel:
+    """The ``Autograd`` kernel of an operator without one: differentiating it raises the text."""
+
+    def kernel(*args: Any) -> Any:
+        cause = _differentiated(args)
+        if cause is None:
+            with torch._C._AutoDispatchBelowAutograd():
+                return operator(*args)
+        if carries_tangent(cause):
+            raise NotImplementedError(text)
+        outputs = below_autograd(operator, *args)
+        with functorch.enable_single_level_autograd_function():
+            return pytree.tree_map_only(
+                Tensor,
+                lambda out: (
+                    cast(Any, _Refusal).apply(text, out, cause) if out.is_floating_point() else out
+                ),
+                outputs,
+            )
+
+    return kernel

@@ -12,8 +12,9 @@ import torch
 from torch import Tensor
 
 from immunize_ext.errors import NotPositiveDefiniteError, NumericalWarning
-from immunize_ext.ops._dispatch import has_kernel
-from immunize_ext.ops.arguments import carries_derivative, require_finite, require_floating_matrix
+from immunize_ext.ops.arguments import require_finite, require_floating_matrix
+from immunize_ext.ops.derivatives import carries_derivative
+from immunize_ext.ops.operators import has_kernel
 from immunize_ext.storage import load_checkpoint, save_checkpoint
 
 _KIND = "immunize_ext.RegularizationFactor/1"
@@ -379,7 +380,7 @@ def _stream_gram(function: str, c_reg: Tensor | Iterable[Tensor], chunk: int) ->
 
 def _add_lower_gram(gram: Tensor, block: Tensor, chunk: int) -> None:
     """Add block^T block to gram, at least on and below the diagonal, in float64."""
-    if block.device.type == "cpu" and has_kernel(block, "merge_gram"):
+    if has_kernel("merge_gram", block.device.type):
         gram += torch.ops.immunize_ext.merge_gram(block)
         return
     # One buffer for all pieces: a wide copy of each would stand beside the one before it.

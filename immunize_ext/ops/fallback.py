@@ -1,507 +1,731 @@
-"""The operators in ``torch.linalg`` alone.
+"""The raw spectral operators in ``torch`` alone.
 
 Two jobs: serve devices and installations without a kernel, and be the baseline that the kernels
-have to beat. So this is what a careful user would write: thin side, float64 inside, one
-factorisation for all layers, no ``1 / (sigma_i^2 - sigma_j^2)`` in a first derivative. Values are
-float64; the public functions in the sibling modules check arguments, cast and name the results.
+have to beat. So this is what a careful user would write: thin side, float64 inside, no
+``1 / (sigma_i^2 - sigma_j^2)`` in a first derivative. The second derivatives serve every device,
+kernels or not: they need a full decomposition, which LAPACK and cuSOLVER have.
+
+The dispatcher calls these with plain tensors, below autograd. Second derivative of a simple
+singular value, with Z the cotangent, x = U^T Z v, y = V^T Z^T u and i the extreme:
+
+    d(u^T Z v)/dA = (U a + (I - U U^T) Z v / s_i) v^T + u (V b + (I - V V^T) Z^T u / s_i)^T,
+    a_j = (s_i x_j + s_j y_j) / (s_i^2 - s_j^2),  b_j = (s_j x_j + s_i y_j) / (s_i^2 - s_j^2).
+
+It follows from du = sum_{j != i} u_j (s_i u_j^T dA v + s_j u^T dA v_j) / (s_i^2 - s_j^2)
++ (I - U U^T) dA v / s_i and its mirror image for dv. Of a simple eigenvalue of a symmetric matrix:
+
+    d(v^T Z v)/dH = v w^T + w v^T,  w = sum_{j != i} v_j (v_j^T Z v) / (lambda_i - lambda_j).
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
-from immunize_ext.ops.arguments import SpectrumPolicy, any_true, require_finite
-from immunize_ext.ops.derivatives import BatchedFunction
+from immunize_ext.ops.arguments import SpectrumPolicy, require_finite, require_floating_matrix
 
 # A Gram matrix gives sigma_min with a relative error of eps * kappa^2 / 2, so sigma itself to
 # eps * sigma_max * kappa / 2. Beyond this kappa the singular values of x are taken directly.
 GRAM_SAFE_CONDITION = 1e4
 
-
-class MergeLayout(NamedTuple):
-    """What the per-layer part of a merge has to know besides tensors; all of it static."""
-
-    layers: int
-    targets: int
-    rows: tuple[int, ...]  # tokens of each concept
-    targets_are_values: bool
-    rank_rtol: float
-    check: bool
+_EPS = torch.finfo(torch.float64).eps
 
 
-class Extremes(NamedTuple):
-    """Extremes of a spectrum, each of the batch shape ``(*,)``; values float64, counts int64."""
-
-    largest: Tensor
-    smallest: Tensor
-    rank: Tensor
-    multiplicity_max: Tensor
-    multiplicity_min: Tensor
+# --- shared ---------------------------------------------------------------------------------------
 
 
-def _power_of_two_scale(a: Tensor) -> Tensor:
+class _Extreme(NamedTuple):
+    """One extreme of each spectrum (*, t)."""
+
+    at: Tensor  # (*,) index of the extreme itself, 0 where there is none
+    members: Tensor  # (*, t) bool, its cluster; empty where the gradient is zero
+    multiplicity: Tensor  # (*,) int64, as told to the user
+    exists: Tensor  # (*,) bool: it is not zero by definition
+
+
+def _checked(function: str, name: str, value: Tensor) -> Tensor:
+    """The argument in float64, if it is a finite matrix."""
+    require_floating_matrix(function, name, value)
+    require_finite(function, name, value)
+    return value.to(torch.float64)
+
+
+def _batch_like(function: str, name: str, grad: Tensor, value: Tensor) -> Tensor:
+    if grad.shape != value.shape[:-2]:
+        raise ValueError(
+            f"{function}: {name} must have shape {tuple(value.shape[:-2])}, got {tuple(grad.shape)}"
+        )
+    return grad.to(torch.float64)
+
+
+def _same_shape(function: str, cotangent: Tensor, value: Tensor) -> Tensor:
+    if cotangent.shape != value.shape:
+        raise ValueError(
+            f"{function}: cotangent must have shape {tuple(value.shape)}, "
+            f"got {tuple(cotangent.shape)}"
+        )
+    return cotangent.to(torch.float64)
+
+
+def _scale_of(a: Tensor) -> Tensor:
     """Power of two (*, 1, 1) that brings the largest entry of each matrix into [1, 2), exactly."""
-    largest = a.detach().abs().amax(dim=(-2, -1), keepdim=True)
+    largest = a.abs().amax(dim=(-2, -1), keepdim=True)
     _, exponent = torch.frexp(torch.where(largest > 0, largest, 1.0))
     # One less than the exponent of [0.5, 1): finite for the largest number there is.
     return torch.ldexp(torch.ones_like(largest), exponent - 1)
 
 
-def _cluster_mean(spectrum: Tensor, mask: Tensor, value: Tensor) -> Tensor:
-    """``value`` with the derivative of the mean over ``mask``: the least-norm subgradient."""
-    count = mask.sum(-1).clamp(min=1)
-    mean = (spectrum * mask).sum(-1) / count
-    attached = value.detach() + (mean - mean.detach())
-    if attached.requires_grad:
-        attached = RefuseSecondDerivativeAtClusters.apply(attached, mask.sum(-1))
-    return attached
+def _ranked(sigma: Tensor, policy: SpectrumPolicy, side: int) -> tuple[Tensor, _Extreme, _Extreme]:
+    """Rank, largest and smallest of singular values (*, t) in descending order.
 
-
-def _extremes_of(
-    values: Tensor, sigma: Tensor, policy: SpectrumPolicy, full_side: int
-) -> tuple[Extremes, Tensor, Tensor]:
-    """Extremes of a spectrum without derivatives, and the masks (*, t) of their clusters.
-
-    ``values`` (*, t) is what is returned, in descending order (singular values or eigenvalues of a
-    Gram matrix); ``sigma`` (*, t) the singular values that tolerances speak of. ``full_side`` is
-    the number of singular values that the policy ``full_rank`` counts; it exceeds t for the p x p
+    ``side`` is the number of singular values that ``full_rank`` counts; it exceeds t for the p x p
     Gram matrix of n < p samples, whose other eigenvalues are exact zeros.
     """
     top = sigma[..., :1]
     # Strictly greater: the zero matrix has rank 0 although 0 >= rtol * 0.
     counted = sigma > policy.rank_rtol * top
     rank = counted.sum(-1)
-    last_index = (rank - 1).clamp(min=0).unsqueeze(-1)
+    last = (rank - 1).clamp(min=0)
     near = policy.cluster_rtol * top
-    cluster_max = counted & (top - sigma <= near)
-    cluster_min = counted & (sigma - sigma.gather(-1, last_index) <= near)
-    multiplicity_max = torch.where(rank > 0, cluster_max.sum(-1), full_side)
-    multiplicity_min = torch.where(rank > 0, cluster_min.sum(-1), full_side)
-    smallest = torch.where(rank > 0, values.gather(-1, last_index).squeeze(-1), 0.0)
-    if policy.full_rank:
-        deficient = rank < full_side
-        cluster_min = cluster_min & ~deficient.unsqueeze(-1)
-        multiplicity_min = torch.where(deficient, full_side - rank, multiplicity_min)
-        smallest = torch.where(deficient, 0.0, smallest)
-    found = Extremes(values[..., 0], smallest, rank, multiplicity_max, multiplicity_min)
-    return found, cluster_max, cluster_min
-
-
-def extremal_singular_values(a: Tensor, policy: SpectrumPolicy) -> Extremes:
-    """Extremes of the singular values of ``a`` (*, n, p) by a thin SVD."""
-    require_finite("extremal_singular_values", "a", a)
-    a = a.to(torch.float64)
-    scale = _power_of_two_scale(a)
-    u, sigma, vh = torch.linalg.svd((a / scale).detach(), full_matrices=False)
-    sigma = sigma * scale.squeeze(-1)
-    found, cluster_max, cluster_min = _extremes_of(sigma, sigma, policy, min(a.shape[-2:]))
-    return found._replace(
-        largest=ExtremeValue.apply(a, found.largest, u, sigma, vh, cluster_max),
-        smallest=ExtremeValue.apply(a, found.smallest, u, sigma, vh, cluster_min),
+    above = counted & (top - sigma <= near)
+    below = counted & (sigma - sigma.gather(-1, last.unsqueeze(-1)) <= near)
+    nothing = rank == 0
+    deficient = (rank < side) if policy.full_rank else nothing
+    below = below & ~deficient.unsqueeze(-1)
+    missing = side - rank if policy.full_rank else torch.full_like(rank, side)
+    most = torch.where(nothing, side, above.sum(-1))
+    least = torch.where(deficient, missing, below.sum(-1))
+    return (
+        rank,
+        _Extreme(torch.zeros_like(last), above, most, ~nothing),
+        _Extreme(last, below, least, ~deficient),
     )
 
 
-def gram_extremes(x: Tensor, policy: SpectrumPolicy) -> tuple[Extremes, Tensor]:
+def _pick(values: Tensor, extreme: _Extreme) -> Tensor:
+    """The values (*, t) at the extreme, 0 where there is none."""
+    found = values.gather(-1, extreme.at.unsqueeze(-1)).squeeze(-1)
+    return torch.where(extreme.exists, found, 0.0)
+
+
+def _column(vectors: Tensor, extreme: _Extreme) -> Tensor:
+    """The column of vectors (*, side, t) at the extreme, 0 where the gradient is."""
+    index = extreme.at[..., None, None].expand(*vectors.shape[:-1], 1)
+    found = vectors.gather(-1, index).squeeze(-1)
+    return torch.where(extreme.exists.unsqueeze(-1), found, 0.0).contiguous()
+
+
+def _mean_weights(extreme: _Extreme) -> Tensor:
+    """1 / m on the cluster (*, t)."""
+    members = extreme.members.to(torch.float64)
+    return members / members.sum(-1, keepdim=True).clamp(min=1)
+
+
+def _require_simple(function: str, name: str, grad: Tensor, extreme: _Extreme) -> None:
+    count = extreme.members.sum(-1)
+    refused = ((count > 1) & (grad != 0)).flatten().nonzero()
+    if len(refused):
+        where = int(refused[0])
+        raise NotImplementedError(
+            f"{function}: the second derivative of {name} does not exist at batch index {where}, "
+            f"where it is repeated (multiplicity {int(count.flatten()[where])}); use the first "
+            "derivative there, or a smaller cluster_rtol"
+        )
+
+
+def _weighted(u: Tensor, weights: Tensor, vh: Tensor) -> Tensor:
+    """Sum of w_i u_i v_i^T."""
+    return (u * weights.unsqueeze(-2)) @ vh
+
+
+def _outer(u: Tensor, v: Tensor) -> Tensor:
+    return u.unsqueeze(-1) * v.unsqueeze(-2)
+
+
+def _like(grad: Tensor, value: Tensor) -> Tensor:
+    return grad.reshape(value.shape).to(value.dtype).contiguous()
+
+
+# --- singular values ------------------------------------------------------------------------------
+
+
+class _Decomposition(NamedTuple):
+    """Singular value decomposition of a / scale, and its extremes."""
+
+    u: Tensor  # (*, n, t)
+    sigma: Tensor  # (*, t)
+    vh: Tensor  # (*, t, p)
+    scale: Tensor  # (*,)
+    rank: Tensor
+    top: _Extreme
+    bottom: _Extreme
+
+
+def _decompose(wide: Tensor, policy: SpectrumPolicy, side: int) -> _Decomposition:
+    scale = _scale_of(wide)
+    u, sigma, vh = torch.linalg.svd(wide / scale, full_matrices=False)
+    return _Decomposition(u, sigma, vh, scale[..., 0, 0], *_ranked(sigma, policy, side))
+
+
+def extremal_singular_values(
+    a: Tensor, rank_rtol: float, cluster_rtol: float, full_rank: bool
+) -> tuple[Tensor, ...]:
+    """Extremes of the singular values of ``a`` (*, n, p) by a thin decomposition."""
+    policy = SpectrumPolicy(rank_rtol, cluster_rtol, full_rank)
+    wide = _checked("extremal_singular_values", "a", a)
+    d = _decompose(wide, policy, min(a.shape[-2:]))
+    return (
+        _pick(d.sigma, d.top) * d.scale,
+        _pick(d.sigma, d.bottom) * d.scale,
+        d.rank,
+        d.top.multiplicity,
+        d.bottom.multiplicity,
+        *(_column(x, e) for e in (d.top, d.bottom) for x in (d.u, d.vh.mT)),
+    )
+
+
+def _first_derivative(
+    grads: tuple[Tensor, Tensor],
+    a: Tensor,
+    multiplicities: tuple[Tensor, Tensor],
+    vectors: tuple[Tensor, ...],
+    policy: SpectrumPolicy,
+    lambdas: tuple[Tensor, Tensor] | None,
+) -> Tensor:
+    """Sum over both extremes of g mean(u v^T), for K = a^T a of g mean(2 sigma u v^T); float64."""
+    u_max, v_max, u_min, v_min = vectors
+    repeated = torch.zeros_like(grads[0], dtype=torch.bool)
+    for grad, count, vector in zip(grads, multiplicities, (u_max, u_min), strict=True):
+        repeated = repeated | ((grad != 0) & (count > 1) & (vector != 0).any(-1))
+    if not bool(repeated.any()):
+        first, second = grads
+        if lambdas is not None:
+            first, second = (2.0 * g * x.sqrt() for g, x in zip(grads, lambdas, strict=True))
+        return _outer(first.unsqueeze(-1) * u_max, v_max) + _outer(
+            second.unsqueeze(-1) * u_min, v_min
+        )
+    side = min(a.shape[-2:]) if lambdas is None else a.shape[-1]
+    d = _decompose(a.to(torch.float64), policy, side)
+    weights = grads[0].unsqueeze(-1) * _mean_weights(d.top)
+    weights = weights + grads[1].unsqueeze(-1) * _mean_weights(d.bottom)
+    if lambdas is not None:
+        weights = 2.0 * weights * d.sigma * d.scale.unsqueeze(-1)
+    return _weighted(d.u, weights, d.vh)
+
+
+def extremal_singular_values_backward(
+    grad_max: Tensor,
+    grad_min: Tensor,
+    a: Tensor,
+    multiplicity_max: Tensor,
+    multiplicity_min: Tensor,
+    u_max: Tensor,
+    v_max: Tensor,
+    u_min: Tensor,
+    v_min: Tensor,
+    rank_rtol: float,
+    cluster_rtol: float,
+    full_rank: bool,
+) -> Tensor:
+    """Mean of u v^T over the clusters, times the incoming gradients."""
+    function = "extremal_singular_values_backward"
+    grad = _first_derivative(
+        (
+            _batch_like(function, "grad_max", grad_max, a),
+            _batch_like(function, "grad_min", grad_min, a),
+        ),
+        a,
+        (multiplicity_max, multiplicity_min),
+        (u_max, v_max, u_min, v_min),
+        SpectrumPolicy(rank_rtol, cluster_rtol, full_rank),
+        None,
+    )
+    return _like(grad, a)
+
+
+def _second_derivative(d: _Decomposition, extreme: _Extreme, grad: Tensor, z: Tensor) -> Tensor:
+    """The formula on top of the file times grad, zero where grad is or the extreme is a cluster."""
+    active = (extreme.members.sum(-1) == 1) & (grad != 0)
+    u_all, v_all = d.u, d.vh.mT
+    u, v = _column(u_all, extreme), _column(v_all, extreme)
+    zv = (z @ v.unsqueeze(-1)).squeeze(-1)
+    ztu = (z.mT @ u.unsqueeze(-1)).squeeze(-1)
+    x = (u_all.mT @ zv.unsqueeze(-1)).squeeze(-1)
+    y = (d.vh @ ztu.unsqueeze(-1)).squeeze(-1)
+    s_i = d.sigma.gather(-1, extreme.at.unsqueeze(-1))
+    # The product neither cancels nor overflows where the difference of squares would.
+    skip = (extreme.at.unsqueeze(-1) == torch.arange(d.sigma.shape[-1], device=z.device)) | (
+        ~active.unsqueeze(-1)
+    )
+    gap = ((s_i - d.sigma) * (s_i + d.sigma)).masked_fill(skip, torch.inf)
+    left = (u_all @ ((s_i * x + d.sigma * y) / gap).unsqueeze(-1)).squeeze(-1)
+    right = (v_all @ ((d.sigma * x + s_i * y) / gap).unsqueeze(-1)).squeeze(-1)
+    safe = s_i.masked_fill(~active.unsqueeze(-1), torch.inf)
+    # A square U or V has no complement: what the difference leaves is rounding over s_i.
+    if u_all.shape[-2] > u_all.shape[-1]:
+        left = left + (zv - (u_all @ x.unsqueeze(-1)).squeeze(-1)) / safe
+    if v_all.shape[-2] > v_all.shape[-1]:
+        right = right + (ztu - (v_all @ y.unsqueeze(-1)).squeeze(-1)) / safe
+    weight = torch.where(active, grad, 0.0)[..., None, None]
+    return weight * (_outer(left, v) + _outer(u, right))
+
+
+def _mean_along(d: _Decomposition, extreme: _Extreme, z: Tensor, sigmas: Tensor | float) -> Tensor:
+    """Mean over the cluster of sigma_i <Z, u_i v_i^T>."""
+    along = ((d.u.mT @ z) * d.vh).sum(-1)
+    return (_mean_weights(extreme) * sigmas * along).sum(-1)
+
+
+def extremal_singular_values_double_backward(
+    cotangent: Tensor,
+    grad_max: Tensor,
+    grad_min: Tensor,
+    a: Tensor,
+    rank_rtol: float,
+    cluster_rtol: float,
+    full_rank: bool,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Derivatives of <cotangent, gradient> by the incoming gradients and by ``a``."""
+    function = "extremal_singular_values_double_backward"
+    wide = _checked(function, "a", a)
+    z = _same_shape(function, cotangent, a)
+    grads = (
+        _batch_like(function, "grad_max", grad_max, a),
+        _batch_like(function, "grad_min", grad_min, a),
+    )
+    policy = SpectrumPolicy(rank_rtol, cluster_rtol, full_rank)
+    d = _decompose(wide, policy, min(a.shape[-2:]))
+    total = torch.zeros_like(wide)
+    for name, grad, extreme in zip(
+        ("sigma_max", "sigma_min"), grads, (d.top, d.bottom), strict=True
+    ):
+        _require_simple(function, name, grad, extreme)
+        # u and v are of degree 0 in a: their derivative scales with the inverse of a's scale.
+        total = total + _second_derivative(d, extreme, grad / d.scale, z)
+    return (
+        _mean_along(d, d.top, z, 1.0),
+        _mean_along(d, d.bottom, z, 1.0),
+        _like(total, a),
+    )
+
+
+# --- Gram matrices --------------------------------------------------------------------------------
+
+
+def _thin_gram(x: Tensor) -> Tensor:
+    return x @ x.mT if x.shape[-2] <= x.shape[-1] else x.mT @ x
+
+
+def gram_extremes(
+    x: Tensor, rank_rtol: float, cluster_rtol: float, full_rank: bool
+) -> tuple[Tensor, ...]:
     """Extremes of K = x^T x from the thin Gram matrix, and |K|_F^2."""
-    require_finite("gram_extremes", "x", x)
-    x = x.to(torch.float64)
+    policy = SpectrumPolicy(rank_rtol, cluster_rtol, full_rank)
+    wide = _checked("gram_extremes", "x", x)
     n, p = x.shape[-2:]
-    scale = _power_of_two_scale(x)
-    scaled = x / scale
-    thin = scaled @ scaled.mT if n <= p else scaled.mT @ scaled
+    scale = _scale_of(wide)
+    scaled = wide / scale
+    thin = _thin_gram(scaled)
     # .flip: eigh sorts ascending. Rounding may leave an eigenvalue of a singular Gram below 0.
-    eigenvalues = torch.linalg.eigh(thin)[0].flip(-1).clamp(min=0.0)
-    detached = eigenvalues.detach()
-    if any_true(detached[..., -1] * GRAM_SAFE_CONDITION**2 <= detached[..., 0]):
-        eigenvalues = torch.linalg.svd(scaled, full_matrices=False)[1].square()
-    squared_scale = scale.square()[..., 0]
-    eigenvalues = eigenvalues * squared_scale
-    detached = eigenvalues.detach()
-    found, cluster_max, cluster_min = _extremes_of(detached, detached.sqrt(), policy, p)
-    extremes = found._replace(
-        largest=_cluster_mean(eigenvalues, cluster_max, found.largest),
-        smallest=_cluster_mean(eigenvalues, cluster_min, found.smallest),
+    eigenvalues, vectors = torch.linalg.eigh(thin)
+    eigenvalues, vectors = eigenvalues.flip(-1).clamp(min=0.0), vectors.flip(-1)
+    risky = eigenvalues[..., -1] * GRAM_SAFE_CONDITION**2 <= eigenvalues[..., 0]
+    if bool(risky.any()):
+        u, sigma, vh = torch.linalg.svd(scaled, full_matrices=False)
+        eigenvalues, vectors = sigma.square(), (u if n <= p else vh.mT)
+    sigma = eigenvalues.sqrt()
+    rank, top, bottom = _ranked(sigma, policy, p)
+    pairs: list[Tensor] = []
+    for extreme in (top, bottom):
+        near = _column(vectors, extreme)
+        far = ((scaled.mT if n <= p else scaled) @ near.unsqueeze(-1)).squeeze(-1)
+        far = far / torch.where(extreme.exists, _pick(sigma, extreme), 1.0).unsqueeze(-1)
+        pairs += (near, far) if n <= p else (far, near)
+    squared = scale[..., 0, 0].square()
+    largest, smallest = _pick(eigenvalues, top), _pick(eigenvalues, bottom)
+    return (
+        *(torch.where(x == 0, 0.0, x * squared) for x in (largest, smallest)),  # 0 of infinity
+        thin.square().sum(dim=(-2, -1)) * squared.square(),
+        rank,
+        top.multiplicity,
+        bottom.multiplicity,
+        *pairs,
+        (thin * squared[..., None, None]).contiguous(),
     )
-    squared_frobenius = thin.square().sum(dim=(-2, -1)) * squared_scale[..., 0].square()
-    return extremes, squared_frobenius
+
+
+def gram_extremes_backward(
+    grad_max: Tensor,
+    grad_min: Tensor,
+    grad_squared_frobenius: Tensor,
+    x: Tensor,
+    lambda_max: Tensor,
+    lambda_min: Tensor,
+    multiplicity_max: Tensor,
+    multiplicity_min: Tensor,
+    u_max: Tensor,
+    v_max: Tensor,
+    u_min: Tensor,
+    v_min: Tensor,
+    thin_gram: Tensor,
+    rank_rtol: float,
+    cluster_rtol: float,
+    full_rank: bool,
+) -> Tensor:
+    """Means of 2 sigma u v^T over the clusters and 4 x x^T x, times the incoming gradients."""
+    function = "gram_extremes_backward"
+    g_max, g_min, g_f = (
+        _batch_like(function, name, grad, x)
+        for name, grad in (
+            ("grad_max", grad_max),
+            ("grad_min", grad_min),
+            ("grad_squared_frobenius", grad_squared_frobenius),
+        )
+    )
+    grad = _first_derivative(
+        (g_max, g_min),
+        x,
+        (multiplicity_max, multiplicity_min),
+        (u_max, v_max, u_min, v_min),
+        SpectrumPolicy(rank_rtol, cluster_rtol, full_rank),
+        (lambda_max, lambda_min),
+    )
+    return _like(grad + _frobenius_gradient(g_f, x, thin_gram), x)
+
+
+def _frobenius_gradient(grad: Tensor, x: Tensor, thin: Tensor) -> Tensor:
+    """4 g x x^T x; zero where g is, also where the Gram matrix overflows."""
+    wide = x.to(torch.float64)
+    weight = 4.0 * grad[..., None, None]
+    weighted = torch.where(weight == 0, 0.0, weight * thin)
+    return weighted @ wide if x.shape[-2] <= x.shape[-1] else wide @ weighted
+
+
+def gram_extremes_double_backward(
+    cotangent: Tensor,
+    grad_max: Tensor,
+    grad_min: Tensor,
+    grad_squared_frobenius: Tensor,
+    x: Tensor,
+    rank_rtol: float,
+    cluster_rtol: float,
+    full_rank: bool,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Derivatives of <cotangent, gradient> by the incoming gradients and by ``x``.
+
+    The gradient is 2 g s u v^T for either extreme and 4 g_F x x^T x. The product rule adds
+    2 g <Z, u v^T> u v^T to 2 g s times the second derivative of s; the last term gives
+    4 g_F (Z x^T x + x Z^T x + x x^T Z).
+    """
+    function = "gram_extremes_double_backward"
+    wide = _checked(function, "x", x)
+    z = _same_shape(function, cotangent, x)
+    grads = (
+        _batch_like(function, "grad_max", grad_max, x),
+        _batch_like(function, "grad_min", grad_min, x),
+    )
+    g_f = _batch_like(function, "grad_squared_frobenius", grad_squared_frobenius, x)
+    n, p = x.shape[-2:]
+    d = _decompose(wide, SpectrumPolicy(rank_rtol, cluster_rtol, full_rank), p)
+    total = torch.zeros_like(wide)
+    for name, grad, extreme in zip(
+        ("lambda_max", "lambda_min"), grads, (d.top, d.bottom), strict=True
+    ):
+        _require_simple(function, name, grad, extreme)
+        sigma = _pick(d.sigma, extreme)
+        u, v = _column(d.u, extreme), _column(d.vh.mT, extreme)
+        along = ((u.unsqueeze(-2) @ z).squeeze(-2) * v).sum(-1)
+        simple = torch.where(extreme.members.sum(-1) == 1, grad, 0.0)
+        total = total + _second_derivative(d, extreme, 2.0 * grad * sigma, z)
+        total = total + _outer((2.0 * simple * along).unsqueeze(-1) * u, v)
+    scaled = wide / d.scale[..., None, None]
+    thin = _thin_gram(scaled)
+    # The thin side in the middle.
+    if n <= p:
+        cubic, mixed = thin @ scaled, scaled @ z.mT @ scaled
+        others = z @ scaled.mT @ scaled + thin @ z
+    else:
+        cubic, mixed = scaled @ thin, scaled @ (z.mT @ scaled)
+        others = z @ thin + scaled @ (scaled.mT @ z)
+    total = total + 4.0 * (g_f * d.scale.square())[..., None, None] * (mixed + others)
+    return (
+        2.0 * d.scale * _mean_along(d, d.top, z, d.sigma),
+        2.0 * d.scale * _mean_along(d, d.bottom, z, d.sigma),
+        4.0 * d.scale.pow(3) * (z * cubic).sum(dim=(-2, -1)),
+        _like(total, x),
+    )
+
+
+# --- regularizers of Gram matrices ----------------------------------------------------------------
+
+
+def gram_regularizer(
+    x: Tensor,
+    ill: bool,
+    normaliser: float | None,
+    floor: float | None,
+    rank_rtol: float,
+    cluster_rtol: float,
+    full_rank: bool,
+) -> tuple[Tensor, ...]:
+    """R_well or R_ill of K = x^T x, and what its gradient is made of."""
+    n, p = x.shape[-2:]
+    largest, smallest, frobenius, rank, m_max, m_min, *vectors, thin = (
+        torch.ops.immunize_ext.gram_extremes(x, rank_rtol, cluster_rtol, full_rank)
+    )
+    u_max, v_max, u_min, v_min = vectors
+    near = (u_min if ill else u_max) if n <= p else (v_min if ill else v_max)
+    # |K|_F^2 is of degree 4 in x and leaves the range of float64 first.
+    overflows = torch.isinf(frobenius)
+    outside = overflows | ((frobenius == 0) & (rank > 0))
+    zero = torch.zeros_like(frobenius)
+    if ill:
+        counted = rank.clamp(min=1).to(frobenius.dtype)
+        width = 2.0 * (counted if normaliser is None else torch.full_like(counted, normaliser))
+        mean_square = frobenius / width
+        denominator = mean_square - smallest.square() / 2
+        least = mean_square * (8 * _EPS * max(n, p) if floor is None else floor)
+        held = denominator <= least
+        if normaliser is None and floor is None:
+            held = held | ((rank > 0) & (m_min >= rank))
+        held = held & ~outside
+        if floor is None and bool(held.any()):
+            raise ValueError("gram_r_ill: x must not have all singular values equal; give a floor")
+        value = torch.where(held, least, denominator).reciprocal()
+        free = torch.where(held | outside, 0.0, value.square())
+        coefficients = torch.stack([zero, free * smallest, -free / width], -1)
+    else:
+        width = torch.full_like(frobenius, 2.0 * (p if normaliser is None else normaliser))
+        value = largest.square() / 2 - frobenius / width
+        coefficients = torch.stack([largest, zero, -1.0 / width], -1)
+    value = torch.where(outside, torch.where(overflows != ill, torch.inf, 0.0), value)
+    return (
+        value.to(x.dtype),
+        torch.where(outside.unsqueeze(-1), 0.0, coefficients).nan_to_num(0.0),
+        (m_min if ill else m_max).clone(),
+        near.clone(),
+        thin,
+    )
+
+
+def gram_regularizer_backward(
+    grad: Tensor,
+    x: Tensor,
+    coefficients: Tensor,
+    multiplicity: Tensor,
+    thin_vector: Tensor,
+    thin_gram: Tensor,
+    ill: bool,
+    normaliser: float | None,
+    rank_rtol: float,
+    cluster_rtol: float,
+    full_rank: bool,
+) -> Tensor:
+    """Gradient from the coefficients of d lambda_max, d lambda_min and d |K|_F^2."""
+    g = _batch_like("gram_regularizer_backward", "grad", grad, x)
+    weights = coefficients * g.unsqueeze(-1)
+    wide = x.to(torch.float64)
+    weight = weights[..., 1] if ill else weights[..., 0]
+    repeated = (multiplicity > 1) & (weight != 0) & (thin_vector != 0).any(-1)
+    if bool(repeated.any()):
+        policy = SpectrumPolicy(rank_rtol, cluster_rtol, full_rank)
+        d = _decompose(wide, policy, x.shape[-1])
+        mean = _mean_weights(d.bottom if ill else d.top) * d.sigma * d.scale.unsqueeze(-1)
+        total = _weighted(d.u, 2.0 * weight.unsqueeze(-1) * mean, d.vh)
+    else:
+        # 2 sigma u v^T = 2 u u^T x.
+        near = (2.0 * weight).unsqueeze(-1) * thin_vector
+        if x.shape[-2] <= x.shape[-1]:
+            total = _outer(near, (wide.mT @ thin_vector.unsqueeze(-1)).squeeze(-1))
+        else:
+            total = _outer((wide @ thin_vector.unsqueeze(-1)).squeeze(-1), near)
+    return _like(total + _frobenius_gradient(weights[..., 2], x, thin_gram), x)
+
+
+# --- symmetric matrices ---------------------------------------------------------------------------
+
+
+class _Eigen(NamedTuple):
+    """Eigenvalues (*, p) of h / scale, descending, their vectors, and the clusters."""
+
+    values: Tensor
+    vectors: Tensor
+    scale: Tensor
+    top: _Extreme
+    bottom: _Extreme
+
+
+def _eigen(h: Tensor, cluster_rtol: float) -> _Eigen:
+    scale = _scale_of(h)
+    scaled = h / scale
+    values, vectors = torch.linalg.eigh((scaled + scaled.mT) / 2)
+    values, vectors = values.flip(-1), vectors.flip(-1)
+    near = cluster_rtol * values[..., (0, -1)].abs().amax(-1, keepdim=True)
+    index = torch.zeros(values.shape[:-1], dtype=torch.int64, device=h.device)
+    extremes = []
+    for members, at in (
+        (values[..., :1] - values <= near, 0),
+        (values - values[..., -1:] <= near, values.shape[-1] - 1),
+    ):
+        every = torch.ones_like(index, dtype=torch.bool)
+        extremes.append(_Extreme(index + at, members, members.sum(-1), every))
+    return _Eigen(values, vectors, scale[..., 0, 0], *extremes)
 
 
 def symmetric_extremes(h: Tensor, cluster_rtol: float) -> tuple[Tensor, ...]:
-    """Algebraic extremes of symmetric h (*, p, p), float64, and their multiplicities."""
-    require_finite("symmetric_extremes", "h", h)
-    wide = h.to(torch.float64)
-    p = wide.shape[-1]
-    scale = _power_of_two_scale(wide)
-    scaled = wide.detach() / scale
+    """Algebraic extremes of symmetric h (*, p, p), their multiplicities and vectors."""
+    wide = _checked("symmetric_extremes", "h", h)
+    if h.shape[-1] != h.shape[-2]:
+        raise ValueError(f"symmetric_extremes: h must have shape (*, p, p), got {tuple(h.shape)}")
+    scaled = wide / _scale_of(wide)
     difference = (scaled - scaled.mT).abs().amax(dim=(-2, -1))
-    largest_entry = scaled.abs().amax(dim=(-2, -1))
-    if any_true(difference > 8.0 * p**0.5 * torch.finfo(h.dtype).eps * largest_entry):
+    allowed = 8.0 * h.shape[-1] ** 0.5 * torch.finfo(h.dtype).eps
+    if bool((difference > allowed * scaled.abs().amax(dim=(-2, -1))).any()):
         raise ValueError(
             "symmetric_extremes: h must be symmetric, got entries that differ from their mirror "
             "image; pass (h + h.mT) / 2 if the difference has no meaning"
         )
-    wide = wide / scale
-    spectrum = torch.linalg.eigh((wide + wide.mT) / 2)[0].flip(-1)
-    detached = spectrum.detach()
-    near = cluster_rtol * detached[..., (0, -1)].abs().amax(-1, keepdim=True)
-    most = detached[..., :1] - detached <= near
-    least = detached - detached[..., -1:] <= near
-    factor = scale[..., 0, 0]
+    e = _eigen(wide, cluster_rtol)
     return (
-        _cluster_mean(spectrum, most, detached[..., 0]) * factor,
-        _cluster_mean(spectrum, least, detached[..., -1]) * factor,
-        most.sum(-1),
-        least.sum(-1),
+        _pick(e.values, e.top) * e.scale,
+        _pick(e.values, e.bottom) * e.scale,
+        e.top.multiplicity,
+        e.bottom.multiplicity,
+        _column(e.vectors, e.top),
+        _column(e.vectors, e.bottom),
     )
 
 
-def _pivoted_cholesky(t: Tensor, rank_rtol: float) -> tuple[list[int], Tensor]:
-    """Rows of t (s, s) that are kept, and H (s, r) with t = H H^T up to what was dropped.
-
-    Pivots are those of t scaled to unit diagonal: the squared sine of the angle between a row and
-    the span of the rows already kept.
-    """
-    s = t.shape[-1]
-    diagonal = t.diagonal()
-    scale = torch.where(diagonal > 0, diagonal, 1.0).sqrt()
-    scaled = t / torch.outer(scale, scale)
-    pivots = torch.where(diagonal > 0, 1.0, 0.0).to(t.dtype)
-    columns: list[Tensor] = []
-    kept: list[int] = []
-    for _ in range(s):
-        best = int(pivots.argmax())
-        pivot = float(pivots[best])
-        if not pivot > rank_rtol:
-            break
-        column = scaled[:, best].clone()
-        for previous in columns:
-            column -= previous * previous[best]
-        column = column / pivot**0.5
-        column[kept] = 0.0
-        pivots = (pivots - column.square()).clamp(min=0.0)
-        kept.append(best)
-        pivots[kept] = -1.0
-        columns.append(column)
-    factor = torch.stack(columns, -1) if columns else t.new_zeros(s, 0)
-    return kept, factor * scale.unsqueeze(-1)
+def symmetric_extremes_backward(
+    grad_max: Tensor,
+    grad_min: Tensor,
+    h: Tensor,
+    multiplicity_max: Tensor,
+    multiplicity_min: Tensor,
+    v_max: Tensor,
+    v_min: Tensor,
+    cluster_rtol: float,
+) -> Tensor:
+    """Mean of v v^T over the clusters, times the incoming gradients."""
+    function = "symmetric_extremes_backward"
+    first = _batch_like(function, "grad_max", grad_max, h).unsqueeze(-1)
+    second = _batch_like(function, "grad_min", grad_min, h).unsqueeze(-1)
+    repeated = (multiplicity_max.unsqueeze(-1) > 1) & (first != 0)
+    repeated = repeated | ((multiplicity_min.unsqueeze(-1) > 1) & (second != 0))
+    if not bool(repeated.any()):
+        return _like(_outer(first * v_max, v_max) + _outer(second * v_min, v_min), h)
+    e = _eigen(h.to(torch.float64), cluster_rtol)
+    weights = first * _mean_weights(e.top) + second * _mean_weights(e.bottom)
+    grad = _weighted(e.vectors, weights, e.vectors.mT)
+    return _like((grad + grad.mT) / 2, h)
 
 
-def _generalised_inverse(
-    t: Tensor, rank_rtol: float, average: bool
+def symmetric_extremes_double_backward(
+    cotangent: Tensor, grad_max: Tensor, grad_min: Tensor, h: Tensor, cluster_rtol: float
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """E, I - E T and the rank of one symmetric positive semidefinite t (s, s)."""
-    s = t.shape[-1]
-    kept, factor = _pivoted_cholesky(t, rank_rtol)
-    e, defect = torch.zeros_like(t), torch.zeros_like(t)
-    if len(kept) < s and average:
-        pinv = torch.linalg.pinv(factor)
-        e = pinv.mT @ pinv
-    elif kept:
-        index = torch.tensor(kept, device=t.device)
-        e[index.unsqueeze(1), index] = torch.cholesky_inverse(factor[index])
-    if len(kept) < s:
-        defect = torch.eye(s, dtype=t.dtype, device=t.device) - e @ t
-        if not average:
-            defect[:, kept] = 0.0
-    return e, defect, torch.tensor(len(kept), device=t.device)
+    """Derivatives of <cotangent, gradient> by the incoming gradients and by ``h``."""
+    function = "symmetric_extremes_double_backward"
+    wide = _checked(function, "h", h)
+    z = _same_shape(function, cotangent, h)
+    z = (z + z.mT) / 2
+    e = _eigen(wide, cluster_rtol)
+    inner = e.vectors.mT @ z @ e.vectors
+    along = inner.diagonal(dim1=-2, dim2=-1)
+    total = torch.zeros_like(wide)
+    found = []
+    for name, grad, extreme in (
+        ("lambda_max", grad_max, e.top),
+        ("lambda_min", grad_min, e.bottom),
+    ):
+        weight = _batch_like(function, name.replace("lambda", "grad"), grad, h)
+        _require_simple(function, name, weight, extreme)
+        found.append((_mean_weights(extreme) * along).sum(-1))
+        active = ((extreme.multiplicity == 1) & (weight != 0)).unsqueeze(-1)
+        at = extreme.at.unsqueeze(-1)
+        gap = e.values.gather(-1, at) - e.values
+        skip = (at == torch.arange(h.shape[-1], device=h.device)) | ~active
+        row = inner.gather(-1, at.unsqueeze(-2).expand(*inner.shape[:-1], 1)).squeeze(-1)
+        w = (e.vectors @ (row / gap.masked_fill(skip, torch.inf)).unsqueeze(-1)).squeeze(-1)
+        half = _outer(w, _column(e.vectors, extreme))
+        scaled = torch.where(active, (weight / e.scale).unsqueeze(-1), 0.0).unsqueeze(-1)
+        total = total + scaled * (half + half.mT)
+    return found[0], found[1], _like(total, h)
 
 
-def merge_solve(
-    chol: Tensor, c: Tensor, inverse_hardness: Tensor, rank_rtol: float, average: bool
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """A = Q^-1 C^T, E the (generalised) inverse of T, I - E T, and the rank of T.
+def symmetric_reference(h: Tensor, cluster_rtol: float) -> tuple[Tensor, ...]:
+    """Extremes of one matrix, and a state from which no warm call is served."""
+    largest, smallest, *counts, v_max, v_min = torch.ops.immunize_ext.symmetric_extremes(
+        h, cluster_rtol
+    )
+    p = h.shape[-1]
+    width = padded_width(p)
+    empty = [h.new_zeros(s, dtype=torch.float64) for s in ((p, p), (p, width), (3, width), (5,))]
+    vectors = torch.stack([v_max, v_min])
+    return torch.stack([largest, smallest]), torch.stack(counts), vectors, *empty
 
-    With leading batch dimensions, which all three tensors share.
+
+def padded_width(p: int) -> int:
+    """Columns of the reflectors of a p x p matrix: whole panels of twelve."""
+    return (p + 11) // 12 * 12
+
+
+def symmetric_track(
+    h: Tensor,
+    cluster_rtol: float,
+    vectors: Tensor,
+    matrix: Tensor,
+    reflectors: Tensor,
+    tridiagonal: Tensor,
+    ends: Tensor,
+) -> tuple[Tensor, Tensor, bool]:
+    """Not proven: the caller decomposes the matrix anew."""
+    return vectors.new_zeros(2), vectors.clone(), False
+
+
+# --- precondition ---------------------------------------------------------------------------------
+
+
+def precondition(grad: Tensor, factor: Tensor, basis: Tensor, ridge: float) -> Tensor:
+    """Grad K^-1 on the input side, from the Cholesky factor of K or of what K is within a basis.
+
+    K = basis^T (L L^T - ridge I) basis + ridge I for n < p samples, so within the row space the
+    solve is n x n, and beside it K is the ridge. What rounding to the dtype of grad left there is
+    dropped: divided by the ridge it would drown the rest. In float64 whatever the dtype of grad.
     """
-    require_finite("merge_kv", "embeddings", c)
-    # T as a Gram matrix is positive semidefinite whatever the rounding.
-    z = torch.linalg.solve_triangular(chol, c.mT, upper=False)
-    t = z.mT @ z + torch.diag_embed(inverse_hardness)
-    a = torch.linalg.solve_triangular(chol.mT, z, upper=True)
-    batch, s = t.shape[:-2], t.shape[-1]
-    solved = [_generalised_inverse(one, rank_rtol, average) for one in t.reshape(-1, s, s)]
-    if not solved:  # an empty batch
-        return a, t, t.clone(), t.new_zeros(batch, dtype=torch.int64)
-    e, defect, rank = (torch.stack(parts) for parts in zip(*solved, strict=True))
-    return a, e.reshape(t.shape), defect.reshape(t.shape), rank.reshape(batch)
-
-
-def merge_apply(
-    layout: MergeLayout, c: Tensor, b: Tensor, defect: Tensor, *weights: Tensor
-) -> list[Tensor]:
-    """Merged weights W_l = W0_l + R_l B of every layer, then the residuals R_l."""
-    base, targets = weights[: layout.layers], weights[layout.layers :]
-    # float64 whatever the weights are, also because autocast leaves it alone: the backward pass of
-    # float32 products would be rounded to half precision where it runs inside autocast.
-    accumulate = torch.float64 if base[0].dtype == torch.float64 else torch.float32
-    norms = c.detach().norm(dim=-1)
-    merged, residuals = [], []
-    for layer, weight in enumerate(base):
-        w0 = weight.to(torch.float64)
-        if layout.targets_are_values:
-            r = targets[layer].to(torch.float64) - w0 @ c.mT
-            # What W0 gives already, up to the rounding of a dot product, is no edit.
-            unit = 2.0 * torch.finfo(accumulate).eps * w0.detach().norm(dim=-1, keepdim=True)
-            rounding = unit * norms
-            # A row of W0 that is not finite has an infinite norm: nothing about it is rounding.
-            none = torch.isfinite(rounding) & (r.detach().abs() <= rounding)
-            r = torch.where(none, 0.0, r)
-        else:
-            parts = c.split(layout.rows, -2)
-            r = torch.cat(
-                [
-                    (targets[n * layout.layers + layer].to(torch.float64) - w0) @ part.mT
-                    for n, part in enumerate(parts)
-                ],
-                -1,
-            )
-        if any_true(~torch.isfinite(r.detach())):
-            raise ValueError(f"merge_kv: base, concepts or values of layer {layer} must be finite")
-        narrow = (w0 + r @ b).to(weight.dtype).contiguous()
-        if any_true(~torch.isfinite(narrow.detach())):
+    function = "precondition"
+    require_floating_matrix(function, "grad", grad)
+    n, p = basis.shape[0], grad.shape[-1]
+    side = n or p
+    for name, value, shape in (("factor", factor, (side, side)), ("basis", basis, (n, p))):
+        if value.dtype != torch.float64:
+            raise ValueError(f"{function}: {name} must have dtype float64, got {value.dtype}")
+        if value.shape != shape:
             raise ValueError(
-                f"merge_kv: the merged weights of layer {layer} overflow {weight.dtype}; raise the "
-                "ridge, soften the targets with a finite hardness, or use weights of a wider dtype"
+                f"{function}: {name} must have shape {shape}, got {tuple(value.shape)}"
             )
-        merged.append(narrow)
-        residuals.append(r.detach().to(accumulate))
-    if layout.check and any_true(defect != 0):
-        _refuse_contradictions(layout, defect, residuals, targets)
-    return [*merged, *residuals]
+    flat = grad.to(torch.float64).reshape(-1, p)
+    if n == 0:
+        return _like(torch.cholesky_solve(flat.mT, factor).mT, grad)
+    if not ridge > 0.0:
+        raise ValueError(
+            f"{function}: ridge must be positive with fewer samples than features, got {ridge}"
+        )
+    within = flat @ basis.mT
+    beside = flat - within @ basis
+    rounding = beside.norm(dim=1, keepdim=True) <= rounding_beside(grad) * flat.norm(
+        dim=1, keepdim=True
+    )
+    solved = torch.cholesky_solve(within.mT, factor).mT @ basis
+    return _like(solved + beside.masked_fill(rounding, 0.0) / ridge, grad)
 
 
-class _RefuseRows(BatchedFunction):
-    """Raise where the mask (*, s) is set. A function, so that it sees plain tensors under vmap."""
-
-    @staticmethod
-    def forward(missed: Tensor, message: str) -> Tensor:
-        rows = missed.reshape(-1, missed.shape[-1]).any(0).nonzero().flatten().tolist()
-        if rows:
-            raise ValueError(message.format(rows=rows))
-        return missed.clone()
-
-    @staticmethod
-    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
-        ctx.mark_non_differentiable(output)
-
-    @staticmethod
-    def backward(ctx: Any, *grads: Tensor) -> tuple[None, None]:
-        return None, None
+def rounding_beside(grad: Tensor) -> float:
+    """Share of a row that rounding may put beside the row space it was computed in."""
+    return 8.0 * grad.shape[-1] ** 0.5 * torch.finfo(grad.dtype).eps
 
 
-def _refuse_contradictions(
-    layout: MergeLayout, defect: Tensor, residuals: list[Tensor], targets: Sequence[Tensor]
-) -> None:
-    """Raise if constraints that were dropped are missed by more than near-repeats explain."""
-    tolerance = 10.0 * layout.rank_rtol**0.5 + 1e4 * torch.finfo(residuals[0].dtype).eps
-    # Each layer by its own size: a large edit of one must not hide the contradiction of another.
-    missed = torch.zeros_like(defect[..., 0, :], dtype=torch.bool)
-    for layer, r in enumerate(residuals):
-        scale = r.abs().amax(dim=(-2, -1))
-        if layout.targets_are_values:
-            values = targets[layer].detach().abs()
-            scale = torch.maximum(scale, 1e-3 * values.amax(dim=(-2, -1)))
-        violation = (r.to(defect.dtype) @ defect).abs().amax(-2)
-        missed = missed | (violation > tolerance * scale.unsqueeze(-1))
-    _RefuseRows.apply(missed, "merge_kv: contradictory targets at rows {rows} of the embeddings")
-
-
-def merge_kv(
-    base: Sequence[Tensor],
-    concepts: Sequence[Sequence[Tensor]],
-    embeddings: Sequence[Tensor],
-    c_reg: Tensor,
-    ridge: float | Tensor = 0.0,
-) -> list[Tensor]:
-    """Hard-constraint merge by torch operations and their autograd alone: the baseline to beat.
-
-    One float64 Cholesky factor of Q = C_reg^T C_reg + ridge I (absolute) and one s x s system serve
-    all layers; autograd differentiates through both.
-    """
-    wide = c_reg.to(torch.float64)
-    q = wide.mT @ wide + ridge * torch.eye(wide.shape[-1], dtype=wide.dtype, device=wide.device)
-    c = torch.cat([e.to(torch.float64) for e in embeddings], 0)
-    a = torch.cholesky_solve(c.mT, torch.linalg.cholesky(q))
-    b = torch.cholesky_solve(a.mT, torch.linalg.cholesky(c @ a)).to(base[0].dtype)
-    b_parts = b.split([e.shape[0] for e in embeddings], 0)
-    merged = []
-    for layer, w0 in enumerate(base):
-        delta = torch.zeros_like(w0)
-        for n, embedding in enumerate(embeddings):
-            r = (concepts[n][layer] - w0) @ embedding.to(w0.dtype).mT
-            delta = delta + r @ b_parts[n]
-        merged.append(w0 + delta)
-    return merged
-
-
-def precondition(grad: Tensor, factor: Tensor, x: Tensor, ridge: float, woodbury: bool) -> Tensor:
-    """Grad K^-1 on the input side, K = x^T x + ridge I, from the Cholesky factor given."""
-    flat = grad.to(torch.float64).reshape(-1, grad.shape[-1])
-    if woodbury:
-        inner = torch.cholesky_solve(x @ flat.mT, factor)
-        result = (flat - inner.mT @ x) / ridge
-    else:
-        result = torch.cholesky_solve(flat.mT, factor).mT
-    return result.reshape(grad.shape).to(grad.dtype).contiguous()
-
-
-_REFUSAL = (
-    "the second derivative of an extreme singular value does not exist where it is repeated "
-    "(multiplicity > 1)"
-)
-
-
-class RaiseWhenDifferentiated(BatchedFunction):
-    """Identity whose derivative is an error with a given text."""
-
-    @staticmethod
-    def forward(value: Tensor, text: str) -> Tensor:
-        return value.clone()
-
-    @staticmethod
-    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
-        _, ctx.text = inputs
-
-    @staticmethod
-    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None]:
-        raise NotImplementedError(ctx.text)
-
-    @staticmethod
-    def jvp(ctx: Any, *tangents: Any) -> Tensor:
-        raise NotImplementedError(ctx.text)
-
-
-class RefuseSecondDerivativeAtClusters(BatchedFunction):
-    """Identity that refuses to be differentiated twice where the extreme is a cluster.
-
-    For eigenvalues by ``torch.linalg.eigh``, whose second derivative there is divided by a gap of
-    zero.
-    """
-
-    @staticmethod
-    def forward(value: Tensor, multiplicity: Tensor) -> Tensor:
-        return value.clone()
-
-    @staticmethod
-    def setup_context(ctx: Any, inputs: tuple[Tensor, ...], output: Tensor) -> None:
-        ctx.save_for_backward(inputs[1])
-
-    @staticmethod
-    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None]:
-        (multiplicity,) = ctx.saved_tensors
-        (grad,) = grads
-        if torch.is_grad_enabled() and any_true((multiplicity > 1) & (grad.detach() != 0)):
-            grad = RaiseWhenDifferentiated.apply(grad, _REFUSAL)
-        return grad, None
-
-    @staticmethod
-    def jvp(ctx: Any, tangent: Tensor, *_: Any) -> Tensor:
-        return tangent.clone()
-
-
-def _mean_outer(u: Tensor, vh: Tensor, mask: Tensor) -> Tensor:
-    """Mean of u_i v_i^T over the cluster (*, n, p); zero where the cluster is empty."""
-    weights = mask.to(u.dtype) / mask.sum(-1, keepdim=True).clamp(min=1)
-    return (u * weights.unsqueeze(-2)) @ vh
-
-
-def _second_derivative(u: Tensor, sigma: Tensor, vh: Tensor, mask: Tensor, z: Tensor) -> Tensor:
-    """The formula on top of the file, zero where the extreme is not simple."""
-    simple = (mask.sum(-1) == 1)[..., None]
-    chosen = (mask & simple).to(u.dtype)
-    u_i, v_i = u @ chosen.unsqueeze(-1), vh.mT @ chosen.unsqueeze(-1)  # (*, n, 1), (*, p, 1)
-    s_i = (sigma * chosen).sum(-1, keepdim=True)
-    zv, ztu = z @ v_i, z.mT @ u_i
-    x, y = (u.mT @ zv).squeeze(-1), (vh @ ztu).squeeze(-1)
-    # The product neither cancels nor overflows where the difference of squares would.
-    gap = torch.where(mask | ~simple, 1.0, (s_i - sigma) * (s_i + sigma))
-    others = (~mask & simple).to(u.dtype)
-    a = others * (s_i * x + sigma * y) / gap
-    b = others * (sigma * x + s_i * y) / gap
-    safe = torch.where(s_i > 0, s_i, 1.0).unsqueeze(-1)
-    left, right = u @ a.unsqueeze(-1), vh.mT @ b.unsqueeze(-1)
-    # A square U or V has no complement: what the difference leaves is rounding over s_i.
-    if u.shape[-2] > sigma.shape[-1]:
-        left = left + (zv - u @ x.unsqueeze(-1)) / safe
-    if vh.shape[-1] > sigma.shape[-1]:
-        right = right + (ztu - vh.mT @ y.unsqueeze(-1)) / safe
-    return left @ v_i.mT + u_i @ right.mT
-
-
-class ExtremeValue(BatchedFunction):
-    """An extreme singular value, given with the decomposition of ``a`` and the cluster's mask."""
-
-    @staticmethod
-    def forward(
-        a: Tensor, value: Tensor, u: Tensor, sigma: Tensor, vh: Tensor, mask: Tensor
-    ) -> Tensor:
-        return value.clone()
-
-    @staticmethod
-    def setup_context(ctx: Any, inputs: tuple[Tensor, ...], output: Tensor) -> None:
-        a, _, u, sigma, vh, mask = inputs
-        ctx.save_for_backward(a, u, sigma, vh, mask)
-        ctx.save_for_forward(a, u, sigma, vh, mask)
-
-    @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple[Any, ...]:
-        a, u, sigma, vh, mask = ctx.saved_tensors
-        return ExtremeGradient.apply(grad, a, u, sigma, vh, mask), *(None,) * 5
-
-    @staticmethod
-    def jvp(ctx: Any, tangent: Tensor, *_: Any) -> Tensor:
-        _, u, _, vh, mask = ctx.saved_tensors
-        if any_true(mask.sum(-1) > 1):
-            raise NotImplementedError(
-                "forward-mode derivatives of an extreme singular value do not exist where it is "
-                "repeated (multiplicity > 1); reverse mode returns the least-norm subgradient"
-            )
-        return (_mean_outer(u, vh, mask) * tangent).sum(dim=(-2, -1))
-
-
-class ExtremeGradient(BatchedFunction):
-    """Its gradient g mean(u v^T), linear in g and with a symmetric derivative in ``a``."""
-
-    @staticmethod
-    def forward(
-        grad: Tensor, a: Tensor, u: Tensor, sigma: Tensor, vh: Tensor, mask: Tensor
-    ) -> Tensor:
-        return grad[..., None, None] * _mean_outer(u, vh, mask)
-
-    @staticmethod
-    def setup_context(ctx: Any, inputs: tuple[Tensor, ...], output: Tensor) -> None:
-        grad, _, u, sigma, vh, mask = inputs
-        ctx.save_for_backward(grad, u, sigma, vh, mask)
-        ctx.save_for_forward(grad, u, sigma, vh, mask)
-
-    @staticmethod
-    def backward(ctx: Any, cotangent: Tensor) -> tuple[Any, ...]:
-        grad, u, sigma, vh, mask = ctx.saved_tensors
-        if any_true((mask.sum(-1) > 1) & (grad.detach() != 0)):
-            raise NotImplementedError(_REFUSAL)
-        grad_grad = (_mean_outer(u, vh, mask) * cotangent).sum(dim=(-2, -1))
-        grad_a = grad[..., None, None] * _second_derivative(u, sigma, vh, mask, cotangent)
-        if torch.is_grad_enabled():
-            text = "extremal_singular_values: third derivatives are not implemented"
-            grad_grad, grad_a = (
-                RaiseWhenDifferentiated.apply(g, text) for g in (grad_grad, grad_a)
-            )
-        return grad_grad, grad_a, *(None,) * 4
-
-    @staticmethod
-    def jvp(ctx: Any, tangent_grad: Any, tangent_a: Any, *_: Any) -> Tensor:
-        grad, u, sigma, vh, mask = ctx.saved_tensors
-        outer = _mean_outer(u, vh, mask)
-        total = torch.zeros_like(outer)
-        if tangent_grad is not None:
-            total = total + tangent_grad[..., None, None] * outer
-        if tangent_a is not None:
-            if any_true((mask.sum(-1) > 1) & (grad.detach() != 0)):
-                raise NotImplementedError(_REFUSAL)
-            second = _second_derivative(u, sigma, vh, mask, tangent_a)
-            total = total + grad[..., None, None] * second
-        return total
+def precondition_gradient(weight: Tensor, factor: Tensor, basis: Tensor, ridge: float) -> Tensor:
+    """The weight itself; its derivative is :func:`precondition`."""
+    return weight.contiguous().clone()

@@ -25,16 +25,14 @@ import torch
 from torch import Tensor
 
 from immunize_ext.errors import NumericalWarning
-from immunize_ext.ops import fallback as composite
-from immunize_ext.ops._dispatch import has_kernel
 from immunize_ext.ops.factor import RegularizationFactor
-from immunize_ext.ops.fallback import MergeLayout
 from immunize_ext.ops.merge_derivatives import (
     FactorSolve,
     FactorSolveDual,
     Inverse,
     InverseDual,
     MergeApplyDual,
+    MergeLayout,
     MergeSolve,
 )
 from immunize_ext.ops.merge_problem import MergeProblem, check_merge_problem, name_contradictions
@@ -50,11 +48,10 @@ def _shared_part(
     factor: RegularizationFactor,
     inverse_hardness: Tensor,
     average: bool,
-    compiled: bool,
 ) -> tuple[Tensor, Tensor]:
     """B (s, d) with its graph, and the defect I - E T (s, s)."""
     a, e, defect, _ = MergeSolve.apply(
-        factor.chol, c.detach(), inverse_hardness.detach(), REPEATED_ROW_RTOL, average, compiled
+        factor.chol, c.detach(), inverse_hardness.detach(), REPEATED_ROW_RTOL, average
     )
     tracing = torch.compiler.is_compiling()
     solve, inverse = (FactorSolve, Inverse) if tracing else (FactorSolveDual, InverseDual)
@@ -95,10 +92,9 @@ def solve_merge(
         raise ValueError(
             f"merge_kv: contradictions must be 'raise' or 'average', got {contradictions!r}"
         )
-    compiled = has_kernel(base[0], "merge_solve", "merge_apply", "merge_apply_backward")
     average = contradictions == "average"
     with torch.autocast(base[0].device.type, enabled=False):
-        b, defect = _shared_part(problem.c, factor, problem.inverse_hardness, average, compiled)
+        b, defect = _shared_part(problem.c, factor, problem.inverse_hardness, average)
         layout = MergeLayout(
             layers=len(base),
             targets=len(problem.targets),
@@ -109,14 +105,12 @@ def solve_merge(
         )
         skipped: tuple[int, ...] = ()
         try:
-            merged, residual = _apply(layout, problem, b, defect, base, compiled)
+            merged, residual = _apply(layout, problem, b, defect, base)
         except ValueError as error:
             named = name_contradictions(error, problem)
             if on_error == "raise":
                 raise named from None
-            merged, residual, skipped = _apply_one_by_one(
-                layout, problem, b, defect, base, compiled
-            )
+            merged, residual, skipped = _apply_one_by_one(layout, problem, b, defect, base)
     return MergeSolution(merged, residual, b, problem, skipped)
 
 
@@ -126,7 +120,6 @@ def _apply_one_by_one(
     b: Tensor,
     defect: Tensor,
     base: Sequence[Tensor],
-    compiled: bool,
 ) -> tuple[list[Tensor], list[Tensor], tuple[int, ...]]:
     """The part per layer for each layer alone; those that fail stay as they are, with a warning.
 
@@ -141,7 +134,7 @@ def _apply_one_by_one(
         alone = problem._replace(targets=problem.targets[layer :: layout.layers])
         single = layout._replace(layers=1, targets=len(alone.targets))
         try:
-            (w,), (r,) = _apply(single, alone, b, defect, [weight], compiled)
+            (w,), (r,) = _apply(single, alone, b, defect, [weight])
         except ValueError as error:
             # The kernel saw one layer and calls it number 0.
             reasons[layer] = str(name_contradictions(error, alone)).removeprefix("merge_kv: ")
@@ -164,9 +157,8 @@ def _apply(
     b: Tensor,
     defect: Tensor,
     base: Sequence[Tensor],
-    compiled: bool,
 ) -> tuple[list[Tensor], list[Tensor]]:
-    if compiled and torch.compiler.is_compiling():
+    if torch.compiler.is_compiling():
         merged, residual = torch.ops.immunize_ext.merge_apply(
             base,
             problem.targets,
@@ -179,8 +171,7 @@ def _apply(
             layout.check,
         )
         return list(merged), list(residual)
-    apply = MergeApplyDual.apply if compiled else composite.merge_apply
-    outputs = apply(layout, problem.c, b, defect, *base, *problem.targets)
+    outputs = MergeApplyDual.apply(layout, problem.c, b, defect, *base, *problem.targets)
     return list(outputs[: layout.layers]), list(outputs[layout.layers :])
 
 

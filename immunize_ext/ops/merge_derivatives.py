@@ -13,18 +13,27 @@ Everything else is matrix products, so derivatives of every order follow.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
-from immunize_ext.ops import fallback as composite
 from immunize_ext.ops.derivatives import BatchedFunction, fold_batch
-from immunize_ext.ops.fallback import MergeLayout
+
+
+class MergeLayout(NamedTuple):
+    """What the per-layer part of a merge has to know besides tensors; all of it static."""
+
+    layers: int
+    targets: int
+    rows: tuple[int, ...]  # tokens of each concept
+    targets_are_values: bool
+    rank_rtol: float
+    check: bool
 
 
 class MergeSolve(BatchedFunction):
-    """The solve of either route, without derivatives: FactorSolve and Inverse carry them."""
+    """The solve without derivatives: FactorSolve and Inverse carry them."""
 
     @staticmethod
     def forward(
@@ -33,10 +42,10 @@ class MergeSolve(BatchedFunction):
         inverse_hardness: Tensor,
         rank_rtol: float,
         average: bool,
-        compiled: bool,
     ) -> tuple[Tensor, ...]:
-        solve = torch.ops.immunize_ext.merge_solve if compiled else composite.merge_solve
-        outputs: tuple[Tensor, ...] = solve(chol, c, inverse_hardness, rank_rtol, average)
+        outputs: tuple[Tensor, ...] = torch.ops.immunize_ext.merge_solve(
+            chol, c, inverse_hardness, rank_rtol, average
+        )
         return outputs
 
     @staticmethod
@@ -45,7 +54,7 @@ class MergeSolve(BatchedFunction):
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[None, ...]:
-        return (None,) * 6
+        return (None,) * 5
 
 
 class FactorSolve(BatchedFunction):

@@ -10,8 +10,11 @@ import torch
 from torch import Tensor
 
 from immunize_ext.errors import ContradictoryTargetsError
-from immunize_ext.ops.arguments import require_floating_matrix, require_same_device
-from immunize_ext.ops.derivatives import RequirePositive
+from immunize_ext.ops.arguments import (
+    require_floating_matrix,
+    require_positive,
+    require_same_device,
+)
 from immunize_ext.ops.factor import RegularizationFactor
 
 
@@ -140,9 +143,7 @@ def _inverse_hardness(hardness: float | Tensor, s: int, c: Tensor) -> Tensor:
             f"embeddings, got {tuple(mu.shape)}"
         )
     if not torch.compiler.is_compiling():
-        mu = RequirePositive.apply(
-            mu, "merge_kv: hardness must be positive (infinite for a hard constraint)"
-        )
+        require_positive("merge_kv", "hardness", mu, "positive (infinite for a hard constraint)")
     return mu.reciprocal().expand(s)
 
 

@@ -9,7 +9,6 @@ import torch
 from torch import Tensor
 
 from immunize_ext.ops.factor import RegularizationFactor
-from immunize_ext.ops.fallback import merge_solve
 from immunize_ext.ops.merge import REPEATED_ROW_RTOL
 from immunize_ext.ops.merge_problem import MergeProblem, check_merge_problem
 
@@ -149,7 +148,7 @@ def _measure(
         moved = float((wide - wide0).norm())
         change.append(moved / norm if norm > 0 else (0.0 if moved == 0 else float("inf")))
 
-    _, _, _, rank = merge_solve(
+    _, _, _, rank = torch.ops.immunize_ext.merge_solve(
         factor.chol, problem.c, problem.inverse_hardness, REPEATED_ROW_RTOL, False
     )
     condition_t = _condition_of_t(problem, factor, int(rank))

@@ -1,35 +1,101 @@
-"""Rules of the raw operators ``torch.ops.immunize_ext.*``: fake, autograd, vmap, autocast.
+"""Every raw operator ``torch.ops.immunize_ext.*``: its schema and all its rules, in one table.
 
-The public functions of this package go through the ``autograd.Function`` classes of the sibling
-modules, which ``torch.func`` understands. What is registered here serves whoever calls the raw
-operators: shapes under ``torch.compile``, first derivatives, ``vmap``, autocast; and every
-derivative that the raw operators do not have raises instead of being silently wrong.
+Symbols: * leading batch dimensions; n x p a matrix (for features: n samples, p features);
+t = min(n, p) its thin side; d input width, o output width of a projection; s concept rows (tokens)
+over all concepts; L layers; N concepts.
 
-Importing this module registers the rules, once, and only where the compiled part is loaded.
+Importing this module defines the operators whether or not the compiled part is loaded. PyTorch's
+dispatcher then chooses: a kernel for the tensor's device (csrc, ``TORCH_LIBRARY_IMPL``) takes over
+from the torch-only fallback, and no caller asks which one it gets.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from typing import Any
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
+from torch.utils import _pytree as pytree
 
 from immunize_ext import _load
-from immunize_ext.ops.derivatives import fold_batch
+from immunize_ext.ops import fallback, merge_fallback
+from immunize_ext.ops.derivatives import (
+    Family,
+    Gradient,
+    Linear,
+    Values,
+    differentiable,
+    fold_batch,
+    refusing,
+)
 
 _NAMESPACE = "immunize_ext"
+_LIBRARY = torch.library.Library(_NAMESPACE, "DEF")
 
 
-def _name(operator: str) -> str:
-    return f"{_NAMESPACE}::{operator}"
+@dataclass(frozen=True)
+class Operator:
+    """One raw operator.
+
+    Attributes:
+        schema: Arguments and results, without the name.
+        fallback: The operator in torch, for devices without a kernel.
+        fake: Shapes, dtypes and (contiguous) strides of the outputs; None where they depend on the
+            numbers.
+        derivative: The function of its rules and what that is given first; or, for an operator
+            without rules, the text that refuses them; None where csrc has them.
+        vmap: Which tensor arguments carry the batch that vmap folds into: all, or the first alone.
+        autocast: Whether autocast hands over float32. Half precision gains nothing here: kernels
+            compute in float64 or float32, and a parameter must not lose digits on the way in.
+        composed: Whether the fallback is no loss worth a word where a device has no kernel.
+    """
+
+    schema: str
+    fallback: Callable[..., Any]
+    fake: Callable[..., Any] | None
+    derivative: tuple[Any, ...] | str | None
+    vmap: Literal["all", "first"] | None = None
+    autocast: bool = False
+    composed: bool = False
 
 
-# --- fake kernels: shapes, dtypes and (contiguous) strides of the outputs -------------------------
+SINGULAR = Family(
+    "extremal_singular_values",
+    values=2,
+    saved=(3, 4, 5, 6, 7, 8),
+    multiplicities=(3, 4),
+    vectors=(5, 7),
+)
+GRAM = Family(
+    "gram_extremes",
+    values=3,
+    saved=(0, 1, 4, 5, 6, 7, 8, 9, 10),
+    multiplicities=(4, 5),
+    vectors=(6, 8),
+)
+SYMMETRIC = Family(
+    "symmetric_extremes", values=2, saved=(2, 3, 4, 5), multiplicities=(2, 3), vectors=(4, 5)
+)
 
 
-def _fake_spectrum(a: Tensor, outputs: int) -> tuple[Tensor, ...]:
+def _no_derivative(operator: str, public: str) -> str:
+    return (
+        f"torch.ops.immunize_ext.{operator} has no derivative; differentiate immunize_ext.ops."
+        f"{public} instead"
+    )
+
+
+def _third(family: Family) -> str:
+    return f"immunize_ext: {family.name}: third derivatives are not implemented"
+
+
+# --- fake kernels ---------------------------------------------------------------------------------
+
+
+def _spectrum(a: Tensor, outputs: int) -> tuple[Tensor, ...]:
     batch, (n, p) = a.shape[:-2], a.shape[-2:]
     values = [a.new_empty(batch, dtype=torch.float64) for _ in range(outputs)]
     counts = [a.new_empty(batch, dtype=torch.int64) for _ in range(3)]
@@ -37,44 +103,46 @@ def _fake_spectrum(a: Tensor, outputs: int) -> tuple[Tensor, ...]:
     return (*values, *counts, *vectors)
 
 
-def _fake_extremal_singular_values(a: Tensor, *policy: Any) -> tuple[Tensor, ...]:
-    return _fake_spectrum(a, outputs=2)
+def _singular(a: Tensor, *policy: Any) -> tuple[Tensor, ...]:
+    return _spectrum(a, outputs=2)
 
 
-def _fake_extremal_singular_values_backward(
-    grad_max: Tensor, grad_min: Tensor, a: Tensor, *rest: Any
-) -> Tensor:
-    return a.new_empty(a.shape)
-
-
-def _fake_extremal_singular_values_double_backward(
-    cotangent: Tensor, grad_max: Tensor, grad_min: Tensor, a: Tensor, *policy: Any
-) -> tuple[Tensor, ...]:
-    batch = a.shape[:-2]
-    values = [a.new_empty(batch, dtype=torch.float64) for _ in range(2)]
-    return (*values, a.new_empty(a.shape))
-
-
-def _fake_gram_extremes(x: Tensor, *policy: Any) -> tuple[Tensor, ...]:
+def _gram(x: Tensor, *policy: Any) -> tuple[Tensor, ...]:
     side = x.shape[-2] if x.shape[-2] <= x.shape[-1] else x.shape[-1]
     thin = x.new_empty((*x.shape[:-2], side, side), dtype=torch.float64)
-    return (*_fake_spectrum(x, outputs=3), thin)
+    return (*_spectrum(x, outputs=3), thin)
 
 
-def _fake_gram_extremes_backward(
-    grad_max: Tensor, grad_min: Tensor, grad_frobenius: Tensor, x: Tensor, *rest: Any
-) -> Tensor:
-    return x.new_empty(x.shape)
+def _symmetric(h: Tensor, cluster_rtol: float) -> tuple[Tensor, ...]:
+    batch, side = h.shape[:-2], h.shape[-1]
+    return (
+        *(h.new_empty(batch, dtype=torch.float64) for _ in range(2)),
+        *(h.new_empty(batch, dtype=torch.int64) for _ in range(2)),
+        *(h.new_empty((*batch, side), dtype=torch.float64) for _ in range(2)),
+    )
 
 
-def _fake_gram_extremes_double_backward(
-    cotangent: Tensor, grad_max: Tensor, grad_min: Tensor, grad_f: Tensor, x: Tensor, *policy: Any
-) -> tuple[Tensor, ...]:
-    values = [x.new_empty(x.shape[:-2], dtype=torch.float64) for _ in range(3)]
-    return (*values, x.new_empty(x.shape))
+def _gradient_of(position: int) -> Callable[..., Tensor]:
+    """A gradient has shape and dtype of the argument at this position, and is contiguous."""
+
+    def fake(*args: Any) -> Tensor:
+        like: Tensor = args[position]
+        return like.new_empty(like.shape)
+
+    return fake
 
 
-def _fake_gram_regularizer(x: Tensor, *rest: Any) -> tuple[Tensor, ...]:
+def _double_backward_of(values: int) -> Callable[..., tuple[Tensor, ...]]:
+    def fake(cotangent: Tensor, *args: Any) -> tuple[Tensor, ...]:
+        a: Tensor = args[values]
+        batch = a.shape[:-2]
+        along = [a.new_empty(batch, dtype=torch.float64) for _ in range(values)]
+        return (*along, a.new_empty(a.shape))
+
+    return fake
+
+
+def _gram_regularizer(x: Tensor, *rest: Any) -> tuple[Tensor, ...]:
     batch, side = x.shape[:-2], min(x.shape[-2:])
     return (
         x.new_empty(batch),
@@ -85,22 +153,9 @@ def _fake_gram_regularizer(x: Tensor, *rest: Any) -> tuple[Tensor, ...]:
     )
 
 
-def _fake_gram_regularizer_backward(grad: Tensor, x: Tensor, *rest: Any) -> Tensor:
-    return x.new_empty(x.shape)
-
-
-def _fake_symmetric_extremes(h: Tensor, cluster_rtol: float) -> tuple[Tensor, ...]:
-    batch, side = h.shape[:-2], h.shape[-1]
-    return (
-        *(h.new_empty(batch, dtype=torch.float64) for _ in range(2)),
-        *(h.new_empty(batch, dtype=torch.int64) for _ in range(2)),
-        *(h.new_empty((*batch, side), dtype=torch.float64) for _ in range(2)),
-    )
-
-
-def _fake_symmetric_reference(h: Tensor, cluster_rtol: float) -> tuple[Tensor, ...]:
+def _symmetric_reference(h: Tensor, cluster_rtol: float) -> tuple[Tensor, ...]:
     p = h.shape[-1]
-    width = (p + 11) // 12 * 12  # rows padded to whole panels of twelve
+    width = fallback.padded_width(p)
     shapes = [(2, p), (p, p), (p, width), (3, width), (5,)]
     return (
         h.new_empty(2, dtype=torch.float64),
@@ -109,14 +164,12 @@ def _fake_symmetric_reference(h: Tensor, cluster_rtol: float) -> tuple[Tensor, .
     )
 
 
-def _fake_merge_gram(c_reg: Tensor) -> Tensor:
+def _merge_gram(c_reg: Tensor) -> Tensor:
     d = c_reg.shape[-1]
     return c_reg.new_empty((d, d), dtype=torch.float64)
 
 
-def _fake_merge_solve(
-    chol: Tensor, c: Tensor, inverse_hardness: Tensor, rank_rtol: float, average: bool
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+def _merge_solve(chol: Tensor, c: Tensor, *rest: Any) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     batch, (s, d) = c.shape[:-2], c.shape[-2:]
     return (
         c.new_empty((*batch, d, s)),
@@ -126,16 +179,13 @@ def _fake_merge_solve(
     )
 
 
-def _fake_merge_apply(
+def _merge_apply(
     base: Sequence[Tensor],
     targets: Sequence[Tensor],
     rows: Sequence[int],
     targets_are_values: bool,
     c: Tensor,
-    b: Tensor,
-    defect: Tensor,
-    rank_rtol: float,
-    check: bool,
+    *rest: Any,
 ) -> tuple[list[Tensor], list[Tensor]]:
     accumulate = torch.float64 if base[0].dtype == torch.float64 else torch.float32
     merged = [w.new_empty(w.shape) for w in base]
@@ -143,7 +193,7 @@ def _fake_merge_apply(
     return merged, residual
 
 
-def _fake_merge_apply_backward(
+def _merge_apply_backward(
     grad: Sequence[Tensor],
     base: Sequence[Tensor],
     targets: Sequence[Tensor],
@@ -165,35 +215,253 @@ def _fake_merge_apply_backward(
     )
 
 
-def _fake_precondition(
-    grad: Tensor, factor: Tensor, x: Tensor, ridge: float, woodbury: bool
-) -> Tensor:
-    return grad.new_empty(grad.shape)
+# --- the table ------------------------------------------------------------------------------------
+
+# Policy arguments, the same in every spectrum operator:
+#   rank_rtol     sigma_i counts iff sigma_i > rank_rtol * sigma_max
+#   cluster_rtol  sigma_i belongs to an extreme iff it is within cluster_rtol * sigma_max of it
+#   full_rank     sigma_min is the t-th singular value (0 if it does not count), not the rank-th
+_POLICY = "float rank_rtol, float cluster_rtol, bool full_rank"
+
+# [*] int64; [*, n], [*, p] float64, zero where the gradient is zero
+_MULTIPLICITIES = "Tensor multiplicity_max, Tensor multiplicity_min"
+_VECTORS = "Tensor u_max, Tensor v_max, Tensor u_min, Tensor v_min"
+
+OPERATORS: dict[str, Operator] = {
+    # Values [*] float64.
+    "extremal_singular_values": Operator(
+        f"(Tensor a, {_POLICY}) -> "
+        f"(Tensor sigma_max, Tensor sigma_min, Tensor rank, {_MULTIPLICITIES}, {_VECTORS})",
+        fallback.extremal_singular_values,
+        _singular,
+        (Values, SINGULAR),
+        vmap="all",
+        autocast=True,
+    ),
+    # Incoming gradients [*] float64; the result [*, n, p] in the dtype of a.
+    "extremal_singular_values_backward": Operator(
+        f"(Tensor grad_max, Tensor grad_min, Tensor a, {_MULTIPLICITIES}, {_VECTORS}, {_POLICY})"
+        " -> Tensor",
+        fallback.extremal_singular_values_backward,
+        _gradient_of(2),
+        (Gradient, SINGULAR),
+        vmap="all",
+    ),
+    # The cotangent [*, n, p] is that of grad_a.
+    "extremal_singular_values_double_backward": Operator(
+        f"(Tensor cotangent, Tensor grad_max, Tensor grad_min, Tensor a, {_POLICY}) -> "
+        "(Tensor grad_grad_max, Tensor grad_grad_min, Tensor grad_a)",
+        fallback.extremal_singular_values_double_backward,
+        _double_backward_of(2),
+        _third(SINGULAR),
+        vmap="all",
+        composed=True,
+    ),
+    # Extremes of K = x^T x, in units of K, and |K|_F^2; tolerances stay in units of the singular
+    # values of x. thin_gram [*, t, t] float64: x x^T or x^T x.
+    "gram_extremes": Operator(
+        f"(Tensor x, {_POLICY}) -> (Tensor lambda_max, Tensor lambda_min, "
+        f"Tensor squared_frobenius, Tensor rank, {_MULTIPLICITIES}, {_VECTORS}, Tensor thin_gram)",
+        fallback.gram_extremes,
+        _gram,
+        (Values, GRAM),
+        vmap="all",
+        autocast=True,
+    ),
+    "gram_extremes_backward": Operator(
+        "(Tensor grad_max, Tensor grad_min, Tensor grad_squared_frobenius, Tensor x, "
+        f"Tensor lambda_max, Tensor lambda_min, {_MULTIPLICITIES}, {_VECTORS}, Tensor thin_gram, "
+        f"{_POLICY}) -> Tensor",
+        fallback.gram_extremes_backward,
+        _gradient_of(3),
+        (Gradient, GRAM),
+        vmap="all",
+    ),
+    "gram_extremes_double_backward": Operator(
+        "(Tensor cotangent, Tensor grad_max, Tensor grad_min, Tensor grad_squared_frobenius, "
+        f"Tensor x, {_POLICY}) -> (Tensor grad_grad_max, Tensor grad_grad_min, "
+        "Tensor grad_grad_squared_frobenius, Tensor grad_x)",
+        fallback.gram_extremes_double_backward,
+        _double_backward_of(3),
+        _third(GRAM),
+        vmap="all",
+        composed=True,
+    ),
+    # R_well (ill = false) or R_ill of K = x^T x. normaliser: p or k, by default the width of x or
+    # the rank; floor: of the denominator of R_ill. value [*] in the dtype of x; coefficients
+    # [*, 3] float64 of d lambda_max, d lambda_min, d |K|_F^2; multiplicity [*] of the extreme that
+    # enters; thin_vector [*, t] its vector on the thin side.
+    "gram_regularizer": Operator(
+        f"(Tensor x, bool ill, float? normaliser, float? floor, {_POLICY}) -> "
+        "(Tensor value, Tensor coefficients, Tensor multiplicity, Tensor thin_vector, "
+        "Tensor thin_gram)",
+        fallback.gram_regularizer,
+        _gram_regularizer,
+        None,
+        autocast=True,
+        composed=True,
+    ),
+    "gram_regularizer_backward": Operator(
+        "(Tensor grad, Tensor x, Tensor coefficients, Tensor multiplicity, Tensor thin_vector, "
+        f"Tensor thin_gram, bool ill, float? normaliser, {_POLICY}) -> Tensor",
+        fallback.gram_regularizer_backward,
+        _gradient_of(1),
+        None,
+        composed=True,
+    ),
+    # Algebraic extremes of symmetric matrices h [*, p, p], possibly indefinite; vectors [*, p].
+    "symmetric_extremes": Operator(
+        "(Tensor h, float cluster_rtol) -> (Tensor lambda_max, Tensor lambda_min, "
+        f"{_MULTIPLICITIES}, Tensor v_max, Tensor v_min)",
+        fallback.symmetric_extremes,
+        _symmetric,
+        (Values, SYMMETRIC),
+        vmap="all",
+        autocast=True,
+    ),
+    "symmetric_extremes_backward": Operator(
+        f"(Tensor grad_max, Tensor grad_min, Tensor h, {_MULTIPLICITIES}, Tensor v_max, "
+        "Tensor v_min, float cluster_rtol) -> Tensor",
+        fallback.symmetric_extremes_backward,
+        _gradient_of(2),
+        (Gradient, SYMMETRIC),
+        vmap="all",
+    ),
+    "symmetric_extremes_double_backward": Operator(
+        "(Tensor cotangent, Tensor grad_max, Tensor grad_min, Tensor h, float cluster_rtol) -> "
+        "(Tensor grad_grad_max, Tensor grad_grad_min, Tensor grad_h)",
+        fallback.symmetric_extremes_double_backward,
+        _double_backward_of(2),
+        _third(SYMMETRIC),
+        vmap="all",
+        composed=True,
+    ),
+    # A trajectory of symmetric matrices [p, p]: what a cold call leaves behind, all float64.
+    # values [2]: lambda_max, lambda_min; multiplicity [2] int64; vectors [2, p]; matrix [p, p]
+    # exactly symmetric; reflectors [p, ld]; tridiagonal [3, ld]: diagonal, off-diagonal, reflector
+    # factors; ends [5]: top, the value beside it, bottom, the value beside it, scale.
+    "symmetric_reference": Operator(
+        "(Tensor h, float cluster_rtol) -> (Tensor values, Tensor multiplicity, Tensor vectors, "
+        "Tensor matrix, Tensor reflectors, Tensor tridiagonal, Tensor ends)",
+        fallback.symmetric_reference,
+        _symmetric_reference,
+        _no_derivative("symmetric_reference", "SpectrumTracker"),
+        composed=True,
+    ),
+    # ... and a warm call. ok = false: not converged or not proven, take a cold call.
+    "symmetric_track": Operator(
+        "(Tensor h, float cluster_rtol, Tensor vectors, Tensor matrix, Tensor reflectors, "
+        "Tensor tridiagonal, Tensor ends) -> (Tensor values, Tensor new_vectors, bool ok)",
+        fallback.symmetric_track,
+        None,
+        _no_derivative("symmetric_track", "SpectrumTracker"),
+        composed=True,
+    ),
+    # Q without ridge: c_reg [m, d] to c_reg^T c_reg [d, d] float64, symmetric to the bit.
+    "merge_gram": Operator(
+        "(Tensor c_reg) -> Tensor",
+        merge_fallback.merge_gram,
+        _merge_gram,
+        _no_derivative("merge_gram", "RegularizationFactor.from_embeddings"),
+        composed=True,
+    ),
+    # The part shared by all layers: T = c Q^-1 c^T + diag(inverse_hardness), E its (generalised)
+    # inverse. chol [*, d, d] lower factor of Q, c [*, s, d], inverse_hardness [*, s] (0 = hard);
+    # a [*, d, s] = Q^-1 c^T, e [*, s, s], defect [*, s, s] = I - E T, zero where T has full rank,
+    # rank [*] int64. All else float64.
+    "merge_solve": Operator(
+        "(Tensor chol, Tensor c, Tensor inverse_hardness, float rank_rtol, bool average) -> "
+        "(Tensor a, Tensor e, Tensor defect, Tensor rank)",
+        merge_fallback.merge_solve,
+        _merge_solve,
+        _no_derivative("merge_solve", "merge_kv"),
+        vmap="all",
+    ),
+    # The part per layer: W_l = W0_l + R_l b with R_l = V_l - W0_l c^T. base L x [*, o_l, d];
+    # targets: concept weights, concept-major (N * L tensors [*, o_l, d]) with rows[n] tokens each,
+    # or with targets_are_values one [*, o_l, s] tensor a layer; c, b [*, s, d] float64; merged
+    # L x [*, o_l, d] in the dtype of base, residual L x [*, o_l, s] float32 or float64.
+    "merge_apply": Operator(
+        "(Tensor[] base, Tensor[] targets, int[] rows, bool targets_are_values, Tensor c, "
+        "Tensor b, Tensor defect, float rank_rtol, bool check) -> "
+        "(Tensor[] merged, Tensor[] residual)",
+        merge_fallback.merge_apply,
+        _merge_apply,
+        None,
+    ),
+    # Empty lists, and tensors of shape [0], for gradients that are not needed.
+    "merge_apply_backward": Operator(
+        "(Tensor[] grad, Tensor[] base, Tensor[] targets, int[] rows, bool targets_are_values, "
+        "Tensor c, Tensor b, Tensor[] residual, bool need_base, bool need_targets, bool need_c, "
+        "bool need_b) -> (Tensor[] grad_base, Tensor[] grad_targets, Tensor grad_c, Tensor grad_b)",
+        merge_fallback.merge_apply_backward,
+        _merge_apply_backward,
+        _no_derivative("merge_apply_backward", "merge_kv"),
+    ),
+    # grad [*, o, p] times K^-1 for K = x^T x + ridge I, from the lower Cholesky factor of K
+    # [p, p] and a basis [0, p]; or, for n < p samples, from that of basis K basis^T [n, n] and an
+    # orthonormal basis [n, p] of the rows of x. float64.
+    "precondition": Operator(
+        "(Tensor grad, Tensor factor, Tensor basis, float ridge) -> Tensor",
+        fallback.precondition,
+        _gradient_of(0),
+        (Linear, "precondition", "precondition"),
+        vmap="first",
+        composed=True,
+    ),
+    # The weight; what reaches it as a derivative is multiplied by K^-1.
+    "precondition_gradient": Operator(
+        "(Tensor weight, Tensor factor, Tensor basis, float ridge) -> Tensor",
+        fallback.precondition_gradient,
+        _gradient_of(0),
+        (Linear, "precondition_gradient", "precondition"),
+        vmap="first",
+        composed=True,
+    ),
+}
 
 
-# --- autograd of the raw operators ----------------------------------------------------------------
+# --- registration ---------------------------------------------------------------------------------
 
 
-def _spectrum_autograd(
-    operator: str, values: int, saved_values: int, unsaved_counts: int = 1
-) -> None:
-    """First derivatives of a raw spectrum operator, through its registered backward.
+def _warning(name: str, operator: Operator) -> Callable[..., Any]:
+    """The fallback, which says once in a process that it runs, and why."""
 
-    ``values``: how many outputs are differentiable; ``saved_values``: how many of them the backward
-    takes besides the counts and vectors; ``unsaved_counts``: how many counts it does not take.
-    """
-    backward_op = getattr(torch.ops.immunize_ext, f"{operator}_backward")
+    def kernel(*args: Any) -> Any:
+        if not _load.available():
+            _load.warn_fallback()
+        elif not operator.composed:
+            device = next(
+                leaf.device.type for leaf in pytree.tree_leaves(args) if isinstance(leaf, Tensor)
+            )
+            build = " in this build" if device == "cuda" else ""
+            _load.warn_fallback(f"there are no kernels for tensors on {device}{build}")
+        return operator.fallback(*args)
 
-    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
-        a, *ctx.policy = inputs
-        ctx.save_for_backward(a, *output[:saved_values], *output[values + unsaved_counts :])
-        ctx.mark_non_differentiable(*output[values:])
+    return kernel
 
-    def backward(ctx: Any, *grads: Tensor) -> tuple[Any, ...]:
-        grad = backward_op(*grads[:values], *ctx.saved_tensors, *ctx.policy)
-        return grad, *(None,) * len(ctx.policy)
 
-    torch.library.register_autograd(_name(operator), backward, setup_context=setup_context)
+def _folding(op: Callable[..., Any]) -> Callable[..., Any]:
+    """Fold the vmapped axis into the batch dimensions of a tensors-only operator."""
+
+    def rule(info: Any, in_dims: tuple[Any, ...], *args: Any) -> tuple[Any, Any]:
+        outputs = op(*fold_batch(info.batch_size, in_dims, args))
+        return outputs, 0 if isinstance(outputs, Tensor) else (0,) * len(outputs)
+
+    return rule
+
+
+def _leading(name: str, op: Callable[..., Any]) -> Callable[..., Any]:
+    """The first argument takes leading dimensions; the others are the same for all of them."""
+
+    def rule(info: Any, in_dims: tuple[Any, ...], first: Tensor, *rest: Any) -> tuple[Any, int]:
+        if any(dim is not None for dim in in_dims[1:]):
+            raise NotImplementedError(
+                f"immunize_ext: {name} under vmap takes one factor for all; loop over the factors"
+            )
+        return op(first.movedim(in_dims[0], 0), *rest), 0
+
+    return rule
 
 
 def _merge_apply_autograd() -> None:
@@ -228,108 +496,57 @@ def _merge_apply_autograd() -> None:
             None,
         )
 
-    torch.library.register_autograd(_name("merge_apply"), backward, setup_context=setup_context)
-
-
-def _refuse_derivative(operator: str, public: str) -> None:
-    """Make differentiating a raw operator raise: without a rule it would be silently wrong."""
-
-    def backward(ctx: Any, *grads: Tensor) -> Any:
-        raise NotImplementedError(
-            f"torch.ops.immunize_ext.{operator} has no derivative; differentiate immunize_ext.ops."
-            f"{public} instead"
-        )
-
-    torch.library.register_autograd(_name(operator), backward)
-
-
-# --- vmap -----------------------------------------------------------------------------------------
-
-
-def _register_folding_vmap(operator: str) -> None:
-    """Fold the vmapped axis into the batch dimensions of a tensors-only operator."""
-    op = getattr(torch.ops.immunize_ext, operator)
-
-    def rule(info: Any, in_dims: tuple[Any, ...], *args: Any) -> tuple[Any, Any]:
-        outputs = op(*fold_batch(info.batch_size, in_dims, args))
-        return outputs, 0 if isinstance(outputs, Tensor) else (0,) * len(outputs)
-
-    torch.library.register_vmap(_name(operator), rule)
-
-
-_FAKES: dict[str, Callable[..., Any]] = {
-    "extremal_singular_values": _fake_extremal_singular_values,
-    "extremal_singular_values_backward": _fake_extremal_singular_values_backward,
-    "extremal_singular_values_double_backward": _fake_extremal_singular_values_double_backward,
-    "gram_extremes": _fake_gram_extremes,
-    "gram_extremes_backward": _fake_gram_extremes_backward,
-    "gram_extremes_double_backward": _fake_gram_extremes_double_backward,
-    "gram_regularizer": _fake_gram_regularizer,
-    "gram_regularizer_backward": _fake_gram_regularizer_backward,
-    "symmetric_extremes": _fake_symmetric_extremes,
-    "symmetric_extremes_backward": _fake_extremal_singular_values_backward,
-    "symmetric_extremes_double_backward": _fake_extremal_singular_values_double_backward,
-    "symmetric_reference": _fake_symmetric_reference,
-    "merge_gram": _fake_merge_gram,
-    "merge_solve": _fake_merge_solve,
-    "merge_apply": _fake_merge_apply,
-    "merge_apply_backward": _fake_merge_apply_backward,
-    "precondition": _fake_precondition,
-}
-
-
-_WITHOUT_DERIVATIVE = {
-    "extremal_singular_values_backward": "extremal_singular_values",
-    "extremal_singular_values_double_backward": "extremal_singular_values",
-    "gram_extremes_backward": "gram_extremes",
-    "gram_extremes_double_backward": "gram_extremes",
-    "symmetric_extremes_backward": "symmetric_extremes",
-    "symmetric_extremes_double_backward": "symmetric_extremes",
-    "symmetric_reference": "SpectrumTracker",
-    "symmetric_track": "SpectrumTracker",
-    "merge_gram": "RegularizationFactor.from_embeddings",
-    "merge_solve": "merge_kv",
-    "merge_apply_backward": "merge_kv",
-    "precondition": "precondition_gradient",
-}
-
-
-# Operators whose every tensor argument carries the batch. precondition shares its factor, and
-# merge_apply takes lists: their vmap rules are those of the autograd.Function classes.
-_FOLDING = [
-    "extremal_singular_values",
-    "extremal_singular_values_backward",
-    "extremal_singular_values_double_backward",
-    "gram_extremes",
-    "gram_extremes_backward",
-    "gram_extremes_double_backward",
-    "symmetric_extremes",
-    "symmetric_extremes_backward",
-    "symmetric_extremes_double_backward",
-    "merge_solve",
-]
-
-
-# Half precision gains nothing here: the kernels compute in float64 or float32 whatever they are
-# given, and a float32 parameter must not lose digits on the way in.
-_AUTOCAST = ["extremal_singular_values", "gram_extremes", "gram_regularizer", "symmetric_extremes"]
+    torch.library.register_autograd(
+        f"{_NAMESPACE}::merge_apply", backward, setup_context=setup_context
+    )
 
 
 def _register() -> None:
-    for operator, fake in _FAKES.items():
-        torch.library.register_fake(_name(operator))(fake)
-    _spectrum_autograd("extremal_singular_values", values=2, saved_values=0)
-    _spectrum_autograd("gram_extremes", values=3, saved_values=2)
-    _spectrum_autograd("symmetric_extremes", values=2, saved_values=0, unsaved_counts=0)
+    for name, operator in OPERATORS.items():
+        _LIBRARY.define(name + operator.schema)
+        _LIBRARY.impl(name, _warning(name, operator), "CompositeExplicitAutograd")
+    _load.available()  # its kernels are registered as it is loaded
+    for name, operator in OPERATORS.items():
+        op = getattr(torch.ops.immunize_ext, name).default
+        full_name = f"{_NAMESPACE}::{name}"
+        if operator.fake is not None:
+            torch.library.register_fake(full_name, operator.fake, lib=_LIBRARY)
+        if isinstance(operator.derivative, str):
+            _LIBRARY.impl(name, refusing(op, operator.derivative), "Autograd")
+        elif operator.derivative is not None:
+            _LIBRARY.impl(name, differentiable(op, *operator.derivative), "Autograd")
+        elif name.startswith("gram_regularizer") and not _load.available():
+            text = _no_derivative(name, "regularizers.gram_r_well")
+            _LIBRARY.impl(name, refusing(op, text), "Autograd")
+        if operator.vmap is not None:
+            rule = _folding(op) if operator.vmap == "all" else _leading(name, op)
+            torch.library.register_vmap(full_name, rule, lib=_LIBRARY)
+        if operator.autocast:
+            for device in ("cpu", "cuda"):
+                torch.library.register_autocast(full_name, device, torch.float32, lib=_LIBRARY)
     _merge_apply_autograd()
-    for operator, public in _WITHOUT_DERIVATIVE.items():
-        _refuse_derivative(operator, public)
-    for operator in _FOLDING:
-        _register_folding_vmap(operator)
-    for operator in _AUTOCAST:
-        for device in ("cpu", "cuda"):
-            torch.library.register_autocast(_name(operator), device, torch.float32)
 
 
-if _load.available():
-    _register()
+@contextmanager
+def fallbacks_only() -> Iterator[None]:
+    """Serve CPU and CUDA tensors by the torch-only fallbacks, for comparisons.
+
+    For the whole process, as the dispatcher is; not while another thread calls operators.
+    """
+    library = torch.library.Library(_NAMESPACE, "IMPL")
+    try:
+        for name, operator in OPERATORS.items():
+            for key in ("CPU", "CUDA"):
+                if torch._C._dispatch_has_kernel_for_dispatch_key(f"{_NAMESPACE}::{name}", key):
+                    library.impl(name, operator.fallback, key, allow_override=True)
+        yield
+    finally:
+        library._destroy()
+
+
+def has_kernel(name: str, device: str) -> bool:
+    """True if the compiled part serves an operator on a type of device."""
+    return torch._C._dispatch_has_kernel_for_dispatch_key(f"{_NAMESPACE}::{name}", device.upper())
+
+
+_register()

@@ -6,23 +6,26 @@ stores theta^T as ``nn.Linear.weight``, so there it is a multiplication from the
 
 .. math:: G \mapsto G\, K^{-1}, \qquad K = X^\top X + \text{ridge}\, I
 
-With fewer samples than features the Woodbury identity needs only an n x n factor:
-K^-1 = (I - X^T S^-1 X) / ridge with S = X X^T + ridge I.
+With n < p samples everything happens within the n-dimensional row space of X, where K is an n x n
+matrix; beside it K is the ridge. The textbook form of the Woodbury identity,
+K^-1 = (I - X^T S^-1 X) / ridge with S = X X^T + ridge I, cancels on the very gradients that come
+from the data: they lie in the row space. For G = dY^T X the layer uses G K^-1 = dY^T S^-1 X.
 """
 
 from __future__ import annotations
 
 import math
-from typing import Any
+import warnings
+from collections.abc import Callable, Mapping
+from typing import Any, Self
 
 import torch
 from torch import Tensor, nn
-from torch.autograd import forward_ad
 
-from immunize_ext.errors import NotPositiveDefiniteError
-from immunize_ext.ops import fallback as composite
-from immunize_ext.ops._dispatch import has_kernel
+from immunize_ext.errors import NotPositiveDefiniteError, NumericalWarning
 from immunize_ext.ops.arguments import require_finite, require_floating_matrix, require_same_device
+from immunize_ext.ops.derivatives import carries_tangent, payload
+from immunize_ext.ops.fallback import rounding_beside
 
 _EPS = torch.finfo(torch.float64).eps
 
@@ -31,10 +34,9 @@ class Preconditioner:
     r"""Applies K^-1, K = x^T x + ridge I, from the right.
 
     Attributes:
-        factor: Lower Cholesky factor, float64: (p, p) of K, or (n, n) of x x^T + ridge I.
-        x: Features (n, p), float64, where the Woodbury identity is used; (0, p) otherwise.
+        factor: Lower Cholesky factor, float64: (p, p) of K, or (n, n) of basis K basis^T.
+        basis: Orthonormal basis (n, p) of the rows of x, float64, where n < p; (0, p) otherwise.
         ridge: The absolute ridge.
-        woodbury: Which of the two.
 
     Example:
         >>> import torch
@@ -44,12 +46,11 @@ class Preconditioner:
         tensor([[1.0000, 0.2500]], dtype=torch.float64)
     """
 
-    def __init__(self, factor: Tensor, x: Tensor, *, ridge: float, woodbury: bool) -> None:
+    def __init__(self, factor: Tensor, basis: Tensor, *, ridge: float) -> None:
         """Wrap a factor that exists already; :meth:`from_features` computes one."""
         self.factor = factor
-        self.x = x
+        self.basis = basis
         self.ridge = ridge
-        self.woodbury = woodbury
 
     @classmethod
     def from_features(
@@ -77,46 +78,16 @@ class Preconditioner:
             output side, which only runs because its layer is square.
         """
         function = "Preconditioner.from_features"
-        require_floating_matrix(function, "x", x)
-        if x.dim() != 2:
-            raise ValueError(f"{function}: x must have shape (n, p), got {tuple(x.shape)}")
-        require_finite(function, "x", x)
-        if not (math.isfinite(ridge) and ridge >= 0):
-            raise ValueError(f"{function}: ridge must be finite and not negative, got {ridge}")
-        x = x.detach().to(torch.float64)
-        n, p = x.shape
-        squares = float(x.square().sum())
-        absolute = ridge * squares / p if relative else ridge
-        woodbury = n < p
-        if squares == 0.0 and absolute == 0.0:
-            raise NotPositiveDefiniteError(
-                f"{function}: K = x^T x must be positive definite, got zero: x holds only zeros, "
-                "and a relative ridge is a share of them; pass features, or relative=False with a "
-                "positive ridge",
-                rank=0,
-            )
-        if woodbury and absolute == 0.0:
-            raise NotPositiveDefiniteError(
-                f"{function}: K = x^T x must be positive definite, got {n} samples for {p} "
-                "features; pass a positive ridge, 1e-6 for instance",
-                rank=n,
-            )
-        k = x @ x.mT if woodbury else x.mT @ x
-        k.diagonal().add_(absolute)
-        factor, info = torch.linalg.cholesky_ex(k)
-        side = k.shape[0]
-        tolerance = side * _EPS * float(k.diagonal().max())
-        if int(info) > 0 or float(factor.diagonal().square().min()) <= tolerance:
-            eigenvalues = torch.linalg.eigvalsh(k)
-            top = float(eigenvalues[-1])
-            rank = int((eigenvalues > side * _EPS * top).sum())
-            needed = max(0.0, 10 * side * _EPS * top - float(eigenvalues[0]))
-            raise NotPositiveDefiniteError.for_matrix(
-                function, "K = x^T x + ridge I", dim=side, rank=rank, needed_ridge=needed
-            )
-        # A copy, so that later changes of the features do not reach one half of the inverse.
-        kept = x.clone() if woodbury else x[:0].clone()
-        return cls(factor, kept, ridge=absolute, woodbury=woodbury)
+        # What is kept for backward passes must be no inference tensor.
+        with torch.inference_mode(False), torch.no_grad():
+            x, absolute = _checked_features(function, x, ridge, relative)
+            n, p = x.shape
+            if n < p:
+                q, r = torch.linalg.qr(x.mT)
+                k, basis = r @ r.mT, q.mT.contiguous()
+            else:
+                k, basis = x.mT @ x, x.new_empty(0, p)
+            return cls(_factor_of(function, k, absolute), basis, ridge=absolute)
 
     def apply(self, grad: Tensor) -> Tensor:
         """Return grad K^-1.
@@ -132,64 +103,86 @@ class Preconditioner:
         """
         function = "Preconditioner.apply"
         require_floating_matrix(function, "grad", grad)
-        width = self.x.shape[1]
+        width = self.basis.shape[1]
         if grad.shape[-1] != width:
             raise ValueError(
                 f"{function}: grad must have shape (*, o, {width}), the features on the last axis, "
                 f"got {tuple(grad.shape)}; an nn.Linear weight is stored that way"
             )
         require_same_device(function, [("factor", self.factor), ("grad", grad)])
-        result: Tensor = _Precondition.apply(grad, self.factor, self.x, self.ridge, self.woodbury)
+        require_finite(function, "grad", grad)
+        if self.basis.shape[0] > 0:
+            self._warn_of_rounding(grad)
+        result: Tensor = torch.ops.immunize_ext.precondition(
+            grad, self.factor, self.basis, self.ridge
+        )
         return result
 
-
-class _Precondition(torch.autograd.Function):
-    """grad K^-1: linear in grad and self-adjoint, so it is its own derivative. K is a constant."""
-
-    @staticmethod
-    def forward(grad: Tensor, factor: Tensor, x: Tensor, ridge: float, woodbury: bool) -> Tensor:
-        if has_kernel(grad, "precondition"):
-            result: Tensor = torch.ops.immunize_ext.precondition(grad, factor, x, ridge, woodbury)
-            return result
-        return composite.precondition(grad, factor, x, ridge, woodbury)
-
-    @staticmethod
-    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
-        _, factor, x, ctx.ridge, ctx.woodbury = inputs
-        ctx.save_for_backward(factor, x)
-
-    @staticmethod
-    def backward(ctx: Any, cotangent: Tensor) -> tuple[Any, ...]:
-        factor, x = ctx.saved_tensors
-        grad = _Precondition.apply(cotangent, factor, x, ctx.ridge, ctx.woodbury)
-        return grad, None, None, None, None
-
-    @staticmethod
-    def vmap(info: Any, in_dims: tuple[Any, ...], grad: Tensor, *rest: Any) -> tuple[Tensor, int]:
-        # The factor is shared: only the gradient carries the vmapped axis.
-        return _Precondition.apply(grad.movedim(in_dims[0], 0), *rest), 0
+    def _warn_of_rounding(self, grad: Tensor) -> None:
+        """Warn where the part of grad beside the row space is hardly more than its rounding."""
+        numbers = payload(grad)
+        if numbers is None:
+            return
+        wide = numbers.to(torch.float64).reshape(-1, self.basis.shape[1])
+        beside = (wide - (wide @ self.basis.mT) @ self.basis).norm(dim=1)
+        rounding = rounding_beside(grad) * wide.norm(dim=1)
+        doubtful = (beside > rounding) & (beside < 100.0 * rounding)
+        if bool(doubtful.any()):
+            warnings.warn(
+                f"Preconditioner.apply: {int(doubtful.sum())} rows of grad lie beside the rows of "
+                f"the features by little more than their rounding, which is divided by the ridge, "
+                f"{self.ridge:.3g}; use a wider dtype, a larger ridge, or PreconditionedLinear, "
+                "which knows what its gradient is made of",
+                NumericalWarning,
+                stacklevel=3,
+            )
 
 
-class _PreconditionGradient(torch.autograd.Function):
-    """Identity whose backward is :class:`_Precondition`."""
+def _checked_features(
+    function: str, x: Tensor, ridge: float, relative: bool
+) -> tuple[Tensor, float]:
+    """The features (n, p) in float64, a copy, and the absolute ridge."""
+    require_floating_matrix(function, "x", x)
+    if x.dim() != 2:
+        raise ValueError(f"{function}: x must have shape (n, p), got {tuple(x.shape)}")
+    require_finite(function, "x", x)
+    if not (math.isfinite(ridge) and ridge >= 0):
+        raise ValueError(f"{function}: ridge must be finite and not negative, got {ridge}")
+    x = x.detach().to(torch.float64, copy=True)
+    n, p = x.shape
+    squares = float(x.square().sum())
+    absolute = ridge * squares / p if relative else ridge
+    if squares == 0.0 and absolute == 0.0:
+        raise NotPositiveDefiniteError(
+            f"{function}: K = x^T x must be positive definite, got zero: x holds only zeros, "
+            "and a relative ridge is a share of them; pass features, or relative=False with a "
+            "positive ridge",
+            rank=0,
+        )
+    if n < p and absolute == 0.0:
+        raise NotPositiveDefiniteError(
+            f"{function}: K = x^T x must be positive definite, got {n} samples for {p} "
+            "features; pass a positive ridge, 1e-6 for instance",
+            rank=n,
+        )
+    return x, absolute
 
-    @staticmethod
-    def forward(weight: Tensor, factor: Tensor, x: Tensor, ridge: float, woodbury: bool) -> Tensor:
-        return weight.clone()
 
-    @staticmethod
-    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
-        _, factor, x, ctx.ridge, ctx.woodbury = inputs
-        ctx.save_for_backward(factor, x)
-
-    @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple[Any, ...]:
-        factor, x = ctx.saved_tensors
-        return _Precondition.apply(grad, factor, x, ctx.ridge, ctx.woodbury), None, None, None, None
-
-    @staticmethod
-    def vmap(info: Any, in_dims: tuple[Any, ...], weight: Tensor, *rest: Any) -> tuple[Tensor, int]:
-        return _PreconditionGradient.apply(weight.movedim(in_dims[0], 0), *rest), 0
+def _factor_of(function: str, k: Tensor, ridge: float) -> Tensor:
+    """Cholesky factor of k + ridge I, or what it lacks."""
+    k.diagonal().add_(ridge)
+    factor, info = torch.linalg.cholesky_ex(k)
+    side = k.shape[0]
+    tolerance = side * _EPS * float(k.diagonal().max())
+    if int(info) > 0 or float(factor.diagonal().square().min()) <= tolerance:
+        eigenvalues = torch.linalg.eigvalsh(k)
+        top = float(eigenvalues[-1])
+        rank = int((eigenvalues > side * _EPS * top).sum())
+        needed = max(0.0, 10 * side * _EPS * top - float(eigenvalues[0]))
+        raise NotPositiveDefiniteError.for_matrix(
+            function, "K = x^T x + ridge I", dim=side, rank=rank, needed_ridge=needed
+        )
+    return factor
 
 
 def precondition_gradient(weight: Tensor, preconditioner: Preconditioner) -> Tensor:
@@ -210,7 +203,8 @@ def precondition_gradient(weight: Tensor, preconditioner: Preconditioner) -> Ten
 
     Note:
         Deterministic. What comes out is no gradient of any function, on purpose; K counts as a
-        constant. Double backward and ``torch.func`` work; forward mode raises.
+        constant. Both modes of differentiation multiply by K^-1. A gradient that is not finite is
+        passed on, row by row: a scaler of losses looks for it behind the backward pass.
 
     Source:
         Zheng et al., ICML 2025, Algorithm 1, line 6 ("dummy layer").
@@ -226,27 +220,27 @@ def precondition_gradient(weight: Tensor, preconditioner: Preconditioner) -> Ten
     """
     function = "precondition_gradient"
     require_floating_matrix(function, "weight", weight)
-    width = preconditioner.x.shape[1]
+    width = preconditioner.basis.shape[1]
     if weight.shape[-1] != width:
         raise ValueError(
             f"{function}: weight must have shape (*, o, {width}), the input side on the last axis, "
             f"got {tuple(weight.shape)}"
         )
     require_same_device(function, [("preconditioner", preconditioner.factor), ("weight", weight)])
-    result: Tensor = _PreconditionGradient.apply(
-        weight,
-        preconditioner.factor,
-        preconditioner.x,
-        preconditioner.ridge,
-        preconditioner.woodbury,
+    result: Tensor = torch.ops.immunize_ext.precondition_gradient(
+        weight, preconditioner.factor, preconditioner.basis, preconditioner.ridge
     )
     return result
+
+
+_STATE = ("preconditioner_factor", "preconditioner_basis", "preconditioner_ridge")
 
 
 class PreconditionedLinear(nn.Linear):
     """``nn.Linear`` whose weight gradient is multiplied by K^-1 on the input side.
 
-    K is that of ``preconditioner`` if one is set, else of the batch at hand, with ``ridge``.
+    K is that of ``preconditioner`` if one is set, else of the batch at hand, with ``ridge``. A
+    preconditioner is part of the module: it moves and is saved with it, in float64 throughout.
 
     Example:
         >>> import torch
@@ -255,6 +249,10 @@ class PreconditionedLinear(nn.Linear):
         >>> layer(torch.eye(3)).shape
         torch.Size([3, 2])
     """
+
+    preconditioner_factor: Tensor | None
+    preconditioner_basis: Tensor | None
+    preconditioner_ridge: Tensor | None
 
     def __init__(
         self,
@@ -280,22 +278,73 @@ class PreconditionedLinear(nn.Linear):
         """
         super().__init__(in_features, out_features, bias=bias, device=device, dtype=dtype)
         self.ridge = ridge
+        for name in _STATE:
+            self.register_buffer(name, None)
+        self._absolute_ridge = 0.0  # the number in the buffer: compiled code cannot read that
         self.preconditioner = preconditioner
 
+    @property
+    def preconditioner(self) -> Preconditioner | None:
+        """That of the full data, or None."""
+        if self.preconditioner_factor is None or self.preconditioner_basis is None:
+            return None
+        return Preconditioner(
+            self.preconditioner_factor, self.preconditioner_basis, ridge=self._absolute_ridge
+        )
+
+    @preconditioner.setter
+    def preconditioner(self, value: Preconditioner | None) -> None:
+        self.preconditioner_factor = None if value is None else value.factor
+        self.preconditioner_basis = None if value is None else value.basis
+        self.preconditioner_ridge = None if value is None else value.factor.new_tensor(value.ridge)
+        self._absolute_ridge = 0.0 if value is None else value.ridge
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:
+        kept = {name: self._buffers[name] for name in _STATE}
+        super()._apply(fn, recurse)
+        for name, before in kept.items():
+            after = self._buffers[name]
+            # .half() and the like are about weights; a factor has no digits to lose.
+            if before is not None and after is not None and after.dtype != before.dtype:
+                self._buffers[name] = before.to(after.device)
+        return self
+
+    def _load_from_state_dict(
+        self, state_dict: Mapping[str, Any], prefix: str, *args: Any, **kwargs: Any
+    ) -> None:
+        for name in _STATE:
+            given = state_dict.get(prefix + name)
+            if given is not None:
+                self._buffers[name] = torch.empty_like(given, device=self.weight.device)
+        super()._load_from_state_dict(state_dict, prefix, *args, **kwargs)
+        if self.preconditioner_ridge is not None:
+            self._absolute_ridge = float(self.preconditioner_ridge)
+
     def _is_differentiated(self) -> bool:
-        tangent = forward_ad.unpack_dual(self.weight).tangent
-        return tangent is not None or (torch.is_grad_enabled() and self.weight.requires_grad)
+        recorded = torch.is_grad_enabled() and self.weight.requires_grad
+        return recorded or carries_tangent(self.weight)
 
     def forward(self, input: Tensor) -> Tensor:
         """Apply the layer to (*, p) features.
 
         Where nothing differentiates the weight, K is not needed: any batch will do.
         """
-        preconditioner = self.preconditioner
-        if preconditioner is None and not self._is_differentiated():
+        if not self._is_differentiated():
             return super().forward(input)
+        preconditioner = self.preconditioner
+        rows = input.detach().reshape(-1, self.in_features)
+        if preconditioner is None and rows.shape[0] < self.in_features:
+            # G K^-1 = dY^T S^-1 X: the inverse on the side of the samples, where nothing cancels.
+            function = "PreconditionedLinear"
+            with torch.no_grad():
+                x, ridge = _checked_features(function, rows, self.ridge, relative=True)
+                s = _factor_of(function, x @ x.mT, ridge)
+            samples = Preconditioner(s, s.new_empty(0, s.shape[0]), ridge=ridge)
+            outputs = nn.functional.linear(rows, self.weight)
+            moving = precondition_gradient(outputs.mT, samples).mT
+            still = nn.functional.linear(input, self.weight.detach(), self.bias)
+            return still + (moving - moving.detach()).reshape(still.shape)
         if preconditioner is None:
-            rows = input.detach().reshape(-1, self.in_features)
             preconditioner = Preconditioner.from_features(rows, ridge=self.ridge)
         weight = precondition_gradient(self.weight, preconditioner)
         return nn.functional.linear(input, weight, self.bias)

@@ -21,16 +21,18 @@ d|K|_F^2 = <4 x x^T x, dx>. All of it is formed in float64 and cast to the input
 
 from __future__ import annotations
 
-from typing import Any
-
 import torch
 from torch import Tensor
-from torch.autograd import forward_ad
 
+from immunize_ext import _load
 from immunize_ext.errors import EqualSingularValuesError
-from immunize_ext.ops._dispatch import has_kernel
-from immunize_ext.ops.arguments import RankPolicy, SpectrumPolicy, spectrum_policy
-from immunize_ext.ops.derivatives import BatchedFunction, RequirePositive
+from immunize_ext.ops.arguments import (
+    RankPolicy,
+    SpectrumPolicy,
+    require_positive,
+    spectrum_policy,
+)
+from immunize_ext.ops.derivatives import carries_tangent, payload
 from immunize_ext.ops.spectrum import gram_extremes_float64, singular_extremes_float64
 
 __all__ = ["gram_r_ill", "gram_r_well", "r_ill", "r_well"]
@@ -44,14 +46,11 @@ _VANISHING = 4 * torch.finfo(torch.float64).eps
 
 def _positive(function: str, name: str, value: float | Tensor | None) -> float | Tensor | None:
     """The normaliser, checked; a tensor may be one that ``torch.func`` wraps."""
-    message = f"{function}: {name} must be positive"
     if isinstance(value, Tensor):
-        if torch.compiler.is_compiling():
-            return value
-        checked: Tensor = RequirePositive.apply(value, message)
-        return checked
-    if value is not None and not value > 0:
-        raise ValueError(f"{message}, got {value}")
+        if not torch.compiler.is_compiling():
+            require_positive(function, name, value)
+    elif value is not None and not value > 0:
+        raise ValueError(f"{function}: {name} must be positive, got {value}")
     return value
 
 
@@ -77,8 +76,8 @@ def _fused(
         or x.device.type != "cpu"
         or isinstance(normaliser, Tensor)
         or torch._C._are_functorch_transforms_active()
-        or forward_ad.unpack_dual(x).tangent is not None
-        or not has_kernel(x)
+        or carries_tangent(x)
+        or not _load.available()
     ):
         return None
     try:
@@ -96,25 +95,13 @@ def _well(sigma_max: Tensor, squared_frobenius: Tensor, p: float | Tensor) -> Te
     return torch.where(overflows, torch.inf, value - squared_frobenius / (2 * p))
 
 
-class _RefuseVanishing(BatchedFunction):
-    """Raise where the mask is set. A function, so that it sees plain tensors under torch.func."""
-
-    @staticmethod
-    def forward(vanishes: Tensor, function: str, argument: str) -> Tensor:
-        found = vanishes.nonzero()
-        if found.shape[0] > 0:
-            raise EqualSingularValuesError.for_matrix(
-                function, argument, batch_index=tuple(found[0].tolist())
-            )
-        return vanishes.clone()
-
-    @staticmethod
-    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
-        ctx.mark_non_differentiable(output)
-
-    @staticmethod
-    def backward(ctx: Any, *grads: Tensor) -> tuple[None, None, None]:
-        return None, None, None
+def _refuse_vanishing(vanishes: Tensor, function: str, argument: str) -> None:
+    """Raise where the mask is set, if it can be read."""
+    numbers = payload(vanishes)
+    if numbers is not None and bool(numbers.any()):
+        raise EqualSingularValuesError.for_matrix(
+            function, argument, batch_index=tuple(numbers.nonzero()[0].tolist())
+        )
 
 
 def _ill(
@@ -140,10 +127,11 @@ def _ill(
     vanishes = denominator.detach() <= smallest
     if k is None and floor is None:
         # One cluster of all singular values: what D has left of itself is rounding.
-        vanishes = vanishes | (multiplicity_min >= rank)
+        # Zeros that rank="full" counts are no cluster: D is then |S|_F^2 / (2 k).
+        vanishes = vanishes | ((multiplicity_min >= rank) & (sigma_min.detach() > 0))
     vanishes = vanishes & ~out_of_range
     if floor is None and not torch.compiler.is_compiling():
-        vanishes = _RefuseVanishing.apply(vanishes, function, argument)
+        _refuse_vanishing(vanishes, function, argument)
     # Where D vanishes the value is held at 1 / smallest, with gradient 0; the zero matrix, which
     # has no scale to hold it at, gets infinity.
     value = torch.where(vanishes, smallest, denominator).reciprocal()

@@ -1,27 +1,30 @@
-"""Extremal singular values, their condition number, and the extremes of a Gram matrix.
+"""Extremal singular values, condition numbers, extremes of Gram and of symmetric matrices.
 
 The derivative of a simple singular value is ``d sigma = u^T dA v``. At an extreme of multiplicity m
 the operators return the mean of ``u_i v_i^T`` over the cluster: the element of least norm of the
 Clarke subdifferential, which no choice of basis can change. No formula with
 ``1 / (sigma_i^2 - sigma_j^2)`` appears before the second derivative, which is refused at clusters.
 
-Each operator is an ``autograd.Function`` over the registered kernels, with its backward another
-one. That is what makes ``torch.func``, ``vmap``, ``torch.compile`` and double backward work alike;
-on a device without a kernel the functions of ``composite`` are called instead.
+The functions check arguments, fill in tolerances and name results. Values and derivatives are those
+of the raw operators (``operators``, ``derivatives``), which know ``torch.func`` and compilation.
 """
 
 from __future__ import annotations
 
-from typing import Any, NamedTuple
+import math
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
-from immunize_ext.ops import fallback as composite
-from immunize_ext.ops._dispatch import has_kernel
-from immunize_ext.ops.arguments import RankPolicy, SpectrumPolicy, spectrum_policy
-from immunize_ext.ops.derivatives import BatchedFunction
-from immunize_ext.ops.symmetric import SymmetricExtremes, symmetric_extremes
+from immunize_ext.ops.arguments import (
+    RankPolicy,
+    SpectrumPolicy,
+    any_true,
+    cluster_resolution,
+    require_floating_matrix,
+    spectrum_policy,
+)
 
 __all__ = [
     "GramExtremes",
@@ -56,333 +59,38 @@ class GramExtremes(NamedTuple):
     multiplicity_min: Tensor
 
 
-class _ExtremalSingularValues(BatchedFunction):
-    @staticmethod
-    def forward(
-        a: Tensor, rank_rtol: float, cluster_rtol: float, full_rank: bool
-    ) -> tuple[Tensor, ...]:
-        outputs: tuple[Tensor, ...] = torch.ops.immunize_ext.extremal_singular_values(
-            a, rank_rtol, cluster_rtol, full_rank
-        )
-        return outputs
+class SymmetricExtremes(NamedTuple):
+    """Result of :func:`symmetric_extremes`; every field has the batch shape ``(*,)``."""
 
-    @staticmethod
-    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
-        a, *ctx.policy = inputs
-        _, _, rank, *rest = output
-        ctx.save_for_backward(a, *rest)
-        ctx.save_for_forward(*rest)
-        ctx.mark_non_differentiable(rank, *rest)
-
-    @staticmethod
-    def backward(ctx: Any, grad_max: Tensor, grad_min: Tensor, *_: Tensor) -> tuple[Any, ...]:
-        grad = _ExtremalSingularValuesBackward.apply(
-            grad_max, grad_min, *ctx.saved_tensors, *ctx.policy
-        )
-        return grad, None, None, None
-
-
-class _ExtremalSingularValuesDual(_ExtremalSingularValues):
-    """The same with a rule for forward mode, which ``torch.compile`` cannot trace."""
-
-    @staticmethod
-    def jvp(ctx: Any, tangent: Tensor, *_: Any) -> tuple[Any, ...]:
-        multiplicity_max, multiplicity_min, u_max, v_max, u_min, v_min = ctx.saved_tensors
-        _refuse_forward_mode_at_clusters(multiplicity_max, u_max)
-        _refuse_forward_mode_at_clusters(multiplicity_min, u_min)
-        tangent = tangent.to(torch.float64)
-        return (
-            _bilinear(u_max, tangent, v_max),
-            _bilinear(u_min, tangent, v_min),
-            *(None,) * 7,
-        )
-
-
-class _ExtremalSingularValuesBackward(BatchedFunction):
-    @staticmethod
-    def forward(
-        grad_max: Tensor,
-        grad_min: Tensor,
-        a: Tensor,
-        multiplicity_max: Tensor,
-        multiplicity_min: Tensor,
-        u_max: Tensor,
-        v_max: Tensor,
-        u_min: Tensor,
-        v_min: Tensor,
-        rank_rtol: float,
-        cluster_rtol: float,
-        full_rank: bool,
-    ) -> Tensor:
-        grad: Tensor = torch.ops.immunize_ext.extremal_singular_values_backward(
-            grad_max,
-            grad_min,
-            a,
-            multiplicity_max,
-            multiplicity_min,
-            u_max,
-            v_max,
-            u_min,
-            v_min,
-            rank_rtol,
-            cluster_rtol,
-            full_rank,
-        )
-        return grad
-
-    @staticmethod
-    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
-        *tensors, rank_rtol, cluster_rtol, full_rank = inputs
-        ctx.policy = (rank_rtol, cluster_rtol, full_rank)
-        ctx.save_for_backward(*tensors[:3])
-        ctx.save_for_forward(*tensors)
-
-    @staticmethod
-    def backward(ctx: Any, cotangent: Tensor) -> tuple[Any, ...]:
-        grads = _ExtremalSingularValuesDoubleBackward.apply(
-            cotangent, *ctx.saved_tensors, *ctx.policy
-        )
-        return *grads, *(None,) * 9
-
-    @staticmethod
-    def jvp(ctx: Any, *tangents: Any) -> Tensor:
-        # grad_a is linear in the incoming gradients and, as a gradient, has a symmetric Jacobian in
-        # a: the tangent takes the place of the cotangent of the double backward.
-        grad_max, grad_min, a, *rest = ctx.saved_tensors
-        tangent_max, tangent_min, tangent_a = tangents[:3]
-        total = torch.zeros_like(a)
-        if tangent_max is not None or tangent_min is not None:
-            total = total + _ExtremalSingularValuesBackward.apply(
-                torch.zeros_like(grad_max) if tangent_max is None else tangent_max,
-                torch.zeros_like(grad_min) if tangent_min is None else tangent_min,
-                a,
-                *rest,
-                *ctx.policy,
-            )
-        if tangent_a is not None:
-            total = (
-                total
-                + _ExtremalSingularValuesDoubleBackward.apply(
-                    tangent_a, grad_max, grad_min, a, *ctx.policy
-                )[-1]
-            )
-        return total
-
-
-class _ExtremalSingularValuesDoubleBackward(BatchedFunction):
-    @staticmethod
-    def forward(
-        cotangent: Tensor,
-        grad_max: Tensor,
-        grad_min: Tensor,
-        a: Tensor,
-        rank_rtol: float,
-        cluster_rtol: float,
-        full_rank: bool,
-    ) -> tuple[Tensor, ...]:
-        grads: tuple[Tensor, ...] = torch.ops.immunize_ext.extremal_singular_values_double_backward(
-            cotangent, grad_max, grad_min, a, rank_rtol, cluster_rtol, full_rank
-        )
-        return grads
-
-    @staticmethod
-    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
-        pass
-
-    @staticmethod
-    def backward(ctx: Any, *_: Tensor) -> tuple[Any, ...]:
-        raise NotImplementedError("extremal_singular_values: third derivatives are not implemented")
-
-
-class _GramExtremes(BatchedFunction):
-    @staticmethod
-    def forward(
-        x: Tensor, rank_rtol: float, cluster_rtol: float, full_rank: bool
-    ) -> tuple[Tensor, ...]:
-        outputs: tuple[Tensor, ...] = torch.ops.immunize_ext.gram_extremes(
-            x, rank_rtol, cluster_rtol, full_rank
-        )
-        return outputs
-
-    @staticmethod
-    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
-        x, *ctx.policy = inputs
-        lambda_max, lambda_min, _, rank, *rest = output
-        ctx.save_for_backward(x, lambda_max, lambda_min, *rest)
-        ctx.save_for_forward(x, lambda_max, lambda_min, *rest)
-        ctx.mark_non_differentiable(rank, *rest)
-
-    @staticmethod
-    def backward(
-        ctx: Any, grad_max: Tensor, grad_min: Tensor, grad_frobenius: Tensor, *_: Tensor
-    ) -> tuple[Any, ...]:
-        grad = _GramExtremesBackward.apply(
-            grad_max, grad_min, grad_frobenius, *ctx.saved_tensors, *ctx.policy
-        )
-        return grad, None, None, None
-
-
-class _GramExtremesDual(_GramExtremes):
-    """The same with a rule for forward mode, which ``torch.compile`` cannot trace."""
-
-    @staticmethod
-    def jvp(ctx: Any, tangent: Tensor, *_: Any) -> tuple[Any, ...]:
-        x, lambda_max, lambda_min, multiplicity_max, multiplicity_min, *vectors, thin = (
-            ctx.saved_tensors
-        )
-        u_max, v_max, u_min, v_min = vectors
-        _refuse_forward_mode_at_clusters(multiplicity_max, u_max)
-        _refuse_forward_mode_at_clusters(multiplicity_min, u_min)
-        x, tangent = x.to(torch.float64), tangent.to(torch.float64)
-        cubic = thin @ x if x.shape[-2] <= x.shape[-1] else x @ thin  # x x^T x
-        return (
-            2.0 * lambda_max.sqrt() * _bilinear(u_max, tangent, v_max),
-            2.0 * lambda_min.sqrt() * _bilinear(u_min, tangent, v_min),
-            4.0 * (cubic * tangent).sum(dim=(-2, -1)),
-            *(None,) * 8,
-        )
-
-
-class _GramExtremesBackward(BatchedFunction):
-    @staticmethod
-    def forward(
-        grad_max: Tensor,
-        grad_min: Tensor,
-        grad_squared_frobenius: Tensor,
-        x: Tensor,
-        lambda_max: Tensor,
-        lambda_min: Tensor,
-        multiplicity_max: Tensor,
-        multiplicity_min: Tensor,
-        u_max: Tensor,
-        v_max: Tensor,
-        u_min: Tensor,
-        v_min: Tensor,
-        thin_gram: Tensor,
-        rank_rtol: float,
-        cluster_rtol: float,
-        full_rank: bool,
-    ) -> Tensor:
-        grad: Tensor = torch.ops.immunize_ext.gram_extremes_backward(
-            grad_max,
-            grad_min,
-            grad_squared_frobenius,
-            x,
-            lambda_max,
-            lambda_min,
-            multiplicity_max,
-            multiplicity_min,
-            u_max,
-            v_max,
-            u_min,
-            v_min,
-            thin_gram,
-            rank_rtol,
-            cluster_rtol,
-            full_rank,
-        )
-        return grad
-
-    @staticmethod
-    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
-        *tensors, rank_rtol, cluster_rtol, full_rank = inputs
-        ctx.policy = (rank_rtol, cluster_rtol, full_rank)
-        ctx.save_for_backward(*tensors[:4])
-        ctx.save_for_forward(*tensors)
-
-    @staticmethod
-    def backward(ctx: Any, cotangent: Tensor) -> tuple[Any, ...]:
-        grads = _GramExtremesDoubleBackward.apply(cotangent, *ctx.saved_tensors, *ctx.policy)
-        return *grads, *(None,) * 12
-
-    @staticmethod
-    def jvp(ctx: Any, *tangents: Any) -> Tensor:
-        # As for singular values: linear in the gradients, symmetric in x.
-        *grads, x = ctx.saved_tensors[:4]
-        *tangent_grads, tangent_x = tangents[:4]
-        total = torch.zeros_like(x)
-        if any(tangent is not None for tangent in tangent_grads):
-            filled = [
-                torch.zeros_like(grad) if tangent is None else tangent
-                for grad, tangent in zip(grads, tangent_grads, strict=True)
-            ]
-            total = total + _GramExtremesBackward.apply(
-                *filled, *ctx.saved_tensors[3:], *ctx.policy
-            )
-        if tangent_x is not None:
-            total = total + _GramExtremesDoubleBackward.apply(tangent_x, *grads, x, *ctx.policy)[-1]
-        return total
-
-
-class _GramExtremesDoubleBackward(BatchedFunction):
-    @staticmethod
-    def forward(
-        cotangent: Tensor,
-        grad_max: Tensor,
-        grad_min: Tensor,
-        grad_squared_frobenius: Tensor,
-        x: Tensor,
-        rank_rtol: float,
-        cluster_rtol: float,
-        full_rank: bool,
-    ) -> tuple[Tensor, ...]:
-        grads: tuple[Tensor, ...] = torch.ops.immunize_ext.gram_extremes_double_backward(
-            cotangent,
-            grad_max,
-            grad_min,
-            grad_squared_frobenius,
-            x,
-            rank_rtol,
-            cluster_rtol,
-            full_rank,
-        )
-        return grads
-
-    @staticmethod
-    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
-        pass
-
-    @staticmethod
-    def backward(ctx: Any, *_: Tensor) -> tuple[Any, ...]:
-        raise NotImplementedError("gram_extremes: third derivatives are not implemented")
-
-
-def _bilinear(u: Tensor, tangent: Tensor, v: Tensor) -> Tensor:
-    return (u.unsqueeze(-2) @ tangent @ v.unsqueeze(-1))[..., 0, 0]
-
-
-def _refuse_forward_mode_at_clusters(multiplicity: Tensor, u: Tensor) -> None:
-    # A zero vector marks an extreme whose derivative is zero, however many values coincide there.
-    if bool(((multiplicity > 1) & (u != 0).any(-1)).any()):
-        raise NotImplementedError(
-            "forward-mode derivatives of an extreme singular value do not exist where it is "
-            "repeated (multiplicity > 1); reverse mode returns the least-norm subgradient"
-        )
-
-
-def _function(plain: Any, dual: Any) -> Any:
-    return plain if torch.compiler.is_compiling() else dual
+    lambda_max: Tensor
+    lambda_min: Tensor
+    multiplicity_max: Tensor
+    multiplicity_min: Tensor
 
 
 def singular_extremes_float64(a: Tensor, policy: SpectrumPolicy) -> SingularExtremes:
     """:func:`extremal_singular_values` under a checked policy, before the cast to a's dtype."""
-    if has_kernel(a, "extremal_singular_values", "extremal_singular_values_backward"):
-        sigma_max, sigma_min, *counts = _function(
-            _ExtremalSingularValues, _ExtremalSingularValuesDual
-        ).apply(a, *policy)[:5]
-        return SingularExtremes(sigma_max, sigma_min, *counts)
-    return SingularExtremes(*composite.extremal_singular_values(a, policy))
+    return SingularExtremes(*torch.ops.immunize_ext.extremal_singular_values(a, *policy)[:5])
 
 
 def gram_extremes_float64(x: Tensor, policy: SpectrumPolicy) -> GramExtremes:
     """:func:`gram_extremes` under a checked policy, before the cast to x's dtype."""
-    if has_kernel(x, "gram_extremes", "gram_extremes_backward"):
-        largest, smallest, frobenius, *counts = _function(_GramExtremes, _GramExtremesDual).apply(
-            x, *policy
-        )[:6]
-        return GramExtremes(largest, smallest, frobenius, *counts)
-    (largest, smallest, *counts), frobenius = composite.gram_extremes(x, policy)
-    return GramExtremes(largest, smallest, frobenius, *counts)
+    return GramExtremes(*torch.ops.immunize_ext.gram_extremes(x, *policy)[:6])
+
+
+def cluster_tolerance(function: str, h: Tensor, cluster_rtol: float | None) -> float:
+    """Check a symmetric matrix argument and fill in the default tolerance."""
+    require_floating_matrix(function, "h", h)
+    if h.shape[-1] != h.shape[-2]:
+        raise ValueError(f"{function}: h must have shape (*, p, p), got {tuple(h.shape)}")
+    if cluster_rtol is None:
+        return cluster_resolution(h.shape[-1], h.dtype)
+    if not (math.isfinite(cluster_rtol) and 0.0 <= cluster_rtol < 1.0):
+        raise ValueError(
+            f"{function}: cluster_rtol must be in [0, 1), relative to the largest |lambda|, "
+            f"got {cluster_rtol}"
+        )
+    return float(cluster_rtol)
 
 
 def extremal_singular_values(
@@ -407,7 +115,7 @@ def extremal_singular_values(
         rank_rtol: sigma_i counts iff ``sigma_i > rank_rtol * sigma_max``. Default
             ``max(n, p) * eps`` of a's dtype (of float32 for half types).
         cluster_rtol: Singular values within ``cluster_rtol * sigma_max`` of an extreme are one
-            cluster. Default ``max(n, p, 16) * eps``; widen it to smooth the gradient.
+            cluster. Default ``max(n, p, 64) * eps``; widen it to smooth the gradient.
 
     Returns:
         ``sigma_max`` and ``sigma_min`` (*,) in a's dtype; ``rank`` (*,) int64, how many singular
@@ -467,7 +175,7 @@ def gram_extremes(
         rank: As in :func:`extremal_singular_values`. K is p x p, so with ``"full"`` and n < p
             lambda_min is 0.
         rank_rtol: In units of the singular values of x, not of K. Default ``max(n, p) * eps``.
-        cluster_rtol: In the same units. Default ``max(n, p, 16) * eps``.
+        cluster_rtol: In the same units. Default ``max(n, p, 64) * eps``.
 
     Returns:
         ``lambda_max``, ``lambda_min`` and ``squared_frobenius`` (*,) in x's dtype; ``rank``,
@@ -503,7 +211,67 @@ def gram_extremes(
     )
 
 
-def _condition(extremes: SingularExtremes, logarithm: bool) -> Tensor:
+def symmetric_extremes(h: Tensor, *, cluster_rtol: float | None = None) -> SymmetricExtremes:
+    r"""Largest and smallest eigenvalue of each symmetric matrix, by sign and not by magnitude.
+
+    .. math:: \partial\lambda = \frac1m \sum_{i \in \text{cluster}} v_i v_i^\top
+
+    Equivalent to ``numpy.linalg.eigvalsh(h)[[-1, 0]]``, to a small multiple of ``eps * |h|``.
+
+    Args:
+        h: Symmetric matrices (*, p, p), real floating point, possibly indefinite. float32 is
+            computed in float64. Both triangles are read; where they differ by rounding their mean
+            counts.
+        cluster_rtol: Eigenvalues within ``cluster_rtol * max |lambda|`` of an extreme are one
+            cluster. Default ``max(p, 64) * eps`` of h's dtype (of float32 for half types).
+
+    Returns:
+        ``lambda_max`` and ``lambda_min`` (*,) in h's dtype; ``multiplicity_max`` and
+        ``multiplicity_min`` (*,) int64, the cluster sizes.
+
+    Raises:
+        ValueError: If ``h`` is no (*, p, p) floating-point tensor, is not finite, or differs from
+            its transpose by more than ``8 sqrt(p) eps max |h|``; or if the tolerance is outside
+            [0, 1).
+        NotImplementedError: On the second derivative where an extreme is repeated.
+
+    Note:
+        Deterministic, for any number of threads. The gradient is symmetric: with respect to h as a
+        symmetric matrix. Double backward is right where the extreme is simple.
+
+    Source:
+        Overton 1992 (subdifferential of extreme eigenvalues); Golub and Van Loan, 8.3 and 8.4.
+
+    Example:
+        >>> import torch
+        >>> from immunize_ext.ops import symmetric_extremes
+        >>> h = torch.diag(torch.tensor([-5.0, 0.1, 4.0]))
+        >>> extremes = symmetric_extremes(h)
+        >>> extremes.lambda_max.item(), extremes.lambda_min.item()
+        (4.0, -5.0)
+    """
+    tolerance = cluster_tolerance("symmetric_extremes", h, cluster_rtol)
+    largest, smallest, *counts = torch.ops.immunize_ext.symmetric_extremes(h, tolerance)[:4]
+    return SymmetricExtremes(largest.to(h.dtype), smallest.to(h.dtype), *counts)
+
+
+def _out_of_range(sigma_max: Tensor) -> Tensor:
+    """Where float64 cannot hold sigma_max, or cannot hold digits of sigma_min beside it."""
+    return torch.isinf(sigma_max) | ((sigma_max > 0) & (sigma_max < 2.0**-800))
+
+
+def _inverse_scale(a: Tensor) -> Tensor:
+    """Power of two (*, 1, 1) that brings the largest entry of each matrix near 1; a constant."""
+    _, exponent = torch.frexp(a.detach().abs().amax(dim=(-2, -1), keepdim=True))
+    # Within the range of normal numbers, where products with it are exact.
+    return torch.ldexp(torch.ones_like(exponent, dtype=a.dtype), (-exponent).clamp(-1000, 1000))
+
+
+def _condition(a: Tensor, policy: SpectrumPolicy, logarithm: bool) -> Tensor:
+    extremes = singular_extremes_float64(a, policy)
+    if a.dtype == torch.float64 and any_true(_out_of_range(extremes.sigma_max)):
+        # kappa has no scale. The factor is exact, the singular values are then in range.
+        extremes = singular_extremes_float64(a * _inverse_scale(a), policy)
     # Where sigma_min is 0 the condition number is infinite and, by the least-norm rule, has
     # gradient 0; the stand-in 1 keeps 0 / 0 out of the backward pass.
     singular = extremes.sigma_min == 0
@@ -553,7 +321,7 @@ def condition_number(
         tensor(3.7321)
     """
     policy = spectrum_policy("condition_number", "a", a, rank, rank_rtol, cluster_rtol)
-    return _condition(singular_extremes_float64(a, policy), logarithm=False).to(a.dtype)
+    return _condition(a, policy, logarithm=False).to(a.dtype)
 
 
 def log_condition_number(
@@ -593,4 +361,4 @@ def log_condition_number(
         tensor(2.3026)
     """
     policy = spectrum_policy("log_condition_number", "a", a, rank, rank_rtol, cluster_rtol)
-    return _condition(singular_extremes_float64(a, policy), logarithm=True).to(a.dtype)
+    return _condition(a, policy, logarithm=True).to(a.dtype)

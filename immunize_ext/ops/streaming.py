@@ -17,9 +17,14 @@ from collections.abc import Callable, Iterable, Iterator
 import torch
 from torch import Tensor
 
-from immunize_ext.ops._dispatch import has_kernel
-from immunize_ext.ops.arguments import RankPolicy, cluster_resolution, resolution, spectrum_policy
-from immunize_ext.ops.spectrum import GramExtremes, gram_extremes_float64
+from immunize_ext.ops.arguments import (
+    RankPolicy,
+    cluster_resolution,
+    require_finite,
+    resolution,
+    spectrum_policy,
+)
+from immunize_ext.ops.spectrum import GramExtremes
 
 Blocks = Iterable[Tensor] | Callable[[], Iterable[Tensor]]
 _OPERATOR = "StreamedGram"
@@ -50,10 +55,7 @@ def _checked(blocks: Blocks) -> Iterator[Tensor]:
                 f"{_OPERATOR}: blocks must have one width p >= 1, got {block.shape[1]} after "
                 f"{width} at block {index}"
             )
-        if not bool(torch.isfinite(block.detach()).all()):
-            raise ValueError(
-                f"{_OPERATOR}: blocks must be finite, got NaN or infinity at block {index}"
-            )
+        require_finite(_OPERATOR, f"block {index} of blocks", block)
         yield block
 
 
@@ -130,16 +132,10 @@ class StreamedGram:
                 cluster_rtol = cluster_resolution(side, dtype)
             policy = spectrum_policy(_OPERATOR, "blocks", factor, rank, rank_rtol, cluster_rtol)
             self._full = policy.full_rank
-            # The kernel's right vectors of both extremes, which are all there is to simple ones.
-            self._pair: tuple[Tensor, Tensor] | None = None
-            self.extremes: GramExtremes
-            if has_kernel(factor, "gram_extremes"):
-                *values, _, v_max, _, v_min, _ = torch.ops.immunize_ext.gram_extremes(
-                    factor, *policy
-                )
-                self.extremes, self._pair = GramExtremes(*values), (v_max, v_min)
-            else:
-                self.extremes = gram_extremes_float64(factor, policy)
+            *values, _, v_max, _, v_min, _ = torch.ops.immunize_ext.gram_extremes(factor, *policy)
+            self.extremes = GramExtremes(*values)
+            # The right vectors of both extremes, which are all there is to simple ones.
+            self._pair = (v_max, v_min)
             self._factor = factor
 
     def derivative(self, objective: Callable[[GramExtremes], Tensor]) -> tuple[Tensor, Tensor]:
@@ -185,7 +181,7 @@ class StreamedGram:
         """Orthonormal right singular vectors of either extreme, one a row."""
         most = min(int(self.extremes.multiplicity_max), rank)
         least = min(int(self.extremes.multiplicity_min), rank)
-        if most == least == 1 and self._pair is not None:
+        if most == least == 1:
             top, bottom = self._pair
             return top[None], bottom[None]
         vectors = torch.linalg.svd(self._factor, full_matrices=False).Vh

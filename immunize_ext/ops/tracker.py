@@ -9,26 +9,20 @@ fails the matrix is decomposed anew. A tracker returns what ``symmetric_extremes
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from typing import Any
+from collections.abc import Callable, Mapping
+from typing import Any, Self
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
-from immunize_ext.ops._dispatch import has_kernel
-from immunize_ext.ops.derivatives import BatchedFunction
-from immunize_ext.ops.symmetric import (
-    SymmetricExtremes,
-    _SymmetricExtremesBackward,
-    cluster_tolerance,
-    symmetric_extremes,
-)
+from immunize_ext.ops.fallback import padded_width
+from immunize_ext.ops.spectrum import SymmetricExtremes, cluster_tolerance
 
 _LONGEST_PAUSE = 32
 _STATE = ("vectors", "matrix", "reflectors", "tridiagonal", "ends")
 
 
-class _Tracked(BatchedFunction):
+class _Tracked(torch.autograd.Function):
     """Values that were found outside autograd, with the derivatives of ``symmetric_extremes``."""
 
     @staticmethod
@@ -44,13 +38,13 @@ class _Tracked(BatchedFunction):
 
     @staticmethod
     def backward(ctx: Any, grad_max: Tensor, grad_min: Tensor) -> tuple[Any, ...]:
-        grad = _SymmetricExtremesBackward.apply(
+        grad = torch.ops.immunize_ext.symmetric_extremes_backward(
             grad_max, grad_min, *ctx.saved_tensors, ctx.cluster_rtol
         )
         return grad, None, None, None, None
 
 
-class SpectrumTracker:
+class SpectrumTracker(nn.Module):
     r"""Largest and smallest eigenvalue of one slowly changing symmetric matrix.
 
     .. math:: \lambda_{\max}(H_t),\ \lambda_{\min}(H_t), \quad t = 0, 1, 2, \dots
@@ -90,14 +84,17 @@ class SpectrumTracker:
     """
 
     def __init__(self, *, cluster_rtol: float | None = None) -> None:
+        """Start with no trajectory."""
+        super().__init__()
         self.cluster_rtol = cluster_rtol
         self.warm_calls = 0
         self.cold_calls = 0
-        self._state: dict[str, Tensor] | None = None
+        for name in _STATE:
+            self.register_buffer(name, None)
         self._served = False  # whether the state has served a warm call
         self._rest, self._pause = 0, 1  # calls to go without a state, and how many next time
 
-    def __call__(self, h: Tensor) -> SymmetricExtremes:
+    def forward(self, h: Tensor) -> SymmetricExtremes:
         """Extremes of the next matrix of the trajectory.
 
         Args:
@@ -117,9 +114,6 @@ class SpectrumTracker:
                 f"SpectrumTracker: h must have shape (p, p), got {tuple(h.shape)}; "
                 "use one tracker for each matrix of a batch"
             )
-        if h.device.type != "cpu" or not has_kernel(h, "symmetric_track"):
-            self.cold_calls += 1
-            return symmetric_extremes(h, cluster_rtol=tolerance)
         values, multiplicity, vectors = self._advance(h.detach(), tolerance)
         largest, smallest = _Tracked.apply(h, values, multiplicity, vectors, tolerance)
         return SymmetricExtremes(
@@ -128,52 +122,74 @@ class SpectrumTracker:
 
     def _advance(self, h: Tensor, tolerance: float) -> tuple[Tensor, Tensor, Tensor]:
         """Values, multiplicities and vectors of h; the state becomes that of h, in new tensors."""
-        state = self._state
-        if state is not None and state["matrix"].shape == h.shape:
-            values, vectors, proven = torch.ops.immunize_ext.symmetric_track(
-                h, tolerance, *(state[name] for name in _STATE)
-            )
+        state = [self._buffers[name] for name in _STATE]
+        if state[1] is not None and state[1].shape == h.shape and state[1].device == h.device:
+            values, vectors, proven = torch.ops.immunize_ext.symmetric_track(h, tolerance, *state)
             if proven:
                 self.warm_calls += 1
                 self._served, self._pause = True, 1
-                self._state = {**state, "vectors": vectors}
-                return values, torch.ones(2, dtype=torch.int64), vectors
+                self._buffers["vectors"] = vectors
+                return values, torch.ones(2, dtype=torch.int64, device=h.device), vectors
             if not self._served:
                 # Steps too long to follow. What a warm call starts from costs more than the
                 # extremes alone, so it is made anew after a pause only, each longer than the last.
-                self._state = None
+                self._forget()
                 self._rest, self._pause = self._pause, min(2 * self._pause, _LONGEST_PAUSE)
         self.cold_calls += 1
-        if self._rest > 0:
+        if self._rest == 0:
+            try:
+                return self._refer(h, tolerance)
+            except torch.linalg.LinAlgError:  # no state could be made: a zero matrix, for instance
+                self._forget()
+        else:
             self._rest -= 1
-            largest, smallest, *counts, v_max, v_min = torch.ops.immunize_ext.symmetric_extremes(
-                h, tolerance
-            )
-            return (
-                torch.stack([largest, smallest]),
-                torch.stack(counts),
-                torch.stack([v_max, v_min]),
-            )
+        largest, smallest, *counts, v_max, v_min = torch.ops.immunize_ext.symmetric_extremes(
+            h, tolerance
+        )
+        return torch.stack([largest, smallest]), torch.stack(counts), torch.stack([v_max, v_min])
+
+    def _refer(self, h: Tensor, tolerance: float) -> tuple[Tensor, Tensor, Tensor]:
+        """Decompose h and keep what a warm call starts from."""
         values, multiplicity, *rest = torch.ops.immunize_ext.symmetric_reference(h, tolerance)
         self._served = False
-        self._state = dict(zip(_STATE, rest, strict=True))
-        return values, multiplicity, self._state["vectors"]
+        self._buffers.update(zip(_STATE, rest, strict=True))
+        return values, multiplicity, rest[0]
+
+    def _forget(self) -> None:
+        self._buffers.update(dict.fromkeys(_STATE))
 
     def reset(self) -> None:
         """Forget the trajectory: the next call is cold."""
-        self._state = None
+        self._forget()
         self._served, self._rest, self._pause = False, 0, 1
 
-    def state_dict(self) -> dict[str, Tensor]:
-        """Copies of the tensors that a warm call starts from; empty before the first call."""
-        return {name: value.clone() for name, value in (self._state or {}).items()}
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:
+        before = dict(self._buffers)
+        super()._apply(fn, recurse)
+        for name, kept in before.items():
+            after = self._buffers[name]
+            # .half() and the like are about weights; the state stays float64.
+            if kept is not None and after is not None and after.dtype != kept.dtype:
+                self._buffers[name] = kept.to(after.device)
+        return self
 
-    def load_state_dict(self, state: Mapping[str, Tensor]) -> None:
-        """Continue a trajectory from :meth:`state_dict`.
+    def _save_to_state_dict(
+        self, destination: dict[str, Any], prefix: str, keep_vars: bool
+    ) -> None:
+        """Copies of the tensors that a warm call starts from; nothing before the first call."""
+        for name in _STATE:
+            value = self._buffers[name]
+            if value is not None:
+                destination[prefix + name] = value.clone()
 
-        Raises:
-            ValueError: If the state is neither empty nor that of a tracker.
-        """
+    def _load_from_state_dict(
+        self, state_dict: Mapping[str, Any], prefix: str, *args: Any, **kwargs: Any
+    ) -> None:
+        state = {
+            key.removeprefix(prefix): value
+            for key, value in state_dict.items()
+            if key.startswith(prefix)
+        }
         if not state:
             self.reset()
             return
@@ -182,8 +198,15 @@ class SpectrumTracker:
                 f"SpectrumTracker: state must have the entries {sorted(_STATE)}, "
                 f"got {sorted(state)}; pass what state_dict returned"
             )
-        p, width = state["reflectors"].shape if state["reflectors"].dim() == 2 else (0, 0)
-        shapes = {"vectors": (2, p), "matrix": (p, p), "tridiagonal": (3, width), "ends": (5,)}
+        p = state["matrix"].shape[0] if state["matrix"].dim() == 2 else 0
+        width = padded_width(p)
+        shapes = {
+            "vectors": (2, p),
+            "matrix": (p, p),
+            "reflectors": (p, width),
+            "tridiagonal": (3, width),
+            "ends": (5,),
+        }
         for name, shape in shapes.items():
             if tuple(state[name].shape) != shape or state[name].dtype != torch.float64:
                 raise ValueError(
@@ -191,4 +214,5 @@ class SpectrumTracker:
                     f"float64, got {tuple(state[name].shape)} and {state[name].dtype}"
                 )
         self.reset()
-        self._state = {name: state[name].detach().clone().contiguous() for name in _STATE}
+        for name in _STATE:
+            self._buffers[name] = state[name].detach().clone().contiguous()

@@ -456,7 +456,7 @@ def test_fallback_is_not_timed(script, name, monkeypatch, capsys, tmp_path):
 
 def test_fallback_of_a_device_without_kernels_is_not_timed(monkeypatch):
     monkeypatch.setattr(_timing._load, "require_compiled", lambda what: None)
-    monkeypatch.setattr(_timing, "has_kernel", lambda tensor: False)
+    monkeypatch.setattr(_timing, "has_kernel", lambda name, device: False)
     with pytest.raises(RuntimeError, match="compiled operators for cpu"):
         _timing.refuse_fallback("benchmarks.spectrum", CPU)
 

@@ -13,12 +13,12 @@ from torch import Tensor
 
 from immunize_ext.errors import ContradictoryTargetsError
 from immunize_ext.ops import Preconditioner, RegularizationFactor, merge_kv
-from immunize_ext.ops._dispatch import _CUDA_OPERATORS
+from immunize_ext.ops.operators import has_kernel
 
 pytestmark = [
     pytest.mark.gpu,
     pytest.mark.skipif(not torch.cuda.is_available(), reason="there is no GPU"),
-    pytest.mark.skipif("merge_apply" not in _CUDA_OPERATORS, reason="built without CUDA kernels"),
+    pytest.mark.skipif(not has_kernel("merge_apply", "cuda"), reason="built without CUDA kernels"),
 ]
 DTYPES = [torch.float32, torch.float64, torch.float16, torch.bfloat16]
 # Relative to the largest entry: a few roundings of the stored type.

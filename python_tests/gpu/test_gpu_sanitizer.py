@@ -19,12 +19,12 @@ from immunize_ext.ops import (
     gram_extremes,
     merge_kv,
 )
-from immunize_ext.ops._dispatch import _CUDA_OPERATORS
+from immunize_ext.ops.operators import has_kernel
 
 pytestmark = [
     pytest.mark.gpu,
     pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device"),
-    pytest.mark.skipif("merge_apply" not in _CUDA_OPERATORS, reason="built without CUDA kernels"),
+    pytest.mark.skipif(not has_kernel("merge_apply", "cuda"), reason="built without CUDA kernels"),
 ]
 
 
@@ -90,7 +90,7 @@ def test_sanitizer_merge(dtype: torch.dtype, d: int) -> None:
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32, torch.float64])
 def test_sanitizer_precondition(side: int, dtype: torch.dtype) -> None:
     cpu = Preconditioner.from_features(normal(2 * side, side), ridge=0.1)
-    gpu = Preconditioner(cpu.factor.cuda(), cpu.x.cuda(), ridge=cpu.ridge, woodbury=False)
+    gpu = Preconditioner(cpu.factor.cuda(), cpu.basis.cuda(), ridge=cpu.ridge)
     grad = normal(19, side, seed=1).to(dtype)
     expected = cpu.apply(grad).double()
     error = (gpu.apply(grad.cuda()).cpu().double() - expected).abs().max()

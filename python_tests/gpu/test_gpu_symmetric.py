@@ -13,14 +13,14 @@ import torch
 from torch import Tensor
 
 from immunize_ext.ops import SpectrumTracker, symmetric_extremes
-from immunize_ext.ops._dispatch import _CUDA_OPERATORS
+from immunize_ext.ops.operators import has_kernel
 from immunize_ext.ops.regularizers import gram_r_ill, gram_r_well, r_ill, r_well
 
 pytestmark = [
     pytest.mark.gpu,
     pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device"),
     pytest.mark.skipif(
-        "symmetric_extremes" not in _CUDA_OPERATORS, reason="built without CUDA kernels"
+        not has_kernel("symmetric_extremes", "cuda"), reason="built without CUDA kernels"
     ),
 ]
 

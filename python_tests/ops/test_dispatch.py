@@ -3,23 +3,17 @@
 from __future__ import annotations
 
 import threading
+import warnings
 
 import pytest
 import torch
-from torch import Tensor
-from torch._subclasses.fake_tensor import FakeTensorMode
+from sample_inputs import POLICY, gaussian
 
 from immunize_ext import _load
 from immunize_ext.errors import FallbackWarning
-from immunize_ext.ops import _dispatch
+from immunize_ext.ops import operators
 
-pytestmark = pytest.mark.skipif(not _load.available(), reason="the compiled part is not loaded")
-
-
-def fake(device: str) -> Tensor:
-    """A tensor that lives on a device this machine need not have."""
-    with FakeTensorMode():
-        return torch.empty(2, 3, device=device)
+compiled = pytest.mark.skipif(not _load.available(), reason="the compiled part is not loaded")
 
 
 @pytest.fixture
@@ -27,32 +21,49 @@ def _not_warned_yet(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(_load, "_warned", threading.Event())
 
 
-def test_cpu_and_meta_tensors_have_kernels() -> None:
-    assert _dispatch.has_kernel(torch.empty(2, 3))
-    assert _dispatch.has_kernel(torch.empty(2, 3, device="meta"))
+@compiled
+def test_kernels_of_the_build_are_known_by_name() -> None:
+    assert operators.has_kernel("gram_extremes", "cpu")
+    assert operators.has_kernel("merge_apply", "cpu")
+    assert not operators.has_kernel("gram_extremes", "xpu")
+    assert not operators.has_kernel("gram_extremes_double_backward", "cpu"), "one for all devices"
 
 
-def test_every_operator_of_the_schema_is_known() -> None:
-    assert {"merge_solve", "merge_apply", "merge_apply_backward", "precondition"} <= (
-        _dispatch._OPERATORS
-    )
-    assert _dispatch._CUDA_OPERATORS <= _dispatch._OPERATORS
-
-
+@compiled
 @pytest.mark.usefixtures("_not_warned_yet")
-def test_cuda_tensors_take_kernels_operator_by_operator(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(_dispatch, "_CUDA_OPERATORS", frozenset({"merge_solve", "merge_apply"}))
-    tensor = fake("cuda")
-    assert _dispatch.has_kernel(tensor, "merge_solve", "merge_apply")
-    with pytest.warns(FallbackWarning, match="no kernels for tensors on cuda in this build"):
-        assert not _dispatch.has_kernel(tensor, "merge_apply", "precondition")
-    assert not _dispatch.has_kernel(tensor)  # all of them, and it warns once
-    monkeypatch.setattr(_dispatch, "_CUDA_OPERATORS", _dispatch._OPERATORS - _dispatch._CPU_ONLY)
-    assert _dispatch.has_kernel(tensor)
-    assert _dispatch._CPU_ONLY <= _dispatch._OPERATORS
+def test_an_operator_without_a_kernel_says_so_once() -> None:
+    """The kernel that the dispatcher finds for a device the build knows nothing of."""
+    keys = torch._C.DispatchKeySet(torch._C.DispatchKey.XPU)
+    call = torch.ops.immunize_ext.gram_extremes.default.redispatch
+    a = gaussian(3, 4)
+    with pytest.warns(FallbackWarning, match="there are no kernels for tensors on cpu"):
+        found = call(keys, a, *POLICY)
+    torch.testing.assert_close(found[0], torch.linalg.svdvals(a)[0].square())
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        call(keys, a, *POLICY)
 
 
+@compiled
 @pytest.mark.usefixtures("_not_warned_yet")
-def test_other_devices_take_the_torch_only_route() -> None:
-    with pytest.warns(FallbackWarning, match="no kernels for tensors on xpu"):
-        assert not _dispatch.has_kernel(fake("xpu"))
+def test_what_has_no_kernel_anywhere_does_not_warn() -> None:
+    a = gaussian(3, 4).requires_grad_()
+    largest = torch.ops.immunize_ext.gram_extremes(a, *POLICY)[0]
+    (grad,) = torch.autograd.grad(largest, a, create_graph=True)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        grad.square().sum().backward()
+
+
+@compiled
+def test_fallbacks_only_replaces_the_kernels_and_puts_them_back() -> None:
+    """Bitwise: eigh of the thin Gram matrix against our reduction."""
+    a = gaussian(40, 60)
+    call = torch.ops.immunize_ext.gram_extremes
+    before = call(a, *POLICY)
+    with operators.fallbacks_only():
+        inside = call(a, *POLICY)
+    after = call(a, *POLICY)
+    assert all(torch.equal(x, y) for x, y in zip(before, after, strict=True))
+    assert not torch.equal(before[6], inside[6])
+    torch.testing.assert_close(before[:6], inside[:6], rtol=1e-11, atol=0)

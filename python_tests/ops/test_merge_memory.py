@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from immunize_ext.ops import RegularizationFactor, merge_kv
-from immunize_ext.ops._dispatch import has_kernel
+from immunize_ext.ops.operators import has_kernel
 
 D, ROWS = 512, 2048  # 2 MiB a matrix of bfloat16
 
@@ -67,7 +67,7 @@ print(json.dumps({"peak": peak, "kept": status("VmRSS") - before}))
 def measure(dtype: str, mode: str) -> dict[str, int]:
     if not Path("/proc/self/clear_refs").exists():
         pytest.skip("needs Linux: the peak of the resident memory is reset through /proc")
-    if not has_kernel(torch.empty(0), "merge_apply"):
+    if not has_kernel("merge_apply", "cpu"):
         pytest.skip("the torch-only route widens one layer at a time")
     command = [sys.executable, "-c", MEASURE, dtype, mode, str(ROWS), str(D)]
     done = subprocess.run(command, capture_output=True, text=True, check=True)
