@@ -106,15 +106,17 @@ def planted(mutant: Mutant, root: Path) -> Iterator[Path]:
         path.write_text(before, encoding="utf-8")
 
 
-def copy_of(root: Path, work: Path) -> Path:
-    """A copy of the checkout with today's files; what was compiled there before stays."""
+def copy_of(root: Path, work: Path, *, compiled: bool) -> Path:
+    """A copy of the checkout with today's files; for C++, what was compiled there before stays."""
     tree = work / "tree"
     for old in ("immunize_ext", "python_tests", "csrc"):
         for path in (tree / old).rglob("*"):
             gone = not (root / path.relative_to(tree)).exists()
             if gone and path.is_file() and path.suffix != ".so":
                 path.unlink()
-    ignore = shutil.ignore_patterns(*LEFT_OUT, *(["*.so", "build"] if tree.is_dir() else []))
+    ignore = shutil.ignore_patterns(
+        *LEFT_OUT, *(["*.so", "build"] if compiled and tree.is_dir() else [])
+    )
     shutil.copytree(root, tree, ignore=ignore, dirs_exist_ok=True)
     return tree
 
@@ -161,10 +163,12 @@ def run_tests(tree: Path, tests: Sequence[str], limit: float | None) -> tuple[st
 class Run:
     """Verdicts of a list of mutants, kept in a file as they come."""
 
-    def __init__(self, root: Path, work: Path) -> None:
+    def __init__(self, root: Path, work: Path, *, compiled: bool) -> None:
         work.mkdir(exist_ok=True)
         self.root, self.results = root, work / "results.json"
-        self.tree = copy_of(root, work)
+        self.tree = copy_of(root, work, compiled=compiled)
+        if compiled and (trouble := compile_in(self.tree)):
+            raise SystemExit(f"mutants: the copy does not compile\n{trouble}")
         self.verdicts: dict[str, Any] = {}
         if self.results.is_file():
             self.verdicts = json.loads(self.results.read_text(encoding="utf-8"))
@@ -202,8 +206,6 @@ class Run:
     def _without(self, tests: tuple[str, ...]) -> float:
         """Seconds of the tests without a fault; they must pass, or a kill says nothing."""
         if tests not in self._seconds:
-            if not self._seconds and (trouble := compile_in(self.tree)):
-                raise SystemExit(f"mutants: the copy does not compile\n{trouble}")
             started = time.monotonic()
             outcome, first = run_tests(self.tree, tests, None)
             if outcome != "passed":
@@ -252,7 +254,8 @@ def main(arguments: Sequence[str] | None = None, root: Path | None = None) -> in
     print("\n".join([*stale, f"{len(usable)} of {len(mutants)} faults can be planted"]))
     if options.check:
         return int(bool(stale))
-    run = Run(root, root / ".mutants")
+    compiled = any(mutant.place(root).suffix in COMPILED for mutant in usable)
+    run = Run(root, root / ".mutants", compiled=compiled)
     for number, mutant in enumerate(usable, 1):
         found = run.judge(mutant, again=options.again)
         print(f"[{number}/{len(usable)}] {found['verdict']:8} {mutant.name}", flush=True)

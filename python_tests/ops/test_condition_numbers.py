@@ -45,7 +45,7 @@ def gradient_of(function, a: Tensor, **policy) -> Tensor:
 
 
 class ConditionContract(SpectralContract):
-    node = "ValuesBackward"
+    node = "Values"
     degree = 0
     finite_message = "must be finite"  # named by the operator that it is composed of
     kinks = {**SpectralContract.kinks, "orthogonal": (2 * torch.eye(4).double()[[2, 0, 3, 1]],)}

@@ -41,7 +41,7 @@ class TestContract(SpectralContract):
     function = staticmethod(extremal_singular_values)
     smooth = {**SIMPLE_MATRICES, **ONE_VALUE}
     degenerate = {"rank one": (torch.ones(3, 4).double(),)}
-    node = "ValuesBackward"
+    node = "Values"
     which = ("max", "min")
     degree = 1
     gradient_rtol = routes_rtol = 1e-13

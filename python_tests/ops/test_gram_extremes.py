@@ -43,7 +43,7 @@ class TestContract(SpectralContract):
     argument = "x"
     smooth = {**SIMPLE_MATRICES, **ONE_VALUE}
     degenerate = {"rank one": (torch.ones(3, 4).double(),)}
-    node = "ValuesBackward"
+    node = "Values"
     which = ("max", "min", "squared_frobenius")
     degree = (2, 2, 4)
     second_rtol = 1e-11

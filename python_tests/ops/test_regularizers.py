@@ -108,7 +108,7 @@ class IllContract(RegularizerContract):
 class TestRWell(RegularizerContract):
     function = staticmethod(r_well)
     argument = "s"
-    node = "ValuesBackward"
+    node = "Values"
     degree = 2
     degenerate = {"rank one": (torch.ones(5, 5).double(),), "zero": (torch.zeros(4, 3).double(),)}
     refusals = bad_matrices("s", *WELL_POLICIES)
@@ -117,7 +117,7 @@ class TestRWell(RegularizerContract):
 class TestRIll(IllContract):
     function = staticmethod(r_ill)
     argument = "s"
-    node = "ValuesBackward"
+    node = "Values"
     degree = -2
     refusals = bad_matrices("s", *bad_policies(torch.eye(2)))
 
