@@ -46,12 +46,17 @@ def require_floating_matrix(operator: str, name: str, value: Tensor) -> None:
         )
 
 
-def require_finite(operator: str, name: str, value: Tensor) -> None:
-    """Refuse NaN and infinity. Reads the tensor on the host."""
+def not_finite(value: Tensor) -> bool:
+    """Whether any entry is NaN or infinite. Reads the tensor on the host."""
     numbers = value.detach()
     if value.element_size() == 1:  # isfinite knows not all of the 8-bit types
         numbers = numbers.to(torch.float32)
-    if any_true(~torch.isfinite(numbers)):
+    return any_true(~torch.isfinite(numbers))
+
+
+def require_finite(operator: str, name: str, value: Tensor) -> None:
+    """Refuse NaN and infinity. Reads the tensor on the host."""
+    if not_finite(value):
         raise ValueError(
             f"{operator}: {name} must be finite, got NaN or infinity; "
             "look for an overflow upstream, float16 features for instance"

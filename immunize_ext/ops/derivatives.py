@@ -242,10 +242,12 @@ class Gradient(_SingleLevelFunction):
         ctx.save_for_forward(*rest[:count])
 
     @staticmethod
-    def backward(ctx: Any, cotangent: Tensor) -> tuple[Any, ...]:
+    def backward(ctx: Any, cotangent: Tensor | None) -> tuple[Any, ...]:
         family: Family = ctx.family
-        saved = ctx.saved_tensors[: family.values + 1]
-        grads = family.call("_double_backward", cotangent, *saved, *ctx.policy)
+        grads: tuple[Any, ...] = (None,) * (family.values + 1)
+        if cotangent is not None:
+            saved = ctx.saved_tensors[: family.values + 1]
+            grads = family.call("_double_backward", cotangent, *saved, *ctx.policy)
         return None, *grads, *(None,) * (len(family.saved) + len(ctx.policy))
 
     @staticmethod

@@ -20,7 +20,7 @@ from torch import Tensor
 from immunize_ext.ops.arguments import (
     RankPolicy,
     cluster_resolution,
-    require_finite,
+    not_finite,
     resolution,
     spectrum_policy,
 )
@@ -55,7 +55,10 @@ def _checked(blocks: Blocks) -> Iterator[Tensor]:
                 f"{_OPERATOR}: blocks must have one width p >= 1, got {block.shape[1]} after "
                 f"{width} at block {index}"
             )
-        require_finite(_OPERATOR, f"block {index} of blocks", block)
+        if not_finite(block):
+            raise ValueError(
+                f"{_OPERATOR}: blocks must be finite, got NaN or infinity at block {index}"
+            )
         yield block
 
 

@@ -43,8 +43,8 @@ def lambda_max(a):
 
 
 def eigenvalue(a):
-    # transpose: Dynamo knows no .mT of a dual number of dual numbers.
-    return symmetric_extremes((a + a.transpose(-2, -1)) / 2).lambda_max
+    # Dynamo knows no .mT of a dual number of dual numbers, and cannot divide one.
+    return 0.5 * symmetric_extremes(a + a.transpose(-2, -1)).lambda_max
 
 
 # Function, its second derivative along V twice.
