@@ -9,8 +9,9 @@
 #include <tuple>
 #include <vector>
 
-// Of MKL, which libtorch_cpu brings on x86; null where there is another LAPACK.
-extern "C" __attribute__((weak)) int mkl_set_num_threads_local(int threads);
+// Of MKL, which libtorch_cpu brings on x86; null where there is another LAPACK. In small letters the
+// name is that for Fortran, which takes an address.
+extern "C" __attribute__((weak)) int MKL_Set_Num_Threads_Local(int threads);
 
 namespace immunize_ext {
 
@@ -21,10 +22,10 @@ using at::Tensor;
 // are the same whatever torch.set_num_threads says.
 class OneThread {
  public:
-  OneThread() : before_(mkl_set_num_threads_local != nullptr ? mkl_set_num_threads_local(1) : 0) {}
+  OneThread() : before_(MKL_Set_Num_Threads_Local != nullptr ? MKL_Set_Num_Threads_Local(1) : 0) {}
   ~OneThread() {
-    if (mkl_set_num_threads_local != nullptr)
-      mkl_set_num_threads_local(before_);
+    if (MKL_Set_Num_Threads_Local != nullptr)
+      MKL_Set_Num_Threads_Local(before_);
   }
   OneThread(const OneThread&) = delete;
   OneThread& operator=(const OneThread&) = delete;
