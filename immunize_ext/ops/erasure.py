@@ -7,9 +7,9 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from immunize_ext.ops.arguments import require_floating_matrix
 from immunize_ext.ops.factor import RegularizationFactor
 from immunize_ext.ops.merge import merge_kv
+from immunize_ext.ops.merge_problem import require_floating
 
 __all__ = ["uce"]
 
@@ -43,7 +43,8 @@ def uce(
         preserve_scale: mu of preserved tokens.
 
     Returns:
-        The edited weights, one a layer, dtype of base. Where replace equals erase, base itself.
+        The edited weights, one a layer, dtype of base. Where replace equals erase, base itself;
+        with no tokens at all, a copy of it.
 
     Raises:
         ValueError: If shapes do not fit, a scale or the ridge is not positive, or an input is not
@@ -71,7 +72,7 @@ def uce(
     if preserve is not None:
         named.append(("preserve", preserve))
     for name, tokens in named:
-        require_floating_matrix("uce", name, tokens)
+        require_floating("uce", name, tokens)
         if tokens.dim() != 2 or tokens.shape[1] != base[0].shape[-1]:
             raise ValueError(
                 f"uce: {name} must have shape (n, {base[0].shape[-1]}), the width of base, got "

@@ -196,7 +196,7 @@ def check_merge_problem(
     named = [(f"base[{layer}]", w) for layer, w in enumerate(base)]
     named += [(f"embeddings[{n}]", e) for n, e in enumerate(embeddings)]
     for name, tensor in named:
-        _require_floating(name, tensor)
+        require_floating("merge_kv", name, tensor)
         if tensor.dim() != 2 or tensor.shape[1] != dim:
             raise ValueError(
                 f"merge_kv: {name} must have shape (rows, {dim}), the width of the factor, got "
@@ -232,7 +232,7 @@ def check_merge_problem(
             )
         for layer, value in enumerate(values):
             expected = (base[layer].shape[0], s)
-            _require_floating(f"values[{layer}]", value)
+            require_floating("merge_kv", f"values[{layer}]", value)
             if tuple(value.shape) != expected:
                 raise ValueError(
                     f"merge_kv: values[{layer}] must have shape {expected}, (outputs, tokens), got "
@@ -257,16 +257,16 @@ def check_merge_problem(
     )
 
 
-def _require_floating(name: str, value: Tensor) -> None:
+def require_floating(function: str, name: str, value: Tensor) -> None:
     """Refuse anything but a real floating-point tensor. Without rows it asks nothing."""
     if not isinstance(value, Tensor):
         raise TypeError(
-            f"merge_kv: {name} must be a torch.Tensor, got {type(value).__name__}; convert it with "
+            f"{function}: {name} must be a torch.Tensor, got {type(value).__name__}; convert it with "
             "torch.as_tensor"
         )
     if not value.dtype.is_floating_point:
         raise ValueError(
-            f"merge_kv: {name} must have a real floating-point dtype, got {value.dtype}; convert "
+            f"{function}: {name} must have a real floating-point dtype, got {value.dtype}; convert "
             "it with .to(torch.float64)"
         )
 
