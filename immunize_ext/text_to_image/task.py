@@ -126,14 +126,13 @@ def load_task(settings: RunSettings) -> Task:
     if settings.model == DIGITS:
         everything = {name: digit_concept(index) for index, name in enumerate(DIGIT_NAMES)}
         usual = DIGIT_CONTROL if not settings.targets else None
+        targets = found.names
     else:
         everything = {concept.name: concept for concept in (*found.concepts, *found.retain)}
         usual = None
+        targets = settings.targets or tuple(n for n in found.names if n != settings.control)
     control = _chosen("control", settings.control or usual, everything)
     new_word = _chosen("new_word", settings.new_word, everything)
-    targets = settings.targets or tuple(
-        name for name in found.names if control is None or name != control.name
-    )
     fitted = found.select(targets)
     for name, concept in (("control", control), ("new_word", new_word)):
         if concept is not None and concept.name in fitted.names:

@@ -87,7 +87,7 @@ def test_attack_adds_and_report_compares(run, tmp_path, capsys):
     assert json.loads(file.read_text())["evaluation"]["attacks"] == ["kv_fine_tuning"]
     assert (run / "results.json").read_bytes() == before
     assert main(["report", str(run), "--out", str(tmp_path / "report")]) == 0
-    assert "runs compared" in (tmp_path / "report" / "report.html").read_text()
+    assert "1 run compared" in (tmp_path / "report" / "report.html").read_text()
     (row,) = json.loads((tmp_path / "report" / "results.json").read_text())["rows"]
     assert row["concepts"] == 3
 
@@ -191,18 +191,25 @@ def test_sweep_over_concepts_resumes(tmp_path, capsys):
         (("mima", "--method", "mimaa"), "did you mean mima"),
         (("mima", "--attacks", "lor"), "did you mean lora"),
         (("mima", "--set", "stepz=3"), "did you mean steps"),
-        (("mima", "--set", "steps=many"), "steps must be of type int, got 'many'"),
-        (("mima", "--set", "steps"), "must be NAME=VALUE"),
+        (("mima", "--set", "steps=many"), "steps must be an integer, got 'many'"),
+        (("mima", "--set", "steps"), "must look like NAME=VALUE"),
         (("mima", "--set", "inner_steps=9"), "inner_steps must be 1 to 5, got 9"),
         (("mima", "--targets", "ten"), "names must be among zero"),
-        (("mima", "--control", "three"), "must be a digit that is no target"),
+        (("mima", "--control", "three"), "control: must be no target, got 'three'"),
         (("mima", "--seeds", "1", "1"), "must be different seeds"),
-        (("mima", "--images", "0"), "--images: must be at least 1, got 0"),
+        (("mima", "--images", "0"), "images must be at least 1, got 0"),
         (("mima", "--model", "nowhere"), "must be a folder with model_index.json, got nowhere"),
         (("mima", "--config", "no.yaml"), "must name a YAML file, got no.yaml"),
-        (("mima", "--concepts", "c.yaml"), "must go with --model"),
+        (("mima", "--concepts", "c.yaml"), "concepts: must go with a model of your own"),
         (("sweep", "mima", "--counts", "11"), "must be 1 to 10 concepts, got 11"),
         (("attack", "nowhere"), "must be a run directory"),
+        (("mima", "--guidance", "inf"), "guidance must be a finite number"),
+        (("mima", "--threshold", "nan"), "threshold must be a finite number"),
+        (("mima", "--threshold", "-5"), "threshold must lie in (0, 1], got -5"),
+        (("mima", "--evaluate-at", "99999"), "evaluate_at must ascend from 0 to at most"),
+        (("mima", "--set", "checkpoint_every=0"), "checkpoint_every must be at least 1"),
+        (("mima", "--set", "steps=.inf"), "steps must be an integer"),
+        (("erase", "--ridge", "nan"), "ridge must be a finite number"),
     ],
 )
 def test_bad_requests_are_one_line_and_write_nothing(
@@ -222,7 +229,7 @@ def test_missing_pieces_of_a_model_of_ones_own(tmp_path, capsys):
     TextToImage(tiny_pipeline()).save(tmp_path / "model")
     out = ["--out", str(tmp_path / "run")]
     assert main(["mima", "--model", str(tmp_path / "model"), *out]) == 2
-    assert "--concepts: must name a concepts.yaml" in capsys.readouterr().err
+    assert "concepts: must name a concepts.yaml" in capsys.readouterr().err
     arguments = ["mima", "--model", str(tmp_path / "model"), "--concepts", "none.yaml", *out]
     assert main(arguments) == 2
     assert "there is no file none.yaml" in capsys.readouterr().err
