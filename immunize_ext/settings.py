@@ -25,8 +25,6 @@ from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any, Generic, Literal, NamedTuple, TypeVar
 
-from immunize_ext._extras import require_extra
-
 T = TypeVar("T")
 
 
@@ -295,7 +293,6 @@ def read_yaml(path: str | Path, *, flag: str = "--config") -> dict[str, Any]:
 
     Raises:
         FileNotFoundError: If there is no such file.
-        MissingExtraError: If PyYAML is not installed.
         ValueError: If it is not YAML, no table, has a key twice or an alias, or is over 1 MiB.
     """
     file = Path(path)
@@ -329,7 +326,6 @@ def parse_yaml(text: str) -> Any:
     expand to gigabytes: both are refused.
 
     Raises:
-        MissingExtraError: If PyYAML is not installed.
         ValueError: If it is no YAML, has a key twice or an alias.
 
     Example:
@@ -339,7 +335,8 @@ def parse_yaml(text: str) -> Any:
         Traceback (most recent call last):
         ValueError: the key 'seed' stands twice
     """
-    yaml = require_extra("yaml", extra="report", purpose="YAML")
+    import yaml
+
     try:
         return yaml.load(text, _loader())  # a SafeLoader: plain values only
     except (yaml.YAMLError, RecursionError) as error:

@@ -556,16 +556,56 @@ def read_results(folder: str | Path) -> dict[str, Any]:
 def migrate(results: Mapping[str, Any]) -> dict[str, Any]:
     """Results of an earlier version as :data:`SCHEMA` has them.
 
+    What an earlier version did not write is not there afterwards either: whoever reads results has
+    to do without it.
+
     Raises:
         ValueError: If they are of a later version.
     """
     found = dict(results)
     schema = found.get("schema", 1)
     if schema == 1:
-        found["schema"] = SCHEMA
-    elif schema != SCHEMA:
+        change = _FROM_SCHEMA_1.get(found["kind"])
+        return {**(change(found) if change else found), "schema": SCHEMA}
+    if schema != SCHEMA:
         raise ValueError(
             f"results.json must be of schema 1 to {SCHEMA}, got {schema!r}; it needs a newer "
             "immunize_ext"
         )
     return found
+
+
+# Settings of a run that schema 1 had beside those of the method.
+_OF_RUN = (
+    *("data", "data_dir", "primary", "harmful", "method", "ridge", "seed", "size", "max_train"),
+    *("loss", "base_budget", "limit"),
+)
+
+
+def _kappa_from_1(results: dict[str, Any]) -> dict[str, Any]:
+    """Settings of the method in a table of their own; ``c`` was the strength."""
+    request = results["request"]
+    known = {"c": "strength", "batch": "batch_size"}
+    settings = {
+        known.get(name, name): value
+        for name, value in request.items()
+        if value is not None and name not in (*_OF_RUN, "attackers")
+    }
+    of_run = {name: request[name] for name in _OF_RUN if name in request}
+    made = {**of_run, "attacks": request["attackers"], "settings": settings}
+    knob = results.get("knob")
+    if knob is not None:
+        results["knob"] = {**knob, "name": known.get(knob["name"], knob["name"])}
+    return {**results, "request": made}
+
+
+def _demo_from_1(results: dict[str, Any]) -> dict[str, Any]:
+    """The parts are results of their own, with their kinds."""
+    whole = results.pop("mima_run", None)
+    if whole is not None:
+        results["mima"] = migrate({**whole, "mima": results["mima"], "kind": "mima"})
+    results["kappa"] = {**results["kappa"], "kind": "kappa", "schema": SCHEMA}
+    return results
+
+
+_FROM_SCHEMA_1 = {"kappa": _kappa_from_1, "demo": _demo_from_1}

@@ -284,3 +284,31 @@ def test_results_say_their_schema(run_of: Callable[[str], Path]) -> None:
     current = {"kind": "kappa", "schema": storage.SCHEMA, "rir": {"official": 2.0}}
     assert read_results(run_of(json.dumps(current))) == current
     assert migrate(current) == current
+
+
+SCHEMA_1 = sorted((Path(__file__).parent / "report" / "data" / "schema_1").glob("*.json"))
+
+
+@pytest.mark.parametrize("path", SCHEMA_1, ids=lambda path: path.stem)
+def test_results_of_schema_1_are_read(path: Path, run_of: Callable[[str], Path]) -> None:
+    old = json.loads(path.read_text(encoding="utf-8"))
+    if old["kind"] not in storage.KINDS:
+        pytest.skip("no run")  # a comparison is drawn again, and not read as a run
+    found = read_results(run_of(json.dumps(old)))
+    assert found["schema"] == storage.SCHEMA
+    assert migrate(found) == found
+    if old["kind"] == "kappa":
+        assert found["request"]["settings"]["strength"] == old["request"]["c"]
+        assert found["request"]["attacks"] == old["request"]["attackers"]
+        assert found["request"]["seed"] == old["request"]["seed"]
+        assert found["knob"]["name"] == "strength"
+    if old["kind"] == "demo":
+        assert [found[kind]["kind"] for kind in ("kappa", "mima")] == ["kappa", "mima"]
+        assert found["mima"]["evaluation"] == old["mima_run"]["evaluation"]
+    unchanged = set(old) - {"request", "knob", "mima", "mima_run", "kappa", "schema"}
+    assert all(found[name] == old[name] for name in unchanged)
+
+
+def test_results_that_lack_what_their_kind_has_are_one_line(run_of: Callable[[str], Path]) -> None:
+    with pytest.raises(ValueError, match="must hold what a kappa run wrote, got no 'request'"):
+        read_results(run_of('{"kind": "kappa"}'))

@@ -28,7 +28,7 @@ from immunize_ext.storage import to_json, write_file
 from immunize_ext.text_to_image.attacks import ATTACKS, TextToImageAttack, tune_learning_rate
 from immunize_ext.text_to_image.concepts import Concept
 from immunize_ext.text_to_image.evaluation import evaluate_text_to_image
-from immunize_ext.text_to_image.immunizers import METHODS, DiffusionIMMA, ImmunizedPipeline
+from immunize_ext.text_to_image.immunizers import METHODS, ImmunizedPipeline
 from immunize_ext.text_to_image.metrics.generation import Sampling
 from immunize_ext.text_to_image.metrics.similarity import JudgedAccuracy
 from immunize_ext.text_to_image.model import TextToImage
@@ -49,6 +49,8 @@ ATTACK_RATES = {
     )
 }
 STEP, MOST_LOSS = 20, 0.05
+# Those with a learning rate.
+METHOD_NAMES = sorted(name for name in METHODS if hasattr(METHODS[name], "learning_rate"))
 
 
 def tuned() -> dict[str, Any]:
@@ -71,9 +73,7 @@ def tuned_method(name: str) -> Any:
 
 def method_at(name: str, rate: float) -> Any:
     """The immunizer at a rate; merge only is made of IMMA runs, whose rate it is."""
-    if name == "merge_only":
-        return METHODS[name](single=DiffusionIMMA(learning_rate=rate))
-    return METHODS[name](learning_rate=rate)
+    return METHODS.build(name, {"learning_rate": rate}, "mima_tuning")
 
 
 def best_rate(table: dict[float, dict[str, float]]) -> float:
@@ -160,7 +160,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Tune and write; what the file holds already is kept for names that are not asked for."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--work", type=Path, default=Path("runs/mima_tuning"))
-    parser.add_argument("--methods", nargs="*", default=sorted(METHODS), choices=sorted(METHODS))
+    parser.add_argument("--methods", nargs="*", default=METHOD_NAMES, choices=METHOD_NAMES)
     parser.add_argument(
         "--attacks", nargs="*", default=list(ATTACK_RATES), choices=sorted(ATTACK_RATES)
     )

@@ -40,9 +40,14 @@ _RUNS, _TASKS, _MAPS = 200, 20, 12
 # --- comparisons --------------------------------------------------------------------------------
 
 
+def _is_old(results: Results) -> bool:
+    """Whether it is of schema 1, which did not keep which slow-downs of runs are lower bounds."""
+    return any("slowdown_is_lower_bound" not in run for run in results["runs"])
+
+
 def _migrated(results: Results) -> Results:
     """A comparison as it is written now: in schema 1 only the stepwise ones made up the worst."""
-    if "schema" in results:
+    if not _is_old(results):
         return results
     renamed = {
         key: {WORST_STEPWISE if n == WORST else n: found for n, found in results[key].items()}
@@ -162,7 +167,7 @@ def page(results: Results) -> Page:
     Args:
         results: What :func:`immunize_ext.probing.comparison.compare` gave.
     """
-    old = "schema" not in results
+    old = _is_old(results)
     results = _migrated(results)
     points = [Point.from_dict(run) for run in results["runs"]]
     labels = _labels(results, points)
@@ -325,9 +330,10 @@ def sweep_page(results: Results) -> Page:
     ]
     limit = max([1e-9, *known])
     notes = []
-    if "schema" not in results and any(
-        entry["slowdown"]["harmful"] for entry in results["methods"].values()
-    ):
+    measured = [
+        spread for e in results["methods"].values() for spread in e["slowdown"]["harmful"].values()
+    ]
+    if any("is_lower_bound" not in spread for spread in measured):
         notes.append(
             "An earlier version wrote this sweep and did not keep which slow-downs were cut off by "
             "their budget: read each as “at least”."

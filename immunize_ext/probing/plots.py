@@ -1,4 +1,4 @@
-"""The plots of a condition-number report, and what results hold for them."""
+"""The plots of a condition-number report."""
 
 from __future__ import annotations
 

@@ -282,10 +282,7 @@ def _ceiling_rows(results: Results) -> list[list[str]]:
 
 def _choices(results: Results, found: Mapping[str, Mapping[str, Attacked]]) -> list[str]:
     """What it means that the attacker may choose, in sentences."""
-    if "worst_case" not in results:
-        return []
-    harm = results["worst_case"]["harmful"]
-    some, every = harm["iterative_attackers"], harm["all_attackers"]
+    cases = results.get("worst_case", {}).get("harmful", {})
 
     def label(name: str) -> str:
         one = found["harmful"].get(name)
@@ -295,16 +292,21 @@ def _choices(results: Results, found: Mapping[str, Mapping[str, Attacked]]) -> l
         choice = Slowdown(real(case["slowdown_of_a_free_choice"]), case["is_lower_bound"])
         return f"{times(choice)} the steps"
 
+    said = []
     least = _least(one for one in found["harmful"].values() if one.attacker.sees_theta)
-    if least is None:
-        return []
-    return [
-        f"Of those who train step by step, {least.attacker.label.lower()} is slowed least: "
-        f"{times(least.slowdown)}. A free choice among them (the fastest without immunization "
-        f"against the fastest with it) costs {cost(some)}.",
-        f"Over all attackers measured, a free choice costs {cost(every)}: "
-        f"{label(every['fastest_with'])}.",
-    ]
+    if least is not None and "iterative_attackers" in cases:
+        said.append(
+            f"Of those who train step by step, {least.attacker.label.lower()} is slowed least: "
+            f"{times(least.slowdown)}. A free choice among them (the fastest without immunization "
+            f"against the fastest with it) costs {cost(cases['iterative_attackers'])}."
+        )
+    if "all_attackers" in cases:
+        every = cases["all_attackers"]
+        said.append(
+            f"Over all attackers measured, a free choice costs {cost(every)}: "
+            f"{label(every['fastest_with'])}."
+        )
+    return said
 
 
 def _cost_rows(results: Results) -> list[list[str]]:

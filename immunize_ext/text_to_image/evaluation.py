@@ -29,8 +29,8 @@ and gives a :class:`TextToImageEvaluation` of plain dataclasses. What it can be 
 - ``to_dict()`` and ``from_dict()``: everything but the images, as JSON can say it (``to_json`` of
   ``run_directory`` writes NaN and infinities).
 
-``out`` may be shared by evaluations of several methods: runs are found again by a digest of all that
-decides their outcome, so the unprotected twin is attacked once.
+``out`` may be shared by evaluations of several methods: runs are found again by a digest of all
+that decides their outcome, so the unprotected twin is attacked once.
 
 Definitions (also in ``to_dict()["definitions"]``): the threshold step of an attack is the first
 evaluated step at which the mean over targets and seeds of the unprotected model's score reaches the

@@ -9,12 +9,11 @@ Whatever ``immunize mima`` and its relatives do is one of these functions.
 
 from __future__ import annotations
 
-import math
 import shutil
 import time
 from collections.abc import Mapping, Sequence
 from concurrent.futures import Executor
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from functools import partial
 from itertools import product
 from pathlib import Path
@@ -38,18 +37,15 @@ from immunize_ext.sweep import run_sweep, write_whole
 from immunize_ext.text_to_image import comparison as comparisons
 from immunize_ext.text_to_image import report as pages
 from immunize_ext.text_to_image.attack_runs import SIDES
-from immunize_ext.text_to_image.attacks import ATTACKS, TextToImageAttack, attack_label
-from immunize_ext.text_to_image.digits.images import DIGIT_NAMES
+from immunize_ext.text_to_image.attacks import attack_label
 from immunize_ext.text_to_image.evaluation import (
     TextToImageEvaluation,
     evaluate_text_to_image,
     pool,
 )
 from immunize_ext.text_to_image.immunizers import (
-    METHODS,
     Erasure,
     ImmunizedPipeline,
-    LossAscent,
     TextToImageImmunizer,
     describe_erasure,
     method_label,
@@ -58,11 +54,19 @@ from immunize_ext.text_to_image.immunizers import erase as erase_concepts
 from immunize_ext.text_to_image.pipeline_folder import INDEX
 from immunize_ext.text_to_image.plots import grid_entries
 from immunize_ext.text_to_image.projections import describe_projections, find_text_projections
-from immunize_ext.text_to_image.task import (
+from immunize_ext.text_to_image.settings import (
+    BASELINE,
     DIGITS,
-    Dtype,
+    AttackSettings,
+    EraseSettings,
+    ModelSettings,
+    RunSettings,
+    SweepSettings,
+)
+from immunize_ext.text_to_image.task import (
     Task,
     check_model,
+    check_run,
     load_measures,
     load_model,
     load_task,
@@ -72,161 +76,8 @@ from immunize_ext.text_to_image.task import (
 KIND = "mima"
 PIPELINE = "pipeline"
 
-# Whatever is claimed for a method has to be more than this.
-BASELINE = LossAscent.method
-
 # Images of each step and concept that a page shows.
 _SHOWN = 3
-
-
-@dataclass(frozen=True)
-class ModelSettings:
-    """A model and its concepts.
-
-    Attributes:
-        model: Folder of a pipeline, or ``digits`` for the one that comes with the package.
-        concepts: A concepts.yaml; for ``digits`` the targets say it.
-        targets: Names of concepts, of the file or of digits; all of the file when empty.
-        dtype: Data type of the weights; ``saved`` for the one they were saved in.
-        variant: Which files of weights to read, such as ``fp16``; the only one when omitted.
-        image_size: Side that images of the concepts are resized to; the model's own when omitted.
-    """
-
-    model: str = DIGITS
-    concepts: str | None = None
-    targets: tuple[str, ...] = ()
-    dtype: Dtype = "saved"
-    variant: str | None = None
-    image_size: int | None = None
-
-    def __post_init__(self) -> None:
-        if self.image_size is not None and self.image_size < 1:
-            raise ValueError(f"image_size must be at least 1, got {self.image_size}")
-        if len(set(self.targets)) < len(self.targets):
-            raise ValueError(f"targets must be different concepts, got {list(self.targets)}")
-
-
-@dataclass(frozen=True)
-class RunSettings(ModelSettings):
-    """One immunization of a text-to-image model, and how it is judged.
-
-    Attributes:
-        method: How to immunize.
-        settings: Settings of the method by name.
-        control: A concept that is erased and not immunized: the specificity control.
-        new_word: A concept taught under a new word: may benign users still adapt?
-        erase: Whether targets and control are erased first.
-        caption_count: Use only so many captions for C_reg; all when omitted.
-        attacks: Attacks to judge by; the first is the one that headline numbers are about; ``all``
-            for all.
-        attack_settings: Settings of single attacks by name.
-        attack_steps: Steps of each attack.
-        evaluate_at: Steps at which it is judged; four in equal ratios when empty.
-        seeds: Seeds: an immunization and its attacks for each.
-        images: Images for each score.
-        sampling_steps: Denoising steps of an image.
-        guidance: Guidance scale.
-        threshold: Score at which a concept counts as taught again.
-        clip: Folder of a CLIP model to judge with, for models without a judge.
-        dino: Folder of a DINO model, likewise.
-    """
-
-    method: str = "mima"
-    settings: Mapping[str, Any] = field(default_factory=dict)
-    control: str | None = None
-    new_word: str | None = None
-    erase: bool = True
-    caption_count: int | None = None
-    attacks: tuple[str, ...] = ("lora", "full_fine_tuning")
-    attack_settings: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
-    attack_steps: int = 40
-    evaluate_at: tuple[int, ...] = ()
-    seeds: tuple[int, ...] = (0,)
-    images: int = 32
-    sampling_steps: int = 20
-    guidance: float = 1.5
-    threshold: float = 0.8
-    clip: str | None = None
-    dino: str | None = None
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        if not self.seeds or len(set(self.seeds)) < len(self.seeds):
-            raise ValueError(f"seeds must be different seeds, got {list(self.seeds)}")
-        for name in ("attack_steps", "images", "sampling_steps"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}")
-        if self.caption_count is not None and self.caption_count < 1:
-            raise ValueError(f"caption_count must be at least 1, got {self.caption_count}")
-        if not (math.isfinite(self.guidance) and self.guidance >= 0.0):
-            raise ValueError(f"guidance must be finite and at least 0, got {self.guidance}")
-        if not 0.0 < self.threshold <= 1.0:
-            raise ValueError(f"threshold must lie in (0, 1], got {self.threshold}")
-        steps = list(self.evaluate_at)
-        if steps and not (
-            steps == sorted(set(steps)) and 0 <= steps[0] <= steps[-1] <= self.attack_steps
-        ):
-            raise ValueError(
-                f"evaluate_at must ascend from 0 to at most attack_steps={self.attack_steps}, got "
-                f"{steps}"
-            )
-        if not self.attacks:
-            raise ValueError("attacks must name at least one attack, got none")
-
-    def immunizer(self, seed: int) -> TextToImageImmunizer:
-        """The method with its settings, for one seed.
-
-        Raises:
-            ValueError: If the method or a setting is unknown or out of range.
-        """
-        if "seed" in self.settings:
-            raise ValueError("settings: seed must be left out; seeds are those of the run")
-        return METHODS.build(self.method, self.settings, "method", seed=seed)
-
-    def chosen_attacks(self) -> list[TextToImageAttack]:
-        """The attacks with their settings, in the order given.
-
-        Raises:
-            ValueError: If a name or a setting is unknown, an attack comes twice, or one has
-                settings that is not run.
-        """
-        names = tuple(ATTACKS) if self.attacks == ("all",) else self.attacks
-        for name in (*names, *self.attack_settings):
-            ATTACKS.find(name, "attacks")
-        if len(set(names)) < len(names):
-            raise ValueError(f"attacks must be different attacks, got {list(names)}")
-        idle = [name for name in self.attack_settings if name not in names]
-        if idle:
-            raise ValueError(
-                f"attacks: {idle[0]} must be run to have settings; name it among attacks"
-            )
-        return [ATTACKS.build(n, self.attack_settings.get(n, {}), "attacks") for n in names]
-
-    def steps_to_judge(self) -> tuple[int, ...]:
-        """Steps at which attacks are judged."""
-        last = self.attack_steps
-        return self.evaluate_at or tuple(sorted({0, max(1, last // 4), max(1, last // 2), last}))
-
-    def baseline(self) -> RunSettings:
-        """Plain loss ascent under the primary attack, with the settings that it shares."""
-        known = settings_of(LossAscent)
-        shared = {name: value for name, value in self.settings.items() if name in known}
-        first = self.chosen_attacks()[0].name
-        own = {name: v for name, v in self.attack_settings.items() if name == first}
-        return replace(
-            self, method=BASELINE, settings=shared, attacks=(first,), attack_settings=own
-        )
-
-    def check(self) -> None:
-        """Refuse what can be refused before anything is loaded.
-
-        Raises:
-            FileNotFoundError: If the model is missing.
-            ValueError: If a name or a setting is unknown or out of range.
-        """
-        self.immunizer(self.seeds[0])
-        self.chosen_attacks()
-        check_model(self)
 
 
 # --- one run --------------------------------------------------------------------------------------
@@ -403,7 +254,7 @@ def run(
     Note:
         Deterministic on the CPU given ``settings`` and the number of threads, but for the seconds.
     """
-    settings.check()
+    check_run(settings)
     if jobs < 1:
         raise ValueError(f"jobs must be at least 1, got {jobs}")
     require_extra("accelerate", extra="diffusion", purpose="the immunizers")
@@ -487,7 +338,11 @@ def _measured(
         seconds,
         projections,
         tuple(erased),
-        tuple(dict.fromkeys(text for immunized in made for text in immunized.warnings)),
+        tuple(
+            text if count == 1 else f"seed {seed}: {text}"
+            for seed, immunized in zip(settings.seeds, made, strict=True)
+            for text in immunized.warnings
+        ),
     )
 
 
@@ -522,21 +377,6 @@ def _immunized(
 
 
 # --- erasure alone --------------------------------------------------------------------------------
-
-
-@dataclass(frozen=True)
-class EraseSettings(ModelSettings):
-    """Erasure of concepts from a text-to-image model (UCE).
-
-    Attributes:
-        ridge: lambda of UCE, in the units of a squared text feature.
-        erase_scale: Weight of erased tokens.
-        preserve_scale: Weight of what is kept.
-    """
-
-    ridge: float = 0.1
-    erase_scale: float = 1.0
-    preserve_scale: float = 0.1
 
 
 @dataclass(frozen=True)
@@ -606,28 +446,6 @@ def erase(
 
 
 # --- more attacks on a finished run ---------------------------------------------------------------
-
-
-@dataclass(frozen=True)
-class AttackSettings:
-    """Further attacks on a finished run.
-
-    Attributes:
-        attacks: Attacks to run; ``all`` for all.
-        attack_settings: Settings of single attacks by name.
-        budgets: Steps at which they are judged, the last of which ends them; those of the run when
-            empty.
-        images: Images for each score; as many as the run had when omitted.
-    """
-
-    attacks: tuple[str, ...] = ("all",)
-    attack_settings: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
-    budgets: tuple[int, ...] = ()
-    images: int | None = None
-
-    def __post_init__(self) -> None:
-        if any(budget < 1 for budget in self.budgets):
-            raise ValueError(f"budgets must be at least 1 step, got {min(self.budgets)}")
 
 
 @dataclass(frozen=True)
@@ -791,64 +609,6 @@ def compare(folders: Sequence[str | Path], out: str | Path, *, force: bool = Fal
 # --- sweeps ---------------------------------------------------------------------------------------
 
 
-@dataclass(frozen=True)
-class SweepSettings(RunSettings):
-    """Runs at every combination of the given values, and for every seed.
-
-    Attributes:
-        counts: Numbers of concepts.
-        captions: Numbers of captions of C_reg.
-        inner_steps: Inner steps of the method.
-        ridges: Ridges of its merge.
-    """
-
-    counts: tuple[int, ...] = ()
-    captions: tuple[int, ...] = ()
-    inner_steps: tuple[int, ...] = ()
-    ridges: tuple[float, ...] = ()
-
-    def points(self) -> dict[str, RunSettings]:
-        """The settings of every point, checked, by a name that is fit for a file.
-
-        Raises:
-            ValueError: If a value is out of range.
-        """
-        axes = {
-            "count": self.counts,
-            "captions": self.captions,
-            "inner_steps": self.inner_steps,
-            "ridge": self.ridges,
-        }
-        common = {name: getattr(self, name) for name in settings_of(RunSettings)}
-        found = {}
-        for values in product(*(axis or (None,) for axis in axes.values()), self.seeds):
-            chosen = {k: v for k, v in zip(axes, values, strict=False) if v is not None}
-            seed = values[-1]
-            settings = {k: chosen[k] for k in ("inner_steps", "ridge") if k in chosen}
-            point = replace(
-                RunSettings(**common),
-                settings={**self.settings, **settings},
-                seeds=(seed,),
-                targets=self._targets(chosen.get("count")),
-                caption_count=chosen.get("captions", self.caption_count),
-            )
-            point.check()
-            name = "-".join([*(f"{k}{v:g}" for k, v in chosen.items()), f"seed{seed}"])
-            found[name] = point
-        return found
-
-    def _targets(self, count: Any) -> tuple[str, ...]:
-        if count is None:
-            return self.targets
-        available = self.targets or (DIGIT_NAMES if self.model == DIGITS else ())
-        if not 1 <= count <= len(available):
-            raise ValueError(
-                f"counts: must be 1 to {len(available)} concepts, got {count}; name the concepts "
-                "with targets"
-            )
-        return tuple(available[:count])
-
-
 def measure_point(name: str, settings: RunSettings, inputs: str) -> dict[str, Any]:
     """What a sweep keeps of one point: a row of its comparison.
 
@@ -898,6 +658,8 @@ def sweep(
         a module that they import as well, or ``jobs`` has to be 1.
     """
     points = settings.points()
+    for point in points.values():
+        check_run(point)
     report.check_extras()
     inputs = _inputs(settings)
     done = run_sweep(

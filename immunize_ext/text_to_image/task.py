@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import Any
 
 import torch
 
@@ -24,14 +24,9 @@ from immunize_ext.text_to_image.metrics.similarity import (
 )
 from immunize_ext.text_to_image.model import TextToImage
 from immunize_ext.text_to_image.pipeline_folder import INDEX
+from immunize_ext.text_to_image.settings import DIGITS, ModelSettings, RunSettings
 
-if TYPE_CHECKING:
-    from immunize_ext.text_to_image.run import ModelSettings, RunSettings
-
-DIGITS = "digits"
 DIGIT_TARGETS, DIGIT_CONTROL = ("three", "five", "eight"), "six"
-
-Dtype = Literal["saved", "float32", "float16", "bfloat16"]
 
 
 @dataclass(frozen=True)
@@ -59,6 +54,18 @@ class Task:
         return ConceptSet(gone, self.judged.retain, self.judged.captions)
 
 
+def check_run(settings: RunSettings) -> None:
+    """Refuse what can be refused before anything is loaded.
+
+    Raises:
+        FileNotFoundError: If the model is missing.
+        ValueError: If a name or a setting is unknown or out of range.
+    """
+    settings.immunizer(settings.seeds[0])
+    settings.chosen_attacks()
+    check_model(settings)
+
+
 def check_model(settings: ModelSettings) -> None:
     """Refuse what can be refused before anything is loaded.
 
@@ -67,10 +74,15 @@ def check_model(settings: ModelSettings) -> None:
         ValueError: If the concepts are missing, or a target of the digits is none.
     """
     if settings.model == DIGITS:
-        if settings.concepts is not None:
-            raise ValueError(
-                "concepts: must go with a model; the digits name theirs by their targets"
-            )
+        for name in ("concepts", "variant", "image_size", "clip", "dino"):
+            if getattr(settings, name, None) is not None:
+                raise ValueError(
+                    f"{name}: must go with a model of your own (--model); the digits come with "
+                    "theirs, and are chosen by targets"
+                )
+        if settings.dtype not in ("saved", "float32"):
+            # Its autoencoder is exact in float32 alone.
+            raise ValueError(f"dtype: must be float32 for the digits, got {settings.dtype}")
         digit_concepts(settings.targets or DIGIT_TARGETS)
         return
     if not (Path(settings.model) / INDEX).is_file():

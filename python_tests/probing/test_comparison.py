@@ -28,7 +28,7 @@ from immunize_ext.probing.comparison import (
 from immunize_ext.probing.comparison_report import summary, sweep_summary
 from immunize_ext.probing.results import AttackerInfo
 from immunize_ext.quantities import Slowdown
-from immunize_ext.storage import to_json
+from immunize_ext.storage import migrate, to_json
 
 INFOS = {
     "gradient_descent": AttackerInfo("Gradient descent"),
@@ -177,8 +177,9 @@ def test_runs_that_share_no_attacker_are_refused() -> None:
         compare(runs)
 
 
-def test_a_comparison_of_schema_1_says_what_it_does_not_know() -> None:
-    text = page(saved("kappa-comparison", schema=1))
+@pytest.mark.parametrize("read", [dict, migrate])
+def test_a_comparison_of_schema_1_says_what_it_does_not_know(read: Any) -> None:
+    text = page(read(saved("kappa-comparison", schema=1)))
     assert "did not keep which slow-downs of single runs are lower bounds" in text
     # Its worst attacker was that of those who train step by step.
     assert "The worst of those who train step by step" in text
@@ -238,8 +239,9 @@ def test_a_sweep_has_its_map() -> None:
     assert "closed-form  1       20.1" in sweep_summary(found)
 
 
-def test_a_sweep_of_schema_1_says_what_it_does_not_know() -> None:
-    text = page(saved("kappa-sweep", schema=1))
+@pytest.mark.parametrize("read", [dict, migrate])
+def test_a_sweep_of_schema_1_says_what_it_does_not_know(read: Any) -> None:
+    text = page(read(saved("kappa-sweep", schema=1)))
     assert "read each as “at least”" in text
     assert "By pair of tasks" not in text
     assert "read each" not in page(saved("kappa-sweep"))

@@ -237,6 +237,7 @@ def test_a_run_is_drawn_from_what_was_measured() -> None:
     page.check()
     assert "task <2> & more" in page.text  # escaped once, not twice
     assert "Right answers while the attack runs" in page.text
+    assert "Why: the spectra" in page.text
 
 
 def test_regression_has_no_accuracy_plot() -> None:

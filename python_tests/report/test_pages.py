@@ -17,6 +17,7 @@ from saved_results import SAVED, saved
 from immunize_ext import report
 from immunize_ext._extras import MissingExtraError
 from immunize_ext.report.page import Page, page_of
+from immunize_ext.storage import migrate
 
 # Breaks out of text, of an attribute and of mathematics in a plot, where it is not escaped.
 ATTACK = "\"'><script>alert(1)</script><img src=x onerror=alert(1)> $x_{ & {{ 7 * 7 }}"
@@ -52,8 +53,11 @@ def poisoned(value: Any, key: str = "") -> Any:
 
 @pytest.mark.parametrize(("schema", "kind"), SAVED)
 def test_results_of_every_schema_have_a_page(schema: int, kind: str) -> None:
-    page = ParsedPage(report.render(saved(kind, schema)))
+    text = report.render(saved(kind, schema))
+    page = ParsedPage(text)
     page.check()
+    # As the commands read them, too.
+    assert report.render(migrate(saved(kind, schema))) == text
     assert "not defined" not in page.text
     assert page.text.count("Before you quote these numbers") <= 2
 

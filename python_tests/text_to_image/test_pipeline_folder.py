@@ -17,11 +17,14 @@ from attack_pipelines import (
     _scheduler,
     _unet,
     _vae,
+    concept,
     tiny_pipeline,
     tiny_xl_pipeline,
     tokenizer,
 )
 
+from immunize_ext.storage import SUMS
+from immunize_ext.text_to_image.attacks import LoRAAttack
 from immunize_ext.text_to_image.metrics.similarity import ClipSimilarity, DinoSimilarity
 from immunize_ext.text_to_image.model import TextToImage
 from immunize_ext.text_to_image.projections import find_text_projections
@@ -38,6 +41,9 @@ def folder(tmp_path: Path) -> Path:
 def edit(file: Path, **changes: Any) -> None:
     found = json.loads(file.read_text())
     file.write_text(json.dumps(found | changes))
+    # Whoever makes such a folder leaves no checksums in it.
+    for sums in (file.parent / SUMS, file.parent.parent / SUMS):
+        sums.unlink(missing_ok=True)
 
 
 EVIL = "import pathlib\npathlib.Path(__file__).with_name('ran').touch()\nclass Evil: pass\n"
@@ -111,7 +117,7 @@ def test_variants_and_pickles(tmp_path: Path) -> None:
     pipeline.save_pretrained(tmp_path / "half", variant="fp16", safe_serialization=True)
     assert TextToImage.from_pretrained(tmp_path / "half").dtype == torch.float16
     assert TextToImage.from_pretrained(tmp_path / "half", variant="fp16").dtype == torch.float16
-    with pytest.raises(ValueError, match="variant must be one of 'fp16' in .*got 'ema'"):
+    with pytest.raises(ValueError, match=r"variant must be one of 'fp16' in .*got 'ema'"):
         TextToImage.from_pretrained(tmp_path / "half", variant="ema")
     pipeline.save_pretrained(tmp_path / "pickled", safe_serialization=False)
     with pytest.raises(ValueError, match=r"must hold safetensors files, got \.bin, which are"):
@@ -239,6 +245,26 @@ def test_a_compiled_denoiser_is_seen_through() -> None:
     model = TextToImage(pipeline)
     assert model.unet is plain
     assert type(model.clone().pipeline.unet) is type(plain)
+    pytest.importorskip("peft")
+    curve = LoRAAttack(targets="kv").run(model, [concept()], steps=1)
+    assert len(curve.losses) == 1
+
+
+def test_a_loaded_ip_adapter_is_named() -> None:
+    pipeline = tiny_pipeline()
+    # What load_ip_adapter leaves in the configuration.
+    pipeline.unet.register_to_config(encoder_hid_dim_type="ip_image_proj")
+    with pytest.raises(ValueError, match="IP-Adapter"):
+        TextToImage(pipeline)
+
+
+def test_a_pipeline_that_was_damaged_is_not_loaded(folder: Path) -> None:
+    weights = folder / "unet" / "diffusion_pytorch_model.safetensors"
+    content = bytearray(weights.read_bytes())
+    content[-1] ^= 1
+    weights.write_bytes(content)
+    with pytest.raises(ValueError, match=r"diffusion_pytorch_model\.safetensors is missing or"):
+        TextToImage.from_pretrained(folder)
 
 
 def test_a_digest_tells_weights_words_and_schedules_apart() -> None:

@@ -15,12 +15,11 @@ pytest.importorskip("sklearn")
 pytest.importorskip("matplotlib")
 pytest.importorskip("yaml")
 
-from immunize_ext.text_to_image.tmp_config import TextToImageConfig, checked, setting
-from immunize_ext.text_to_image.tmp_task import immunizer
 
 from immunize_ext.cli import main
+from immunize_ext.storage import work_folder
+from immunize_ext.text_to_image import run as runs
 from immunize_ext.text_to_image.model import TextToImage
-from immunize_ext.text_to_image.run import work_folder
 
 TINY = [
     *("--set", "steps=2", "--set", "batch_size=2", "--set", "retain_batch=2"),
@@ -82,7 +81,7 @@ def test_an_existing_run_is_not_touched(run, capsys):
 
 def test_attack_adds_and_report_compares(run, tmp_path, capsys):
     before = (run / "results.json").read_bytes()
-    arguments = ["--attackers", "kv_fine_tuning", "--budgets", "1", "--quiet"]
+    arguments = ["--attacks", "kv_fine_tuning", "--budgets", "1", "--quiet"]
     assert main(["attack", str(run), *arguments]) == 0
     (file,) = (run / "attacks").iterdir()
     assert json.loads(file.read_text())["evaluation"]["attacks"] == ["kv_fine_tuning"]
@@ -94,27 +93,51 @@ def test_attack_adds_and_report_compares(run, tmp_path, capsys):
 
 
 def test_a_run_that_was_cut_off_goes_on(tmp_path, monkeypatch, capsys):
-    from immunize_ext.text_to_image import evaluation as evaluations
-
     target = tmp_path / "run"
     arguments = ["mima", "--out", str(target), *TINY, "--targets", "three"]
-    whole = evaluations.evaluate_text_to_image
+    whole = runs.evaluate_text_to_image
 
     def interrupted(*_, **__):
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(evaluations, "evaluate_text_to_image", interrupted)
+    monkeypatch.setattr(runs, "evaluate_text_to_image", interrupted)
     assert main(arguments) == 130
     assert not target.exists()
-    kept = work_folder(target) / "immunized-0" / "pipeline" / "immunized.json"
+    (kept,) = work_folder(target).glob("immunized-*/pipeline/immunized.json")
     written = kept.stat().st_mtime_ns
-    monkeypatch.setattr(evaluations, "evaluate_text_to_image", whole)
+    monkeypatch.setattr(runs, "evaluate_text_to_image", whole)
     record = json.loads(kept.read_text())
     assert main(arguments) == 0
     # Immunized once: the record with its seconds is that of the first try.
     assert json.loads((target / "results.json").read_text())["history"] == record["history"]
     assert written
     assert not work_folder(target).exists()
+
+
+def test_a_run_that_was_cut_off_is_not_finished_as_another(tmp_path, monkeypatch, capsys):
+    target = tmp_path / "run"
+    whole = runs.evaluate_text_to_image
+
+    def interrupted(*_, **__):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(runs, "evaluate_text_to_image", interrupted)
+    assert main(["mima", "--out", str(target), *TINY, "--targets", "three", "five"]) == 130
+    monkeypatch.setattr(runs, "evaluate_text_to_image", whole)
+    other = ["--method", "loss_ascent", "--targets", "seven", "--learning-rate", "0.5"]
+    assert main(["mima", "--out", str(target), *TINY, *other, "--no-erase"]) == 0
+    results = json.loads((target / "results.json").read_text())
+    record = json.loads((target / "pipeline" / "immunized.json").read_text())
+    assert record["method"] == results["method"] == "loss_ascent"
+    assert record["config"]["concepts"] == results["evaluation"]["targets"] == ["seven"]
+    assert record["config"]["learning_rate"] == 0.5
+    fresh = tmp_path / "fresh"
+    assert main(["mima", "--out", str(fresh), *TINY, *other, "--no-erase"]) == 0
+    for file in ("unet/diffusion_pytorch_model.safetensors", "SHA256SUMS"):
+        one, again = ((folder / "pipeline" / file).read_bytes() for folder in (target, fresh))
+        # The record beside the weights has the seconds of its own run.
+        lines = [[ln for ln in b.splitlines() if b"immunized.json" not in ln] for b in (one, again)]
+        assert lines[0] == lines[1]
 
 
 def test_imma_takes_one_concept(tmp_path, capsys):
@@ -128,7 +151,9 @@ def test_imma_takes_one_concept(tmp_path, capsys):
 def test_erase(tmp_path, capsys):
     target = tmp_path / "erased"
     assert main(["erase", "--targets", "three", "--out", str(target), "--quiet"]) == 0
-    assert "8 text projections (4 K, 4 V)" in capsys.readouterr().out
+    said = capsys.readouterr().out
+    assert "8 text projections (4 K, 4 V)" in said
+    assert "three: 'three' in 8 of 8 prompts becomes 'digit'" in said
     model = TextToImage.from_pretrained(target)
     from immunize_ext.text_to_image.digits.pipeline import load_digits_pipeline
 
@@ -157,7 +182,7 @@ def test_sweep_over_concepts_resumes(tmp_path, capsys):
     assert main(arguments) == 0
     assert points[0].stat().st_mtime_ns == stamps[0]
     assert points[1].is_file()
-    assert "number of concepts" in (target / "report" / "report.html").read_text()
+    assert "number of concepts" in (target / "report.html").read_text()
 
 
 @pytest.mark.parametrize(
@@ -203,18 +228,24 @@ def test_missing_pieces_of_a_model_of_ones_own(tmp_path, capsys):
     assert "there is no file none.yaml" in capsys.readouterr().err
 
 
-def test_config_files(tmp_path):
-    file = tmp_path / "run.yaml"
-    file.write_text("method: loss_ascent\nsettings: {steps: 3}\nattack-steps: 5\n")
-    from immunize_ext.text_to_image.tmp_config import read_config
+def test_config_files(tmp_path, monkeypatch):
+    asked = []
 
-    found = read_config(str(file))
-    assert found == {"method": "loss_ascent", "settings": {"steps": 3}, "attack_steps": 5}
-    assert immunizer(TextToImageConfig(**found), 4).seed == 4
-    file.write_text("metod: mima\n")
-    with pytest.raises(ValueError, match="got 'metod'; did you mean method"):
-        read_config(str(file))
-    with pytest.raises(ValueError, match="seeds must be a list of integers"):
-        checked({"seeds": ["a"]}, "here")
-    assert setting("inner-rate=1e-3") == ("inner_rate", 1e-3)
-    assert TextToImageConfig(attack_steps=2).steps_to_judge() == (0, 1, 2)
+    def note(settings, *_, **__):
+        asked.append(settings)
+        raise ValueError("enough")
+
+    monkeypatch.setattr(runs, "run", note)
+    file = tmp_path / "run.yaml"
+    file.write_text(
+        "method: loss_ascent\nsettings: {steps: 3}\nattack-steps: 5\n"
+        "attacks: lora\nattack_settings: {lora: {rank: 2}}\n"
+    )
+    assert main(["mima", "--config", str(file), "--lora.learning-rate", "1e-4"]) == 2
+    (found,) = asked
+    assert found.immunizer(4).seed == 4
+    assert found.immunizer(4).steps == 3
+    assert found.attack_steps == 5
+    (lora,) = found.chosen_attacks()
+    assert (lora.rank, lora.learning_rate) == (2, 1e-4)
+    assert runs.RunSettings(attack_steps=2).steps_to_judge() == (0, 1, 2)

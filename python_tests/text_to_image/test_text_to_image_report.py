@@ -203,15 +203,15 @@ def evaluated(side: int, channels: int) -> TextToImageEvaluation:
         for which in ("unprotected", "immunized")
     }
     return TextToImageEvaluation(
-        ("lora",),
-        ("three",),
-        ("accuracy",),
-        (0,),
-        0.8,
-        (compared,),
-        {},
-        {},
-        grids,  # type: ignore[arg-type]
+        attacks=("lora",),
+        targets=("three",),
+        measures=("accuracy",),
+        seeds=(0,),
+        threshold=0.8,
+        comparisons=(compared,),
+        retained_before={},
+        retained_after={},
+        grids=grids,  # type: ignore[arg-type]
     )
 
 

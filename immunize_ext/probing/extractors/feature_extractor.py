@@ -130,8 +130,9 @@ def find_stages(extractor: nn.Module) -> list[str]:
 
     These are the siblings ``layer1``, ``layer2``, ... of a ResNet, or else the outermost list of at
     least two modules of one class: stages, or transformer blocks; or else the layers with weights
-    of the outermost sequence where they are of one class, as in a plain MLP. A list with more weights after it than in it is
-    passed over: its last block would be one in the middle of the model.
+    of the outermost sequence where they are of one class, as in a plain MLP. A list with more
+    weights after it than in it is passed over: its last block would be one in the middle of the
+    model.
 
     Args:
         extractor: The model.

@@ -1,4 +1,4 @@
-"""TODO."""
+"""The bundled digits as concepts: what they are asked for with, and captions that name none."""
 
 from __future__ import annotations
 

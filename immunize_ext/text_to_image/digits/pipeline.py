@@ -13,7 +13,7 @@ from __future__ import annotations
 import json
 import tempfile
 from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from importlib.resources import files
 from itertools import pairwise
 from pathlib import Path
@@ -23,12 +23,10 @@ import torch
 from torch import Tensor, nn
 
 from immunize_ext._extras import require_extra
+from immunize_ext.seams import Progress
 from immunize_ext.text_to_image.digits.concepts import DIGIT_TEMPLATES, NEUTRAL_CAPTIONS
 from immunize_ext.text_to_image.digits.images import DIGIT_NAMES, digit_images
 from immunize_ext.text_to_image.model import Conditioning, TextToImage
-
-Progress = Callable[[str, float], None]
-
 
 # Folder of the shipped copy, beside this file.
 WEIGHTS = "digits_weights"

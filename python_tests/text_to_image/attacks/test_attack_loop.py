@@ -186,6 +186,25 @@ def test_snr_weights_of_both_predictions() -> None:
     torch.testing.assert_close(snr_weights(velocity, steps, 5.0), capped / (snr + 1))
 
 
+@pytest.mark.parametrize(
+    ("prediction", "expected"),
+    [
+        # Signal to noise 0, 1/3, 1, 9 and infinite; the loss of x counts min(snr, gamma), and that
+        # of the noise is snr, that of v is snr + 1 times as large.
+        ("sample", [0.0, 1 / 3, 1.0, 5.0, 5.0]),
+        ("epsilon", [1.0, 1.0, 1.0, 5 / 9, 0.0]),
+        ("v_prediction", [0.0, 0.25, 0.5, 0.5, 0.0]),
+    ],
+)
+def test_snr_weights_of_each_prediction(prediction: str, expected: list[float]) -> None:
+    scheduler = SimpleNamespace(
+        alphas_cumprod=torch.tensor([0.0, 0.25, 0.5, 0.9, 1.0]),
+        config=SimpleNamespace(prediction_type=prediction),
+    )
+    found = snr_weights(scheduler, torch.arange(5), 5.0)
+    torch.testing.assert_close(found, torch.tensor(expected))
+
+
 def test_velocity_prediction() -> None:
     model = TextToImage(tiny_pipeline(prediction="v_prediction"))
     curve = LoRAAttack().run(model, [concept()], steps=2)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+from dataclasses import replace
 from types import SimpleNamespace
 from typing import Any
 
@@ -12,7 +13,13 @@ from attack_pipelines import concept, tiny_pipeline, tiny_xl_pipeline
 from immunizer_settings import CAPTIONS, concepts, weights
 
 from immunize_ext.text_to_image.concepts import ConceptSet
-from immunize_ext.text_to_image.immunizers import ConceptMerge, erase
+from immunize_ext.text_to_image.immunizers import (
+    ConceptMerge,
+    Erasure,
+    describe_erasure,
+    erase,
+)
+from immunize_ext.text_to_image.immunizers.erase import erased_prompts
 from immunize_ext.text_to_image.model import TextToImage
 from immunize_ext.text_to_image.projections import find_text_projections
 
@@ -115,3 +122,53 @@ def test_concepts_that_cannot_be_told_apart_are_refused() -> None:
     pair = ConceptSet((concept("three", prompts=same), concept("five", prompts=same)))
     with pytest.raises(ValueError, match="tokens of its own"):
         ConceptMerge(model, pair.concepts, CAPTIONS, ridge=1e-3)
+
+
+def test_names_are_replaced_as_words_whatever_their_capitals() -> None:
+    cat = concept("cat", prompts=("a Cat near a cathedral", "a photo of a dog"), anchor="dog")
+    first, second = erased_prompts(cat)
+    assert (first.found, first.anchored) == (("Cat",), "a dog near a cathedral")
+    assert (second.found, second.anchored) == ((), "a photo of a dog")
+    assert describe_erasure([cat]) == [
+        "cat: 'Cat' in 1 of 2 prompts becomes 'dog'; not in 'a photo of a dog'"
+    ]
+    known = replace(cat, aliases=("the cathedral's pet",))
+    assert (
+        erased_prompts(replace(known, prompts=("The  Cathedral\u2019s pet",)))[0].anchored == "dog"
+    )
+
+
+def test_the_docstrings_own_example_is_erased() -> None:
+    model = TextToImage(tiny_pipeline())
+    before = weights(model)
+    van_gogh = concept("van_gogh", prompts=("An artwork of Van Gogh",), anchor="art")
+    erase(model, [van_gogh])
+    assert any(not torch.equal(p, before[n]) for n, p in weights(model).items())
+
+
+def test_erasure_that_would_do_nothing_is_refused() -> None:
+    model = TextToImage(tiny_pipeline())
+    before = weights(model)
+    # Twelve tokens are seen, the name is the 16th.
+    far = concept("three", prompts=("a photo of " + "cat " * 12 + "three",))
+    with pytest.raises(ValueError, match="'three' must differ from its anchor within the first 12"):
+        erase(model, [far])
+    with pytest.raises(ValueError, match="shorten the prompt"):
+        erase(model, [concept("five"), far])
+    with pytest.raises(ValueError, match="'three' must differ from its anchor"):
+        erase(model, [concept("three", anchor="three")])
+    assert all(torch.equal(p, before[name]) for name, p in weights(model).items())
+
+
+def test_erasure_is_a_method_like_any_other() -> None:
+    model = TextToImage(tiny_pipeline())
+    before = weights(model)
+    erased = Erasure(ridge=1e-3).fit(model, concepts("three"))
+    assert all(torch.equal(p, before[name]) for name, p in weights(model).items())
+    erase(model, concepts("three"), ridge=1e-3)
+    mine, theirs = weights(model), weights(erased.model)
+    assert all(torch.equal(mine[name], theirs[name]) for name in mine)
+    assert erased.config["concepts"] == ["three"]
+    assert erased.merge_share == 0.0
+    with pytest.raises(ValueError, match="ridge must be finite and at least 0"):
+        Erasure(ridge=float("nan"))

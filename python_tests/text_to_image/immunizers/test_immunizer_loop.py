@@ -7,12 +7,13 @@ import json
 import os
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from attack_pipelines import tiny_pipeline, tiny_xl_pipeline
+from attack_pipelines import RandomImages, concept, tiny_pipeline, tiny_xl_pipeline
 from immunizer_settings import SMALL, concepts, weights
 from torch import nn
 
@@ -96,8 +97,6 @@ def test_sdxl() -> None:
 
 @pytest.mark.parametrize("name", [key for key in ALL if key != "merge-only"])
 def test_two_and_two_steps_are_four(name: str, tmp_path: Path) -> None:
-    from dataclasses import replace
-
     chosen: Any = replace(ALL[name], steps=4)
     straight = chosen.fit(model(), targets(name))
     replace(chosen, steps=2).fit(model(), targets(name), resume=tmp_path)
@@ -124,7 +123,56 @@ def test_a_checkpoint_is_neither_overwritten_nor_taken_for_another(tmp_path: Pat
         next(p for n, p in other.unet.named_parameters() if "attn2" in n).add_(1.0)
     with pytest.raises(ValueError, match="with model = "):
         MIMA(**SMALL).fit(other, concepts(), resume=tmp_path)
+    for changed in (
+        replace(concept("five"), source=RandomImages("other", 6)),
+        concept("five", prompts=("a photo of the digit five", "a red five")),
+    ):
+        problem = replace(concepts(), concepts=(concept("three"), changed))
+        with pytest.raises(ValueError, match="with concepts = "):
+            MIMA(**SMALL).fit(model(), problem, resume=tmp_path)
     assert file.read_bytes() == content
+
+
+def test_a_longer_run_is_not_taken_for_a_shorter_one(tmp_path: Path) -> None:
+    longer = LossAscent(**ASCENT | {"steps": 4})
+    longer.fit(model(), concepts(), resume=tmp_path)
+    with pytest.raises(ValueError, match="is at step 4, beyond the 1 that are asked for"):
+        LossAscent(**ASCENT | {"steps": 1}).fit(model(), concepts(), resume=tmp_path)
+
+
+def test_a_model_that_checkpoints_already_is_immunized_alike() -> None:
+    plain = MIMA(**SMALL).fit(model(), concepts())
+    left_on = model()
+    left_on.unet.enable_gradient_checkpointing()
+    assert equal(plain.model, MIMA(**SMALL).fit(left_on, concepts()).model)
+    assert left_on.unet.is_gradient_checkpointing
+
+
+def test_what_the_merge_did_is_measured_and_said(tmp_path: Path) -> None:
+    far = MIMA(**SMALL | {"inner_rate": 1e4, "loss_clamp": 1e9}, probe_every=1)
+    immunized = far.fit(model(), concepts(), resume=tmp_path)
+    changes = [record["merge_change"] for record in immunized.history]
+    assert max(changes) > 1.0
+    worst = changes.index(max(changes)) + 1
+    assert any(text.startswith(f"merge at step {worst}: layer") for text in immunized.warnings)
+    immunized.save(tmp_path / "saved")
+    assert ImmunizedPipeline.load(tmp_path / "saved").warnings == immunized.warnings
+    near = MIMA(**SMALL | {"inner_rate": 1e-6}, probe_every=1).fit(model(), concepts())
+    assert max(record["merge_change"] for record in near.history) < 1e-2
+    assert not any("times its own norm" in text for text in near.warnings)
+    # Merged once at the end, it is measured there.
+    assert "merge_change" in MergeOnly(**SMALL).fit(model(), concepts()).history[-1]
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_a_half_model_read_from_its_folder_shows_what_it_shall_keep(
+    dtype: torch.dtype, tmp_path: Path
+) -> None:
+    TextToImage(tiny_pipeline(dtype=dtype)).save(tmp_path / "half")
+    without_images = replace(concept("six"), source=None)
+    problem = replace(concepts(), retain=(without_images,))
+    immunized = MIMA(**SMALL).fit(TextToImage.from_pretrained(tmp_path / "half"), problem)
+    assert {p.dtype for p in immunized.model.unet.parameters()} == {dtype}
 
 
 @pytest.mark.parametrize(
@@ -137,8 +185,6 @@ def test_a_checkpoint_is_neither_overwritten_nor_taken_for_another(tmp_path: Pat
     ids=["first-order", "unrolled", "all"],
 )
 def test_checkpointing_gives_the_same_steps(chosen: Any) -> None:
-    from dataclasses import replace
-
     plain = chosen.fit(model(), concepts())
     saving = replace(chosen, gradient_checkpointing=True).fit(model(), concepts())
     for one, other in zip(plain.history, saving.history, strict=True):
@@ -245,6 +291,11 @@ def test_imma_takes_one_concept() -> None:
 def test_settings_out_of_range_are_refused() -> None:
     for change, words in [
         ({"steps": 0}, "steps must be at least 1"),
+        ({"checkpoint_every": 0}, "checkpoint_every must be at least 1"),
+        ({"retain_batch": 0}, "retain_batch must be at least 1"),
+        ({"prompts": 0}, "prompts must be at least 1"),
+        ({"ridge": float("inf")}, "ridge must be finite"),
+        ({"merge_prompts": 0}, "merge_prompts must be at least 1"),
         ({"inner_steps": 6}, "inner_steps must be 1 to 5"),
         ({"inner_rate": 0.0}, "inner_rate must be positive"),
         ({"learning_rate": float("nan")}, "learning_rate must be positive"),
