@@ -9,8 +9,10 @@ from __future__ import annotations
 
 import argparse
 import math
+import multiprocessing
 import time
 from collections.abc import Callable
+from concurrent.futures import ProcessPoolExecutor
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -163,41 +165,50 @@ def summarise(rows: list[dict[str, Any]]) -> dict[str, Any]:
     return summary
 
 
+def run_one(folder: Path, group: str, name: str, seed: int) -> dict[str, Any]:
+    """Train with one method or variant and one seed, and measure."""
+    primary, harmful = (house_prices_task(folder, r) for r in ("primary", "harmful"))  # type: ignore[arg-type]
+    started = time.perf_counter()
+    extra: dict[str, Any] = {}
+    bias = None
+    if group == "published":
+        try:
+            run = train(primary, harmful, PUBLISHED[name], seed=seed)
+            theta, bias = run.theta, run.bias
+            extra = {"train_loss": run.train_loss}
+        except torch.linalg.LinAlgError:  # eigvalsh of NaN
+            theta = torch.full((79, 79), math.nan)
+    else:
+        theta = OURS[name][1](primary, harmful, seed)
+    row = {"seed": seed, "seconds": time.perf_counter() - started, **extra}
+    return row | measure(primary, harmful, theta, bias)
+
+
 def main() -> None:
     """Run the command line."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--data", type=Path, required=True)
     parser.add_argument("--seeds", type=int, default=5)
+    parser.add_argument("--jobs", type=int, default=1)
     parser.add_argument("--out", type=Path, default=Path(__file__).with_name("house_prices.json"))
     arguments = parser.parse_args()
     one_thread()
-    primary, harmful = (house_prices_task(arguments.data, r) for r in ("primary", "harmful"))  # type: ignore[arg-type]
-    content: dict[str, Any] = {"ridge": RIDGE, "seeds": arguments.seeds, "paper": PAPER_HOUSE}
-    for group, entries in (("published", PUBLISHED), ("ours", OURS)):
-        content[group] = {}
-        for name, entry in entries.items():
-            rows = []
-            seeds = arguments.seeds if group == "published" or entry[0] else 1  # type: ignore[index]
-            for seed in range(seeds):
-                started = time.perf_counter()
-                extra: dict[str, Any] = {}
-                bias = None
-                if isinstance(entry, Published):
-                    try:
-                        run = train(primary, harmful, entry, seed=seed)
-                        theta, bias = run.theta, run.bias
-                        extra = {"train_loss": run.train_loss}
-                    except torch.linalg.LinAlgError:  # eigvalsh of NaN
-                        theta = torch.full((79, 79), math.nan)
-                else:
-                    theta = entry[1](primary, harmful, seed)
-                seconds = time.perf_counter() - started
-                rows.append({"seed": seed, "seconds": seconds, **extra})
-                rows[-1].update(measure(primary, harmful, theta, bias))
-            content[group][name] = {"summary": summarise(rows), "rows": rows}
-            summary = content[group][name]["summary"]
+    seeds = arguments.seeds
+    content: dict[str, Any] = {"ridge": RIDGE, "seeds": seeds, "paper": PAPER_HOUSE}
+    counts = {("published", name): seeds for name in PUBLISHED}
+    counts |= {("ours", name): seeds if seeded else 1 for name, (seeded, _) in OURS.items()}
+    context = multiprocessing.get_context("spawn")
+    with ProcessPoolExecutor(arguments.jobs, context, one_thread) as pool:
+        futures = {
+            key: [pool.submit(run_one, arguments.data, *key, seed) for seed in range(count)]
+            for key, count in counts.items()
+        }
+        for (group, name), found in futures.items():
+            rows = [future.result() for future in found]
+            summary = summarise(rows)
+            content.setdefault(group, {})[name] = {"summary": summary, "rows": rows}
             print(name, summary.get("official", summary), flush=True)
-    command = f"python -m benchmarks.protection.house_prices --data DATA --seeds {arguments.seeds}"
+    command = f"python -m benchmarks.protection.house_prices --data DATA --seeds {seeds}"
     write(arguments.out, command, content)
 
 

@@ -130,8 +130,9 @@ def find_stages(extractor: nn.Module) -> list[str]:
 
     These are the siblings ``layer1``, ``layer2``, ... of a ResNet, or else the outermost list of at
     least two modules of one class: stages, or transformer blocks; or else the layers with weights
-    of the outermost sequence, as in a plain MLP. A list with more weights after it than in it is
-    passed over: its last block would be one in the middle of the model.
+    of the outermost sequence where they are of one class, as in a plain MLP. A list with more
+    weights after it than in it is passed over: its last block would be one in the middle of the
+    model.
 
     Args:
         extractor: The model.
@@ -158,8 +159,10 @@ def find_stages(extractor: nn.Module) -> list[str]:
             elif kind == "one class":
                 if not (isinstance(parent, (nn.ModuleList, nn.Sequential)) and one_class):
                     continue
-            elif not isinstance(parent, nn.Sequential):
-                continue
+            else:
+                weighted = {type(c) for _, c in children if any(True for _ in c.parameters())}
+                if not isinstance(parent, nn.Sequential) or len(weighted) != 1:
+                    continue
             children = [item for item in children if any(True for _ in item[1].parameters())]
             names = [f"{prefix}.{name}" if prefix else name for name, _ in children]
             if len(names) >= 2 and _is_last(root, names):
