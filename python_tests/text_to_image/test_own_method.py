@@ -151,7 +151,17 @@ def test_flags_help_results_and_report_follow_from_registering(
 
 
 @pytest.mark.usefixtures("registered")
-def test_python_does_what_the_command_does_in_three_lines() -> None:
+def test_python_does_what_the_command_does_in_three_lines(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    seeds: list[int] = []
+    fit = Nudge.fit
+
+    def seen(self: Nudge, *args: Any, **others: Any) -> ImmunizedPipeline:
+        seeds.append(self.seed)
+        return fit(self, *args, **others)
+
+    monkeypatch.setattr(Nudge, "fit", seen)
     settings = runs.RunSettings(
         method="nudge",
         settings={"strength": 0.25},
@@ -163,5 +173,5 @@ def test_python_does_what_the_command_does_in_three_lines() -> None:
         seeds=(0, 1),
     )
     found = runs.run(settings)
-    assert found.results()["evaluation"]["seeds"] == [0, 1]
+    assert found.results()["evaluation"]["seeds"] == seeds == [0, 1]
     assert "Stare" in found.summary()
