@@ -12,6 +12,7 @@
 
 #include <algorithm>
 #include <cmath>
+#include <limits>
 #include <vector>
 
 #include "../tensors.h"
@@ -97,11 +98,17 @@ bool has_null_space(
   const Tensor start = at::randn({t, missing}, at::detail::createCPUGenerator(20250701), options);
   Tensor z =
       orthonormal(at::cholesky_solve(orthonormal(at::cholesky_solve(start, factor)), factor));
+  double before = std::numeric_limits<double>::infinity();
   for (int step = 0; step < kSteps; ++step) {
     const Tensor image = s.mT().mm(z);
+    const double size = at::linalg_vector_norm(image).item<double>();
     // Half: the rest is for rounding in the product.
-    if (at::linalg_vector_norm(image).item<double>() <= 0.5 * threshold)
+    if (size <= 0.5 * threshold)
       return true;
+    // What does not shrink is no null space, but singular values that count and G does not show.
+    if (!(size <= 0.1 * before))
+      return false;
+    before = size;
     z = orthonormal(z - at::cholesky_solve(s.mm(image), factor));
   }
   return false;

@@ -35,7 +35,7 @@ def graded(rank: int, kappa: float) -> Tensor:
 
 
 @pytest.mark.parametrize("scale", [1.0, 2.0**-300, 2.0**300])
-@pytest.mark.parametrize("kappa", [3.0, 1e3, 1e5])
+@pytest.mark.parametrize("kappa", [3.0, 1e3, 1e5, 1e7])
 @pytest.mark.parametrize(
     ("n", "p", "rank"),
     [(200, 79, 74), (79, 200, 74), (60, 40, 1), (60, 40, 39), (300, 100, 55), (40, 40, 20)],

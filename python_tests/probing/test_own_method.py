@@ -166,9 +166,9 @@ def test_flags_help_yaml_and_page(
     assert main(["kappa", "--help"]) == 0
     text = " ".join(capsys.readouterr().out.split())
     assert "--factor X" in text
-    assert "By how much it is stretched." in text
+    assert "By how much it is stretched" in text
     assert "--lazy.patience N" in text
-    assert "Steps until half of the way is done." in text
+    assert "Steps until half of the way is done" in text
     config = tmp_path / "run.yaml"
     config.write_text("method: stretch\nfactor: 7\nfeature: 1\nlazy:\n  patience: 3\n")
     command = ["kappa", "--config", str(config), *features, "--factor", "2.5", "--quiet"]

@@ -96,6 +96,10 @@ class DigitJudge:
         """Another process fits the judge anew, which is exact and takes no time."""
         return DigitJudge, (self.family,)
 
+    def identity(self) -> str:
+        """What makes it: results of another judge are other results."""
+        return f"{self.family} judge of {len(self._labels)} digits, within {self.bound:.9g}"
+
     def _new(self) -> Any:
         if self.family == "kernel":
             svm = require_extra("sklearn.svm", extra="data", purpose="the judge of digits")

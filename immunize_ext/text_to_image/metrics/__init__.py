@@ -17,6 +17,7 @@ from immunize_ext.text_to_image.metrics.generation import (
 from immunize_ext.text_to_image.metrics.similarity import (
     ClipSimilarity,
     DinoSimilarity,
+    AcceptedShare,
     JudgedAccuracy,
     LpipsDistance,
     PromptSimilarity,
@@ -27,6 +28,7 @@ __all__ = [
     "ClipSimilarity",
     "Delay",
     "DinoSimilarity",
+    "AcceptedShare",
     "JudgedAccuracy",
     "LpipsDistance",
     "Measure",

@@ -477,7 +477,6 @@ class JudgedAccuracy:
     is_share: ClassVar[bool] = True
 
     def __init__(self, judge: Judge | None = None) -> None:
-        self._own = judge is None
         self.judge: Judge = DigitJudge() if judge is None else judge
 
     def __call__(self, images: Tensor, concept: Concept) -> float:
@@ -493,13 +492,38 @@ class JudgedAccuracy:
             )
         return self.judge.score(images, concept.label)
 
-    def __reduce__(self) -> tuple[Any, ...]:
-        """Another process fits the judge of the digits anew, which is exact and takes no time."""
-        return (JudgedAccuracy, () if self._own else (self.judge,))
-
     def identity(self) -> str:
         """Of the judge."""
         return f"judged by {_identity_of(self.judge)}"
+
+
+class AcceptedShare:
+    """Share of images that a judge takes for anything it knows, whatever it is.
+
+    What a model draws for a prompt can fail to be the concept and still be a picture, or be noise:
+    the second is damage, and the accuracy alone does not tell them apart.
+
+    Args:
+        judge: A classifier with ``accepted(images)``; the judge of the bundled digits when omitted.
+
+    Example:
+        >>> from immunize_ext.text_to_image.digits.concepts import digit_concept
+        >>> AcceptedShare()(torch.rand(8, 1, 8, 8), digit_concept(4))
+        0.0
+    """
+
+    is_share: ClassVar[bool] = True
+
+    def __init__(self, judge: DigitJudge | None = None) -> None:
+        self.judge = DigitJudge() if judge is None else judge
+
+    def __call__(self, images: Tensor, concept: Concept) -> float:
+        """The share; the concept does not matter."""
+        return self.judge.accepted(images)
+
+    def identity(self) -> str:
+        """Of the judge."""
+        return f"accepted by {_identity_of(self.judge)}"
 
 
 class ReferenceSimilarity:
