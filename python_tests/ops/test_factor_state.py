@@ -11,13 +11,12 @@ from pathlib import Path
 
 import pytest
 import torch
-from sample_inputs import ROUTES, gaussian, taking_route
+from sample_inputs import gaussian, taking_route
 from torch import Tensor
 
 from immunize_ext.ops import RegularizationFactor, merge_kv
 from immunize_ext.storage import save_checkpoint
 
-every_route = pytest.mark.parametrize("route", ROUTES)
 BASE, TOKEN, VALUE = gaussian(2, 4, seed=1), gaussian(1, 4, seed=2), gaussian(2, 1, seed=3)
 
 
@@ -25,7 +24,6 @@ def merge(factor: RegularizationFactor) -> Tensor:
     return merge_kv([BASE], None, [TOKEN], factor, values=[VALUE])[0]
 
 
-@every_route
 @pytest.mark.parametrize("relative", [False, True])
 @pytest.mark.parametrize("which", ["captions", "ridge"])
 def test_a_stale_factor_is_refused(route: str, relative: bool, which: str) -> None:
@@ -75,7 +73,6 @@ def test_a_pickle_keeps_the_numbers() -> None:
     assert loaded.condition == pytest.approx(factor.condition)
 
 
-@every_route
 def test_a_factor_of_inference_mode_serves_training(route: str) -> None:
     captions, base = gaussian(9, 4, seed=4), BASE.clone().requires_grad_()
     token = TOKEN.clone().requires_grad_()
@@ -93,7 +90,6 @@ def test_a_factor_of_inference_mode_serves_training(route: str) -> None:
             assert all(bool(grad.isfinite().all()) for grad in grads)
 
 
-@every_route
 def test_factors_are_row_major(route: str, tmp_path: Path) -> None:
     """LAPACK returns columns; .view and custom kernels of a caller would read them wrongly."""
     path = tmp_path / "factor.safetensors"

@@ -9,7 +9,6 @@ import pytest
 import torch
 from sample_inputs import (
     POLICY,
-    ROUTES,
     diagonal,
     gaussian,
     sample_inputs,
@@ -65,7 +64,6 @@ SECOND = {
 FIRST = {"r_well": 0.845497, "r_ill": -1.16998}
 
 every_function = pytest.mark.parametrize("name", SECOND)
-every_route = pytest.mark.parametrize("route", ROUTES)
 
 
 def along(function):
@@ -136,7 +134,6 @@ ORDERS = [
 ]
 
 
-@every_route
 @every_function
 @pytest.mark.parametrize("order", ORDERS, ids=lambda order: order.__name__)
 def test_second_derivatives_in_every_order(route, name, order):
@@ -145,7 +142,6 @@ def test_second_derivatives_in_every_order(route, name, order):
         assert float(order(function)) == pytest.approx(truth, rel=1e-5)
 
 
-@every_route
 @every_function
 def test_dual_cotangents(route, name):
     """The gradient is linear in the cotangent, the fused regularizers' too."""
@@ -269,7 +265,6 @@ def test_raw_merge_refuses_forward_mode():
 # --- the preconditioner ---------------------------------------------------------------------------
 
 
-@every_route
 @pytest.mark.parametrize(("n", "ridge"), [(9, 0.1), (2, 0.1)])
 def test_preconditioner_multiplies_tangents_as_it_does_gradients(route, n, ridge):
     preconditioner = Preconditioner.from_features(gaussian(n, 4), ridge=ridge)

@@ -6,9 +6,8 @@ from typing import Any
 
 import pytest
 import torch
-from sample_inputs import ROUTES, gaussian, sample_inputs, taking_route
+from sample_inputs import gaussian, sample_inputs, taking_route
 
-every_route = pytest.mark.parametrize("route", ROUTES)
 NAMES = {
     "merge_apply": ("base", "targets", "rows", "targets_are_values", "c", "b"),
     "merge_apply_backward": (
@@ -75,7 +74,6 @@ BACKWARD = [
 ]
 
 
-@every_route
 @pytest.mark.parametrize(
     ("operator", "changes", "message"),
     [
@@ -93,7 +91,6 @@ def test_lists_that_do_not_fit_are_named(
         getattr(torch.ops.immunize_ext, operator)(*arguments(operator, **changes))
 
 
-@every_route
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
@@ -118,14 +115,12 @@ def test_solve_refuses_shapes_that_do_not_fit(
         torch.ops.immunize_ext.merge_solve(*given)
 
 
-@every_route
 @pytest.mark.parametrize("shape", [(3,), (3, 0), (2, 3, 4)])
 def test_gram_refuses_what_is_no_matrix(route: str, shape: tuple[int, ...]) -> None:
     with taking_route(route), pytest.raises(ValueError, match="merge_gram: c_reg must have shape"):
         torch.ops.immunize_ext.merge_gram(gaussian(*shape))
 
 
-@every_route
 @pytest.mark.parametrize("place", [0, 1])
 @pytest.mark.parametrize("bad", [float("nan"), float("inf")])
 def test_solve_says_that_its_input_is_not_finite(route: str, place: int, bad: float) -> None:
@@ -141,7 +136,6 @@ def test_solve_says_that_its_input_is_not_finite(route: str, place: int, bad: fl
     torch.testing.assert_close(b[0], right[0])
 
 
-@every_route
 def test_apply_says_which_layer_failed_and_how(route: str) -> None:
     base, targets, *rest = sample_inputs("merge_apply")[6].arguments
     assert base[0].dtype == torch.float32

@@ -4,19 +4,17 @@ from __future__ import annotations
 
 import pytest
 import torch
-from sample_inputs import ROUTES, gaussian, taking_route
+from sample_inputs import gaussian, taking_route
 
 from immunize_ext.ops import RegularizationFactor, as_lora, merge_kv, merge_report
 from immunize_ext.ops.erasure import uce
 
-every_route = pytest.mark.parametrize("route", ROUTES)
 D = 4
 FACTOR = RegularizationFactor.from_embeddings(gaussian(9, D, seed=1))
 NONE = gaussian(0, D)
 INF = float("inf")
 
 
-@every_route
 @pytest.mark.parametrize("hardness", [INF, 2.0])
 @pytest.mark.parametrize("contradictions", ["raise", "average"])
 def test_without_tokens_the_base_stays(route: str, hardness: float, contradictions: str) -> None:
@@ -39,7 +37,6 @@ def test_without_tokens_the_base_stays(route: str, hardness: float, contradictio
             assert torch.equal(grad, torch.ones_like(grad))
 
 
-@every_route
 @pytest.mark.parametrize("place", [0, 1, 2])
 def test_a_concept_without_tokens_changes_nothing_for_the_others(route: str, place: int) -> None:
     base = [gaussian(3, D, seed=2)]
@@ -57,7 +54,6 @@ def test_a_concept_without_tokens_changes_nothing_for_the_others(route: str, pla
     assert not grad.any()
 
 
-@every_route
 @pytest.mark.parametrize("values", [False, True])
 def test_a_layer_without_rows_among_others(route: str, values: bool) -> None:
     outputs = (0, 3)
@@ -78,7 +74,6 @@ def test_a_layer_without_rows_among_others(route: str, values: bool) -> None:
     assert torch.equal(merged, truth)
 
 
-@every_route
 def test_adapter_report_and_erasure_of_nothing(route: str) -> None:
     base = [gaussian(3, D, seed=2)]
     problem = (base, [[base[0] + 1]], [NONE], FACTOR)

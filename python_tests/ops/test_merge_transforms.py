@@ -6,12 +6,11 @@ from collections.abc import Callable
 
 import pytest
 import torch
-from sample_inputs import ROUTES, gaussian, taking_route
+from sample_inputs import gaussian, taking_route
 from torch import Tensor
 
 from immunize_ext.ops import RegularizationFactor, merge_kv
 
-every_route = pytest.mark.parametrize("route", ROUTES)
 jvp, grad, vmap = torch.func.jvp, torch.func.grad, torch.func.vmap
 INF = float("inf")
 
@@ -32,7 +31,6 @@ def total(c: Tensor, hardness: float | Tensor = INF) -> Tensor:
     return merge_kv([base], None, [c], factor, values=[value], hardness=hardness)[0].sum()
 
 
-@every_route
 @pytest.mark.parametrize("order", SECOND)
 def test_second_derivative_by_hand(route: str, order: str) -> None:
     """Was 0: rules for forward mode used a residual that was marked not differentiable."""
@@ -41,7 +39,6 @@ def test_second_derivative_by_hand(route: str, order: str) -> None:
     assert float(found) == pytest.approx(0.624, rel=1e-12)
 
 
-@every_route
 @pytest.mark.parametrize("order", SECOND)
 def test_second_derivative_in_the_hardness(route: str, order: str) -> None:
     """9 mu / (5 mu + 1) at mu = 2."""
