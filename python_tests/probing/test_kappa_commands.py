@@ -342,7 +342,7 @@ def refused(
         (["kappa", "--attacks", "nobody"], "nobody is no attack"),
         (["kappa", "--loss", "hinge"], "'squared' or 'logistic'"),
         (["kappa", "--objective", "sum", "--method", "opt-kappa"], "objective must be"),
-        (["kappa", "--batch-size", "few", "--method", "mini-batch"], "batch_size must be"),
+        (["kappa", "--batch-size", "few", "--method", "mini-batch"], "--batch-size must be"),
         (["kappa", "--harmful", "1:2", "3:4", "--primary", "5:6"], "use --method several-harms"),
         (["kappa", "--config", "missing.yaml"], "missing.yaml"),
         (["attack", "nothing"], "must be a run directory"),
