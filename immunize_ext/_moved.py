@@ -11,6 +11,7 @@ import importlib.util
 import sys
 import warnings
 from collections.abc import Sequence
+from contextlib import suppress
 from importlib.abc import Loader, MetaPathFinder
 from importlib.machinery import ModuleSpec
 from types import MappingProxyType, ModuleType
@@ -57,6 +58,19 @@ PLACES = MappingProxyType(
 # Names that changed as well.
 NAMES = MappingProxyType({"attacks.ATTACKERS": "ATTACKS"})
 
+# Modules of which no name is left, and where to find what they did.
+GONE = MappingProxyType(
+    {
+        "commands": "immunize_ext.cli has the commands, and what they call is "
+        "immunize_ext.probing.run and immunize_ext.text_to_image.run",
+        "demo": "immunize_ext.cli has the demo and immunize_ext.report.demo its page",
+        "report.html": "immunize_ext.probing.report makes the page and immunize_ext.report.page "
+        "draws it",
+        "ops.symmetric": "symmetric_extremes is in immunize_ext.ops",
+        "ops.composite": "immunize_ext.ops.fallback has the route in torch alone",
+    }
+)
+
 
 def places_of(name: str) -> tuple[str, ...]:
     """Where the names of an old module are now, as full names; none if it is no old module.
@@ -75,6 +89,31 @@ def places_of(name: str) -> tuple[str, ...]:
     return (place,) if importlib.util.find_spec(place) is not None else ()
 
 
+def names_of(module: str) -> list[str]:
+    """The public names that an old module had or its new places have, for ``import *``.
+
+    A place that needs a package which is not installed is left out.
+    """
+    short = module.removeprefix(f"{_ROOT}.")
+    found = {name.rpartition(".")[2] for name in NAMES if name.rpartition(".")[0] == short}
+    for place in places_of(module):
+        with suppress(ImportError):
+            there = importlib.import_module(place)
+            found |= set(getattr(there, "__all__", None) or _own_names(there))
+    return sorted(found)
+
+
+def _own_names(module: ModuleType) -> list[str]:
+    """Public names of a module without ``__all__``: those that it does not merely import."""
+    return [
+        name
+        for name, value in vars(module).items()
+        if not name.startswith("_")
+        and not isinstance(value, ModuleType)
+        and getattr(value, "__module__", module.__name__) == module.__name__
+    ]
+
+
 def look_up(module: str, name: str) -> Any:
     """Take a name from where it is now, and warn.
 
@@ -88,14 +127,18 @@ def look_up(module: str, name: str) -> Any:
     Raises:
         AttributeError: If nothing has.
     """
+    if name == "__all__":
+        return names_of(module)
     new = NAMES.get(f"{module.removeprefix(f'{_ROOT}.')}.{name}", name)
     if not name.startswith("__"):
         for place in places_of(module):
             found = importlib.import_module(place)
             if hasattr(found, new):
-                warnings.warn(
-                    f"{module}.{name} is {place}.{new} now", DeprecationWarning, stacklevel=3
-                )
+                # ``from module import name`` first asks whether there is such a name.
+                if sys._getframe(2).f_globals.get("__name__") != "importlib._bootstrap":
+                    warnings.warn(
+                        f"{module}.{name} is {place}.{new} now", DeprecationWarning, stacklevel=3
+                    )
                 return getattr(found, new)
     raise AttributeError(f"module {module!r} has no attribute {name!r}")
 
@@ -106,6 +149,10 @@ class _Finder(MetaPathFinder, Loader):
     def find_spec(
         self, name: str, path: Sequence[str] | None, target: ModuleType | None = None
     ) -> ModuleSpec | None:
+        gone = GONE.get(name.removeprefix(f"{_ROOT}.")) if name.startswith(f"{_ROOT}.") else None
+        if gone is not None:
+            # Without ``name=``, for which ``from package import module`` would not pass it on.
+            raise ModuleNotFoundError(f"{name} is gone: {gone}")
         if not name.startswith(f"{_ROOT}.") or name == f"{_ROOT}.{_KEPT}" or not places_of(name):
             return None
         return ModuleSpec(name, self, is_package=True)
@@ -113,6 +160,7 @@ class _Finder(MetaPathFinder, Loader):
     def exec_module(self, module: ModuleType) -> None:
         name = module.__name__
         module.__getattr__ = lambda attribute: look_up(name, attribute)  # type: ignore[method-assign]
+        module.__dir__ = lambda: names_of(name)  # type: ignore[method-assign]
 
 
 def install() -> None:

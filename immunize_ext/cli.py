@@ -30,12 +30,13 @@ from immunize_ext.flags import (
     CommandParser,
     add_flags,
     add_registry_flags,
+    build_of_flags,
     given,
     read_settings,
 )
 from immunize_ext.runtime import Interrupted, check_count, interruptible, progress_bar, threads
 from immunize_ext.seams import Progress
-from immunize_ext.settings import Registry, build, settings_of, suggestion
+from immunize_ext.settings import Registry, settings_of, suggestion
 
 Command: TypeAlias = Callable[[CommandParser, Sequence[str]], int]
 
@@ -228,9 +229,11 @@ def imma(parser: CommandParser, argv: Sequence[str]) -> int:
     _add_settings(parser, wing, wing.run.RunSettings, "method")
     arguments = parser.parse_args(argv)
     settings = _read(arguments, wing, wing.run.RunSettings, method="imma")
-    if len(settings.targets) != 1 and (settings.model == "digits" or settings.targets):
+    if not settings.targets and settings.model == "digits":
+        raise ValueError("--targets must be one concept, got none; give --targets")
+    if len(settings.targets) > 1:
         raise ValueError(
-            f"--targets: must be one concept, got {len(settings.targets)}; use `immunize mima` for "
+            f"--targets must be one concept, got {len(settings.targets)}; use `immunize mima` for "
             "several"
         )
     return _run(arguments, wing, settings, _threads_for(settings))
@@ -251,7 +254,7 @@ def erase(parser: CommandParser, argv: Sequence[str]) -> int:
     _add_common_flags(parser, "runs/erased", words="pipeline")
     add_flags(parser, wing.run.EraseSettings)
     arguments = parser.parse_args(argv)
-    settings = build(wing.run.EraseSettings, given(arguments, wing.run.EraseSettings), "flags")
+    settings = build_of_flags(wing.run.EraseSettings, given(arguments, wing.run.EraseSettings))
     with _working(arguments, _threads_for(settings)) as progress:
         found = wing.run.erase(settings, arguments.out, force=arguments.force, progress=progress)
     print(found.summary())
@@ -321,6 +324,7 @@ def attack(parser: CommandParser, argv: Sequence[str]) -> int:
     from immunize_ext.storage import RESULTS, read_results
 
     parser.usage = f"{parser.prog} RUN [OPTIONS]"
+    parser.hints["--out"] = "attack writes into RUN/attacks"
     parser.add_argument("run_folder", metavar="RUN", help="run directory")
     parser.add_argument("--quiet", action="store_true", help="print the table alone")
     parser.add_argument("--threads", type=int, metavar="N", help="threads (default: 1)")
@@ -459,8 +463,10 @@ def demo(parser: CommandParser, argv: Sequence[str]) -> int:
     method = values.get("method", "closed-form")
     strength = arguments.strength or ("auto" if method == "closed-form" else None)
     if strength is not None:
-        values["settings"] = wing.methods.typed(method, {"strength": strength}, "flags")
-    features = build(cls, values, "flags")
+        spelled = {"strength": "--strength"}
+        given_to_method = {"strength": strength}
+        values["settings"] = wing.methods.typed(method, given_to_method, "--method", spelled)
+    features = build_of_flags(cls, values)
     runs: dict[str, tuple[_Wing, Any]] = {"features": (wing, features)}
     if not arguments.skip_mima:
         other = _text_to_image()

@@ -14,6 +14,7 @@ import re
 import sys
 import typing
 from collections.abc import Iterable, Mapping, Sequence
+from types import MappingProxyType
 from typing import Any, Literal, NamedTuple, NoReturn, TypeVar
 
 from immunize_ext.settings import (
@@ -42,12 +43,16 @@ class CommandParser(argparse.ArgumentParser):
     Args:
         aliases: Flags that have another name now; they still work, and say so.
         **more: As for ``argparse.ArgumentParser``.
+
+    Attributes:
+        hints: What to say of a flag that is not there, where another name is not the answer.
     """
 
     def __init__(self, *, aliases: Mapping[str, str] | None = None, **more: Any) -> None:
         # No abbreviations: what is unique today is not once another method is registered.
         super().__init__(**{"allow_abbrev": False, **more})
         self._aliases = dict(aliases or {})
+        self.hints: dict[str, str] = {}
 
     def parse_args(self, args: Any = None, namespace: Any = None) -> Any:
         """Parse, with the old names of flags replaced."""
@@ -65,13 +70,26 @@ class CommandParser(argparse.ArgumentParser):
         prefix = "unrecognized arguments: "
         if message.startswith(prefix):
             name = message.removeprefix(prefix).split()[0].partition("=")[0]
-            flags = [flag for flag in self._option_string_actions if flag.startswith("--")]
-            near = difflib.get_close_matches(name, flags, n=1)
-            message += f"; did you mean {near[0]}" if near else ""
+            # Without the dashes, which would make any two short flags look alike.
+            flags = [flag[2:] for flag in self._option_string_actions if flag.startswith("--")]
+            near = difflib.get_close_matches(name.lstrip("-"), flags, n=1, cutoff=0.7)
+            meant = f"did you mean --{near[0]}" if near else ""
+            hint = self.hints.get(name, meant)
+            message += f"; {hint}" if hint else ""
         self.exit(USAGE_ERROR, f"{self.prog}: {message}; see {self.prog} --help\n")
 
 
 # --- one flag for each setting --------------------------------------------------------------------
+
+
+def flag_of(name: str) -> str:
+    """The flag of a setting, as it is typed.
+
+    Example:
+        >>> flag_of("base_budget")
+        '--base-budget'
+    """
+    return "--" + name.replace("_", "-")
 
 
 def add_flags(parser: Any, cls: type, *, leave_out: Sequence[str] = ()) -> None:
@@ -138,7 +156,7 @@ def add_registry_flags(
 
 
 def _add_flag(parser: Any, setting: Setting, dest: str, *, prefix: str = "", of: str = "") -> None:
-    flag = "--" + (prefix + setting.name).replace("_", "-")
+    flag = flag_of(prefix + setting.name)
     if flag in parser._option_string_actions:
         return
     options = [kind for kind in options_of(setting.type) if kind is not type(None)]
@@ -206,12 +224,21 @@ def given(arguments: argparse.Namespace, cls: type) -> dict[str, Any]:
 
 
 class _Given(NamedTuple):
-    """What one source says: of the run, of its method, of its attacks by name."""
+    """What one source says: of the run, of its method, of its attacks by name.
+
+    Flags stand in errors as they were typed: ``spelled`` has them by the names of the namespace.
+    """
 
     where: str
     run: dict[str, Any]
     method: dict[str, Any]
     attacks: dict[str, dict[str, Any]]
+    spelled: Mapping[str, str] = MappingProxyType({})
+
+    def typed_as(self, prefix: str) -> dict[str, str]:
+        """Flags by the names of the settings of a method or an attack."""
+        found = self.spelled.items()
+        return {name.removeprefix(prefix): v for name, v in found if name.startswith(prefix)}
 
 
 def read_settings(
@@ -249,16 +276,24 @@ def read_settings(
         sources.insert(0, _of_file(values, f"--config {path}", cls, methods, attacks))
     run: dict[str, Any] = {}
     for source in sources:
-        run |= typed(cls, source.run, source.where)
+        run |= typed(cls, source.run, source.where, source.spelled)
     run |= fixed
     # A method that is unknown is named by whoever looks it up, with the settings it has.
     method: dict[str, Any] = {}
     attack: dict[str, dict[str, Any]] = {}
     known = run.get("method", getattr(settings_of(cls).get("method"), "default", None))
+    if known:
+        saying = [source for source in sources if "method" in source.run]
+        methods.find(known, saying[-1].spelled.get("method", saying[-1].where) if saying else "")
     for source in sources:
-        method |= methods.typed(known, source.method, source.where) if known else source.method
+        method |= (
+            methods.typed(known, source.method, source.where, source.typed_as(f"{_METHOD}."))
+            if known
+            else source.method
+        )
         for name, values in source.attacks.items():
-            found = attacks.typed(name, values, source.where)
+            typed_as = source.typed_as(f"{_ATTACKS}.{name}.")
+            found = attacks.typed(name, values, source.where, typed_as)
             attack[name] = attack.get(name, {}) | found
     if _METHOD in settings_of(cls):
         run[_METHOD] = method
@@ -270,15 +305,28 @@ def read_settings(
 def _of_flags(arguments: argparse.Namespace, cls: type) -> _Given:
     method = dict(map(name_and_value, getattr(arguments, _METHOD, ())))
     attacks: dict[str, dict[str, Any]] = {}
+    spelled = {f"{_METHOD}.{name}": f"--set {name}" for name in method}
     for dest, value in vars(arguments).items():
         first, _, name = dest.partition(".")
         if first == _METHOD and name:
             method[name] = value
+            spelled[dest] = flag_of(name)
         elif first == _ATTACKS and name:
             owner, _, setting = name.partition(".")
             attacks.setdefault(owner, {})[setting] = value
+            spelled[dest] = flag_of(name)
     run = {k: v for k, v in given(arguments, cls).items() if k not in (_METHOD, _ATTACKS)}
-    return _Given("flags", run, method, attacks)
+    spelled |= {name: flag_of(name) for name in run}
+    return _Given("flags", run, method, attacks, spelled)
+
+
+def build_of_flags(cls: type[T], values: Mapping[str, Any]) -> T:
+    """A settings dataclass of what flags gave, without a file; errors name the flags.
+
+    Raises:
+        ValueError: If a value is wrong.
+    """
+    return build(cls, values, "flags", spelled={name: flag_of(name) for name in values})
 
 
 def _of_file(

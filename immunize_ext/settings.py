@@ -120,11 +120,7 @@ def plain(value: Any) -> Any:
     return value
 
 
-# --- from plain values to a dataclass -------------------------------------------------------------
-
-
-class _WrongKindError(Exception):
-    """A value does not have the type of its field."""
+# --- types ----------------------------------------------------------------------------------------
 
 
 def options_of(kind: Any) -> tuple[Any, ...]:
@@ -154,6 +150,66 @@ def _words(kind: Any) -> str:
         else:
             found.append(simple.get(option, getattr(option, "__name__", str(option))))
     return " or ".join(found)
+
+
+def _has_type(value: Any, kind: Any) -> bool:
+    """Whether a value is what a field of that type holds: nothing is converted."""
+    options = options_of(kind)
+    if len(options) > 1:
+        return any(_has_type(value, option) for option in options)
+    origin, inner = typing.get_origin(kind), typing.get_args(kind)
+    if kind is Any:
+        return True
+    if origin is Literal:
+        return any(value == choice and type(value) is type(choice) for choice in inner)
+    if origin is tuple:
+        return isinstance(value, tuple) and all(_has_type(item, inner[0]) for item in value)
+    if Mapping in (kind, origin):
+        return isinstance(value, Mapping) and (
+            not inner or all(_has_type(item, inner[1]) for item in value.values())
+        )
+    if kind in (int, float):
+        whole = isinstance(value, int) and not isinstance(value, bool)
+        return whole or (kind is float and isinstance(value, float) and math.isfinite(value))
+    return isinstance(value, origin or kind)
+
+
+def check_types(settings: Any) -> None:
+    """Refuse a settings dataclass, built in Python, whose values have other types than its fields.
+
+    A ``__post_init__`` calls it first. A list becomes the tuple that the field holds; nothing else
+    is converted, as what comes from a shell is.
+
+    Args:
+        settings: The instance.
+
+    Raises:
+        ValueError: If a value has the wrong type or is not finite.
+
+    Example:
+        >>> @dataclasses.dataclass(frozen=True)
+        ... class Toy:
+        ...     steps: int = 3
+        ...     def __post_init__(self) -> None:
+        ...         check_types(self)
+        >>> Toy(steps="4")
+        Traceback (most recent call last):
+        ValueError: steps must be an integer, got '4'
+    """
+    for name, setting in settings_of(type(settings)).items():
+        value = getattr(settings, name)
+        if isinstance(value, list):
+            value = tuple(value)
+            object.__setattr__(settings, name, value)
+        if not _has_type(value, setting.type):
+            raise ValueError(f"{name} must be {_words(setting.type)}, got {value!r}")
+
+
+# --- from plain values to a dataclass -------------------------------------------------------------
+
+
+class _WrongKindError(Exception):
+    """A value does not have the type of its field."""
 
 
 @functools.cache
@@ -199,13 +255,21 @@ def _convert(value: Any, kind: Any) -> Any:
     return found
 
 
-def typed(cls: type, values: Mapping[str, Any], where: str) -> dict[str, Any]:
+def typed(
+    cls: type,
+    values: Mapping[str, Any],
+    where: str,
+    spelled: Mapping[str, str] | None = None,
+    of: str = "",
+) -> dict[str, Any]:
     """Plain values in the types of the settings of a dataclass.
 
     Args:
         cls: The dataclass.
         values: Settings by name.
-        where: Where they come from (``--config run.yaml``, ``flags``); stands in errors.
+        where: Where they come from (``--config run.yaml``, ``results.json``); stands in errors.
+        spelled: What was typed for a setting, as ``--base-budget``: stands in errors instead.
+        of: Whose settings they are, for errors that name what was typed.
 
     Returns:
         The settings that were given, in their types.
@@ -224,27 +288,38 @@ def typed(cls: type, values: Mapping[str, Any], where: str) -> dict[str, Any]:
         Traceback (most recent call last):
         ValueError: flags: strenght is no setting; did you mean strength
     """
+
+    def said(name: str) -> str:
+        return (spelled or {}).get(name) or f"{where}: {name}"
+
     known = settings_of(cls)
     found: dict[str, Any] = {}
     for name, value in values.items():
         if name not in known:
-            raise ValueError(f"{where}: {name} is no setting; {suggestion(name, known)}")
+            whose = f" of {of}" if of and name in (spelled or {}) else ""
+            raise ValueError(f"{said(name)} is no setting{whose}; {suggestion(name, known)}")
         tables: list[Any] = list(filter(dataclasses.is_dataclass, options_of(known[name].type)))
         if tables and isinstance(value, str):
             value = parse_yaml(value)
         if tables and isinstance(value, Mapping):
-            found[name] = build(tables[0], value, f"{where}: {name}")
+            found[name] = build(tables[0], value, said(name))
             continue
         try:
             found[name] = _convert(value, known[name].type)
         except _WrongKindError:
             raise ValueError(
-                f"{where}: {name} must be {_words(known[name].type)}, got {value!r}"
+                f"{said(name)} must be {_words(known[name].type)}, got {value!r}"
             ) from None
     return found
 
 
-def build(cls: type[T], values: Mapping[str, Any], where: str, defaults: T | None = None) -> T:
+def build(
+    cls: type[T],
+    values: Mapping[str, Any],
+    where: str,
+    defaults: T | None = None,
+    spelled: Mapping[str, str] | None = None,
+) -> T:
     """A settings dataclass from plain values, or an error that names the setting.
 
     Args:
@@ -252,6 +327,7 @@ def build(cls: type[T], values: Mapping[str, Any], where: str, defaults: T | Non
         values: Settings by name; others keep their defaults.
         where: Where they come from; stands in errors.
         defaults: An instance whose settings hold where ``values`` has none.
+        spelled: As for :func:`typed`.
 
     Returns:
         The instance.
@@ -266,7 +342,7 @@ def build(cls: type[T], values: Mapping[str, Any], where: str, defaults: T | Non
         >>> build(Toy, {"steps": "4"}, "flags")
         Toy(steps=4)
     """
-    found = typed(cls, values, where)
+    found = typed(cls, values, where, spelled)
     if defaults is not None:
         return dataclasses.replace(defaults, **found)  # type: ignore[type-var]
     for name, setting in settings_of(cls).items():
@@ -311,11 +387,14 @@ def read_yaml(path: str | Path, *, flag: str = "--config") -> dict[str, Any]:
             f"{flag}: {path} must hold names with values, got a {type(loaded).__name__}"
         )
     found: dict[str, Any] = {}
+    spelled: dict[str, Any] = {}
     for key, value in loaded.items():
         name = str(key).replace("-", "_")
         if name in found:
-            raise ValueError(f"{flag}: {path} must name each setting once, got {key!r} twice")
-        found[name] = value
+            raise ValueError(
+                f"{flag}: {path} must name each setting once, got {spelled[name]!r} and {key!r}"
+            )
+        found[name], spelled[name] = value, key
     return found
 
 
@@ -340,7 +419,19 @@ def parse_yaml(text: str) -> Any:
     try:
         return yaml.load(text, _loader())  # a SafeLoader: plain values only
     except (yaml.YAMLError, RecursionError) as error:
-        raise ValueError(" ".join(str(error).split())) from error
+        raise ValueError(_problem(error)) from error
+
+
+def _problem(error: Exception) -> str:
+    """What a parser found and where, without the lines of the file that it quotes."""
+    reason, problem = getattr(error, "reason", None), getattr(error, "problem", None)
+    if reason is not None:  # a character, before there are lines
+        return f"{reason} at position {getattr(error, 'position', 0)}"
+    if problem is None:
+        return " ".join(str(error).split())
+    context, mark = getattr(error, "context", None), getattr(error, "problem_mark", None)
+    where = "" if mark is None else f" in line {mark.line + 1}"
+    return " ".join(f"{context + ', ' if context else ''}{problem}{where}".split())
 
 
 # The core schema of YAML 1.2: what a plain word is, its pattern, what it can begin with.
@@ -456,9 +547,15 @@ class Registry(Mapping[str, T], Generic[T]):
         common = {k: v for k, v in shared.items() if k in known}
         return build(type(entry), {**common, **values}, f"{where}: {name}", entry)
 
-    def typed(self, name: str, values: Mapping[str, Any], where: str) -> dict[str, Any]:
+    def typed(
+        self,
+        name: str,
+        values: Mapping[str, Any],
+        where: str,
+        spelled: Mapping[str, str] | None = None,
+    ) -> dict[str, Any]:
         """Settings of an entry in their types; see :func:`typed`."""
-        return typed(type(self.find(name, where)), values, f"{where}: {name}")
+        return typed(type(self.find(name, where)), values, f"{where}: {name}", spelled, name)
 
     def all_settings(self) -> dict[str, list[str]]:
         """Every setting of any entry, with the names of the entries that have it."""

@@ -171,8 +171,11 @@ def test_help_needs_neither_torch_nor_optional_packages(tmp_path: Path) -> None:
         (("sweep", "kapa"), "kapa is no command; did you mean kappa; see immunize sweep --help"),
         (("attack",), "required: RUN; see immunize attack --help"),
         (("demo", "--sead", "1"), "did you mean --seed; see immunize demo --help"),
-        (("demo", "--seed", "one"), "seed must be an integer, got 'one'"),
-        (("demo", "--strength", "much"), "must be a finite number or 'auto', got 'much'"),
+        (("demo", "--seed", "one"), "--seed must be an integer, got 'one'"),
+        (
+            ("demo", "--strength", "much"),
+            "--strength must be a finite number or 'auto', got 'much'",
+        ),
         (("demo", "--method", "magic"), "magic is no method; known are"),
         (("demo", "--skip-mima", "--strength", "0.5"), "strength must be finite and at least 1"),
         (
@@ -188,6 +191,10 @@ def test_help_needs_neither_torch_nor_optional_packages(tmp_path: Path) -> None:
         (("kappa", "--threads", "100000"), "--threads must be at most"),
         (("sweep", "kappa", "--jobs", "100000"), "--jobs must be at most"),
         (("kappa", "--method", "condition-number", "--learning-rate", "0"), "learning_rate must"),
+        (("kappa", "--base-budget", "x"), "--base-budget must be an integer, got 'x'"),
+        (("kappa", "--method", "whitning"), "--method: whitning is no method; did you mean whiten"),
+        (("kappa", "--attacks", "nestrov"), "nestrov is no attack; did you mean nesterov"),
+        (("kappa", "--data", "nofile.npz"), "nofile.npz must be a file of features, but it is not"),
         (("kappa", "--base-budget", "0"), "base_budget and limit must be at least 1"),
         (("kappa", "--limit", "inf"), "limit must be a finite number"),
         (("kappa", "--set", "strength=.inf"), "strength must be a finite number or 'auto'"),
@@ -220,6 +227,22 @@ def test_refusals_of_text_to_image_runs(
 ) -> None:
     pytest.importorskip("diffusers")
     assert words in refused("mima", *arguments)
+
+
+def test_refusals_of_imma_say_how_many_concepts(refused: Callable[..., str]) -> None:
+    pytest.importorskip("diffusers")
+    assert "--targets must be one concept, got none; give --targets" in refused("imma")
+    several = refused("imma", "--targets", "three", "four")
+    assert "--targets must be one concept, got 2; use `immunize mima` for several" in several
+
+
+def test_attack_says_where_it_writes(refused: Callable[..., str], tmp_path: Path) -> None:
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run" / "results.json").write_text(
+        json.dumps({"schema": storage.SCHEMA, "kind": "kappa"})
+    )
+    line = refused("attack", "run", "--out", "X")
+    assert "unrecognized arguments: --out X; attack writes into RUN/attacks; see" in line
 
 
 def test_existing_output_is_refused_at_once(refused: Callable[..., str], tmp_path: Path) -> None:

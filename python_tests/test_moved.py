@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib
+import re
 import subprocess
 import sys
 import textwrap
@@ -11,7 +12,7 @@ import warnings
 import pytest
 
 import immunize_ext
-from immunize_ext._moved import PLACES, places_of
+from immunize_ext._moved import GONE, PLACES, places_of
 
 # Public names of each old module, but for those that the changelog says are gone.
 OLD = {
@@ -58,9 +59,50 @@ def test_the_warning_names_the_line_that_imports() -> None:
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
         from immunize_ext.regularizers import r_well
+    assert [w.filename for w in caught] == ["<string>"], caught
+    """
+    subprocess.run([sys.executable, "-c", textwrap.dedent(code)], check=True)
+
+
+def test_import_star_binds_the_public_names_and_warns_of_each_once() -> None:
+    code = """
+    import warnings
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        from immunize_ext.regularizers import *
+    import immunize_ext.regularizers as old
+    from immunize_ext.ops import regularizers as new
+    assert dir(old) == sorted(new.__all__), dir(old)
+    assert all(globals()[name] is getattr(new, name) for name in new.__all__)
+    assert len(caught) == len(new.__all__), caught
     assert {w.filename for w in caught} == {"<string>"}, caught
     """
     subprocess.run([sys.executable, "-c", textwrap.dedent(code)], check=True)
+
+
+@pytest.mark.parametrize("module", PLACES)
+def test_old_modules_list_what_they_give(module: str) -> None:
+    if module == "report":
+        return  # still a module
+    old = importlib.import_module(f"immunize_ext.{module}")
+    names = dir(old)
+    assert names
+    assert old.__all__ == names
+    assert set(OLD.get(module, "").split()) <= set(names)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        assert all(hasattr(old, name) for name in names)
+
+
+@pytest.mark.parametrize("module", GONE)
+def test_modules_without_a_successor_say_where_their_content_went(module: str) -> None:
+    package, _, name = f"immunize_ext.{module}".rpartition(".")
+    with pytest.raises(ModuleNotFoundError, match=rf"immunize_ext\.{module} is gone: .*immuni"):
+        importlib.import_module(f"immunize_ext.{module}")
+    with pytest.raises(ModuleNotFoundError, match="is gone"):
+        exec(f"from {package} import {name}", {})
+    for place in re.findall(r"immunize_ext[.a-z_]*", GONE[module]):
+        importlib.import_module(place)
 
 
 def test_what_never_was_is_not_found() -> None:

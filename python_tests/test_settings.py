@@ -11,7 +11,7 @@ from typing import Any, ClassVar, Literal
 import pytest
 
 from immunize_ext.flags import CommandParser, add_flags, add_registry_flags, read_settings
-from immunize_ext.settings import Registry, build, parse_yaml, plain, read_yaml
+from immunize_ext.settings import Registry, build, check_types, parse_yaml, plain, read_yaml
 
 
 @dataclass(frozen=True)
@@ -45,6 +45,7 @@ class Toy:
     attack_settings: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
+        check_types(self)
         if self.steps < 1:
             raise ValueError(f"steps must be at least 1, got {self.steps}")
 
@@ -202,21 +203,23 @@ def test_old_names_still_work_and_say_so(
 @pytest.mark.parametrize(
     ("argv", "words"),
     [
-        (["--steps", "many"], "steps must be an integer, got 'many'"),
+        (["--steps", "many"], "--steps must be an integer, got 'many'"),
         (["--steps", "0"], "steps must be at least 1, got 0"),
         (["--steps", "3.5"], "steps must be an integer"),
         (["--rate", "inf"], "rate must be a finite number, got 'inf'"),
         (["--rate", "nan"], "rate must be a finite number"),
         (["--grading", "tip"], "grading must be 'log' or 'top', got 'tip'"),
         (["--strength", "much"], "strength must be a finite number or 'auto', got 'much'"),
-        (["--method", "frist"], "frist is no method; did you mean first"),
-        (["--rotate"], "first: rotate is no setting"),
-        (["--set", "dept=3"], "first: dept is no setting; did you mean depth"),
+        (["--method", "frist"], "--method: frist is no method; did you mean first"),
+        (["--method", "frist", "--depth", "3"], "--method: frist is no method"),
+        (["--rotate"], "--rotate is no setting of first; known are depth, steps"),
+        (["--depth", "x"], "--depth must be an integer, got 'x'"),
+        (["--set", "dept=3"], "--set dept is no setting of first; did you mean depth"),
         (["--set", "depth"], "must look like NAME=VALUE, got 'depth'"),
-        (["--set", "depth=.inf"], "first: depth must be an integer, got inf"),
+        (["--set", "depth=.inf"], "--set depth must be an integer, got inf"),
         (["--set", "depth=[1"], "depth must have a plain value, got '[1'"),
         (["--set", "depth={a: *b}"], "depth must have a plain value"),
-        (["--low-rank.rank", "x"], "low_rank: rank must be an integer, got 'x'"),
+        (["--low-rank.rank", "x"], "--low-rank.rank must be an integer, got 'x'"),
     ],
 )
 def test_bad_values_are_one_line(argv: list[str], words: str) -> None:
@@ -240,9 +243,19 @@ def test_bad_values_are_one_line(argv: list[str], words: str) -> None:
         ("low_rank: 3", "low_rank must be a table of names and values, got 3"),
         ("settings: 3", "settings must be a table of names and values, got 3"),
         ("- a", "must hold names with values, got a list"),
-        ("steps: [1", "must be a YAML file"),
+        (
+            "steps: [1",
+            "must be a YAML file, got: while parsing a flow sequence, expected ',' or ']', but got "
+            "'<stream end>' in line 1",
+        ),
+        ("a\0b", "special characters are not allowed at position 1"),
+        ("method: frist", "frist is no method; did you mean first"),
+        ("low-rank: {rank: x}", "low_rank: rank must be an integer, got 'x'"),
         ("steps: 1\nsteps: 2", "the key 'steps' stands twice"),
-        ("attack-settings: 1\nattack_settings: 2", "must name each setting once"),
+        (
+            "attack-settings: 1\nattack_settings: 2",
+            "must name each setting once, got 'attack-settings' and 'attack_settings'",
+        ),
         ("settings: {depth: 1, depth: 2}", "the key 'depth' stands twice"),
         ("!!python/object/apply:os.getcwd []", "must be a YAML file"),
         ("\udcff", "must be a YAML file"),
@@ -285,11 +298,45 @@ def test_unknown_flags_say_what_was_meant(capsys: pytest.CaptureFixture[str]) ->
         (["--stepps", "3"], "unrecognized arguments: --stepps 3; did you mean --steps"),
         (["--step", "3"], "did you mean --steps"),  # no abbreviations
         (["--low-rank.rnk=3"], "did you mean --low-rank.rank"),
+        (["--stare", "3"], "unrecognized arguments: --stare 3; see"),  # near to nothing
     ):
         with pytest.raises(SystemExit) as caught:
             parser().parse_args(argv)
         assert caught.value.code == 2
         assert words in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("values", "words"),
+    [
+        ({"steps": "3"}, "steps must be an integer, got '3'"),
+        ({"steps": 1.5}, "steps must be an integer, got 1.5"),
+        ({"steps": True}, "steps must be an integer, got True"),
+        ({"rate": "x"}, "rate must be a finite number, got 'x'"),
+        ({"rate": math.nan}, "rate must be a finite number"),
+        ({"primary": 3}, "primary must be a text, got 3"),
+        ({"method": None}, "method must be a text, got None"),
+        ({"harmful": "4:9"}, "harmful must be a list, each a text, got '4:9'"),
+        ({"harmful": (3,)}, "harmful must be a list, each a text"),
+        ({"grading": "tip"}, "grading must be 'log' or 'top', got 'tip'"),
+        ({"erase": 1}, "erase must be true or false, got 1"),
+        ({"strength": "much"}, "strength must be a finite number or 'auto'"),
+        ({"settings": 3}, "settings must be a table, got 3"),
+        ({"attack_settings": {"low_rank": 3}}, "attack_settings must be a table"),
+    ],
+)
+def test_types_are_checked_where_python_builds_settings(values: dict[str, Any], words: str) -> None:
+    with pytest.raises(ValueError, match=r"must") as caught:
+        Toy(**values)
+    assert words in str(caught.value)
+
+
+def test_what_has_the_right_type_is_kept() -> None:
+    found = Toy(
+        rate=1, strength="auto", settings={"depth": 3}, attack_settings={"low_rank": {"rank": 3}}
+    )
+    assert (found.rate, found.strength, found.settings) == (1, "auto", {"depth": 3})
+    assert Toy(harmful=["a", "b"]).harmful == ("a", "b")  # type: ignore[arg-type]
 
 
 # --- registries -----------------------------------------------------------------------------------

@@ -17,7 +17,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from benchmarks.protection._measures import one_thread, write
+from benchmarks.protection._outcomes import one_thread, write
 from benchmarks.protection._published import FLOOR
 from immunize_ext.ops import gram_extremes
 from immunize_ext.probing.data import house_prices_task, load_digits

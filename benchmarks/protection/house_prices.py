@@ -20,7 +20,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from benchmarks.protection._measures import (
+from benchmarks.protection._outcomes import (
     PAPER_HOUSE,
     RIDGE,
     one_thread,

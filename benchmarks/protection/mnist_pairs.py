@@ -23,7 +23,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from benchmarks.protection._measures import PAPER_MNIST, RIDGE, one_thread, spread, write
+from benchmarks.protection._outcomes import PAPER_MNIST, RIDGE, one_thread, spread, write
 from benchmarks.protection._paper_figure import PAPER_FIGURE
 from benchmarks.protection._published import Published, train
 from immunize_ext.probing.data import Problem, Task, load_mnist

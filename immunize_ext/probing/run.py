@@ -43,7 +43,7 @@ from immunize_ext.probing.evaluation import (
 from immunize_ext.probing.immunizers import METHODS, Immunized, grid_of, knob_of
 from immunize_ext.probing.immunizers import label_of as method_label
 from immunize_ext.seams import Attack, Immunizer, Progress
-from immunize_ext.settings import build, plain, settings_of
+from immunize_ext.settings import build, check_types, plain, settings_of
 from immunize_ext.storage import (
     SCHEMA,
     check_target,
@@ -103,6 +103,8 @@ class MeasureSettings:
     limit: float = 64.0
 
     def __post_init__(self) -> None:
+        check_types(self)
+        _check_attacks(self.attacks, self.attack_settings)
         if self.base_budget < 1 or not self.limit >= 1.0:
             raise ValueError(
                 f"base_budget and limit must be at least 1, got {self.base_budget} and {self.limit}"
@@ -127,6 +129,11 @@ class MeasureSettings:
         return attacks_of(self.attacks, self.attack_settings, self.loss, standard=standard)
 
 
+def _check_attacks(names: Sequence[str], attack_settings: Mapping[str, Any]) -> None:
+    for name in (*(name for name in names if name != "all"), *attack_settings):
+        ATTACKS.find(name, "attacks")
+
+
 def attacks_of(
     names: Sequence[str],
     attack_settings: Mapping[str, Mapping[str, Any]],
@@ -143,8 +150,7 @@ def attacks_of(
     usual = [attack.name for attack in standard_attacks(loss)] if standard else []
     every = [name for name in ATTACKS if knows(ATTACKS[name], loss)] if "all" in names else []
     asked = [name for name in names if name != "all"]
-    for name in (*asked, *attack_settings):
-        ATTACKS.find(name, "attacks")
+    _check_attacks(names, attack_settings)
     chosen = {*usual, *every, *asked}
     idle = [name for name in attack_settings if name not in chosen]
     if idle:
@@ -185,6 +191,9 @@ class RunSettings(MeasureSettings):
 
     def __post_init__(self) -> None:
         super().__post_init__()
+        METHODS.find(self.method, "method")
+        for name in self.compare:
+            METHODS.find(name, "compare")
         if self.seed < 0:
             raise ValueError(f"seed must not be negative, got {self.seed}")
 
@@ -493,10 +502,12 @@ class AttackSettings:
     data_dir: str | None = None
 
     def __post_init__(self) -> None:
+        check_types(self)
+        _check_attacks(self.attacks, self.attack_settings)
         if any(budget < 1 for budget in self.budgets):
             raise ValueError(f"budgets must be at least 1 step, got {min(self.budgets)}")
-        if not self.tasks or not set(self.tasks) <= set(ROLES):
-            raise ValueError(f"tasks must be among {', '.join(ROLES)}, got {self.tasks}")
+        if not self.tasks:
+            raise ValueError(f"tasks must be among {', '.join(ROLES)}, got none")
 
 
 @dataclass(frozen=True)
@@ -716,6 +727,8 @@ class SweepSettings(MeasureSettings):
 
     def __post_init__(self) -> None:
         super().__post_init__()
+        for name in self.methods:
+            METHODS.find(name, "methods")
         for name in ("pairs", "methods", "seeds"):
             values = getattr(self, name)
             if not values or len(set(values)) < len(values):

@@ -26,7 +26,7 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
@@ -36,6 +36,8 @@ from immunize_ext.images import SUFFIXES, image_files, read_rgb, same_pictures
 from immunize_ext.settings import parse_yaml
 from immunize_ext.storage import digest
 from immunize_ext.text_to_image.names import find_names, same_name
+
+T = TypeVar("T")
 
 # Names stand in file names, tables and plots.
 _LONGEST_NAME = 100
@@ -213,16 +215,12 @@ def load_concepts(path: str | Path, *, size: int | tuple[int, int] | None = None
         raise ValueError(f"load_concepts: {path} must be YAML, got: {reason}") from None
     reader = _Reader(file, size)
     table = reader.table(content, "the file", {"concepts", "retain", "captions"})
-    try:
-        return ConceptSet(
-            reader.concepts(table.get("concepts"), "concepts", images=True),
-            reader.concepts(table.get("retain") or [], "retain", images=False),
-            reader.captions(table.get("captions") or []),
-        )
-    except ValueError as error:
-        if str(error).startswith("Concept"):
-            raise ValueError(f"load_concepts: {path}: {error}") from None
-        raise
+    return reader.make(
+        ConceptSet,
+        reader.concepts(table.get("concepts"), "concepts", images=True),
+        reader.concepts(table.get("retain") or [], "retain", images=False),
+        reader.captions(table.get("captions") or []),
+    )
 
 
 class _Reader:
@@ -234,6 +232,13 @@ class _Reader:
 
     def fail(self, key: str, expected: str, got: object) -> ValueError:
         return ValueError(f"load_concepts: {self.file}: {key} must {expected}, got {got!r}")
+
+    def make(self, cls: Callable[..., T], *values: Any) -> T:
+        """What a dataclass refuses is named with the file."""
+        try:
+            return cls(*values)
+        except ValueError as error:
+            raise ValueError(f"load_concepts: {self.file}: {error}") from None
 
     def table(self, value: object, key: str, known: set[str]) -> Mapping[str, Any]:
         if not isinstance(value, dict):
@@ -272,7 +277,7 @@ class _Reader:
         )
         spoken = name.replace("_", " ")
         texts = tuple(text.replace("{}", spoken) for text in prompts)
-        return Concept(name, texts, anchor, label, source, aliases)
+        return self.make(Concept, name, texts, anchor, label, source, aliases)
 
     def texts(self, value: object, key: str) -> list[str]:
         if not isinstance(value, list) or not value:

@@ -529,7 +529,8 @@ def attack(
         "schema": SCHEMA,
         "kind": "mima-attack",
         "attacks": _labels(evaluation.attacks),
-        "config": plain(about),
+        "config": plain(about)
+        | {name: results["config"].get(name) for name in ("method", "settings")},
         "evaluation": evaluation.to_dict(),
         "environment": environment(task.model.device),
     }
@@ -537,10 +538,10 @@ def attack(
 
 
 def _request(values: Mapping[str, Any]) -> RunSettings:
-    """What a run of any schema was asked for."""
-    known = {
-        name: values[name] for name in settings_of(RunSettings) if values.get(name) is not None
-    }
+    """What a run of any schema was asked for, as far as its model and its judges go."""
+    left_out = ("method", "settings", "attacks", "attack_settings")
+    names = [name for name in settings_of(RunSettings) if name not in left_out]
+    known = {name: values[name] for name in names if values.get(name) is not None}
     return build(RunSettings, known, "results.json")
 
 

@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from itertools import product
 from typing import Any, Literal
 
-from immunize_ext.settings import settings_of
+from immunize_ext.settings import check_types, settings_of
 from immunize_ext.text_to_image.attacks import ATTACKS, TextToImageAttack
 from immunize_ext.text_to_image.digits.images import DIGIT_NAMES
 from immunize_ext.text_to_image.immunizers import METHODS, LossAscent, TextToImageImmunizer
@@ -19,6 +19,11 @@ Dtype = Literal["saved", "float32", "float16", "bfloat16"]
 
 # Whatever is claimed for a method has to be more than this.
 BASELINE = LossAscent.method
+
+
+def _check_attacks(names: Sequence[str], attack_settings: Mapping[str, Any]) -> None:
+    for name in (*(() if tuple(names) == ("all",) else names), *attack_settings):
+        ATTACKS.find(name, "attacks")
 
 
 @dataclass(frozen=True)
@@ -42,6 +47,7 @@ class ModelSettings:
     image_size: int | None = None
 
     def __post_init__(self) -> None:
+        check_types(self)
         if self.image_size is not None and self.image_size < 1:
             raise ValueError(f"image_size must be at least 1, got {self.image_size}")
         if len(set(self.targets)) < len(self.targets):
@@ -93,6 +99,8 @@ class RunSettings(ModelSettings):
 
     def __post_init__(self) -> None:
         super().__post_init__()
+        METHODS.find(self.method, "method")
+        _check_attacks(self.attacks, self.attack_settings)
         if not self.seeds or len(set(self.seeds)) < len(self.seeds):
             raise ValueError(f"seeds must be different seeds, got {list(self.seeds)}")
         for name in ("attack_steps", "images", "sampling_steps"):
@@ -133,8 +141,6 @@ class RunSettings(ModelSettings):
                 settings that is not run.
         """
         names = tuple(ATTACKS) if self.attacks == ("all",) else self.attacks
-        for name in (*names, *self.attack_settings):
-            ATTACKS.find(name, "attacks")
         if len(set(names)) < len(names):
             raise ValueError(f"attacks must be different attacks, got {list(names)}")
         idle = [name for name in self.attack_settings if name not in names]
@@ -193,6 +199,8 @@ class AttackSettings:
     images: int | None = None
 
     def __post_init__(self) -> None:
+        check_types(self)
+        _check_attacks(self.attacks, self.attack_settings)
         if any(budget < 1 for budget in self.budgets):
             raise ValueError(f"budgets must be at least 1 step, got {min(self.budgets)}")
 

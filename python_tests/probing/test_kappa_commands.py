@@ -342,7 +342,7 @@ def refused(
         (["kappa", "--attacks", "nobody"], "nobody is no attack"),
         (["kappa", "--loss", "hinge"], "'squared' or 'logistic'"),
         (["kappa", "--objective", "sum", "--method", "opt-kappa"], "objective must be"),
-        (["kappa", "--batch-size", "few", "--method", "mini-batch"], "batch_size must be"),
+        (["kappa", "--batch-size", "few", "--method", "mini-batch"], "--batch-size must be"),
         (["kappa", "--harmful", "1:2", "3:4", "--primary", "5:6"], "use --method several-harms"),
         (["kappa", "--config", "missing.yaml"], "missing.yaml"),
         (["attack", "nothing"], "must be a run directory"),
@@ -419,3 +419,31 @@ def test_threads_are_put_back(finished: Path) -> None:
     before = torch.get_num_threads()
     assert main(["attack", str(finished), "--attacks", "whitened", "--quiet"]) == 0
     assert torch.get_num_threads() == before
+
+
+@pytest.mark.parametrize(
+    ("values", "words"),
+    [
+        ({"base_budget": "x"}, "base_budget must be an integer, got 'x'"),
+        ({"seed": "1"}, "seed must be an integer, got '1'"),
+        ({"seed": 1.5}, "seed must be an integer, got 1.5"),
+        ({"data": 3}, "data must be a text, got 3"),
+        ({"method": "whitning"}, "method: whitning is no method; did you mean whitening"),
+        ({"compare": ("whitning",)}, "compare: whitning is no method"),
+        ({"attacks": ("nestrov",)}, "attacks: nestrov is no attack; did you mean nesterov"),
+        ({"attack_settings": {"all": {}}}, "attacks: all is no attack"),
+    ],
+)
+def test_settings_built_in_python_are_checked_at_once(values: dict[str, Any], words: str) -> None:
+    with pytest.raises(ValueError, match=r"must|no ") as caught:
+        probing.RunSettings(**values)
+    assert str(caught.value).startswith(words)
+
+
+def test_settings_of_attacks_and_sweeps_are_checked_at_once() -> None:
+    with pytest.raises(ValueError, match="methods: whitning is no method"):
+        probing.SweepSettings(methods=("whitning",))
+    with pytest.raises(ValueError, match="attacks: nestrov is no attack"):
+        probing.AttackSettings(attacks=("nestrov",))
+    with pytest.raises(ValueError, match="budgets must be a list, each an integer"):
+        probing.AttackSettings(budgets=("3",))  # type: ignore[arg-type]

@@ -256,3 +256,20 @@ def test_config_files(tmp_path, monkeypatch):
     (lora,) = found.chosen_attacks()
     assert (lora.rank, lora.learning_rate) == (2, 1e-4)
     assert runs.RunSettings(attack_steps=2).steps_to_judge() == (0, 1, 2)
+
+
+@pytest.mark.parametrize(
+    ("values", "words"),
+    [
+        ({"images": "x"}, "images must be an integer, got 'x'"),
+        ({"seeds": ("1",)}, "seeds must be a list, each an integer"),
+        ({"model": 3}, "model must be a text, got 3"),
+        ({"erase": 1}, "erase must be true or false, got 1"),
+        ({"method": "mimma"}, "method: mimma is no method; did you mean"),
+        ({"attacks": ("lroa",)}, "attacks: lroa is no attack"),
+    ],
+)
+def test_settings_built_in_python_are_checked_at_once(values, words):
+    with pytest.raises(ValueError, match=r"must|no ") as caught:
+        runs.RunSettings(**values)
+    assert str(caught.value).startswith(words)

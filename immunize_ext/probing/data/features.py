@@ -126,7 +126,9 @@ def load_features(
             f"features_task: path must end in {' or '.join(readers)}, got {path.name!r}"
         )
     if not path.is_file():
-        raise FileNotFoundError(f"features_task: path must name a file, got {path}")
+        raise FileNotFoundError(
+            f"features_task: path must name a file, got {path}, which is not there"
+        )
     found = readers[path.suffix](path)
     wrong = [key for key, value in found.items() if value.is_complex()]
     if wrong:

@@ -141,6 +141,7 @@ def check_names(data: str, primary: str | None, harmful: tuple[str, ...]) -> Non
         harmful: The tasks to make hard.
 
     Raises:
+        FileNotFoundError: If a file of features is not there.
         ValueError: If one of them has another form, or one is missing.
     """
     file = data.endswith(FILES)
@@ -153,6 +154,9 @@ def check_names(data: str, primary: str | None, harmful: tuple[str, ...]) -> Non
             f"data must be digits, mnist, house or a file ending in {' or '.join(FILES)}, got "
             f"{data!r}"
         )
+    for text in (data, primary, *harmful):
+        if text is not None and text.endswith(FILES) and not Path(text).is_file():
+            raise FileNotFoundError(f"{text} must be a file of features, but it is not there")
     for text in (primary, *harmful):
         if text is None or text.endswith(FILES):
             continue
