@@ -71,7 +71,8 @@ def _has_fused(x: Tensor, normaliser: float | Tensor | None) -> bool:
         or isinstance(normaliser, Tensor)
         or torch._C._are_functorch_transforms_active()
         or carries_tangent(x)
-        or not has_kernel("gram_regularizer", x.device.type)
+        or x.device.type != "cpu"
+        or not has_kernel("gram_regularizer", "cpu")
     )
 
 

@@ -307,12 +307,18 @@ def test_raw_operators_carry_tangents_or_refuse(required):
             raw.merge_solve(torch.eye(2).double(), dual, torch.zeros(2).double(), 1e-12, False)
 
 
-def test_raw_merge_refuses_forward_mode():
+def test_raw_merge_carries_tangents():
+    """It is affine in the base weights, so the tangent is a difference."""
     base, targets, *rest = sample_inputs("merge_apply")[0].arguments
+    merge_apply = torch.ops.immunize_ext.merge_apply
     with forward_ad.dual_level():
         dual = [forward_ad.make_dual(w, torch.ones_like(w)) for w in base]
-        with pytest.raises(NotImplementedError, match="merge_kv"):
-            torch.ops.immunize_ext.merge_apply(dual, targets, *rest)
+        found = [forward_ad.unpack_dual(w).tangent for w in merge_apply(dual, targets, *rest)[0]]
+    moved = merge_apply([w + 1.0 for w in base], targets, *rest)[0]
+    truth = [
+        after - w for after, w in zip(moved, merge_apply(base, targets, *rest)[0], strict=True)
+    ]
+    torch.testing.assert_close(found, truth, rtol=1e-10, atol=1e-10)
 
 
 # --- the preconditioner ---------------------------------------------------------------------------
