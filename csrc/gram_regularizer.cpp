@@ -80,11 +80,10 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> gram_regularizer(
     // rank counts are no cluster: D is then |K|_F^2 / (2 k).
     const bool one_cluster = smallest > 0.0 && multiplicity.const_data_ptr<int64_t>()[b] >= rank;
     if (denominator <= least || (one_cluster && !normaliser && !floor)) {
-      TORCH_CHECK_VALUE(
-          floor.has_value(), op,
-          ": x must not have all singular values equal (D = 0), got that at ", "batch index ", b,
-          "; give a floor");
-      // Held at the floor, with gradient 0.
+      // Held, with gradient 0: at the floor that was given, or where D vanishes, which the count
+      // tells the caller.
+      if (!floor)
+        multiplicity.mutable_data_ptr<int64_t>()[b] = 0;
       result = 1.0 / least;
       continue;
     }

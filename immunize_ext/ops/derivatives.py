@@ -21,7 +21,6 @@ from typing import Any, NamedTuple, cast
 import torch
 from torch import Tensor
 from torch._functorch.utils import enable_single_level_autograd_function
-from torch.autograd import forward_ad
 from torch.autograd.forward_ad import _set_fwd_grad_enabled
 from torch.autograd.function import _SingleLevelFunction
 from torch.utils import _pytree as pytree
@@ -33,18 +32,16 @@ Kernel = Callable[..., Any]
 
 _PLAIN = (Tensor, torch.nn.Parameter)
 
-
-def _no_tangents() -> bool:
-    return forward_ad._current_level < 0 and not torch._C._are_functorch_transforms_active()
+_unpack_dual = torch._VF._unpack_dual  # each look-up in _VF costs as much as the call
 
 
 def carries_tangent(tensor: Tensor) -> bool:
-    """True if forward mode differentiates with respect to ``tensor``, in whatever disguise."""
-    # The plain case first: the full question costs microseconds. In a graph that Dynamo traced the
-    # level is entered without forward_ad knowing, but the tensors are then no plain ones.
-    if type(tensor) in _PLAIN and _no_tangents():
-        return False
-    return torch._VF._unpack_dual(tensor, level=0)[1] is not None
+    """True if forward mode differentiates with respect to ``tensor``, in whatever disguise.
+
+    Only the tensor knows: a graph that Dynamo traced enters the level without a word to
+    ``forward_ad``, and runs on plain tensors.
+    """
+    return _unpack_dual(tensor, level=0)[1] is not None
 
 
 def carries_derivative(tensor: Tensor) -> bool:
@@ -130,8 +127,7 @@ def primals_of(tensors: tuple[Tensor, ...]) -> list[Tensor]:
     What is computed from them then belongs to the levels outside: that is what makes forward mode
     over forward mode right.
     """
-    unpack = torch._VF._unpack_dual
-    return [unpack(tensor, level=0)[0] for tensor in tensors]
+    return [_unpack_dual(tensor, level=0)[0] for tensor in tensors]
 
 
 class Family(NamedTuple):
@@ -365,12 +361,10 @@ class _Refusal(_SingleLevelFunction):
 
 def _differentiated(args: tuple[Any, ...]) -> Tensor | None:
     """The first tensor among the arguments that a derivative is asked for."""
-    recording, still = torch.is_grad_enabled(), _no_tangents()
+    recording = torch.is_grad_enabled()
     for arg in args:
         if isinstance(arg, Tensor):
-            if recording and arg.requires_grad:
-                return arg
-            if not (still and type(arg) in _PLAIN) and carries_tangent(arg):
+            if (recording and arg.requires_grad) or carries_tangent(arg):
                 return arg
         elif isinstance(arg, (list, tuple)):
             found = _differentiated(tuple(arg))
@@ -388,10 +382,13 @@ def apply_here(function: type[_SingleLevelFunction], *args: Any) -> Any:
 
 
 def differentiable(operator: Kernel, function: type[_SingleLevelFunction], *given: Any) -> Kernel:
-    """The ``Autograd`` kernel of an operator with a rule: ``function.apply(*given, *args)``."""
+    """The ``Autograd`` kernel of an operator with a rule: ``function.apply(*given, *args)``.
+
+    Without transforms ``apply`` itself finds out what is differentiated, in less time than asking.
+    """
 
     def kernel(*args: Any) -> Any:
-        if _differentiated(args) is None:
+        if torch._C._are_functorch_transforms_active() and _differentiated(args) is None:
             with torch._C._AutoDispatchBelowAutograd():
                 return operator(*args)
         return apply_here(function, *given, *args)

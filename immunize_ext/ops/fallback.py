@@ -491,8 +491,8 @@ def gram_regularizer(
         if normaliser is None and floor is None:
             held = held | ((rank > 0) & (m_min >= rank))
         held = held & ~outside
-        if floor is None and bool(held.any()):
-            raise ValueError("gram_r_ill: x must not have all singular values equal; give a floor")
+        if floor is None:
+            m_min = m_min.masked_fill(held, 0)  # D vanishes: tells the caller
         value = torch.where(held, least, denominator).reciprocal()
         free = torch.where(held | outside, 0.0, value.square())
         coefficients = torch.stack([zero, free * smallest, -free / width], -1)

@@ -296,7 +296,8 @@ OPERATORS: dict[str, Operator] = {
     # R_well (ill = false) or R_ill of K = x^T x. normaliser: p or k, by default the width of x or
     # the rank; floor: of the denominator of R_ill. value [*] in the dtype of x; coefficients
     # [*, 3] float64 of d lambda_max, d lambda_min, d |K|_F^2; multiplicity [*] of the extreme that
-    # enters; thin_vector [*, t] its vector on the thin side.
+    # enters, 0 where the denominator of R_ill vanishes and no floor is given: the value is then
+    # held at a floor of a few max(n, p) eps; thin_vector [*, t] its vector on the thin side.
     "gram_regularizer": Operator(
         f"(Tensor x, bool ill, float? normaliser, float? floor, {_POLICY}) -> "
         "(Tensor value, Tensor coefficients, Tensor multiplicity, Tensor thin_vector, "

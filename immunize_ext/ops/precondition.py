@@ -92,6 +92,13 @@ class Preconditioner:
     def apply(self, grad: Tensor) -> Tensor:
         """Return grad K^-1.
 
+        With n < p samples K is the ridge beside the row space of x. What a row of grad has there
+        counts as rounding up to ``8 sqrt(p) eps`` of the row's norm, eps that of grad's dtype, and
+        is cut: gradients that come from the data lie in the row space, and what rounding put
+        beside it, divided by the ridge, would drown the rest. A ``NumericalWarning`` tells where
+        what is cut, divided by the ridge, would have been larger than what is kept and is more
+        than the last digit of grad; and where what is kept there is hardly more than rounding.
+
         Args:
             grad: (*, o, p), real floating point.
 
@@ -111,33 +118,40 @@ class Preconditioner:
             )
         require_same_device(function, [("factor", self.factor), ("grad", grad)])
         require_finite(function, "grad", grad)
-        if self.basis.shape[0] > 0:
-            self._warn_of_rounding(grad)
         result: Tensor = torch.ops.immunize_ext.precondition(
             grad, self.factor, self.basis, self.ridge
         )
+        if self.basis.shape[0] > 0:
+            self._warn_of_rounding(grad, result)
         return result
 
-    def _warn_of_rounding(self, grad: Tensor) -> None:
-        """Warn where the part of grad beside the row space is hardly more than its rounding."""
-        numbers = payload(grad)
-        if numbers is None:
+    def _warn_of_rounding(self, grad: Tensor, result: Tensor) -> None:
+        """Warn where the part of grad beside the row space may be rounding, and matters."""
+        numbers, kept = payload(grad), payload(result)
+        if numbers is None or kept is None:
             return
         wide = numbers.to(torch.float64).reshape(-1, self.basis.shape[1])
         beside = (wide - (wide @ self.basis.mT) @ self.basis).norm(dim=1)
         share = rounding_beside(grad)
         size = wide.norm(dim=1)
+        cut = beside <= share * size
+        # Rounding an exact row to its dtype leaves half an eps; what is cut beyond may be meant.
+        missed = cut & (beside > torch.finfo(grad.dtype).eps * size)
+        missed &= beside > self.ridge * kept.to(torch.float64).reshape(wide.shape).norm(dim=1)
         # A share of a hundredth and more is no rounding, whatever the dtype.
-        doubtful = (beside > share * size) & (beside < min(100.0 * share, 1e-2) * size)
-        if bool(doubtful.any()):
-            warnings.warn(
-                f"Preconditioner.apply: {int(doubtful.sum())} rows of grad lie beside the rows of "
-                f"the features by little more than their rounding, which is divided by the ridge, "
-                f"{self.ridge:.3g}; use a wider dtype, a larger ridge, or PreconditionedLinear, "
-                "which knows what its gradient is made of",
-                NumericalWarning,
-                stacklevel=3,
-            )
+        doubtful = ~cut & (beside < min(100.0 * share, 1e-2) * size)
+        for rows, what in (
+            (doubtful, "little more than their rounding, which is divided by the ridge"),
+            (missed, "what counts as rounding and is cut, but would rule divided by the ridge"),
+        ):
+            if bool(rows.any()):
+                warnings.warn(
+                    f"Preconditioner.apply: {int(rows.sum())} rows of grad lie beside the rows of "
+                    f"the features by {what}, {self.ridge:.3g}; use a wider dtype, a larger ridge, "
+                    "or PreconditionedLinear, which knows what its gradient is made of",
+                    NumericalWarning,
+                    stacklevel=3,
+                )
 
 
 def _checked_features(

@@ -24,15 +24,14 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from immunize_ext import _load
 from immunize_ext.errors import EqualSingularValuesError
 from immunize_ext.ops.arguments import (
     RankPolicy,
-    SpectrumPolicy,
     require_positive,
     spectrum_policy,
 )
 from immunize_ext.ops.derivatives import carries_tangent, payload
+from immunize_ext.ops.operators import has_kernel
 from immunize_ext.ops.spectrum import gram_extremes_float64, singular_extremes_float64
 
 __all__ = ["gram_r_ill", "gram_r_well", "r_ill", "r_well"]
@@ -61,31 +60,20 @@ def _require_floor(function: str, floor: float | None) -> None:
         )
 
 
-def _fused(
-    x: Tensor,
-    policy: SpectrumPolicy,
-    *,
-    ill: bool,
-    normaliser: float | Tensor | None,
-    floor: float | None = None,
-) -> Tensor | None:
-    """The fused operator, or None where the composition has to serve."""
-    if (
+def _has_fused(x: Tensor, normaliser: float | Tensor | None) -> bool:
+    """Whether the operator ``gram_regularizer`` can serve; the composition does everything.
+
+    It has a kernel for the CPU alone, takes numbers as normalisers, and is differentiated in
+    reverse mode alone, by no transform. A graph may later be run under any of them.
+    """
+    return not (
         torch.compiler.is_compiling()
-        or type(x) is not Tensor
-        or x.device.type != "cpu"
         or isinstance(normaliser, Tensor)
         or torch._C._are_functorch_transforms_active()
         or carries_tangent(x)
-        or not _load.available()
-    ):
-        return None
-    try:
-        outputs = torch.ops.immunize_ext.gram_regularizer(x, ill, normaliser, floor, *policy)
-    except ValueError:
-        return None  # the composition says what is wrong, and where
-    value: Tensor = outputs[0].to(x.dtype)  # autocast may have widened it
-    return value
+        or x.device.type != "cpu"
+        or not has_kernel("gram_regularizer", "cpu")
+    )
 
 
 def _well(sigma_max: Tensor, squared_frobenius: Tensor, p: float | Tensor) -> Tensor:
@@ -293,9 +281,9 @@ def gram_r_well(
     """
     policy = spectrum_policy("gram_r_well", "x", x, "numerical", rank_rtol, cluster_rtol)
     p = _positive("gram_r_well", "p", p)
-    fused = _fused(x, policy, ill=False, normaliser=p)
-    if fused is not None:
-        return fused
+    if _has_fused(x, p):
+        fused: Tensor = torch.ops.immunize_ext.gram_regularizer(x, False, p, None, *policy)[0]
+        return fused.to(x.dtype)  # autocast may have widened it
     extremes = gram_extremes_float64(x, policy)
     width = x.shape[-1] if p is None else p
     return _well(extremes.lambda_max, extremes.squared_frobenius, width).to(x.dtype)
@@ -346,9 +334,14 @@ def gram_r_ill(
     policy = spectrum_policy("gram_r_ill", "x", x, rank, rank_rtol, cluster_rtol)
     k = _positive("gram_r_ill", "k", k)
     _require_floor("gram_r_ill", floor)
-    fused = _fused(x, policy, ill=True, normaliser=k, floor=floor)
-    if fused is not None:
-        return fused
+    if _has_fused(x, k):
+        fused, _, multiplicity, *_ = torch.ops.immunize_ext.gram_regularizer(
+            x, True, k, floor, *policy
+        )
+        if floor is None:
+            _refuse_vanishing(multiplicity == 0, "gram_r_ill", "x")
+        value: Tensor = fused.to(x.dtype)
+        return value
     extremes = gram_extremes_float64(x, policy)
     counts = (extremes.rank, extremes.multiplicity_min)
     value = _ill(

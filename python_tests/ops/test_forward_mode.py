@@ -20,10 +20,12 @@ from torch.autograd import forward_ad
 from immunize_ext import testing
 from immunize_ext.ops import (
     Preconditioner,
+    RegularizationFactor,
     condition_number,
     extremal_singular_values,
     gram_extremes,
     log_condition_number,
+    merge_kv,
     precondition_gradient,
     symmetric_extremes,
 )
@@ -225,6 +227,57 @@ def test_dual_numbers_through_compiled_code(name):
     torch.testing.assert_close(found, truth, rtol=1e-10, atol=1e-11)
 
 
+def merged_weight(weight):
+    """Of one layer and one concept, as a function of the pretrained weight."""
+    token = torch.tensor([[1.0, 2.0]], dtype=torch.float64)
+    return merge_kv([weight], [[2.0 * V]], [token], FACTOR)[0]
+
+
+FACTOR = RegularizationFactor.from_embeddings(X)
+PRECONDITIONER = Preconditioner.from_features(X)
+
+# Every public function of one matrix, and its derivative along V.
+PUBLIC = {
+    "sigma_max": sigma_max,
+    "condition_number": condition_number,
+    "log_condition_number": log_condition_number,
+    "lambda_max": lambda_max,
+    "symmetric_extremes": lambda a: symmetric_extremes(a.transpose(-2, -1) @ a).lambda_max,
+    "r_well": r_well,
+    "r_ill": r_ill,
+    "gram_r_well": gram_r_well,
+    "gram_r_ill": gram_r_ill,
+    "precondition_gradient": lambda a: precondition_gradient(a, PRECONDITIONER),
+    "Preconditioner.apply": PRECONDITIONER.apply,
+    "merge_kv": merged_weight,
+}
+BY_HAND = {
+    "r_well": 0.845497,
+    "r_ill": -1.16998,
+    "condition_number": -0.3577,
+    "gram_r_well": 9.539,
+    "symmetric_extremes": 4.691,
+}
+
+
+@pytest.mark.usefixtures("fresh_compiler")
+@pytest.mark.parametrize("backend", ["eager", "aot_eager"])
+@pytest.mark.parametrize("name", PUBLIC)
+def test_dual_numbers_made_inside_compiled_code(route, name, backend):
+    """The graph enters the level itself and runs on plain tensors: never a wrong number or none."""
+
+    def dual(a, t):
+        with forward_ad.dual_level():
+            return forward_ad.unpack_dual(PUBLIC[name](forward_ad.make_dual(a, t))).tangent
+
+    found = torch.compile(dual, backend=backend)(X, V)
+    truth = along(PUBLIC[name])(X)
+    if name in BY_HAND:
+        assert float(truth) == pytest.approx(BY_HAND[name], rel=2e-4)
+    assert found is not None
+    torch.testing.assert_close(found, truth, rtol=1e-10, atol=1e-11)
+
+
 # --- raw operators --------------------------------------------------------------------------------
 
 
@@ -254,12 +307,18 @@ def test_raw_operators_carry_tangents_or_refuse(required):
             raw.merge_solve(torch.eye(2).double(), dual, torch.zeros(2).double(), 1e-12, False)
 
 
-def test_raw_merge_refuses_forward_mode():
+def test_raw_merge_carries_tangents():
+    """It is affine in the base weights, so the tangent is a difference."""
     base, targets, *rest = sample_inputs("merge_apply")[0].arguments
+    merge_apply = torch.ops.immunize_ext.merge_apply
     with forward_ad.dual_level():
         dual = [forward_ad.make_dual(w, torch.ones_like(w)) for w in base]
-        with pytest.raises(NotImplementedError, match="merge_kv"):
-            torch.ops.immunize_ext.merge_apply(dual, targets, *rest)
+        found = [forward_ad.unpack_dual(w).tangent for w in merge_apply(dual, targets, *rest)[0]]
+    moved = merge_apply([w + 1.0 for w in base], targets, *rest)[0]
+    truth = [
+        after - w for after, w in zip(moved, merge_apply(base, targets, *rest)[0], strict=True)
+    ]
+    torch.testing.assert_close(found, truth, rtol=1e-10, atol=1e-10)
 
 
 # --- the preconditioner ---------------------------------------------------------------------------

@@ -89,6 +89,22 @@ def test_a_gradient_that_is_beside_by_little_more_than_rounding_warns():
         preconditioner.apply(noisy)
 
 
+def test_what_is_cut_beside_the_data_warns_where_it_would_rule(route):
+    """Ten eps of the row, cut as rounding: divided by a small ridge it were all of the result."""
+    x = torch.eye(2, 4, dtype=torch.float32)
+    size = 10 * torch.finfo(torch.float32).eps
+    grad = torch.tensor([[1.0, 0.0, size, 0.0], [1.0, 0.0, 0.0, 0.0]])
+    small = Preconditioner.from_features(x, ridge=1e-9, relative=False)
+    large = Preconditioner.from_features(x, ridge=1e-3, relative=False)
+    with pytest.warns(NumericalWarning, match="1 rows of grad .* is cut"):
+        found = small.apply(grad)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        small.apply(grad[1:])
+        large.apply(grad)
+    torch.testing.assert_close(found, torch.eye(1, 4).expand(2, 4))
+
+
 @pytest.mark.parametrize("bad", [float("nan"), float("inf")])
 @pytest.mark.parametrize("n", [9, 2])
 def test_apply_refuses_what_is_not_finite(n, bad):
