@@ -276,10 +276,10 @@ def _tracked_log_condition_number(h: Tensor) -> Regularizer:
     before = step @ h.detach() @ step.mT
     tracker = ops.SpectrumTracker()
     tracker((before + before.mT) / 2)
-    state = tracker._state
+    state = dict(tracker._buffers)
 
     def tracked(matrix: Tensor) -> Tensor:
-        tracker._state = state  # a call makes new tensors and leaves these alone; no copy to time
+        tracker._buffers.update(state)  # a call makes new tensors and leaves these alone
         warm = tracker.warm_calls
         value = _log_ratio(tracker(matrix))
         if tracker.warm_calls == warm:

@@ -53,6 +53,7 @@ class Meter:
         peak_memory: Largest over blocks, in bytes.
 
     Example:
+        >>> import torch
         >>> meter = Meter(torch.device("cpu"))
         >>> with meter.measure():
         ...     _ = torch.ones(10).sum()

@@ -261,8 +261,8 @@ def require_floating(function: str, name: str, value: Tensor) -> None:
     """Refuse anything but a real floating-point tensor. Without rows it asks nothing."""
     if not isinstance(value, Tensor):
         raise TypeError(
-            f"{function}: {name} must be a torch.Tensor, got {type(value).__name__}; convert it with "
-            "torch.as_tensor"
+            f"{function}: {name} must be a torch.Tensor, got {type(value).__name__}; convert it "
+            "with torch.as_tensor"
         )
     if not value.dtype.is_floating_point:
         raise ValueError(

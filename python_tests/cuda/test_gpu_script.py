@@ -12,6 +12,9 @@ from typing import Any
 
 import pytest
 
+from immunize_ext import _load
+from immunize_ext.ops import operators
+
 ROOT = Path(__file__).resolve().parents[2]
 
 
@@ -80,10 +83,16 @@ def test_every_row_of_a_benchmark_exists(gpu: Any, tmp_path: Path) -> None:
         assert set(rows) <= known
 
 
-def test_the_sources_register_kernels_for_both_devices(gpu: Any) -> None:
-    # The merge, the spectra and the preconditioner, each with its backward.
-    assert gpu.expected_kernels("CPU") >= gpu.expected_kernels("CUDA") >= 8
-    assert gpu.expected_kernels("XPU") == 0
+def test_every_kernel_that_is_asked_for_is_an_operator_with_a_kernel_here(gpu: Any) -> None:
+    for name in gpu.KERNELS:
+        assert name in operators.OPERATORS
+        assert operators.has_kernel(name, "cpu") or not _load.available()
+
+
+def test_a_build_without_a_kernel_is_told_from_a_whole_one(gpu: Any, tmp_path: Path) -> None:
+    (asked,) = (phase for phase in gpu.phases("9.0", tmp_path) if phase.name == "operators")
+    assert asked.check("\n".join(["+ python", " ".join(gpu.KERNELS)])) == ""
+    assert asked.check(" ".join(gpu.KERNELS[1:])) == f"no cuda kernels of {gpu.KERNELS[0]}"
 
 
 def test_a_failure_stops_nothing_but_what_needs_it(gpu: Any, tmp_path: Path) -> None:
@@ -145,7 +154,7 @@ def test_the_whole_time_is_a_limit_too(gpu: Any, tmp_path: Path) -> None:
 
 @pytest.mark.slow
 def test_the_rehearsal_runs_the_script_as_far_as_it_goes_without_a_gpu(tmp_path: Path) -> None:
-    command = [sys.executable, str(ROOT / ".ci" / "gpu.py"), "run", "--rehearse"]
+    command = [sys.executable, str(ROOT / ".ci" / "gpu.py"), "run", "--rehearse", "--minutes", "60"]
     subprocess.run([*command, "--out", str(tmp_path)], check=False, capture_output=True)
     found = outcomes(tmp_path)
     assert found["build"] == "ok"

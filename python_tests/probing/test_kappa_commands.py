@@ -381,10 +381,10 @@ def test_data_without_a_folder_is_fetched_and_without_a_network_said_to_be_missi
         ("metod: whitening", "did you mean method"),
         ("seed: many", "seed must be an integer"),
         ("- a\n- b", "must hold names with values"),
-        ("primary: 4:9", "in YAML, quote tasks"),
+        ("primary: 4:9", "harmful must name a task"),
         ("a: [", "must be a YAML file"),
         ("!!python/object/apply:os.getcwd []", "must be a YAML file"),
-        ("method: null", "None is no method"),
+        ("method: null", "method must be a text"),
     ],
 )
 def test_bad_config_files(

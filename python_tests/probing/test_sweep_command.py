@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import json
 from pathlib import Path
 from typing import Any
@@ -69,6 +70,7 @@ def test_an_interrupted_sweep_goes_on_with_nothing_lost(
     done: list[object] = []
     measure_point = immunize_ext.probing.run.measure_point
 
+    @functools.wraps(measure_point)  # by its name: files are kept for the function that made them
     def interrupted(config: Any) -> dict[str, Any]:
         if len(done) == 2:
             raise KeyboardInterrupt
@@ -84,6 +86,7 @@ def test_an_interrupted_sweep_goes_on_with_nothing_lost(
 
     counted: list[object] = []
 
+    @functools.wraps(measure_point)
     def counting(config: Any) -> dict[str, Any]:
         counted.append(config)
         return measure_point(config)

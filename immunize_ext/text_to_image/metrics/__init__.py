@@ -15,9 +15,9 @@ from immunize_ext.text_to_image.metrics.generation import (
     retained_quality,
 )
 from immunize_ext.text_to_image.metrics.similarity import (
+    AcceptedShare,
     ClipSimilarity,
     DinoSimilarity,
-    AcceptedShare,
     JudgedAccuracy,
     LpipsDistance,
     PromptSimilarity,
@@ -25,10 +25,10 @@ from immunize_ext.text_to_image.metrics.similarity import (
 )
 
 __all__ = [
+    "AcceptedShare",
     "ClipSimilarity",
     "Delay",
     "DinoSimilarity",
-    "AcceptedShare",
     "JudgedAccuracy",
     "LpipsDistance",
     "Measure",

@@ -132,7 +132,7 @@ def test_the_start_is_the_model_itself(model: TextToImage) -> None:
 def test_several_concepts_at_once(model: TextToImage) -> None:
     attack, wanted = TextualInversionAttack(), [concept("three"), concept("five")]
     curve = attack.run(model, wanted, steps=2, evaluate=scores_of(attack, wanted), seed=1)
-    assert curve.concept == "three+five"
+    assert curve.target == "three+five"
     assert curve.config["prompts"] == [
         "a photo of the digit <new1>",
         "a photo of the digit <new2>",

@@ -416,5 +416,5 @@ def test_a_tracker_that_cannot_serve_is_refused_by_name(
         MIMA(**SMALL, log_with="tensorboard").fit(model(), concepts(), resume=tmp_path)
     monkeypatch.undo()
     pytest.importorskip("tensorboard")
-    with pytest.raises(ValueError, match="a folder in out"):
+    with pytest.raises(ValueError, match="a folder in resume"):
         MIMA(**SMALL, log_with="tensorboard").fit(model(), concepts())

@@ -139,7 +139,7 @@ def test_two_unrolled_steps_of_a_parabola() -> None:
 
 def objective(immunizer: Any, *names: str) -> tuple[Callable[[Parameters], Tensor], Run]:
     model = TextToImage(tiny_pipeline(dtype=torch.float64))
-    run = Run(immunizer, model.clone(), concepts(*names), None, False, None)
+    run = Run(immunizer, model.clone(), concepts(*names), None, None)
     attention = run.model.math_attention if immunizer.double_backward() else nullcontext
 
     def value(parameters: Parameters) -> Tensor:
