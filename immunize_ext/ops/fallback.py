@@ -489,7 +489,8 @@ def gram_regularizer(
         least = mean_square * (8 * _EPS * max(n, p) if floor is None else floor)
         held = denominator <= least
         if normaliser is None and floor is None:
-            held = held | ((rank > 0) & (m_min >= rank))
+            # Zeros that full rank counts are no cluster.
+            held = held | ((smallest > 0) & (m_min >= rank))
         held = held & ~outside
         if floor is None:
             m_min = m_min.masked_fill(held, 0)  # D vanishes: tells the caller

@@ -70,6 +70,13 @@ class ApplyBackwardRule:
         *needs: bool,
     ) -> tuple[list[Tensor], list[Tensor], Tensor, Tensor]:
         """Lists in and out."""
+        # Laid out one after the other, lists of another length would be taken for each other.
+        for name, tensors in (("grad", grad), ("residual", residual)):
+            if base and len(tensors) != len(base):
+                raise ValueError(
+                    f"merge_apply_backward: {name} must hold one tensor a layer, {len(base)}, got "
+                    f"{len(tensors)}"
+                )
         layout = MergeLayout(len(base), len(targets), tuple(rows), targets_are_values)
         outputs = cast(Any, _MergeApplyBackward).apply(
             layout, needs, c, b, *grad, *base, *targets, *residual
