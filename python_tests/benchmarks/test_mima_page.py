@@ -9,6 +9,8 @@ from typing import Any
 
 import pytest
 
+from immunize_ext.text_to_image.digits.judge import DigitJudge
+
 ROOT = Path(__file__).resolve().parents[2]
 FOLDER = ROOT / "benchmarks" / "protection"
 mima_page = pytest.importorskip("benchmarks.protection.mima_page")
@@ -73,3 +75,24 @@ def test_the_rate_taken_is_the_best_that_keeps_what_has_to_stay() -> None:
         assert (
             mima_tuning.best_rate({float(r): v for r, v in found["table"].items()}) == found["rate"]
         )
+
+
+def test_the_table_of_other_words_is_what_its_file_says() -> None:
+    words = pytest.importorskip("benchmarks.protection.mima_words")
+    page = (ROOT / "docs" / "mima.md").read_text(encoding="utf-8")
+    found = json.loads(words.OUT.read_text(encoding="utf-8"))
+    assert words.filled(page, found) == page
+    found["counts"][0]["own name"]["with"]["five"]["recognised"][-1] += 1
+    assert words.filled(page, found) != page
+    with pytest.raises(ValueError, match="the marks"):
+        words.filled("no marks", found)
+
+
+def test_the_judges_of_that_table_are_those_of_the_package() -> None:
+    pytest.importorskip("sklearn")
+    words = pytest.importorskip("benchmarks.protection.mima_words")
+    found = json.loads(words.OUT.read_text(encoding="utf-8"))
+    for judge in found["judges"]:
+        now = DigitJudge(judge["family"])
+        assert now.bound == pytest.approx(judge["bound"], rel=1e-6)
+        assert list(now.errors.sensitivity) == pytest.approx(judge["sensitivity"])
