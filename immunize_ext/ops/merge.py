@@ -167,7 +167,8 @@ def merge_kv(
             float32 or, for float64 weights, in float64.
         concepts: ``concepts[n][l]`` (o_l, d), layer l adapted to concept n, dtype of base. None if
             values are given.
-        embeddings: ``embeddings[n]`` (s_n, d), text features of concept n's prompt tokens.
+        embeddings: ``embeddings[n]`` (s_n, d), text features of concept n's prompt tokens. A concept
+            without tokens asks for nothing.
         factor: Of Q, over the same width d. Gradients reach its C_reg and ridge.
         values: Instead of concepts: V_l (o_l, s), the outputs asked for, s the sum of s_n.
         hardness: mu, one number or one a row (s,). Infinite: hard constraint. Finite: soft, the
@@ -188,8 +189,9 @@ def merge_kv(
     Raises:
         ContradictoryTargetsError: If repeated rows ask for different outputs and contradictions is
             ``"raise"``. Rows that repeat and agree are dropped.
-        ValueError: If shapes, dtypes or devices do not fit, an argument is not finite, or the dtype
-            of base cannot hold the result.
+        ValueError: If shapes, dtypes or devices do not fit, an argument is not finite, the dtype of
+            base cannot hold the result, or the factor's C_reg has changed in place since. Inside
+            ``torch.compile`` what depends on the numbers is a RuntimeError without a name.
 
     Note:
         Deterministic: sums over rows run in a fixed order. With compiled operators on a CPU, and

@@ -110,3 +110,21 @@ def test_forward_mode_of_compiled_code() -> None:
     compiled = torch.compile(lambda c: jvp(total, (c,), (TANGENT,))[1], backend="aot_eager")
     # d/dc_1 of 3 (c_1 + c_2) / |c|^2 at (2, 1): 3 / 5 - 9 * 4 / 25.
     assert float(compiled(C)) == pytest.approx(-0.84, rel=1e-12)
+
+
+@pytest.mark.parametrize("fault", ["not finite", "contradiction"])
+def test_compiled_code_refuses_what_eager_code_refuses(fault: str) -> None:
+    """A graph has no names to tell, but it must not go on with the numbers either."""
+    factor = RegularizationFactor.identity(2)
+    base, values = torch.zeros(2, 2).double(), torch.tensor([[1.0, 1.0], [2.0, 2.0]]).double()
+
+    def function(v: Tensor) -> Tensor:
+        return merge_kv([base], None, [C, C], factor, values=[v])[0]
+
+    compiled = torch.compile(function, fullgraph=True, backend="aot_eager")
+    torch.testing.assert_close(compiled(values), function(values))
+    values[0, 1] = float("nan") if fault == "not finite" else 3.0
+    with pytest.raises(ValueError, match="merge_kv"):
+        function(values)
+    with pytest.raises(RuntimeError, match="merge_kv: a layer cannot be merged"):
+        compiled(values)
