@@ -167,8 +167,8 @@ def merge_kv(
             float32 or, for float64 weights, in float64.
         concepts: ``concepts[n][l]`` (o_l, d), layer l adapted to concept n, dtype of base. None if
             values are given.
-        embeddings: ``embeddings[n]`` (s_n, d), text features of concept n's prompt tokens. A concept
-            without tokens asks for nothing.
+        embeddings: ``embeddings[n]`` (s_n, d), text features of concept n's prompt tokens. A
+            concept without tokens asks for nothing.
         factor: Of Q, over the same width d. Gradients reach its C_reg and ridge.
         values: Instead of concepts: V_l (o_l, s), the outputs asked for, s the sum of s_n.
         hardness: mu, one number or one a row (s,). Infinite: hard constraint. Finite: soft, the
