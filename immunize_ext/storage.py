@@ -491,6 +491,30 @@ def write_json(path: Path, value: Any) -> None:
     path.write_text(text + "\n", encoding="utf-8")
 
 
+def write_whole(path: Path, value: Any) -> None:
+    """Write one JSON document whole or not at all."""
+    text = json.dumps(to_json(value), indent=2, allow_nan=False, ensure_ascii=False) + "\n"
+    write_file(path, text.encode())
+
+
+def write_numbered(folder: Path, value: Any) -> Path:
+    """Write one JSON document under the next free number: ``001.json``, ``002.json`` ...
+
+    Args:
+        folder: Where; made if it is not there, its parent must be.
+        value: The document.
+
+    Returns:
+        The file.
+    """
+    folder.mkdir(exist_ok=True)
+    number = 1
+    while (path := folder / f"{number:03d}.json").exists():
+        number += 1
+    write_whole(path, value)
+    return path
+
+
 def write_json_lines(path: Path, rows: Iterable[dict[str, Any]]) -> None:
     """Write one JSON document per line."""
     with path.open("w", encoding="utf-8") as file:

@@ -31,7 +31,7 @@ import torch
 
 from immunize_ext.runtime import check_count, threads
 from immunize_ext.seams import Progress
-from immunize_ext.storage import check_target, clear_abandoned, digest, to_json, write_file
+from immunize_ext.storage import check_target, clear_abandoned, digest, to_json, write_whole
 
 Job: TypeAlias = Callable[[], dict[str, Any]]
 """A function of a module, or a ``functools.partial`` of one, that gives plain values."""
@@ -47,12 +47,6 @@ _MOST_LOSSES = 3
 
 # What libraries read when they load; set for worker processes, which load them anew.
 _THREAD_VARIABLES = ("OMP_NUM_THREADS", "MKL_NUM_THREADS", "OPENBLAS_NUM_THREADS")
-
-
-def write_whole(path: Path, value: Any) -> None:
-    """Write one JSON document whole or not at all."""
-    text = json.dumps(to_json(value), indent=2, allow_nan=False, ensure_ascii=False) + "\n"
-    write_file(path, text.encode())
 
 
 # --- jobs -----------------------------------------------------------------------------------------

@@ -53,8 +53,10 @@ from immunize_ext.storage import (
     work_folder,
     write_json,
     write_json_lines,
+    write_numbered,
+    write_whole,
 )
-from immunize_ext.sweep import run_sweep, write_whole
+from immunize_ext.sweep import run_sweep
 
 KIND = "kappa"
 MODEL = "immunized.safetensors"
@@ -594,7 +596,7 @@ def attack(
         "seconds": time.perf_counter() - started,
         "environment": environment(),
     }
-    return AttackRecord(record, _added(Path(folder) / "attacks", record))
+    return AttackRecord(record, write_numbered(Path(folder) / "attacks", record))
 
 
 def _request(values: Mapping[str, Any]) -> RunSettings:
@@ -640,15 +642,6 @@ def _attack_row(
         )
         row["budgets"] = [outcome._asdict() for outcome in outcomes]
     return row
-
-
-def _added(folder: Path, record: Mapping[str, Any]) -> Path:
-    folder.mkdir(exist_ok=True)
-    number = 1
-    while (path := folder / f"{number:03d}.json").exists():
-        number += 1
-    write_whole(path, record)
-    return path
 
 
 # --- comparisons ----------------------------------------------------------------------------------

@@ -32,8 +32,10 @@ from immunize_ext.storage import (
     run_directory,
     work_folder,
     write_json,
+    write_numbered,
+    write_whole,
 )
-from immunize_ext.sweep import run_sweep, write_whole
+from immunize_ext.sweep import run_sweep
 from immunize_ext.text_to_image import comparison as comparisons
 from immunize_ext.text_to_image import report as pages
 from immunize_ext.text_to_image.attack_runs import SIDES
@@ -534,7 +536,7 @@ def attack(
         "evaluation": evaluation.to_dict(),
         "environment": environment(task.model.device),
     }
-    return AttackRecord(record, _added(Path(folder) / "attacks", record))
+    return AttackRecord(record, write_numbered(Path(folder) / "attacks", record))
 
 
 def _request(values: Mapping[str, Any]) -> RunSettings:
@@ -543,15 +545,6 @@ def _request(values: Mapping[str, Any]) -> RunSettings:
     names = [name for name in settings_of(RunSettings) if name not in left_out]
     known = {name: values[name] for name in names if values.get(name) is not None}
     return build(RunSettings, known, "results.json")
-
-
-def _added(folder: Path, record: Mapping[str, Any]) -> Path:
-    folder.mkdir(exist_ok=True)
-    number = 1
-    while (path := folder / f"{number:03d}.json").exists():
-        number += 1
-    write_whole(path, record)
-    return path
 
 
 # --- comparisons ----------------------------------------------------------------------------------
