@@ -1,11 +1,14 @@
 // The Python module object immunize_ext._C. Importing it loads this library, whose static
 // initialisers register the operators (their schemas stand in ops/operators.py); the module itself
-// has one function, which says how the library was built. The macros come from setup.py.
+// says how the library was built and what it does here. The macros come from setup.py.
 
 #include <ATen/Config.h>
 #include <pybind11/pybind11.h>
 
 #include <string>
+
+#include "cpu/instructions.h"
+#include "cpu/pool.h"
 
 #ifdef IMMUNIZE_EXT_WITH_CUDA
 #include <cuda_runtime_api.h>  // CUDART_VERSION
@@ -71,6 +74,10 @@ py::dict build_info() {
   return info;
 }
 
+std::string instructions() {
+  return immunize_ext::name_of(immunize_ext::instructions());
+}
+
 }  // namespace
 
 PYBIND11_MODULE(TORCH_EXTENSION_NAME, m) {
@@ -78,4 +85,11 @@ PYBIND11_MODULE(TORCH_EXTENSION_NAME, m) {
   m.def(
       "build_info", &build_info,
       "Versions, compiler and GPU architectures that this library was built with, as a dict.");
+  m.def(
+      "instructions", &instructions,
+      "Instruction set of the CPU kernels in this process: baseline, avx2 or avx512.");
+  m.def("cached_bytes", &immunize_ext::pool::waiting, "Bytes that wait for the next large output.");
+  m.def(
+      "empty_cache", &immunize_ext::pool::empty, "Give them back to the system; returns how many.");
+  instructions();  // a setting that cannot be followed fails here, not inside of a kernel
 }

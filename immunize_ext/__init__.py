@@ -11,7 +11,16 @@ from typing import Any
 from immunize_ext import _moved
 from immunize_ext._version import __version__
 
-__all__ = ["__version__", "available", "errors", "ops", "probing", "status", "text_to_image"]
+__all__ = [
+    "__version__",
+    "available",
+    "empty_cache",
+    "errors",
+    "ops",
+    "probing",
+    "status",
+    "text_to_image",
+]
 
 _moved.install()
 
@@ -22,6 +31,8 @@ def __getattr__(name: str) -> Any:
 
     if name in ("available", "status"):
         return getattr(importlib.import_module("immunize_ext._load"), name)
+    if name == "empty_cache":
+        return importlib.import_module("immunize_ext.memory").empty_cache
     if name in __all__ or _moved.places_of(f"{__name__}.{name}"):
         return importlib.import_module(f"{__name__}.{name}")
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

@@ -144,6 +144,7 @@ def _compiled() -> Iterator[Finding]:
 
     info = _C.build_info()
     yield Finding("compiled operators", f"loaded, {_built_for(info)}, by {info['compiler']}")
+    yield Finding("  CPU kernels", f"{_C.instructions()} (IMMUNIZE_EXT_INSTRUCTIONS)")
     assert record is not None  # loading needs it
     differ = [key for key in ("package", "torch") if record.get(key) != info[key]]
     if differ:

@@ -30,6 +30,8 @@
 #include "../checks.h"
 #include "../merge_problem.h"
 #include "../merge_solve.h"
+#include "../tensors.h"
+#include "large_outputs.h"
 #include "row_kernels.h"
 
 namespace immunize_ext {
@@ -96,6 +98,7 @@ template <typename Function>
 void on_one_thread(int64_t operations, const Function& function) {
   const auto run = [&](int64_t begin, int64_t) {
     const at::AutoDispatchBelowADInplaceOrView no_autograd;
+    const OneThread one_thread;  // there is no region around small ones
     if (begin == 0)
       function();
   };
@@ -114,6 +117,7 @@ Tensor solve_in_groups(const Tensor& triangle, const Tensor& right, bool upper) 
   const Tensor solution = at::empty({batch, s, d}, right.options()).mT();
   const auto solve = [&](int64_t begin, int64_t end) {
     const at::AutoDispatchBelowADInplaceOrView no_autograd;
+    const OneThread one_thread;
     for (int64_t k = begin; k < std::min(end, batch * groups); ++k) {
       const int64_t i = k / groups, first = k % groups * kGroup;
       const int64_t count = std::min(kGroup, s - first);
@@ -229,7 +233,7 @@ void difference(const scalar_t* from, const acc_t* base, int64_t count, acc_t* o
 // Scratch of one thread.
 template <typename acc_t>
 struct Scratch {
-  std::vector<acc_t> base, grad, out, difference, dr;
+  std::vector<acc_t> base, grad, adapted, out, difference, dr;
 };
 
 // r = values - r, where r = W0 c. A value that W0 gives already, up to the rounding of a dot
@@ -304,6 +308,7 @@ int apply_block(
     const MergeProblem& p,
     const Block& block,
     double growth,
+    bool past_caches,
     Scratch<accumulate_t<scalar_t>>& scratch,
     std::vector<Tensor>& merged,
     std::vector<Tensor>& residual) {
@@ -316,28 +321,37 @@ int apply_block(
   acc_t* r = mutable_rows_of<acc_t>(residual[block.layer], block);
   if (p.targets_are_values) {
     const acc_t* values = rows_of<acc_t>(p.targets[block.layer], block);
-    rows::multiply_transposed<acc_t>(base, block.rows, c, p.s, p.d, r, p.s);
+    rows::multiply_transposed<acc_t>(base, nullptr, block.rows, c, p.s, p.d, r, p.s);
     subtract_from_values(p, values, base, block, r);
   } else {
-    scratch.difference.resize(count);
     for (int64_t n = 0; n < p.concepts(); ++n) {
-      difference(
-          rows_of<scalar_t>(p.target(n, block.layer), block), base, count,
-          scratch.difference.data());
+      const acc_t* adapted = widen<scalar_t, acc_t>(
+          rows_of<scalar_t>(p.target(n, block.layer), block), count, scratch.adapted);
       rows::multiply_transposed<acc_t>(
-          scratch.difference.data(), block.rows, c + p.first_token[n] * p.d, p.tokens(n), p.d,
+          adapted, base, block.rows, c + p.first_token[n] * p.d, p.tokens(n), p.d,
           r + p.first_token[n], p.s);
     }
   }
   scalar_t* out = mutable_rows_of<scalar_t>(merged[block.layer], block);
   if constexpr (std::is_same_v<scalar_t, acc_t>) {
-    rows::add_product<acc_t>(base, acc_t(1), r, p.s, block.rows, p.s, b, p.d, out);
+    rows::add_product<acc_t>(base, acc_t(1), r, p.s, block.rows, p.s, b, p.d, out, past_caches);
   } else {
     scratch.out.resize(count);
-    rows::add_product<acc_t>(base, acc_t(1), r, p.s, block.rows, p.s, b, p.d, scratch.out.data());
+    rows::add_product<acc_t>(
+        base, acc_t(1), r, p.s, block.rows, p.s, b, p.d, scratch.out.data(), false);
     narrow(scratch.out.data(), count, out);
   }
   return status_of<scalar_t>(r, block.rows * p.s, growth, out, count);
+}
+
+// Whether the weights of one model are more than caches hold: whoever reads the result meets memory
+// either way, and writing past the caches saves fetching what is overwritten.
+bool outgrows_caches(const MergeProblem& p) {
+  constexpr int64_t kCaches = int64_t{1} << 25;
+  int64_t bytes = 0;
+  for (const Tensor& t : p.base)
+    bytes += static_cast<int64_t>(t.nbytes());
+  return bytes > kCaches;
 }
 
 // Blocks that one thread should have at least.
@@ -355,9 +369,11 @@ std::tuple<std::vector<Tensor>, std::vector<Tensor>, Tensor> merge_apply(
     const Tensor& b) {  // [*, s, d]
   const MergeProblem p =
       make_merge_problem("merge_apply", base, targets, rows, targets_are_values, c, b);
-  std::vector<Tensor> merged = allocate(p.base, p.d, p.dtype);
+  pool::begin_call();
+  std::vector<Tensor> merged = empty_large_like(p.base, p.d, p.dtype);
   std::vector<Tensor> residual = allocate(p.base, p.s, p.accumulate);
   const std::vector<Block> blocks = split_into_blocks(p.batch, p.base);
+  const bool past_caches = outgrows_caches(p);
   std::vector<std::atomic<int>> found(p.batch * p.layers());
   AT_DISPATCH_FLOATING_TYPES_AND2(at::kHalf, at::kBFloat16, p.dtype, "merge_apply", [&] {
     using acc_t = accumulate_t<scalar_t>;
@@ -367,10 +383,12 @@ std::tuple<std::vector<Tensor>, std::vector<Tensor>, Tensor> merge_apply(
     at::parallel_for(0, count, grain_of(p), [&](int64_t begin, int64_t end) {
       Scratch<acc_t> scratch;
       for (int64_t i = begin; i < end; ++i) {
-        const int one = apply_block<scalar_t>(p, blocks[i], growth, scratch, merged, residual);
+        const int one =
+            apply_block<scalar_t>(p, blocks[i], growth, past_caches, scratch, merged, residual);
         if (one != kMerged)
           found[blocks[i].batch * p.layers() + blocks[i].layer].fetch_or(one);
       }
+      rows::finish_writes();
     });
   });
   const Tensor status = at::empty({p.batch, p.layers()}, c.options().dtype(at::kInt));
@@ -385,6 +403,7 @@ void apply_backward_block(
     const Block& block,
     const std::vector<Tensor>& grad,
     const std::vector<Tensor>& residual,
+    bool past_caches,
     Scratch<accumulate_t<scalar_t>>& scratch,
     const std::vector<Tensor>& grad_base,
     const std::vector<Tensor>& grad_targets,
@@ -398,17 +417,18 @@ void apply_backward_block(
       widen<scalar_t, acc_t>(rows_of<scalar_t>(grad[block.layer], block), count, scratch.grad);
   scratch.dr.resize(block.rows * p.s);
   acc_t* dr = scratch.dr.data();
-  rows::multiply_transposed<acc_t>(g, block.rows, b, p.s, p.d, dr, p.s);
+  rows::multiply_transposed<acc_t>(g, nullptr, block.rows, b, p.s, p.d, dr, p.s);
 
   const auto write = [&](const acc_t* base, acc_t sign, const acc_t* coefficients, int64_t q,
                          const acc_t* y, const Tensor& to) {
     scalar_t* out = mutable_rows_of<scalar_t>(to, block);
     if constexpr (std::is_same_v<scalar_t, acc_t>) {
-      rows::add_product<acc_t>(base, sign, coefficients, p.s, block.rows, q, y, p.d, out);
+      rows::add_product<acc_t>(
+          base, sign, coefficients, p.s, block.rows, q, y, p.d, out, past_caches);
     } else {
       scratch.out.resize(count);
       rows::add_product<acc_t>(
-          base, sign, coefficients, p.s, block.rows, q, y, p.d, scratch.out.data());
+          base, sign, coefficients, p.s, block.rows, q, y, p.d, scratch.out.data(), false);
       narrow(scratch.out.data(), count, out);
     }
   };
@@ -468,11 +488,13 @@ std::tuple<std::vector<Tensor>, std::vector<Tensor>, Tensor, Tensor> merge_apply
   const std::vector<Tensor> r =
       checked_layers("merge_apply_backward", "residual", residual, p, p.s, p.accumulate);
   std::vector<Tensor> grad_base, grad_targets;
+  pool::begin_call();
   if (need_base)
-    grad_base = allocate(p.base, p.d, p.dtype);
+    grad_base = empty_large_like(p.base, p.d, p.dtype);
   if (need_targets)
     for (const Tensor& t : p.targets)
-      grad_targets.push_back(at::empty_like(t));
+      grad_targets.push_back(empty_large(t.sizes(), t.scalar_type()));
+  const bool past_caches = outgrows_caches(p);
   const auto options = c.options();
   const int64_t size = p.s * p.d;
   Tensor grad_c = at::empty({0}, options), grad_b = at::empty({0}, options);
@@ -498,8 +520,9 @@ std::tuple<std::vector<Tensor>, std::vector<Tensor>, Tensor, Tensor> merge_apply
           double* sum_b = need_b ? partial_b.mutable_data_ptr<double>() + k * size : nullptr;
           for (int64_t i = k * count / sums; i < (k + 1) * count / sums; ++i)
             apply_backward_block<scalar_t>(
-                p, blocks[i], g, r, scratch, grad_base, grad_targets, sum_c, sum_b);
+                p, blocks[i], g, r, past_caches, scratch, grad_base, grad_targets, sum_c, sum_b);
         }
+        rows::finish_writes();
       });
     });
     if (need_c)

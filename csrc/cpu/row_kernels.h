@@ -1,6 +1,6 @@
 // Three products between short blocks of rows, the whole arithmetic of the K/V merge. Torch-free.
 //
-//   multiply_transposed   out  = X Y^T            (m x d) (q x d)^T -> m x q
+//   multiply_transposed   out  = (X - L) Y^T      (m x d) (q x d)^T -> m x q; L null for 0
 //   add_product           out  = base + sign C Y  (m x q) (q x d)   -> m x d; base null (0) or out
 //   accumulate_product    sum += C^T X            (m x q)^T (m x d) -> q x d, in float64
 //
@@ -8,21 +8,24 @@
 // tiles are 4 rows by 3 vectors: 12 accumulators hide the latency of two FMA units and leave room
 // for the operands in 16 registers. Sums run in a fixed order, so results do not depend on threads.
 //
-// Each product exists for the baseline instruction set and for AVX2 with FMA, chosen at run time:
-// the build names no architecture, so one binary serves every machine.
+// Each product exists for three instruction sets (instructions.h) from one source, with vectors of
+// 64 bytes in AVX-512 and of 32 elsewhere: the build names no architecture, so one binary serves
+// every machine. Between sets the last bits may differ.
 
 #pragma once
 
 #include <cstdint>
 
+#include "instructions.h"
+
 #define IMMUNIZE_EXT_INLINE inline __attribute__((always_inline))
 
+#define IMMUNIZE_EXT_ROW_BYTES 32
 namespace immunize_ext::rows::baseline {
 #include "row_kernels.inl"
 }  // namespace immunize_ext::rows::baseline
 
-#if defined(__x86_64__) && (defined(__GNUC__) || defined(__clang__))
-#define IMMUNIZE_EXT_HAS_AVX2 1
+#if defined(IMMUNIZE_EXT_X86)
 #if defined(__clang__)
 #pragma clang attribute push(__attribute__((target("avx2,fma"))), apply_to = function)
 #else
@@ -37,26 +40,53 @@ namespace immunize_ext::rows::avx2 {
 #else
 #pragma GCC pop_options
 #endif
+
+#undef IMMUNIZE_EXT_ROW_BYTES
+#define IMMUNIZE_EXT_ROW_BYTES 64
+#if defined(__clang__)
+#pragma clang attribute push( \
+    __attribute__((target("avx2,fma,avx512f,avx512dq,avx512bw,avx512vl"))), apply_to = function)
+#else
+#pragma GCC push_options
+#pragma GCC target("avx2,fma,avx512f,avx512dq,avx512bw,avx512vl")
 #endif
+namespace immunize_ext::rows::avx512 {
+#include "row_kernels.inl"
+}  // namespace immunize_ext::rows::avx512
+#if defined(__clang__)
+#pragma clang attribute pop
+#else
+#pragma GCC pop_options
+#endif
+#endif
+#undef IMMUNIZE_EXT_ROW_BYTES
 
 namespace immunize_ext::rows {
 
-#if defined(IMMUNIZE_EXT_HAS_AVX2)
-inline bool cpu_has_avx2() {
-  static const bool has = __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma");
-  return has;
-}
-#define IMMUNIZE_EXT_DISPATCH(call) (cpu_has_avx2() ? avx2::call : baseline::call)
+#if defined(IMMUNIZE_EXT_X86)
+#define IMMUNIZE_EXT_DISPATCH(call)       \
+  (instructions() == Instructions::avx512 \
+       ? avx512::call                     \
+       : (instructions() == Instructions::avx2 ? avx2::call : baseline::call))
 #else
 #define IMMUNIZE_EXT_DISPATCH(call) baseline::call
 #endif
 
 template <typename T>
 void multiply_transposed(
-    const T* x, int64_t m, const T* y, int64_t q, int64_t d, T* out, int64_t out_stride) {
-  IMMUNIZE_EXT_DISPATCH(multiply_transposed<T>(x, m, y, q, d, out, out_stride));
+    const T* x,
+    const T* less,
+    int64_t m,
+    const T* y,
+    int64_t q,
+    int64_t d,
+    T* out,
+    int64_t out_stride) {
+  IMMUNIZE_EXT_DISPATCH(multiply_transposed<T>(x, less, m, y, q, d, out, out_stride));
 }
 
+// `past_caches`: write around them, where that can be done; finish_writes() before another thread
+// reads.
 template <typename T>
 void add_product(
     const T* base,
@@ -67,14 +97,22 @@ void add_product(
     int64_t q,
     const T* y,
     int64_t d,
-    T* out) {
-  IMMUNIZE_EXT_DISPATCH(add_product<T>(base, sign, c, c_stride, m, q, y, d, out));
+    T* out,
+    bool past_caches) {
+  IMMUNIZE_EXT_DISPATCH(add_product<T>(base, sign, c, c_stride, m, q, y, d, out, past_caches));
 }
 
 template <typename T>
 void accumulate_product(
     const T* c, int64_t c_stride, int64_t m, int64_t q, const T* x, int64_t d, double* sum) {
   IMMUNIZE_EXT_DISPATCH(accumulate_product<T>(c, c_stride, m, q, x, d, sum));
+}
+
+// Writes past the caches become visible to other threads.
+inline void finish_writes() {
+#if defined(IMMUNIZE_EXT_X86)
+  __builtin_ia32_sfence();
+#endif
 }
 
 #undef IMMUNIZE_EXT_DISPATCH

@@ -14,6 +14,7 @@
 #include <vector>
 
 #include "../extremes.h"
+#include "instructions.h"
 
 namespace immunize_ext::spectrum {
 
@@ -164,8 +165,7 @@ namespace baseline {
 #include "symmetric_route.inl"
 }  // namespace baseline
 
-#if defined(__x86_64__) && (defined(__GNUC__) || defined(__clang__))
-#define IMMUNIZE_EXT_SPECTRUM_AVX2 1
+#if defined(IMMUNIZE_EXT_X86)
 #if defined(__clang__)
 #pragma clang attribute push(__attribute__((target("avx2,fma"))), apply_to = function)
 #else
@@ -199,17 +199,9 @@ namespace avx2 {
 #endif
 #endif
 
-inline bool use_avx2() {
-#if defined(IMMUNIZE_EXT_SPECTRUM_AVX2)
-  static const bool has = __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma");
-  return has;
-#else
-  return false;
-#endif
-}
-
-#if defined(IMMUNIZE_EXT_SPECTRUM_AVX2)
-#define IMMUNIZE_EXT_SPECTRUM(call) (use_avx2() ? avx2::call : baseline::call)
+#if defined(IMMUNIZE_EXT_X86)
+#define IMMUNIZE_EXT_SPECTRUM(call) \
+  (instructions() >= Instructions::avx2 ? avx2::call : baseline::call)
 #else
 #define IMMUNIZE_EXT_SPECTRUM(call) (baseline::call)
 #endif

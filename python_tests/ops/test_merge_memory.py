@@ -23,6 +23,7 @@ MEASURE = """
 import ctypes, gc, json, sys
 from pathlib import Path
 import torch
+from immunize_ext.memory import empty_cache
 from immunize_ext.ops import RegularizationFactor, merge_kv
 
 torch.set_num_threads(1)
@@ -59,6 +60,7 @@ result = step(base, adapted)
 peak = status("VmHWM") - before
 del result
 gc.collect()
+empty_cache()
 ctypes.CDLL(None).malloc_trim(0)
 print(json.dumps({"peak": peak, "kept": status("VmRSS") - before}))
 """
