@@ -46,6 +46,7 @@ from immunize_ext.seams import Attack, Immunizer, Progress
 from immunize_ext.settings import build, check_types, plain, settings_of
 from immunize_ext.storage import (
     SCHEMA,
+    ManyRuns,
     check_target,
     environment,
     read_results,
@@ -647,28 +648,7 @@ def _attack_row(
 # --- comparisons ----------------------------------------------------------------------------------
 
 
-@dataclass(frozen=True)
-class Comparison:
-    """Finished runs at equal cost.
-
-    Attributes:
-        content: What the comparison says.
-        path: The folder written.
-    """
-
-    content: dict[str, Any]
-    path: Path
-
-    def results(self) -> dict[str, Any]:
-        """Exactly what ``results.json`` holds."""
-        return self.content
-
-    def summary(self) -> str:
-        """Slow-down of the harm where the task to keep is no slower."""
-        return comparison_report.summary(self.content)
-
-
-def compare(folders: Sequence[str | Path], out: str | Path, *, force: bool = False) -> Comparison:
+def compare(folders: Sequence[str | Path], out: str | Path, *, force: bool = False) -> ManyRuns:
     """Compare finished runs and sweeps at equal cost to the primary task.
 
     Args:
@@ -690,7 +670,7 @@ def compare(folders: Sequence[str | Path], out: str | Path, *, force: bool = Fal
     with run_directory(out, force=force) as folder:
         report.write(content, folder)
         write_json(folder / "results.json", content)
-    return Comparison(content, Path(out))
+    return ManyRuns(content, Path(out), comparison_report.summary(content))
 
 
 # --- sweeps ---------------------------------------------------------------------------------------
@@ -844,26 +824,14 @@ def measure_point(settings: RunSettings) -> dict[str, Any]:
 
 
 @dataclass(frozen=True)
-class Sweep:
+class Sweep(ManyRuns):
     """A finished sweep.
 
     Attributes:
-        content: What it says.
         points: The results of each point, by name.
-        path: Its folder.
     """
 
-    content: dict[str, Any]
     points: dict[str, dict[str, Any]]
-    path: Path
-
-    def results(self) -> dict[str, Any]:
-        """Exactly what ``results.json`` holds."""
-        return self.content
-
-    def summary(self) -> str:
-        """RIR by method."""
-        return comparison_report.sweep_summary(self.content)
 
 
 def sweep(
@@ -912,4 +880,5 @@ def sweep(
     content = points_of_runs.summarise(done)
     report.write(content, Path(out))
     write_whole(Path(out) / "results.json", content)
-    return Sweep(content, done, Path(out))
+    words = comparison_report.sweep_summary(content)
+    return Sweep(content, Path(out), words, done)
