@@ -83,6 +83,9 @@ class MeasureSettings:
             once, when omitted.
         settings: Settings of the method by name.
         ridge: Ridge on each K, relative to its largest eigenvalue.
+        rank_rtol: Rank tolerance of the rank-aware condition numbers, a share of the largest
+            singular value; that of float64 when omitted. Features that a float32 network computed
+            want ``1.2e-7`` times their number.
         size: Side of MNIST images: 28, 14 or 7.
         max_train: Largest number of training samples of each task; all when omitted.
         attacks: Attacks beside those that every report shows (of a sweep: all that are run);
@@ -97,6 +100,7 @@ class MeasureSettings:
     data_dir: str | None = None
     settings: Mapping[str, Any] = field(default_factory=dict)
     ridge: float = 1e-2
+    rank_rtol: float | None = None
     size: int = 28
     max_train: int | None = None
     attacks: tuple[str, ...] = ()
@@ -114,6 +118,8 @@ class MeasureSettings:
             )
         if not self.ridge > 0.0:
             raise ValueError(f"ridge must be positive, got {self.ridge}; 1e-2 is a usual value")
+        if self.rank_rtol is not None and not 0.0 <= self.rank_rtol < 1.0:
+            raise ValueError(f"rank_rtol must be at least 0 and below 1, got {self.rank_rtol}")
         if self.size not in (28, 14, 7):
             raise ValueError(f"size must be 28, 14 or 7, got {self.size}")
         if self.max_train is not None and self.max_train < 1:
@@ -406,6 +412,7 @@ def _measured(
             problem.primary,
             task,
             ridge=settings.ridge,
+            rank_rtol=settings.rank_rtol,
             base_budget=settings.base_budget,
             limit=settings.limit,
             attacks=attacks,
@@ -454,6 +461,7 @@ def _alternative(
         problem.primary,
         problem.harmful[0],
         ridge=settings.ridge,
+        rank_rtol=settings.rank_rtol,
         base_budget=settings.base_budget,
         limit=settings.limit,
         attacks=attacks_of(("gradient_descent",), {}, settings.loss, standard=False),
