@@ -47,10 +47,10 @@ help:  ## this list
 build: $(STAMPS)/build  ## environment and compiled operators
 
 test: $(STAMPS)/build $(STAMPS)/test  ## all tests, on $(JOBS) processes
-	$(BIN)/python -m pytest -n $(JOBS) --dist loadfile $(PYTEST_ARGS)
+	$(BIN)/python -m pytest -n $(JOBS) --dist worksteal $(PYTEST_ARGS)
 
 test-fallback: $(STAMPS)/build $(STAMPS)/test  ## operator tests without the compiled part
-	IMMUNIZE_EXT_DISABLE=1 $(BIN)/python -m pytest -n $(JOBS) --dist loadfile -m "not slow" \
+	IMMUNIZE_EXT_DISABLE=1 $(BIN)/python -m pytest -n $(JOBS) --dist worksteal -m "not slow" \
 	  -W ignore::immunize_ext.errors.FallbackWarning $(PYTEST_ARGS)
 
 mutants: $(STAMPS)/build $(STAMPS)/test  ## do the tests notice planted faults? (hours; resumes)
@@ -68,8 +68,9 @@ format: $(STAMPS)/lint  ## rewrite the sources in the project's style
 	$(BIN)/ruff format $(PYTHON_SOURCES)
 	$(BIN)/clang-format -i $(CPP_SOURCES)
 
-docs: $(STAMPS)/build $(STAMPS)/test  ## run the examples of docstrings, README and docs/
-	$(BIN)/python -m pytest -q --doctest-modules immunize_ext python_tests/test_documentation.py
+docs: $(STAMPS)/build $(STAMPS)/test  ## run the examples of docstrings, README and docs/ alone
+	$(BIN)/python -m pytest -n $(JOBS) --dist worksteal -q \
+	  python_tests/test_docstring_examples.py python_tests/test_documentation.py
 
 simt: $(STAMPS)/build $(STAMPS)/test  ## CUDA kernels on the CPU, under the SIMT executor
 	$(BIN)/python csrc/simt/build.py

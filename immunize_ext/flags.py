@@ -272,7 +272,7 @@ def read_settings(
     sources = [_of_flags(arguments, cls)]
     path = getattr(arguments, "config", None)
     if path is not None:
-        values = {(old_names or {}).get(k, k): v for k, v in read_yaml(path).items()}
+        values = _renamed(read_yaml(path), old_names or {}, f"--config {path}")
         sources.insert(0, _of_file(values, f"--config {path}", cls, methods, attacks))
     run: dict[str, Any] = {}
     for source in sources:
@@ -329,6 +329,16 @@ def build_of_flags(cls: type[T], values: Mapping[str, Any]) -> T:
     return build(cls, values, "flags", spelled={name: flag_of(name) for name in values})
 
 
+def _renamed(values: Mapping[str, Any], old_names: Mapping[str, str], where: str) -> dict[str, Any]:
+    """The values under the names that settings have now; no setting may be named twice."""
+    for old, new in old_names.items():
+        if old in values and new in values:
+            raise ValueError(
+                f"{where} must name each setting once, got {new} and its old name {old}"
+            )
+    return {old_names.get(name, name): value for name, value in values.items()}
+
+
 def _of_file(
     values: Mapping[str, Any],
     where: str,
@@ -339,18 +349,25 @@ def _of_file(
     """A file names settings of the method beside those of the run, and attacks as tables."""
     of_run, of_methods = settings_of(cls), methods.all_settings()
     found = _Given(where, {}, {}, {})
+
+    def keep(into: dict[str, Any], name: str, value: Any, table: str) -> None:
+        if name in into:
+            raise ValueError(f"{where}: {name} must be given once, got it beside {table} and in it")
+        into[name] = value
+
     for name, value in values.items():
         if name == _METHOD:
-            found.method.update(_table(name, value, where))
+            for setting, item in _table(name, value, where).items():
+                keep(found.method, setting, item, _METHOD)
         elif name == _ATTACKS:
             for owner, settings in _table(name, value, where).items():
-                found.attacks[owner] = _table(owner, settings, where)
+                keep(found.attacks, owner, _table(owner, settings, where), _ATTACKS)
         elif name in of_run:
             found.run[name] = value
         elif name in of_methods:
-            found.method[name] = value
+            keep(found.method, name, value, _METHOD)
         elif name in attacks:
-            found.attacks[name] = _table(name, value, where)
+            keep(found.attacks, name, _table(name, value, where), _ATTACKS)
         else:
             known: Iterable[str] = (*of_run, *of_methods, *attacks)
             raise ValueError(f"{where}: {name} is no setting; {suggestion(name, known)}")
@@ -360,4 +377,9 @@ def _of_file(
 def _table(name: str, value: Any, where: str) -> dict[str, Any]:
     if not isinstance(value, Mapping):
         raise ValueError(f"{where}: {name} must be a table of names and values, got {value!r}")
-    return {str(key).replace("-", "_"): item for key, item in value.items()}
+    found: dict[str, Any] = {}
+    for key, item in value.items():
+        if (setting := str(key).replace("-", "_")) in found:
+            raise ValueError(f"{where}: {name} must name each setting once, got {setting} twice")
+        found[setting] = item
+    return found

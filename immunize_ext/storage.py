@@ -546,6 +546,29 @@ SCHEMA = 2
 KINDS = ("kappa", "kappa-sweep", "mima", "mima-sweep", "demo")
 
 
+@dataclasses.dataclass(frozen=True)
+class ManyRuns:
+    """Several runs beside each other, in a folder of their own: a comparison, or a sweep's points.
+
+    Attributes:
+        content: What ``results.json`` holds.
+        path: The folder.
+        words: The same in a few lines.
+    """
+
+    content: dict[str, Any]
+    path: Path
+    words: str
+
+    def results(self) -> dict[str, Any]:
+        """Exactly what ``results.json`` holds."""
+        return self.content
+
+    def summary(self) -> str:
+        """A few lines for a terminal."""
+        return self.words
+
+
 def read_results(folder: str | Path) -> dict[str, Any]:
     """Read a run's results, those of earlier versions included.
 

@@ -26,6 +26,7 @@ from torch import Tensor
 
 from immunize_ext.quantities import binomial_interval
 from immunize_ext.storage import environment
+from immunize_ext.text_to_image.attacks import Target
 from immunize_ext.text_to_image.concepts import Concept
 from immunize_ext.text_to_image.digits.judge import DigitJudge
 from immunize_ext.text_to_image.metrics.generation import Sampling
@@ -76,16 +77,10 @@ def attacked(
         for side, model in models.items():
             for name in TARGETS:
                 concept = digit(name)
-                asked = attack.prompts([concept], prompt)[name]
-                curve = attack.run(
-                    model,
-                    [concept],
-                    steps=STEPS[-1],
-                    seed=seed,
-                    prompt=prompt,
-                    evaluate_at=STEPS,
-                    evaluate=Judged(judges, concept, asked, seed),
-                )
+                asked = attack.prompts(Target([concept], prompt))[name]
+                judged = Judged(judges, concept, asked, seed)
+                target = Target([concept], prompt, judged, STEPS)
+                curve = attack.run(model, target, steps=STEPS[-1], seed=seed)
                 found.setdefault(word, {}).setdefault(side, {})[name] = curve.scores
     return found
 

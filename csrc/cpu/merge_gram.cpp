@@ -12,7 +12,7 @@
 #include <vector>
 
 #include "../checks.h"
-#include "spectrum_common.h"
+#include "full_decomposition.h"
 #include "spectrum_kernels.h"
 
 namespace immunize_ext {

@@ -16,7 +16,7 @@
 #include <vector>
 
 #include "../tensors.h"
-#include "spectrum_common.h"
+#include "full_decomposition.h"
 #include "spectrum_kernels.h"
 
 namespace immunize_ext {

@@ -27,7 +27,7 @@
 
 #include "../checks.h"
 #include "../tensors.h"
-#include "spectrum_common.h"
+#include "full_decomposition.h"
 #include "spectrum_kernels.h"
 
 namespace immunize_ext {

@@ -2,6 +2,7 @@
 
 from immunize_ext.ops import operators as operators
 from immunize_ext.ops.factor import RegularizationFactor
+from immunize_ext.ops.layers import convolution_matrix, map_layers
 from immunize_ext.ops.lora import MergeAdapter, as_lora, lora_state_dict, save_lora
 from immunize_ext.ops.merge import merge_kv
 from immunize_ext.ops.merge_report import MergeReport, merge_report
@@ -17,11 +18,13 @@ from immunize_ext.ops.spectrum import (
     condition_number,
     extremal_singular_values,
     gram_extremes,
+    gram_log_condition_number,
     log_condition_number,
+    smallest_singular_values,
     symmetric_extremes,
 )
 from immunize_ext.ops.streaming import StreamedGram
-from immunize_ext.ops.tracker import SpectrumTracker
+from immunize_ext.ops.tracker import SingularTracker, SpectrumTracker
 
 __all__ = [
     "GramExtremes",
@@ -31,18 +34,23 @@ __all__ = [
     "Preconditioner",
     "RegularizationFactor",
     "SingularExtremes",
+    "SingularTracker",
     "SpectrumTracker",
     "StreamedGram",
     "SymmetricExtremes",
     "as_lora",
     "condition_number",
+    "convolution_matrix",
     "extremal_singular_values",
     "gram_extremes",
+    "gram_log_condition_number",
     "log_condition_number",
     "lora_state_dict",
+    "map_layers",
     "merge_kv",
     "merge_report",
     "precondition_gradient",
     "save_lora",
+    "smallest_singular_values",
     "symmetric_extremes",
 ]

@@ -44,6 +44,13 @@ def require_floating_matrix(operator: str, name: str, value: Tensor) -> None:
             f"{operator}: {name} must have shape (*, n, p) with n >= 1 and p >= 1, "
             f"got {tuple(value.shape)}"
         )
+    if isinstance(value, torch.nn.Parameter) and value.dim() in (4, 5):
+        # A batch of kernels of 3 x 3 is hardly what anyone means by the spectrum of a layer.
+        raise ValueError(
+            f"{operator}: {name} must be a matrix or a batch of them, got a parameter of shape "
+            f"{tuple(value.shape)}, as a convolution has; pass convolution_matrix({name}), or "
+            f"{name}.view_as({name}) if it is a batch"
+        )
 
 
 def not_finite(value: Tensor) -> bool:

@@ -17,7 +17,7 @@ from __future__ import annotations
 import math
 import warnings
 from collections.abc import Callable, Mapping
-from typing import Any, Self
+from typing import Any, Literal, Self, TypeAlias, get_args
 
 import torch
 from torch import Tensor, nn
@@ -26,6 +26,9 @@ from immunize_ext.errors import NotPositiveDefiniteError, NumericalWarning
 from immunize_ext.ops.arguments import require_finite, require_floating_matrix, require_same_device
 from immunize_ext.ops.derivatives import carries_tangent, payload
 from immunize_ext.ops.fallback import rounding_beside
+
+Side: TypeAlias = Literal["input", "output"]
+"""On which side of a weight (o, p) K^-1 multiplies its gradient."""
 
 _EPS = torch.finfo(torch.float64).eps
 
@@ -51,6 +54,10 @@ class Preconditioner:
         self.factor = factor
         self.basis = basis
         self.ridge = ridge
+
+    def __repr__(self) -> str:
+        width, device = self.basis.shape[1], self.factor.device
+        return f"Preconditioner(features={width}, ridge={self.ridge:.3g}, device={device})"
 
     @classmethod
     def from_features(
@@ -201,8 +208,10 @@ def _factor_of(function: str, k: Tensor, ridge: float) -> Tensor:
     return factor
 
 
-def precondition_gradient(weight: Tensor, preconditioner: Preconditioner) -> Tensor:
-    r"""Return weight itself; its gradient will arrive multiplied by K^-1 from the right.
+def precondition_gradient(
+    weight: Tensor, preconditioner: Preconditioner, *, side: Side = "input"
+) -> Tensor:
+    r"""Return weight itself; its gradient will arrive multiplied by K^-1, from the right.
 
     .. math:: W \mapsto W, \qquad \frac{\partial L}{\partial W} \mapsto
               \frac{\partial L}{\partial W} K^{-1}
@@ -210,6 +219,8 @@ def precondition_gradient(weight: Tensor, preconditioner: Preconditioner) -> Ten
     Args:
         weight: (*, o, p), an ``nn.Linear`` weight for instance: p is the input side.
         preconditioner: Of the layer's input features.
+        side: ``"output"``: K^-1 multiplies from the left, as in the released code. The width of K
+            is then o.
 
     Returns:
         A copy of weight with the preconditioned backward.
@@ -236,24 +247,35 @@ def precondition_gradient(weight: Tensor, preconditioner: Preconditioner) -> Ten
     """
     function = "precondition_gradient"
     require_floating_matrix(function, "weight", weight)
+    _check_side(function, side)
     width = preconditioner.basis.shape[1]
-    if weight.shape[-1] != width:
+    if weight.shape[-1 if side == "input" else -2] != width:
+        expected = (
+            f"(*, o, {width}), the input side on the last axis"
+            if side == "input"
+            else f"(*, {width}, p), the output side on the last but one"
+        )
         raise ValueError(
-            f"{function}: weight must have shape (*, o, {width}), the input side on the last axis, "
-            f"got {tuple(weight.shape)}"
+            f"{function}: weight must have shape {expected}, got {tuple(weight.shape)}"
         )
     require_same_device(function, [("preconditioner", preconditioner.factor), ("weight", weight)])
+    turned = weight if side == "input" else weight.mT
     result: Tensor = torch.ops.immunize_ext.precondition_gradient(
-        weight, preconditioner.factor, preconditioner.basis, preconditioner.ridge
+        turned, preconditioner.factor, preconditioner.basis, preconditioner.ridge
     )
-    return result
+    return result if side == "input" else result.mT
+
+
+def _check_side(function: str, side: str) -> None:
+    if side not in get_args(Side):
+        raise ValueError(f"{function}: side must be 'input' or 'output', got {side!r}")
 
 
 _STATE = ("preconditioner_factor", "preconditioner_basis", "preconditioner_ridge")
 
 
 class PreconditionedLinear(nn.Linear):
-    """``nn.Linear`` whose weight gradient is multiplied by K^-1 on the input side.
+    """``nn.Linear`` whose weight gradient is multiplied by K^-1, on the input side unless said.
 
     K is that of ``preconditioner`` if one is set, else of the batch at hand, with ``ridge``. A
     preconditioner is part of the module: it moves and is saved with it, in float64 throughout.
@@ -269,6 +291,9 @@ class PreconditionedLinear(nn.Linear):
     preconditioner_factor: Tensor | None
     preconditioner_basis: Tensor | None
     preconditioner_ridge: Tensor | None
+    # Of modules that were pickled before there were these.
+    relative: bool = True
+    side: Side = "input"
 
     def __init__(
         self,
@@ -277,6 +302,8 @@ class PreconditionedLinear(nn.Linear):
         *,
         bias: bool = True,
         ridge: float = 0.0,
+        relative: bool = True,
+        side: Side = "input",
         preconditioner: Preconditioner | None = None,
         device: torch.device | str | None = None,
         dtype: torch.dtype | None = None,
@@ -287,13 +314,22 @@ class PreconditionedLinear(nn.Linear):
             in_features: p.
             out_features: o.
             bias: Whether there is a bias; its gradient is left alone.
-            ridge: Relative ridge of a batch K; needed where batches have fewer than p rows.
+            ridge: Ridge of a batch K; needed where batches have fewer than p rows.
+            relative: Whether it is in units of the mean diagonal of x^T x, else of K.
+            side: ``"output"``: K^-1 multiplies from the left, as in the released code; o is then
+                p.
             preconditioner: Of the full data, so that K does not change from batch to batch.
             device: As in ``nn.Linear``.
             dtype: As in ``nn.Linear``.
         """
+        _check_side("PreconditionedLinear", side)
+        if side == "output" and in_features != out_features:
+            raise ValueError(
+                f"PreconditionedLinear: side='output' must have as many outputs as inputs, K is "
+                f"that of the inputs, got {in_features} and {out_features}"
+            )
         super().__init__(in_features, out_features, bias=bias, device=device, dtype=dtype)
-        self.ridge = ridge
+        self.ridge, self.relative, self.side = ridge, relative, side
         for name in _STATE:
             self.register_buffer(name, None)
         self._absolute_ridge = 0.0  # the number in the buffer: compiled code cannot read that
@@ -340,27 +376,46 @@ class PreconditionedLinear(nn.Linear):
         recorded = torch.is_grad_enabled() and self.weight.requires_grad
         return recorded or carries_tangent(self.weight)
 
-    def forward(self, input: Tensor) -> Tensor:
+    def forward(
+        self, input: Tensor, *, ridge: float | None = None, precondition: bool = True
+    ) -> Tensor:
         """Apply the layer to (*, p) features.
 
         Where nothing differentiates the weight, K is not needed: any batch will do.
+
+        Args:
+            input: The features.
+            ridge: Another ridge for this batch, of a task with a K of its own for instance.
+            precondition: Whether the gradient of this call is multiplied by K^-1; off for a loss
+                that is not to be preconditioned.
+
+        Raises:
+            NotPositiveDefiniteError: If K of the batch is numerically singular.
+            ValueError: If ``ridge`` is given although a preconditioner is set, which has its own.
         """
-        if not self._is_differentiated():
-            return super().forward(input)
         preconditioner = self.preconditioner
+        if ridge is not None and preconditioner is not None:
+            raise ValueError(
+                "PreconditionedLinear: ridge must not be given where a preconditioner is set, "
+                f"which has its own, got {ridge}"
+            )
+        if not precondition or not self._is_differentiated():
+            return super().forward(input)
+        ridge = self.ridge if ridge is None else ridge
         rows = input.detach().reshape(-1, self.in_features)
-        if preconditioner is None and rows.shape[0] < self.in_features:
+        few = rows.shape[0] < self.in_features
+        if preconditioner is None and few and self.side == "input":
             # G K^-1 = dY^T S^-1 X: the inverse on the side of the samples, where nothing cancels.
             function = "PreconditionedLinear"
             with torch.no_grad():
-                x, ridge = _checked_features(function, rows, self.ridge, relative=True)
-                s = _factor_of(function, x @ x.mT, ridge)
-            samples = Preconditioner(s, s.new_empty(0, s.shape[0]), ridge=ridge)
+                x, absolute = _checked_features(function, rows, ridge, self.relative)
+                s = _factor_of(function, x @ x.mT, absolute)
+            samples = Preconditioner(s, s.new_empty(0, s.shape[0]), ridge=absolute)
             outputs = nn.functional.linear(rows, self.weight)
             moving = precondition_gradient(outputs.mT, samples).mT
             still = nn.functional.linear(input, self.weight.detach(), self.bias)
             return still + (moving - moving.detach()).reshape(still.shape)
         if preconditioner is None:
-            preconditioner = Preconditioner.from_features(rows, ridge=self.ridge)
-        weight = precondition_gradient(self.weight, preconditioner)
+            preconditioner = Preconditioner.from_features(rows, ridge=ridge, relative=self.relative)
+        weight = precondition_gradient(self.weight, preconditioner, side=self.side)
         return nn.functional.linear(input, weight, self.bias)

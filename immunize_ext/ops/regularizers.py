@@ -21,21 +21,31 @@ d|K|_F^2 = <4 x x^T x, dx>. All of it is formed in float64 and cast to the input
 
 from __future__ import annotations
 
+from typing import Any, Literal, TypeAlias, get_args, overload
+
 import torch
 from torch import Tensor
 
 from immunize_ext.errors import EqualSingularValuesError
 from immunize_ext.ops.arguments import (
     RankPolicy,
+    SpectrumPolicy,
     require_positive,
     spectrum_policy,
 )
 from immunize_ext.ops.derivatives import carries_tangent, payload
 from immunize_ext.ops.operators import has_kernel
-from immunize_ext.ops.spectrum import gram_extremes_float64, singular_extremes_float64
+from immunize_ext.ops.spectrum import (
+    GramExtremes,
+    SingularExtremes,
+    gram_extremes_float64,
+    singular_extremes_float64,
+)
 
-__all__ = ["gram_r_ill", "gram_r_well", "r_ill", "r_well"]
+__all__ = ["gram_r_ill", "gram_r_well", "r_ill", "r_well", "with_extremes"]
 
+
+_Regularizer: TypeAlias = Literal["r_well", "r_ill", "gram_r_well", "gram_r_ill"]
 
 # D is a difference of two numbers of its own size or larger; below this fraction of the first,
 # times the larger side, it is rounding: singular values are known to a few max(n, p) eps of the
@@ -94,7 +104,6 @@ def _refuse_vanishing(vanishes: Tensor, function: str, argument: str) -> None:
 
 def _ill(
     function: str,
-    argument: str,
     sigma_min: Tensor,
     squared_frobenius: Tensor,
     counts: tuple[Tensor, Tensor],
@@ -119,7 +128,7 @@ def _ill(
         vanishes = vanishes | ((multiplicity_min >= rank) & (sigma_min.detach() > 0))
     vanishes = vanishes & ~out_of_range
     if floor is None and not torch.compiler.is_compiling():
-        _refuse_vanishing(vanishes, function, argument)
+        _refuse_vanishing(vanishes, function, "x" if function.startswith("gram_") else "s")
     # Where D vanishes the value is held at 1 / smallest, with gradient 0; the zero matrix, which
     # has no scale to hold it at, gets infinity.
     value = torch.where(vanishes, smallest, denominator).reciprocal()
@@ -130,6 +139,30 @@ def _squared_norm(s: Tensor) -> Tensor:
     """|S|_F^2 in float64. In one go torch would add up in an order that depends on the threads."""
     longer = -1 if s.shape[-2] <= s.shape[-1] else -2
     return s.to(torch.float64).square().sum(longer).sum(-1)
+
+
+def _compose(
+    function: _Regularizer,
+    s: Tensor,
+    policy: SpectrumPolicy,
+    normaliser: float | Tensor | None,
+    floor: float | None = None,
+) -> tuple[Tensor, SingularExtremes | GramExtremes]:
+    """A regularizer and the extremes it is made of, float64: one decomposition."""
+    extremes: SingularExtremes | GramExtremes
+    if function in ("gram_r_well", "gram_r_ill"):
+        extremes = gram = gram_extremes_float64(s, policy)
+        largest, smallest, square = gram.lambda_max, gram.lambda_min, gram.squared_frobenius
+        width, squarings = s.shape[-1], 2
+    else:
+        extremes = singular = singular_extremes_float64(s, policy)
+        largest, smallest, square = singular.sigma_max, singular.sigma_min, _squared_norm(s)
+        width, squarings = min(s.shape[-2:]), 1
+    if function in ("r_well", "gram_r_well"):
+        return _well(largest, square, width if normaliser is None else normaliser), extremes
+    counts = (extremes.rank, extremes.multiplicity_min)
+    vanishing = squarings * _VANISHING * max(s.shape[-2:])
+    return _ill(function, smallest, square, counts, normaliser, floor, vanishing), extremes
 
 
 def r_well(
@@ -178,10 +211,7 @@ def r_well(
     """
     policy = spectrum_policy("r_well", "s", s, "numerical", rank_rtol, cluster_rtol)
     p = _positive("r_well", "p", p)
-    extremes = singular_extremes_float64(s, policy)
-    squared_frobenius = _squared_norm(s)
-    width = min(s.shape[-2:]) if p is None else p
-    return _well(extremes.sigma_max, squared_frobenius, width).to(s.dtype)
+    return _compose("r_well", s, policy, p)[0].to(s.dtype)
 
 
 def r_ill(
@@ -235,12 +265,7 @@ def r_ill(
     policy = spectrum_policy("r_ill", "s", s, rank, rank_rtol, cluster_rtol)
     k = _positive("r_ill", "k", k)
     _require_floor("r_ill", floor)
-    extremes = singular_extremes_float64(s, policy)
-    squared_frobenius = _squared_norm(s)
-    counts = (extremes.rank, extremes.multiplicity_min)
-    vanishing = _VANISHING * max(s.shape[-2:])
-    value = _ill("r_ill", "s", extremes.sigma_min, squared_frobenius, counts, k, floor, vanishing)
-    return value.to(s.dtype)
+    return _compose("r_ill", s, policy, k, floor)[0].to(s.dtype)
 
 
 def gram_r_well(
@@ -284,9 +309,7 @@ def gram_r_well(
     if _has_fused(x, p):
         fused: Tensor = torch.ops.immunize_ext.gram_regularizer(x, False, p, None, *policy)[0]
         return fused.to(x.dtype)  # autocast may have widened it
-    extremes = gram_extremes_float64(x, policy)
-    width = x.shape[-1] if p is None else p
-    return _well(extremes.lambda_max, extremes.squared_frobenius, width).to(x.dtype)
+    return _compose("gram_r_well", x, policy, p)[0].to(x.dtype)
 
 
 def gram_r_ill(
@@ -342,16 +365,79 @@ def gram_r_ill(
             _refuse_vanishing(multiplicity == 0, "gram_r_ill", "x")
         value: Tensor = fused.to(x.dtype)
         return value
-    extremes = gram_extremes_float64(x, policy)
-    counts = (extremes.rank, extremes.multiplicity_min)
-    value = _ill(
-        "gram_r_ill",
-        "x",
-        extremes.lambda_min,
-        extremes.squared_frobenius,
-        counts,
-        k,
-        floor,
-        2 * _VANISHING * max(x.shape[-2:]),
-    )
-    return value.to(x.dtype)
+    return _compose("gram_r_ill", x, policy, k, floor)[0].to(x.dtype)
+
+
+@overload
+def with_extremes(
+    regularizer: Literal["gram_r_well", "gram_r_ill"], s: Tensor, **settings: Any
+) -> tuple[Tensor, GramExtremes]: ...
+@overload
+def with_extremes(
+    regularizer: Literal["r_well", "r_ill"], s: Tensor, **settings: Any
+) -> tuple[Tensor, SingularExtremes]: ...
+def with_extremes(
+    regularizer: _Regularizer, s: Tensor, **settings: Any
+) -> tuple[Tensor, SingularExtremes | GramExtremes]:
+    r"""A regularizer together with the extremes it is made of: one decomposition for both.
+
+    .. math:: S \mapsto \bigl(R(S),\ (\lambda_{\max}, \lambda_{\min}, \dots)\bigr)
+
+    For a loss and the condition number that is logged beside it. Both are differentiable.
+
+    Args:
+        regularizer: Its name.
+        s: Matrices (*, n, m) of ``"r_well"`` and ``"r_ill"``, features (*, n, p) of the others.
+        **settings: As the function of that name takes them.
+
+    Returns:
+        The value as from :func:`r_well`, :func:`r_ill`, :func:`gram_r_well` or :func:`gram_r_ill`,
+        and what :func:`~immunize_ext.ops.extremal_singular_values` or
+        :func:`~immunize_ext.ops.gram_extremes` gives, under the same ``rank`` and tolerances.
+
+    Raises:
+        ValueError: If there is no such regularizer or setting, and as the function does.
+        EqualSingularValuesError: As the function does.
+
+    Note:
+        Deterministic; always the composition, never the fused operator.
+
+    Source:
+        Zheng et al., ICML 2025, eq. 1, 3 and 12.
+
+    Example:
+        >>> import torch
+        >>> from immunize_ext.ops.regularizers import with_extremes
+        >>> x = torch.diag(torch.tensor([3.0, 1.0], dtype=torch.float64))
+        >>> value, extremes = with_extremes("gram_r_ill", x)
+        >>> value.item(), (extremes.lambda_max / extremes.lambda_min).item()
+        (0.05, 9.0)
+    """
+    if regularizer not in get_args(_Regularizer):
+        raise ValueError(
+            f"with_extremes: regularizer must be one of {get_args(_Regularizer)}, "
+            f"got {regularizer!r}"
+        )
+    ill = regularizer.endswith("ill")
+    name = "k" if ill else "p"
+    known = {name, "rank_rtol", "cluster_rtol"} | ({"rank", "floor"} if ill else set())
+    if unknown := sorted(set(settings) - known):
+        raise ValueError(
+            f"with_extremes: settings of {regularizer} must be among {sorted(known)}, "
+            f"got {unknown[0]}"
+        )
+    argument = "x" if regularizer.startswith("gram_") else "s"
+    tolerances = settings.get("rank_rtol"), settings.get("cluster_rtol")
+    rank = settings.get("rank", "numerical")
+    policy = spectrum_policy(regularizer, argument, s, rank, *tolerances)
+    normaliser = _positive(regularizer, name, settings.get(name))
+    floor = settings.get("floor")
+    _require_floor(regularizer, floor)
+    value, extremes = _compose(regularizer, s, policy, normaliser, floor)
+    counts = ("rank", "multiplicity_max", "multiplicity_min")
+    cast = {
+        field: number.to(s.dtype)
+        for field, number in extremes._asdict().items()
+        if field not in counts
+    }
+    return value.to(s.dtype), extremes._replace(**cast)

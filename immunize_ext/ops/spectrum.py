@@ -22,6 +22,7 @@ from immunize_ext.ops.arguments import (
     SpectrumPolicy,
     any_true,
     cluster_resolution,
+    require_finite,
     require_floating_matrix,
     spectrum_policy,
 )
@@ -33,7 +34,9 @@ __all__ = [
     "condition_number",
     "extremal_singular_values",
     "gram_extremes",
+    "gram_log_condition_number",
     "log_condition_number",
+    "smallest_singular_values",
     "symmetric_extremes",
 ]
 
@@ -211,6 +214,65 @@ def gram_extremes(
     )
 
 
+def smallest_singular_values(
+    a: Tensor, count: int, *, rank: RankPolicy = "full", rank_rtol: float | None = None
+) -> Tensor:
+    r"""The smallest singular values of each matrix, ascending.
+
+    .. math:: \sigma_t \le \sigma_{t-1} \le \dots \le \sigma_{t-k+1}, \quad
+              \partial\sigma_i = u_i^\top\, \partial A\, v_i
+
+    Equivalent to ``scipy.linalg.svdvals(a)[::-1][:count]``, a full decomposition.
+
+    Args:
+        a: Matrices (*, n, p), real floating point. float32 is computed in float64.
+        count: How many, at most min(n, p).
+        rank: ``"full"``: of all min(n, p), those that do not count exactly 0 with gradient 0.
+            ``"numerical"``: of those that count.
+        rank_rtol: As in :func:`extremal_singular_values`.
+
+    Returns:
+        The values (*, count) in a's dtype.
+
+    Raises:
+        ValueError: As :func:`extremal_singular_values`, if count is out of range, or if fewer than
+            count values count under ``"numerical"``.
+
+    Note:
+        Deterministic. Among equal values a single one has no derivative, and gets that of one
+        basis of its cluster; symmetric functions of a whole cluster, its sum for instance, have the
+        right one. Second derivatives where all values are distinct.
+
+    Source:
+        Stewart and Sun 1990, theorem IV.2.3 (derivative of simple singular values).
+
+    Example:
+        >>> import torch
+        >>> from immunize_ext.ops import smallest_singular_values
+        >>> smallest_singular_values(torch.diag(torch.tensor([3.0, 0.0, 1.0, 2.0])), 3)
+        tensor([0., 1., 2.])
+    """
+    function = "smallest_singular_values"
+    policy = spectrum_policy(function, "a", a, rank, rank_rtol, None)
+    side = min(a.shape[-2:])
+    if not 1 <= count <= side:
+        raise ValueError(f"{function}: count must be between 1 and {side}, got {count}")
+    require_finite(function, "a", a)
+    sigma = torch.linalg.svdvals(a.to(torch.float64))
+    counts = sigma.detach() > policy.rank_rtol * sigma.detach()[..., :1]
+    if policy.full_rank:
+        ascending = torch.where(counts, sigma, 0.0).flip(-1)
+        return ascending[..., :count].to(a.dtype)
+    found = counts.sum(-1, keepdim=True)
+    if any_true(found < count):
+        raise ValueError(
+            f"{function}: count must be at most the numerical rank, got {count}; use rank='full' "
+            "for zeros in the place of what does not count"
+        )
+    places = found - 1 - torch.arange(count, device=a.device)
+    return sigma.gather(-1, places.clamp(min=0)).to(a.dtype)
+
+
 def symmetric_extremes(h: Tensor, *, cluster_rtol: float | None = None) -> SymmetricExtremes:
     r"""Largest and smallest eigenvalue of each symmetric matrix, by sign and not by magnitude.
 
@@ -362,3 +424,48 @@ def log_condition_number(
     """
     policy = spectrum_policy("log_condition_number", "a", a, rank, rank_rtol, cluster_rtol)
     return _condition(a, policy, logarithm=True).to(a.dtype)
+
+
+def gram_log_condition_number(
+    x: Tensor, *, floor: float = 1e-6, cluster_rtol: float | None = None
+) -> Tensor:
+    r"""Natural logarithm of the condition number of x^T x + floor I, without forming it.
+
+    .. math:: \log\kappa = \log(\lambda_{\max} + \varepsilon) - \log(\lambda_{\min} + \varepsilon)
+
+    The condition number of the published code, whose floor is 1e-6 whatever the scale of x. It is
+    finite at every rank: with n < p samples lambda_min is 0, and the gradient is that of lambda_max
+    alone.
+
+    Args:
+        x: Features (*, n, p), real floating point. The cost is that of the smaller side.
+        floor: What is added to every eigenvalue, in units of x^T x; positive.
+        cluster_rtol: As in :func:`gram_extremes`.
+
+    Returns:
+        log kappa (*,) in x's dtype; 0 for features that are all 0.
+
+    Raises:
+        ValueError: As :func:`extremal_singular_values`, or if floor is not positive.
+
+    Note:
+        Deterministic. Derivatives as in :func:`extremal_singular_values`; an eigenvalue that
+        counts as 0 has gradient 0.
+
+    Source:
+        Zheng et al., ICML 2025, eq. 1, with the floor of the released code.
+
+    Example:
+        >>> import torch
+        >>> from immunize_ext.ops import gram_log_condition_number
+        >>> x = torch.tensor([[1.0, 0.0, 0.0], [0.0, 2.0, 0.0]], dtype=torch.float64)
+        >>> round(gram_log_condition_number(x).item(), 6)  # log(4.000001 / 0.000001)
+        15.201805
+    """
+    function = "gram_log_condition_number"
+    if not (math.isfinite(floor) and floor > 0.0):
+        raise ValueError(f"{function}: floor must be finite and positive, got {floor}")
+    policy = spectrum_policy(function, "x", x, "full", None, cluster_rtol)
+    extremes = gram_extremes_float64(x, policy)
+    value = (extremes.lambda_max + floor).log() - (extremes.lambda_min + floor).log()
+    return value.to(x.dtype)

@@ -251,6 +251,7 @@ def evaluate(
     harmful: Task,
     *,
     ridge: float = 1e-2,
+    rank_rtol: float | None = None,
     tolerance: float = 0.1,
     base_budget: int = 2000,
     limit: float = 128.0,
@@ -267,6 +268,9 @@ def evaluate(
         primary: The task that was to be kept.
         harmful: The task that was to be made hard. Its labels are used here and only here.
         ridge: Relative ridge of the condition numbers.
+        rank_rtol: Rank tolerance of the rank-aware condition numbers, as for
+            :func:`~immunize_ext.probing.metrics.relative_immunization_ratio`: give that of the
+            precision that features were computed in.
         tolerance: How close to the lowest test loss counts as reached.
         base_budget: Steps of an attacker without immunization.
         limit: Largest slow-down looked for.
@@ -309,7 +313,12 @@ def evaluate(
     inputs = rows["primary"], rows["harmful"]
     ratios = {
         policy: relative_immunization_ratio(
-            *inputs, immunized.theta, immunized.theta0, policy=policy, ridge=ridge
+            *inputs,
+            immunized.theta,
+            immunized.theta0,
+            policy=policy,
+            ridge=ridge,
+            rank_rtol=rank_rtol,
         )
         for policy in POLICIES
     }

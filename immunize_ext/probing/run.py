@@ -46,6 +46,7 @@ from immunize_ext.seams import Attack, Immunizer, Progress
 from immunize_ext.settings import build, check_types, plain, settings_of
 from immunize_ext.storage import (
     SCHEMA,
+    ManyRuns,
     check_target,
     environment,
     read_results,
@@ -82,6 +83,9 @@ class MeasureSettings:
             once, when omitted.
         settings: Settings of the method by name.
         ridge: Ridge on each K, relative to its largest eigenvalue.
+        rank_rtol: Rank tolerance of the rank-aware condition numbers, a share of the largest
+            singular value; that of float64 when omitted. Features that a float32 network computed
+            want ``1.2e-7`` times their number.
         size: Side of MNIST images: 28, 14 or 7.
         max_train: Largest number of training samples of each task; all when omitted.
         attacks: Attacks beside those that every report shows (of a sweep: all that are run);
@@ -96,6 +100,7 @@ class MeasureSettings:
     data_dir: str | None = None
     settings: Mapping[str, Any] = field(default_factory=dict)
     ridge: float = 1e-2
+    rank_rtol: float | None = None
     size: int = 28
     max_train: int | None = None
     attacks: tuple[str, ...] = ()
@@ -113,6 +118,8 @@ class MeasureSettings:
             )
         if not self.ridge > 0.0:
             raise ValueError(f"ridge must be positive, got {self.ridge}; 1e-2 is a usual value")
+        if self.rank_rtol is not None and not 0.0 <= self.rank_rtol < 1.0:
+            raise ValueError(f"rank_rtol must be at least 0 and below 1, got {self.rank_rtol}")
         if self.size not in (28, 14, 7):
             raise ValueError(f"size must be 28, 14 or 7, got {self.size}")
         if self.max_train is not None and self.max_train < 1:
@@ -405,6 +412,7 @@ def _measured(
             problem.primary,
             task,
             ridge=settings.ridge,
+            rank_rtol=settings.rank_rtol,
             base_budget=settings.base_budget,
             limit=settings.limit,
             attacks=attacks,
@@ -453,6 +461,7 @@ def _alternative(
         problem.primary,
         problem.harmful[0],
         ridge=settings.ridge,
+        rank_rtol=settings.rank_rtol,
         base_budget=settings.base_budget,
         limit=settings.limit,
         attacks=attacks_of(("gradient_descent",), {}, settings.loss, standard=False),
@@ -647,28 +656,7 @@ def _attack_row(
 # --- comparisons ----------------------------------------------------------------------------------
 
 
-@dataclass(frozen=True)
-class Comparison:
-    """Finished runs at equal cost.
-
-    Attributes:
-        content: What the comparison says.
-        path: The folder written.
-    """
-
-    content: dict[str, Any]
-    path: Path
-
-    def results(self) -> dict[str, Any]:
-        """Exactly what ``results.json`` holds."""
-        return self.content
-
-    def summary(self) -> str:
-        """Slow-down of the harm where the task to keep is no slower."""
-        return comparison_report.summary(self.content)
-
-
-def compare(folders: Sequence[str | Path], out: str | Path, *, force: bool = False) -> Comparison:
+def compare(folders: Sequence[str | Path], out: str | Path, *, force: bool = False) -> ManyRuns:
     """Compare finished runs and sweeps at equal cost to the primary task.
 
     Args:
@@ -690,7 +678,7 @@ def compare(folders: Sequence[str | Path], out: str | Path, *, force: bool = Fal
     with run_directory(out, force=force) as folder:
         report.write(content, folder)
         write_json(folder / "results.json", content)
-    return Comparison(content, Path(out))
+    return ManyRuns(content, Path(out), comparison_report.summary(content))
 
 
 # --- sweeps ---------------------------------------------------------------------------------------
@@ -844,26 +832,14 @@ def measure_point(settings: RunSettings) -> dict[str, Any]:
 
 
 @dataclass(frozen=True)
-class Sweep:
+class Sweep(ManyRuns):
     """A finished sweep.
 
     Attributes:
-        content: What it says.
         points: The results of each point, by name.
-        path: Its folder.
     """
 
-    content: dict[str, Any]
     points: dict[str, dict[str, Any]]
-    path: Path
-
-    def results(self) -> dict[str, Any]:
-        """Exactly what ``results.json`` holds."""
-        return self.content
-
-    def summary(self) -> str:
-        """RIR by method."""
-        return comparison_report.sweep_summary(self.content)
 
 
 def sweep(
@@ -912,4 +888,5 @@ def sweep(
     content = points_of_runs.summarise(done)
     report.write(content, Path(out))
     write_whole(Path(out) / "results.json", content)
-    return Sweep(content, done, Path(out))
+    words = comparison_report.sweep_summary(content)
+    return Sweep(content, Path(out), words, done)

@@ -27,7 +27,7 @@ from immunize_ext.seams import AttackCurve, Progress
 from immunize_ext.settings import plain
 from immunize_ext.storage import digest
 from immunize_ext.sweep import run_jobs
-from immunize_ext.text_to_image.attacks import Adaptation, ConceptScores, TextToImageAttack
+from immunize_ext.text_to_image.attacks import Adaptation, ConceptScores, Target, TextToImageAttack
 from immunize_ext.text_to_image.concepts import Concept
 from immunize_ext.text_to_image.metrics.generation import Measure, Sampling, measure_identity
 from immunize_ext.text_to_image.model import TextToImage
@@ -139,7 +139,7 @@ def made_of(job: Job, model: str, budget: Budget) -> str:
         model,
         _attack_settings(job.attack),
         [concept.digest() for concept in job.concepts],
-        job.attack.prompts(job.concepts, job.prompt),
+        job.attack.prompts(Target(job.concepts, job.prompt)),
         job.seed,
         job.kept,
         budget.steps,
@@ -164,21 +164,14 @@ def execute(model: TextToImage, job: Job, budget: Budget) -> Run:
     for attempt in range(_HALVINGS + 1):
         scores = ConceptScores(
             job.concepts,
-            attack.prompts(job.concepts, job.prompt),
+            attack.prompts(Target(job.concepts, job.prompt)),
             budget.measures,
             budget.sampling.for_seed(job.seed),
             kept=job.kept,
         )
         try:
-            curve = attack.run(
-                model,
-                job.concepts,
-                steps=budget.steps,
-                evaluate_at=budget.evaluate_at,
-                evaluate=scores,
-                seed=job.seed,
-                prompt=job.prompt,
-            )
+            target = Target(job.concepts, job.prompt, scores, budget.evaluate_at)
+            curve = attack.run(model, target, steps=budget.steps, seed=job.seed)
             break
         except FloatingPointError as error:
             if attempt == _HALVINGS or not isinstance(attack, Adaptation):

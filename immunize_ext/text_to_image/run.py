@@ -25,6 +25,7 @@ from immunize_ext.seams import Progress
 from immunize_ext.settings import build, plain, settings_of
 from immunize_ext.storage import (
     SCHEMA,
+    ManyRuns,
     check_target,
     digest,
     environment,
@@ -550,28 +551,7 @@ def _request(values: Mapping[str, Any]) -> RunSettings:
 # --- comparisons ----------------------------------------------------------------------------------
 
 
-@dataclass(frozen=True)
-class Comparison:
-    """Finished runs beside each other.
-
-    Attributes:
-        content: What the comparison says.
-        path: The folder written.
-    """
-
-    content: dict[str, Any]
-    path: Path
-
-    def results(self) -> dict[str, Any]:
-        """Exactly what ``results.json`` holds."""
-        return self.content
-
-    def summary(self) -> str:
-        """One line a run."""
-        return comparisons.summary(self.content)
-
-
-def compare(folders: Sequence[str | Path], out: str | Path, *, force: bool = False) -> Comparison:
+def compare(folders: Sequence[str | Path], out: str | Path, *, force: bool = False) -> ManyRuns:
     """Compare finished runs and sweeps.
 
     Args:
@@ -597,7 +577,7 @@ def compare(folders: Sequence[str | Path], out: str | Path, *, force: bool = Fal
     with run_directory(out, force=force) as folder:
         report.write(content, folder)
         write_json(folder / "results.json", content)
-    return Comparison(content, Path(out))
+    return ManyRuns(content, Path(out), comparisons.summary(content))
 
 
 # --- sweeps ---------------------------------------------------------------------------------------
@@ -615,11 +595,6 @@ def measure_point(name: str, settings: RunSettings, inputs: str) -> dict[str, An
     return plain(comparisons.row_of(name, run(settings).results()))
 
 
-@dataclass(frozen=True)
-class Sweep(Comparison):
-    """A finished sweep: its points beside each other."""
-
-
 def sweep(
     settings: SweepSettings,
     out: str | Path,
@@ -628,7 +603,7 @@ def sweep(
     jobs: int = 1,
     executor: Executor | None = None,
     progress: Progress | None = None,
-) -> Sweep:
+) -> ManyRuns:
     """Do what is missing of a sweep, and compare its points.
 
     Args:
@@ -668,7 +643,7 @@ def sweep(
     content = comparisons.comparison_of([comparisons.Row(**row) for row in done.values()])
     report.write(content, Path(out))
     write_whole(Path(out) / "results.json", content)
-    return Sweep(content, Path(out))
+    return ManyRuns(content, Path(out), comparisons.summary(content))
 
 
 def _inputs(settings: ModelSettings) -> str:

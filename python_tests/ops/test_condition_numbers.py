@@ -22,7 +22,13 @@ from spectrum_bounds import VALUE_UNITS, assert_within
 from torch import Tensor
 
 from immunize_ext import reference, testing
-from immunize_ext.ops import condition_number, extremal_singular_values, log_condition_number
+from immunize_ext.ops import (
+    condition_number,
+    extremal_singular_values,
+    gram_log_condition_number,
+    log_condition_number,
+)
+from immunize_ext.probing.metrics import log_kappa
 from immunize_ext.testing import strategies
 
 FUNCTIONS = [condition_number, log_condition_number]
@@ -210,3 +216,47 @@ def test_both_are_the_quotient_of_the_extremes():
     kappa = found.sigma_max / found.sigma_min
     assert_within(condition_number(a), kappa, 4 * EPS * kappa)
     assert_within(log_condition_number(a), kappa.log(), 8 * EPS * (1 + kappa.log()))
+
+
+# --- the floor of the published code --------------------------------------------------------------
+
+
+@pytest.mark.parametrize("shape", [(7, 4), (4, 7), (2, 3, 5, 5)])
+@pytest.mark.parametrize("floor", [1e-6, 0.5])
+def test_floored_kappa_is_that_of_the_gram_matrix(route, shape, floor):
+    x = gaussian(*shape)
+    k = x.mT @ x + floor * torch.eye(shape[-1]).double()
+    eigenvalues = torch.linalg.eigvalsh(k)
+    expected = eigenvalues[..., -1].log() - eigenvalues[..., 0].log()
+    found = gram_log_condition_number(x, floor=floor)
+    # The eigenvalues of K + floor I carry eps |K|; ours are sharper.
+    torch.testing.assert_close(found, expected, rtol=1e-8, atol=1e-8)
+
+
+def test_floored_kappa_is_the_metric():
+    for x in (gaussian(6, 4), gaussian(4, 6)):
+        metric, _ = log_kappa(x, policy="official")
+        torch.testing.assert_close(gram_log_condition_number(x), metric, rtol=0.0, atol=0.0)
+
+
+def test_floored_kappa_has_derivatives_of_both_orders(route):
+    x = gaussian(6, 4).requires_grad_()
+    assert torch.autograd.gradcheck(lambda x: gram_log_condition_number(x, floor=0.3), x)
+    assert torch.autograd.gradgradcheck(lambda x: gram_log_condition_number(x, floor=0.3), x)
+    # With fewer samples than features the smallest eigenvalue is the floor, a constant.
+    wide = gaussian(3, 5).requires_grad_()
+    (grad,) = torch.autograd.grad(gram_log_condition_number(wide, floor=0.3), wide)
+    top = extremal_singular_values(wide).sigma_max.square()
+    expected = torch.autograd.grad((top + 0.3).log(), wide)[0]
+    torch.testing.assert_close(grad, expected)
+
+
+def test_floored_kappa_of_zeros_and_bad_floors():
+    x = torch.zeros(3, 2, dtype=torch.float32, requires_grad=True)
+    value = gram_log_condition_number(x)
+    assert value.dtype == torch.float32
+    assert value == 0.0
+    assert not torch.autograd.grad(value, x)[0].any()
+    for floor in (0.0, -1.0, math.nan, math.inf):
+        with pytest.raises(ValueError, match="floor must be finite and positive"):
+            gram_log_condition_number(gaussian(3, 2), floor=floor)

@@ -354,6 +354,73 @@ def test_layer_refuses_too_small_a_batch():
         layer(gaussian(2, 4))
 
 
+@pytest.mark.parametrize("n", [3, 9])
+def test_layer_multiplies_from_the_left_on_the_output_side(n):
+    layer = PreconditionedLinear(4, 4, side="output", ridge=1e-2, dtype=torch.float64)
+    plain = nn.Linear(4, 4, dtype=torch.float64)
+    plain.load_state_dict(layer.state_dict())
+    x, upstream = gaussian(n, 4), gaussian(n, 4, seed=1)
+    layer(x).backward(upstream)
+    plain(x).backward(upstream)
+    k = x.mT @ x
+    k += 1e-2 * k.diagonal().mean() * torch.eye(4, dtype=torch.float64)
+    expected = torch.linalg.solve(k, plain.weight.grad)
+    torch.testing.assert_close(layer.weight.grad, expected, rtol=1e-10, atol=1e-12)
+    assert torch.equal(layer.bias.grad, plain.bias.grad)
+
+
+def test_gradient_preconditioned_from_the_left_is_that_of_the_transpose(route):
+    preconditioner = preconditioner_of(9, 4, 0.0)
+    weight, upstream = gaussian(4, 3).requires_grad_(), gaussian(4, 3, seed=1)
+    moved = precondition_gradient(weight, preconditioner, side="output")
+    assert torch.equal(moved, weight)
+    moved.backward(upstream)
+    expected = preconditioner.apply(upstream.mT).mT
+    torch.testing.assert_close(weight.grad, expected, rtol=1e-12, atol=1e-14)
+    with pytest.raises(ValueError, match=r"shape \(\*, 4, p\), the output side"):
+        precondition_gradient(gaussian(3, 4), preconditioner, side="output")
+    with pytest.raises(ValueError, match="side must be 'input' or 'output', got 'left'"):
+        precondition_gradient(weight, preconditioner, side="left")
+
+
+def grad_of(layer, x, **options):
+    layer.weight.grad = None
+    layer(x, **options).square().sum().backward()
+    return layer.weight.grad
+
+
+@pytest.mark.parametrize("n", [3, 9])
+def test_layer_with_an_absolute_ridge_and_one_of_a_call(n):
+    x = gaussian(n, 4)
+    mean = float(x.square().sum()) / 4
+    layer = PreconditionedLinear(4, 2, ridge=1e-2, dtype=torch.float64)
+    other = PreconditionedLinear(4, 2, ridge=1e-2 * mean, relative=False, dtype=torch.float64)
+    other.load_state_dict(layer.state_dict())
+    torch.testing.assert_close(grad_of(other, x), grad_of(layer, x), rtol=1e-11, atol=1e-13)
+    of_call = grad_of(other, x, ridge=3e-2 * mean)
+    torch.testing.assert_close(of_call, grad_of(layer, x, ridge=3e-2), rtol=1e-11, atol=1e-13)
+    assert not torch.allclose(of_call, grad_of(layer, x))
+    # Off: the gradient of a plain layer, and a batch of any size.
+    plain = nn.Linear(4, 2, dtype=torch.float64)
+    plain.load_state_dict(layer.state_dict())
+    assert torch.equal(grad_of(layer, x, precondition=False), grad_of(plain, x))
+
+
+def test_layer_refuses_a_second_ridge_and_a_side_that_does_not_fit():
+    layer = PreconditionedLinear(4, 3, preconditioner=preconditioner_of(9, 4, 0.0))
+    with pytest.raises(ValueError, match="ridge must not be given where a preconditioner is set"):
+        layer(torch.zeros(5, 4), ridge=1.0)
+    with pytest.raises(ValueError, match=r"as many outputs as inputs.* got 4 and 3"):
+        PreconditionedLinear(4, 3, side="output")
+    with pytest.raises(ValueError, match="side must be"):
+        PreconditionedLinear(4, 4, side="left")
+
+
+def test_a_preconditioner_says_in_a_line_what_it_is():
+    text = repr(Preconditioner.from_features(torch.eye(3), ridge=0.5, relative=False))
+    assert text == "Preconditioner(features=3, ridge=0.5, device=cpu)"
+
+
 @pytest.mark.usefixtures("fresh_compiler")
 def test_layer_compiles():
     preconditioner = preconditioner_of(20, 4, 0.0)

@@ -23,8 +23,8 @@ from torch import Tensor
 
 from immunize_ext import reference, testing
 from immunize_ext.errors import EqualSingularValuesError
-from immunize_ext.ops import condition_number
-from immunize_ext.ops.regularizers import gram_r_ill, gram_r_well, r_ill, r_well
+from immunize_ext.ops import condition_number, extremal_singular_values, gram_extremes
+from immunize_ext.ops.regularizers import gram_r_ill, gram_r_well, r_ill, r_well, with_extremes
 from immunize_ext.testing import strategies
 
 WELL = [r_well, gram_r_well]
@@ -541,3 +541,35 @@ def test_bad_floor_is_refused(route, function, floor):
     """A share of |S|_F^2 / (2 k) that D can have: between 0 and 1, both excluded."""
     with pytest.raises(ValueError, match=f"{function.__name__}: floor must"):
         function(gaussian(3, 3), floor=floor)
+
+
+@pytest.mark.parametrize("function", EVERY, ids=name_of)
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32])
+def test_a_regularizer_with_its_extremes_is_both_from_one_decomposition(function, dtype):
+    s = gaussian(2, 7, 4).to(dtype).requires_grad_()
+    ill = function in ILL
+    settings = {"k": 3.0, "rank_rtol": 1e-3} if ill else {"p": 9.0, "rank_rtol": 1e-3}
+    value, extremes = with_extremes(function.__name__, s, **settings)
+    expected = function(s, **settings)
+    of = gram_extremes if function in (gram_r_well, gram_r_ill) else extremal_singular_values
+    assert type(extremes) is type(of(s))
+    torch.testing.assert_close(value, expected)
+    for one, other in zip(extremes, of(s, rank_rtol=1e-3), strict=True):
+        torch.testing.assert_close(one, other)
+    grads = [torch.autograd.grad(v.sum(), s, retain_graph=True)[0] for v in (value, expected)]
+    torch.testing.assert_close(*grads)
+    # What is logged beside the loss has its derivative too.
+    (grad,) = torch.autograd.grad(extremes[0].sum(), s)
+    assert grad.abs().sum() > 0
+
+
+def test_extremes_of_what_is_not_there_are_refused():
+    with pytest.raises(ValueError, match="regularizer must be one of"):
+        with_extremes("r_wel", torch.eye(2))
+    with pytest.raises(ValueError, match=r"settings of r_well must be among .*, got floor"):
+        with_extremes("r_well", torch.eye(2), floor=0.1)
+    with pytest.raises(EqualSingularValuesError):
+        with_extremes("gram_r_ill", torch.eye(2))
+    value, extremes = with_extremes("gram_r_ill", torch.eye(2), floor=0.5)
+    assert value == 1 / (0.5 * 0.5)
+    assert extremes.multiplicity_min == 2

@@ -432,12 +432,29 @@ def test_threads_are_put_back(finished: Path) -> None:
         ({"compare": ("whitning",)}, "compare: whitning is no method"),
         ({"attacks": ("nestrov",)}, "attacks: nestrov is no attack; did you mean nesterov"),
         ({"attack_settings": {"all": {}}}, "attacks: all is no attack"),
+        ({"rank_rtol": 1.0}, "rank_rtol must be at least 0 and below 1, got 1.0"),
     ],
 )
 def test_settings_built_in_python_are_checked_at_once(values: dict[str, Any], words: str) -> None:
     with pytest.raises(ValueError, match=r"must|no ") as caught:
         probing.RunSettings(**values)
     assert str(caught.value).startswith(words)
+
+
+def test_the_rank_tolerance_reaches_the_rank_aware_condition_numbers(features: Path) -> None:
+    settings = probing.RunSettings(data=str(features), primary="0:1", harmful=("0:2",))
+    # One feature is a copy of another, but for rounding in float32.
+    values = dict(np.load(features))
+    values["x"] = np.c_[values["x"], values["x"][:, :1].astype(np.float32) * np.float32(1 / 3)]
+    np.savez(features.with_name("copied.npz"), **values)
+    settings = replace(settings, data=str(features.with_name("copied.npz")))
+    ranks = {
+        tolerance: probing.measure_point(replace(settings, rank_rtol=tolerance))[
+            "condition_numbers"
+        ]["rank_aware"]["rank_harmful"][0]
+        for tolerance in (None, 6 * 1.2e-7)
+    }
+    assert ranks == {None: 6, 6 * 1.2e-7: 5}
 
 
 def test_settings_of_attacks_and_sweeps_are_checked_at_once() -> None:

@@ -71,10 +71,9 @@ class Stare:
     name: str = "stare"
     eyes: int = 2
 
-    def prompts(self, target: Any, prompt: str | None = None) -> dict[str, str]:
+    def prompts(self, target: Any) -> dict[str, str]:
         """The canonical one."""
-        del prompt
-        return {concept.name: concept.prompts[0] for concept in target}
+        return {concept.name: concept.prompts[0] for concept in target.concepts}
 
     def run(
         self,
@@ -82,19 +81,16 @@ class Stare:
         target: Any,
         *,
         steps: int,
-        evaluate_at: Any = None,
-        evaluate: Any = None,
         seed: int = 0,
-        prompt: str | None = None,
         progress: Any = None,
     ) -> AttackCurve:
         """Judge the model as it is."""
-        del prompt, progress
-        places = list(evaluate_at)
-        found = [evaluate(model, step) for step in places]
+        del progress
+        places = list(target.evaluate_at)
+        found = [target.evaluate(model, step) for step in places]
         scores = {name: [one[name] for one in found] for name in found[0]}
         config = {"steps": steps, "seed": seed, "eyes": self.eyes, "trained_parameters": 0}
-        names = "+".join(concept.name for concept in target)
+        names = "+".join(target.names)
         return AttackCurve(self.name, names, places, scores, [], 0.1, 0, config)
 
 

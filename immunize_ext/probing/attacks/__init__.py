@@ -15,6 +15,7 @@ from immunize_ext.probing.attacks.slowdowns import (
     BudgetOutcome,
     attack_at_budgets,
     compare_attack,
+    compare_features,
 )
 from immunize_ext.seams import AttackCurve
 
@@ -30,6 +31,7 @@ __all__ = [
     "TunedAttack",
     "attack_at_budgets",
     "compare_attack",
+    "compare_features",
     "knows",
     "label_of",
 ]

@@ -110,28 +110,102 @@ def compare_attack(
         >>> str(compare_attack(Task("toy", x, y, x, y), theta, base_budget=10).slowdown)
         '0.10x'
     """
+    budget = _Budget(tolerance, base_budget, limit, stop_early, seed)
+    return _compare("compare_attack", attacker, (theta0, task), (theta, task), budget)
+
+
+def compare_features(
+    immunized: Task,
+    base: Task,
+    *,
+    attacker: Attack[Any, Any] | str = "gradient_descent",
+    tolerance: float = 0.1,
+    base_budget: int = 2000,
+    limit: float = 128.0,
+    stop_early: bool = True,
+    seed: int = 0,
+) -> AttackComparison:
+    """:func:`compare_attack` for two extractors of any kind, by the features they give.
+
+    Args:
+        immunized: Features of the immunized extractor, ``(n, q)``, with the targets.
+        base: Features of the extractor before, ``(n, q')``, of the same samples in the same order.
+        attacker: As for :func:`compare_attack`.
+        tolerance: As for :func:`compare_attack`.
+        base_budget: As for :func:`compare_attack`.
+        limit: As for :func:`compare_attack`.
+        stop_early: As for :func:`compare_attack`.
+        seed: As for :func:`compare_attack`.
+
+    Returns:
+        The comparison, under the name of ``immunized``.
+
+    Raises:
+        ValueError: If the targets of the two differ, or as :func:`compare_attack`.
+
+    Note:
+        Deterministic; computed in float64.
+
+    Example:
+        >>> import torch
+        >>> x = torch.diag(torch.tensor([1.0, 2.0], dtype=torch.float64))
+        >>> y = torch.tensor([1.0, -1.0], dtype=torch.float64)
+        >>> base, immunized = Task("toy", x, y, x, y), Task("toy", x.tanh(), y, x.tanh(), y)
+        >>> str(compare_features(immunized, base, base_budget=10).slowdown)
+        '0.30x'
+    """
+    for part in ("train", "test"):
+        one, other = (getattr(task, f"y_{part}") for task in (immunized, base))
+        if not torch.equal(one.to(torch.float64), other.to(torch.float64)):
+            raise ValueError(
+                f"compare_features: base must have the targets y_{part} of immunized, got others; "
+                "give features of the same samples in the same order"
+            )
+    budget = _Budget(tolerance, base_budget, limit, stop_early, seed)
+    return _compare("compare_features", attacker, (None, base), (None, immunized), budget)
+
+
+class _Budget(NamedTuple):
+    """The settings that comparisons have in common."""
+
+    tolerance: float
+    base_budget: int
+    limit: float
+    stop_early: bool
+    seed: int
+
+
+def _compare(
+    function: str,
+    attacker: Attack[Any, Any] | str,
+    base: tuple[Tensor | None, Task],
+    immunized: tuple[Tensor | None, Task],
+    given: _Budget,
+) -> AttackComparison:
+    """An attacker on features ``x @ theta`` of one task, and of another."""
+    tolerance, base_budget, limit, stop_early, seed = given
     if not tolerance >= 0.0 or not limit >= 1.0:
         raise ValueError(
-            f"compare_attack: tolerance must be at least 0 and limit at least 1, got {tolerance} "
+            f"{function}: tolerance must be at least 0 and limit at least 1, got {tolerance} "
             f"and {limit}"
         )
     if base_budget < 1:
-        raise ValueError(f"compare_attack: base_budget must be at least 1 step, got {base_budget}")
-    attack = find_attack("compare_attack", attacker) if isinstance(attacker, str) else attacker
-    without = _traces(attack, theta0, task, base_budget, seed)
+        raise ValueError(f"{function}: base_budget must be at least 1 step, got {base_budget}")
+    attack = find_attack(function, attacker) if isinstance(attacker, str) else attacker
+    without = _traces(attack, *base, base_budget, seed)
     _check_finite(without, "without")
     target = max((1.0 + tolerance) * min(without.lowest), SOLVED * float(without.test_loss[0, 0]))
     chosen = without.best(target)
     base_steps = without.steps_to(target)[chosen]
     assert base_steps is not None  # the minimum itself is within the tolerance
     budget = max(1, round(limit * max(base_steps, 1)))
-    found = _traces(attack, theta, task, budget, seed, target if stop_early else None)
+    found = _traces(attack, *immunized, budget, seed, target if stop_early else None)
     _check_finite(found, "with")
     column = found.best(target)
     steps = found.steps_to(target)[column]
     return AttackComparison(
         attacker=attack.name,
-        task=task.name,
+        task=immunized[1].name,
         target=target,
         base_steps=base_steps,
         steps=steps,

@@ -72,6 +72,10 @@ class Task:
                 "taken for the targets of a regression; give 2 * y - 1"
             )
 
+    def __repr__(self) -> str:
+        counts = f"{len(self.x_train)} and {len(self.x_test)} samples of {self.num_features}"
+        return f"Task({self.name!r}, {self.kind}, {counts} features, {self.x_train.dtype})"
+
     @property
     def num_features(self) -> int:
         """Number p of features."""

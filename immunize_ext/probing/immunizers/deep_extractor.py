@@ -97,19 +97,28 @@ def _imma(features: Features, classes: int, steps: int) -> Tensor:
     return -residual / targets.square().mean().clamp_min(torch.finfo(targets.dtype).tiny)
 
 
-def terms_of(objective: DeepObjective, *, classes: int, inner_steps: int) -> list[Term]:
+def terms_of(
+    objective: DeepObjective,
+    *,
+    classes: int,
+    inner_steps: int,
+    p: float | None = None,
+    k: float | None = None,
+) -> list[Term]:
     """The terms of an objective.
 
     Args:
         objective: Which (module docstring).
         classes: Number of harmful classes, for IMMA.
         inner_steps: Steps of the probe, for IMMA.
+        p: Normaliser of R_well, as in :func:`~immunize_ext.ops.regularizers.gram_r_well`.
+        k: Normaliser of R_ill, as in :func:`~immunize_ext.ops.regularizers.gram_r_ill`.
 
     Returns:
         One term, or two for ``"condition_number"``.
     """
-    well = Term("well", lambda f: gram_r_well(f.primary), "primary")
-    ill = Term("ill", lambda f: gram_r_ill(f.harmful), "harmful")
+    well = Term("well", lambda f: gram_r_well(f.primary, p=p), "primary")
+    ill = Term("ill", lambda f: gram_r_ill(f.harmful, k=k), "harmful")
     if objective == "condition_number":
         return [well, ill]
     if objective in ("r_ill", "r_well"):
@@ -143,6 +152,9 @@ class DeepExtractorImmunizer:
         lambda_well: lambda_P, or ``None`` to give R_well ``share`` times the gradient norm of the
             primary loss.
         lambda_ill: lambda_H, the same for R_ill.
+        p: Normaliser of R_well; the number of features when ``None``. The released code takes the
+            last dimension of the inputs.
+        k: Normaliser of R_ill; the rank of the batch's features when ``None``.
         weight: Weight of the one term of the other objectives; the same when ``None``.
         share: See ``lambda_well``.
         rebalance_every: Steps after which lambdas left open are balanced anew; ``None``: once.
@@ -179,6 +191,8 @@ class DeepExtractorImmunizer:
     head_weight_decay: float = 2e-5
     lambda_well: float | None = None
     lambda_ill: float | None = None
+    p: float | None = None
+    k: float | None = None
     weight: float | None = None
     share: float = 1.0
     rebalance_every: int | None = None
@@ -210,6 +224,10 @@ class DeepExtractorImmunizer:
             value = getattr(self, name)
             if value is not None and not (math.isfinite(value) and value >= 0.0):
                 raise ValueError(f"{_NAME}: {name} must be finite and not negative, got {value}")
+        for name in ("p", "k"):
+            value = getattr(self, name)
+            if value is not None and not (math.isfinite(value) and value > 0.0):
+                raise ValueError(f"{_NAME}: {name} must be finite and positive, got {value}")
         for name in ("momentum", "label_smoothing"):
             if not 0.0 <= getattr(self, name) < 1.0:
                 raise ValueError(
@@ -378,7 +396,13 @@ class _Run:
         self.samples = samples
         self.device = device
         classes = _classes(samples[1], "harmful") if settings.objective == "imma" else 0
-        self.terms = terms_of(settings.objective, classes=classes, inner_steps=settings.inner_steps)
+        self.terms = terms_of(
+            settings.objective,
+            classes=classes,
+            inner_steps=settings.inner_steps,
+            p=settings.p,
+            k=settings.k,
+        )
         self.rows: list[Tensor] = []
         self.layer = None if settings.precondition is None else self._linear(blocks)
         self._hook: Any = None

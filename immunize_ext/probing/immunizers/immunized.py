@@ -41,6 +41,10 @@ class Immunized:
     config: dict[str, Any]
     history: list[dict[str, float]] = field(default_factory=list)
 
+    def __repr__(self) -> str:
+        shape, records = tuple(self.theta.shape), len(self.history)
+        return f"Immunized({self.method!r}, theta {shape}, {records} records, {self.config})"
+
     def features(self, x: Tensor) -> Tensor:
         """Features ``x @ theta`` of inputs of shape ``(*, n, p)``."""
         return x @ self.theta.to(x.dtype)

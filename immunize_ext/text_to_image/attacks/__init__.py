@@ -14,12 +14,13 @@ from immunize_ext.text_to_image.attacks.lora import LoRAAttack
 from immunize_ext.text_to_image.attacks.prior import PriorPreservation, prior_preservation_loss
 from immunize_ext.text_to_image.attacks.prompts import PROMPT_VARIANTS, attack_prompt, replace_name
 from immunize_ext.text_to_image.attacks.registry import ATTACKS, TextToImageAttack, attack_label
-from immunize_ext.text_to_image.attacks.scoring import ConceptScores, Evaluate
+from immunize_ext.text_to_image.attacks.scoring import ConceptScores
+from immunize_ext.text_to_image.attacks.target import Evaluate, Target
 from immunize_ext.text_to_image.attacks.textual_inversion import (
     CustomDiffusionAttack,
     TextualInversionAttack,
 )
-from immunize_ext.text_to_image.attacks.tuning import TunedAttack, rate_grid, tune_learning_rate
+from immunize_ext.text_to_image.attacks.tuning import RateSearch, rate_grid, tune_learning_rate
 from immunize_ext.text_to_image.attacks.weights import load_adaptation, save_adaptation
 
 __all__ = [
@@ -37,9 +38,10 @@ __all__ = [
     "LoRAAttack",
     "PriorPreservation",
     "Progress",
+    "RateSearch",
+    "Target",
     "TextToImageAttack",
     "TextualInversionAttack",
-    "TunedAttack",
     "attack_label",
     "attack_prompt",
     "load_adaptation",

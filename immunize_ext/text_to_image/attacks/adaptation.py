@@ -20,7 +20,7 @@ from immunize_ext.runtime import Meter, own_randomness
 from immunize_ext.seams import AttackCurve, Progress
 from immunize_ext.text_to_image.attacks.prior import PriorPreservation, prior_preservation_loss
 from immunize_ext.text_to_image.attacks.prompts import attack_prompt
-from immunize_ext.text_to_image.attacks.scoring import Evaluate
+from immunize_ext.text_to_image.attacks.target import Evaluate, Target
 from immunize_ext.text_to_image.attacks.trainables import NewToken, Trainables, freeze
 from immunize_ext.text_to_image.concepts import Concept
 from immunize_ext.text_to_image.model import Conditioning, TextToImage
@@ -131,43 +131,35 @@ class Adaptation(ABC):
     def _prepare(self, model: TextToImage, target: Sequence[Concept]) -> Prepared:
         """Say what moves; ``model`` is a frozen clone that may be changed."""
 
-    def prompts(self, target: Sequence[Concept], prompt: str | None = None) -> dict[str, str]:
+    def prompts(self, target: Target | Sequence[Concept]) -> dict[str, str]:
         """What this attack trains and generates each concept with.
 
         Args:
             target: What it wants, in the order given to :meth:`run`.
-            prompt: Another wording than the one in the settings.
 
         Returns:
             Concept name to prompt.
         """
-        wording = self.prompt if prompt is None else prompt
-        return {concept.name: attack_prompt(concept, wording) for concept in target}
+        wanted = Target.of(target)
+        wording = self.prompt if wanted.prompt is None else wanted.prompt
+        return {concept.name: attack_prompt(concept, wording) for concept in wanted.concepts}
 
     def run(
         self,
         model: TextToImage,
-        target: Sequence[Concept],
+        target: Target | Sequence[Concept],
         *,
         steps: int,
-        evaluate_at: Sequence[int] | None = None,
-        evaluate: Evaluate | None = None,
         seed: int = 0,
-        prompt: str | None = None,
         progress: Progress | None = None,
     ) -> AttackCurve:
         """Attack a clone of a model, and measure it on the way.
 
         Args:
             model: What is attacked; it is not changed.
-            target: What the attack wants: one concept, or several that it learns jointly.
+            target: What the attack wants and how it is judged, or its concepts alone.
             steps: Optimizer steps.
-            evaluate_at: Steps at which ``evaluate`` is called, 0 for the model as given; the start
-                and the end when omitted.
-            evaluate: Scores of the model under attack at a step; called without gradients and with
-                random generators of its own, so that it has no influence on the attack.
             seed: Seed of everything random: which images, order, noise, initial weights.
-            prompt: Another wording than the one in the settings.
             progress: Called with what was done and the share done so far.
 
         Returns:
@@ -182,42 +174,30 @@ class Adaptation(ABC):
             Deterministic on the CPU: one seed gives one curve, bit for bit, whatever is evaluated
             and when. The global random generators are as they were.
         """
-        return self.adapt(
-            model,
-            target,
-            steps=steps,
-            evaluate_at=evaluate_at,
-            evaluate=evaluate,
-            seed=seed,
-            prompt=prompt,
-            progress=progress,
-        ).curve
+        return self.adapt(model, target, steps=steps, seed=seed, progress=progress).curve
 
     def adapt(
         self,
         model: TextToImage,
-        target: Sequence[Concept],
+        target: Target | Sequence[Concept],
         *,
         steps: int,
-        evaluate_at: Sequence[int] | None = None,
-        evaluate: Evaluate | None = None,
         seed: int = 0,
-        prompt: str | None = None,
         progress: Progress | None = None,
     ) -> Adapted:
         """As :meth:`run`, and give the adapted clone with its weights too."""
-        checkpoints = self._checked(target, steps, evaluate_at)
+        wanted = Target.of(target)
+        checkpoints = wanted.checkpoints(self.name, steps)
         with own_randomness(model.device, seed):
             clone = model.clone()
             freeze([clone.unet, clone.vae, *clone.text_encoders])
-            prepared = self._prepare(clone, target)
+            prepared = self._prepare(clone, wanted.concepts)
             for module in (clone.unet, *clone.text_encoders):
                 module.eval()
             if self.gradient_checkpointing:
                 clone.unet.enable_gradient_checkpointing()
-            wording = self.prompts(target, prompt)
-            run = _Run(self, clone, prepared, target, wording, seed)
-            curve = run.loop(steps, checkpoints, evaluate, progress)
+            run = _Run(self, clone, prepared, wanted.concepts, self.prompts(wanted), seed)
+            curve = run.loop(steps, checkpoints, wanted.evaluate, progress)
             for token in prepared.tokens:
                 token.settle()
         weights = {
@@ -225,24 +205,6 @@ class Adaptation(ABC):
         }
         words = tuple(token.token for token in prepared.tokens)
         return Adapted(clone, curve, weights, words, prepared.lora)
-
-    def _checked(
-        self, target: Sequence[Concept], steps: int, evaluate_at: Sequence[int] | None
-    ) -> list[int]:
-        names = [concept.name for concept in target]
-        if not names or len(set(names)) < len(names):
-            raise ValueError(
-                f"{self.name}: target must hold at least one concept and none twice, got {names}"
-            )
-        if steps < 1:
-            raise ValueError(f"{self.name}: steps must be at least 1, got {steps}")
-        found = [0, steps] if evaluate_at is None else list(evaluate_at)
-        if found != sorted(set(found)) or any(not 0 <= step <= steps for step in found):
-            raise ValueError(
-                f"{self.name}: evaluate_at must ascend from 0 to at most steps={steps} without "
-                f"repetition, got {found}"
-            )
-        return found
 
     def settings(self) -> dict[str, Any]:
         """Settings as JSON can say them, with the kind of attack."""

@@ -8,49 +8,29 @@ smaller (LoRA 1e-4, DreamBooth and full fine-tuning 5e-6, Textual Inversion 5e-4
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from typing import Protocol
 
-from immunize_ext.seams import AttackCurve, Progress
+from immunize_ext.seams import Attack
 from immunize_ext.settings import Registry
 from immunize_ext.text_to_image.attacks.dreambooth import DreamBoothAttack, DreamBoothLoRAAttack
 from immunize_ext.text_to_image.attacks.fine_tuning import FineTuningAttack
 from immunize_ext.text_to_image.attacks.lora import LoRAAttack
-from immunize_ext.text_to_image.attacks.scoring import Evaluate
+from immunize_ext.text_to_image.attacks.target import Target
 from immunize_ext.text_to_image.attacks.textual_inversion import (
     CustomDiffusionAttack,
     TextualInversionAttack,
 )
-from immunize_ext.text_to_image.concepts import Concept
 from immunize_ext.text_to_image.model import TextToImage
 
 
-class TextToImageAttack(Protocol):
-    """What an attack on a text-to-image model can do; own ones need no base class.
+class TextToImageAttack(Attack[TextToImage, Target], Protocol):
+    """An attack that says how it words what it wants; own ones need no base class.
 
     A ``label`` attribute says what reports call it; its name in words otherwise.
     """
 
-    @property
-    def name(self) -> str:
-        """Name in curves and reports."""
-
-    def prompts(self, target: Sequence[Concept], prompt: str | None = None) -> dict[str, str]:
-        """What it trains and generates each concept with."""
-
-    def run(
-        self,
-        model: TextToImage,
-        target: Sequence[Concept],
-        *,
-        steps: int,
-        evaluate_at: Sequence[int] | None = None,
-        evaluate: Evaluate | None = None,
-        seed: int = 0,
-        prompt: str | None = None,
-        progress: Progress | None = None,
-    ) -> AttackCurve:
-        """Attack a clone of the model, and measure it on the way."""
+    def prompts(self, target: Target) -> dict[str, str]:
+        """What it trains and generates each concept with, by the concept's name."""
 
 
 ATTACKS: Registry[TextToImageAttack] = Registry("attack", key="name")

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 
 from torch import Tensor
@@ -10,11 +10,6 @@ from torch import Tensor
 from immunize_ext.text_to_image.concepts import Concept
 from immunize_ext.text_to_image.metrics.generation import Measure, Sampling
 from immunize_ext.text_to_image.model import TextToImage
-
-Evaluate = Callable[[TextToImage, int], dict[str, float]]
-
-
-"""Scores of the model under attack after a number of steps."""
 
 
 @dataclass

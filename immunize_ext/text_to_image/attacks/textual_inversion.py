@@ -11,6 +11,7 @@ from torch import nn
 from immunize_ext.text_to_image.attacks.adaptation import Adaptation, Prepared
 from immunize_ext.text_to_image.attacks.prior import PriorPreservation
 from immunize_ext.text_to_image.attacks.prompts import attack_prompt, replace_name
+from immunize_ext.text_to_image.attacks.target import Target
 from immunize_ext.text_to_image.attacks.trainables import NewToken, Trainables
 from immunize_ext.text_to_image.concepts import Concept
 from immunize_ext.text_to_image.model import TextToImage
@@ -42,20 +43,21 @@ class NewWordAttack(Adaptation):
     def _word(self, index: int) -> str:
         return self.token.replace("{}", str(index + 1))
 
-    def prompts(self, target: Sequence[Concept], prompt: str | None = None) -> dict[str, str]:
+    def prompts(self, target: Target | Sequence[Concept]) -> dict[str, str]:
         """What this attack trains and generates each concept with, the new word in its place.
 
         Args:
-            target: What it wants, in the order given to :meth:`run`: words are numbered.
-            prompt: Another wording than the one in the settings; it has to hold the name.
+            target: What it wants, in the order given to :meth:`run`: words are numbered. Another
+                wording than the one in the settings has to hold the name.
 
         Returns:
             Concept name to prompt.
         """
-        wording = self.prompt if prompt is None else prompt
+        wanted = Target.of(target)
+        wording = self.prompt if wanted.prompt is None else wanted.prompt
         return {
             c.name: replace_name(attack_prompt(c, wording), c.words, self._word(index))
-            for index, c in enumerate(target)
+            for index, c in enumerate(wanted.concepts)
         }
 
     def _new_tokens(

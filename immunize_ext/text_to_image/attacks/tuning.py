@@ -9,7 +9,7 @@ from typing import Any, TypeVar
 
 from immunize_ext.seams import Progress
 from immunize_ext.text_to_image.attacks.adaptation import Adaptation
-from immunize_ext.text_to_image.attacks.scoring import Evaluate
+from immunize_ext.text_to_image.attacks.target import Evaluate, Target
 from immunize_ext.text_to_image.concepts import Concept
 from immunize_ext.text_to_image.model import TextToImage
 
@@ -40,7 +40,7 @@ def rate_grid(attack: AttackT, rates: Sequence[float]) -> list[AttackT]:
 
 
 @dataclass(frozen=True)
-class TunedAttack:
+class RateSearch:
     """An attack with the learning rate that served it best.
 
     Attributes:
@@ -81,7 +81,7 @@ def tune_learning_rate(
     score: str = "accuracy",
     evaluate_at: Sequence[int] | None = None,
     progress: Progress | None = None,
-) -> TunedAttack:
+) -> RateSearch:
     """Choose a learning rate for an attack: the one with the highest score on tuning seeds.
 
     Attack the unprotected model to compare protections with one attacker, or the immunized one for
@@ -92,7 +92,7 @@ def tune_learning_rate(
         attack: The attack.
         model: What is attacked; it is not changed.
         concepts: What the attack wants.
-        evaluate: As for :meth:`Adaptation.run`.
+        evaluate: Scores of the model under attack, as in :class:`Target`.
         rates: Rates to try.
         steps: Steps of each attack.
         seeds: Seeds to tune on.
@@ -120,19 +120,14 @@ def tune_learning_rate(
         )
     table: dict[float, float] = {}
     where = [steps] if evaluate_at is None else list(evaluate_at)
+    target = Target(concepts, evaluate=evaluate, evaluate_at=where)
     total, done = len(set(rates)) * len(seeds), 0
     for rate in sorted(set(rates)):
         values = []
         for seed in seeds:
             try:
-                curve = replace(attack, learning_rate=rate).run(
-                    model,
-                    concepts,
-                    steps=steps,
-                    evaluate_at=where,
-                    evaluate=evaluate,
-                    seed=seed,
-                )
+                attempt = replace(attack, learning_rate=rate)
+                curve = attempt.run(model, target, steps=steps, seed=seed)
                 found = curve.score(score)
                 values.append(math.fsum(found) / len(found))
             except FloatingPointError:
@@ -148,6 +143,6 @@ def tune_learning_rate(
             "ones"
         )
     at = "mean over steps " + ", ".join(map(str, where))
-    return TunedAttack(
+    return RateSearch(
         replace(attack, learning_rate=best), best, table, f"{score}, {at}", tuple(seeds)
     )

@@ -7,7 +7,13 @@ from typing import Any
 import pytest
 import torch
 
-from immunize_ext.probing.attacks import ATTACKS, STANDARD, AttackCurve, compare_attack
+from immunize_ext.probing.attacks import (
+    ATTACKS,
+    STANDARD,
+    AttackCurve,
+    compare_attack,
+    compare_features,
+)
 from immunize_ext.probing.attacks.losses import LOSSES
 from immunize_ext.probing.data import Task
 
@@ -119,6 +125,25 @@ def test_comparison_says_when_the_budget_ran_out() -> None:
     result = compare_attack(task(labels=False), theta, limit=4.0)
     assert result.steps is None
     assert result.slowdown == (4.0, True)
+
+
+def test_two_extractors_are_compared_by_their_features() -> None:
+    toy = task(labels=False)
+    theta = torch.diag(torch.tensor([5.0, 2.0, 1.0, 1.0], dtype=torch.float64))
+    theta0 = torch.eye(4, dtype=torch.float64)[:, :3]
+
+    def features(extractor: torch.Tensor) -> Task:
+        return replace(toy, x_train=toy.x_train @ extractor, x_test=toy.x_test @ extractor)
+
+    found = compare_features(features(theta), features(theta0), base_budget=300)
+    expected = compare_attack(toy, theta, theta0, base_budget=300)
+    assert found.slowdown == expected.slowdown
+    assert found.target == pytest.approx(expected.target)
+    other = replace(features(theta0), y_train=-toy.y_train)
+    with pytest.raises(ValueError, match="base must have the targets y_train of immunized"):
+        compare_features(features(theta), other)
+    with pytest.raises(ValueError, match="compare_features: base_budget must be at least 1"):
+        compare_features(toy, toy, base_budget=0)
 
 
 def test_comparison_against_theta0() -> None:

@@ -42,6 +42,12 @@ def test_folds_partition_the_training_part() -> None:
         assert rows.isdisjoint(map(tuple, task.x_test.tolist()))
 
 
+def test_a_task_says_in_a_line_what_it_is() -> None:
+    text = repr(make())
+    assert text.endswith("classification, 6 and 2 samples of 3 features, torch.float64)")
+    assert "tensor" not in text
+
+
 @pytest.mark.parametrize(
     ("changes", "message"),
     [

@@ -118,6 +118,22 @@ def test_difference_of_condition_numbers() -> None:
     assert len(immunizer.fit(body(), Problem.of(PRIMARY, HARMFUL)).history) == 3
 
 
+def test_normalisers_are_those_of_the_regularizers() -> None:
+    well, ill = terms_of("condition_number", classes=2, inner_steps=1, p=224.0, k=512.0)
+    rows = torch.randn(9, 4, dtype=torch.float64)
+    features = Features(rows, rows, torch.zeros(9))
+    assert well.value(features) == gram_r_well(rows, p=224.0) != gram_r_well(rows)
+    assert ill.value(features) == gram_r_ill(rows, k=512.0) != gram_r_ill(rows)
+    # And a run takes them: R_well is logged under its normaliser.
+    history = [
+        DeepExtractorImmunizer(("3",), steps=1, p=p, **FAST)
+        .fit(body(), Problem.of(PRIMARY, HARMFUL))
+        .history[0]["well"]
+        for p in (None, 1e6)
+    ]
+    assert history[0] < history[1]
+
+
 def test_imma_is_minus_the_loss_of_a_probe() -> None:
     x, y = HARMFUL[0].double(), HARMFUL[1]
     targets = probe_targets(y, 2, torch.float64)
@@ -323,6 +339,8 @@ def test_data_sets_regression_and_callback() -> None:
         ({"momentum": 1.0}, "momentum must be at least 0 and below 1"),
         ({"label_smoothing": -0.1}, "label_smoothing must be at least 0"),
         ({"lambda_ill": math.nan}, "lambda_ill must be finite"),
+        ({"p": 0.0}, "p must be finite and positive, got 0.0"),
+        ({"k": math.inf}, "k must be finite and positive, got inf"),
         ({"head_learning_rate": -1.0}, "head_learning_rate must be finite and positive"),
         ({"objective": "imma", "precondition": "last"}, "precondition must be None"),
     ],

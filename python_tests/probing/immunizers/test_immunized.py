@@ -32,6 +32,12 @@ def test_round_trip(tmp_path: Path) -> None:
     )
 
 
+def test_it_says_in_a_line_what_it_is() -> None:
+    text = repr(make())
+    assert text.startswith("Immunized('closed_form', theta (3, 3), 1 records, {'strength': 3.0")
+    assert "tensor" not in text
+
+
 def test_features_keep_the_dtype_and_the_batch() -> None:
     x = torch.randn(2, 5, 3)
     features = make().features(x)

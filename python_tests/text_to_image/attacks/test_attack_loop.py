@@ -28,6 +28,7 @@ from immunize_ext.text_to_image.attacks import (
     ConceptScores,
     FineTuningAttack,
     LoRAAttack,
+    Target,
     TextualInversionAttack,
     load_adaptation,
     save_adaptation,
@@ -64,7 +65,7 @@ def differing(before: Mapping[str, Tensor], after: Mapping[str, Tensor]) -> set[
 def scores_of(attack: Any, concepts: list[Any], **settings: Any) -> ConceptScores:
     sampling = Sampling(images=2, steps=2)
     return ConceptScores(
-        concepts, attack.prompts(concepts), {"brightness": brightness}, sampling, **settings
+        concepts, attack.prompts(Target(concepts)), {"brightness": brightness}, sampling, **settings
     )
 
 
@@ -81,9 +82,8 @@ def test_every_attack_learns_on_a_clone(
     words = [len(tokenizer) for tokenizer in model.tokenizers]
     grads = [p.requires_grad for p in model.unet.parameters()]
     noise = torch.get_rng_state()
-    curve = attack.run(
-        model, wanted, steps=3, evaluate_at=[0, 1, 3], evaluate=scores_of(attack, wanted), seed=1
-    )
+    target = Target(wanted, evaluate=scores_of(attack, wanted), evaluate_at=[0, 1, 3])
+    curve = attack.run(model, target, steps=3, seed=1)
     assert not differing(before, state(model))
     assert {id(m) for m in model.unet.modules()} == parts
     assert [len(tokenizer) for tokenizer in model.tokenizers] == words
@@ -96,7 +96,7 @@ def test_every_attack_learns_on_a_clone(
     assert curve.seconds == 3.0
     assert curve.peak_memory > 0
     assert curve.config["seed"] == 1
-    assert curve.config["prompts"] == list(attack.prompts(wanted).values())
+    assert curve.config["prompts"] == list(attack.prompts(Target(wanted)).values())
     assert curve.config["images_used"] == 6
 
 
@@ -108,21 +108,23 @@ def test_a_seed_gives_one_curve_whatever_is_evaluated(model: TextToImage, name: 
         torch.randn(7)  # an evaluation that draws from the global generator
         return scores_of(attack, wanted)(model, step)
 
-    often = attack.run(model, wanted, steps=3, evaluate_at=[0, 1, 2, 3], evaluate=noisy, seed=5)
+    everywhere = Target(wanted, evaluate=noisy, evaluate_at=[0, 1, 2, 3])
+    at_the_end = Target(wanted, evaluate=noisy, evaluate_at=[3])
+    often = attack.run(model, everywhere, steps=3, seed=5)
     torch.randn(3)
-    once = attack.run(model, wanted, steps=3, evaluate_at=[3], evaluate=noisy, seed=5)
+    once = attack.run(model, at_the_end, steps=3, seed=5)
     assert often.losses == once.losses
     assert often.score("brightness")[-1] == once.score("brightness")[0]
-    other = attack.run(model, wanted, steps=3, evaluate_at=[3], evaluate=noisy, seed=6)
+    other = attack.run(model, at_the_end, steps=3, seed=6)
     assert other.losses != once.losses
 
 
 def test_the_start_is_the_model_itself(model: TextToImage) -> None:
     attack, wanted = FineTuningAttack(), [concept()]
     evaluate = scores_of(attack, wanted, kept=1)
-    curve = attack.run(model, wanted, steps=1, evaluate=evaluate)
+    curve = attack.run(model, Target(wanted, evaluate=evaluate), steps=1)
     assert curve.steps == [0, 1]
-    plain = evaluate.sampling.generate(model, attack.prompts(wanted)["three"])
+    plain = evaluate.sampling.generate(model, attack.prompts(Target(wanted))["three"])
     # To rounding: frozen weights take other routes through the convolutions.
     assert curve.score("brightness")[0] == pytest.approx(brightness(plain, None), abs=1e-6)
     torch.testing.assert_close(evaluate.grids["three"][0], plain[:1], rtol=0.0, atol=1e-5)
@@ -131,7 +133,8 @@ def test_the_start_is_the_model_itself(model: TextToImage) -> None:
 
 def test_several_concepts_at_once(model: TextToImage) -> None:
     attack, wanted = TextualInversionAttack(), [concept("three"), concept("five")]
-    curve = attack.run(model, wanted, steps=2, evaluate=scores_of(attack, wanted), seed=1)
+    target = Target(wanted, evaluate=scores_of(attack, wanted))
+    curve = attack.run(model, target, steps=2, seed=1)
     assert curve.target == "three+five"
     assert curve.config["prompts"] == [
         "a photo of the digit <new1>",
@@ -148,7 +151,7 @@ def test_several_concepts_at_once(model: TextToImage) -> None:
 
 def test_prompts_change_what_is_learned(model: TextToImage) -> None:
     losses = {
-        variant: LoRAAttack().run(model, [concept()], steps=2, prompt=variant).losses[0]
+        variant: LoRAAttack().run(model, Target([concept()], variant), steps=2).losses[0]
         for variant in ("canonical", "paraphrase", "rare_token", "name_left_out", "a red {}")
     }
     assert len(set(losses.values())) == 5
@@ -216,7 +219,7 @@ def test_sdxl(name: str) -> None:
     model = TextToImage(tiny_xl_pipeline())
     before = state(model)
     attack, wanted = ATTACKS[name], [concept()]
-    curve = attack.run(model, wanted, steps=2, evaluate=scores_of(attack, wanted))
+    curve = attack.run(model, Target(wanted, evaluate=scores_of(attack, wanted)), steps=2)
     assert len(set(curve.score("brightness"))) == 2
     assert not differing(before, state(model))
 
@@ -227,9 +230,8 @@ def test_sdxl(name: str) -> None:
 def test_half_precision(name: str, dtype: torch.dtype) -> None:
     model = TextToImage(tiny_pipeline(dtype=dtype))
     attack, wanted = ATTACKS[name], [concept()]
-    adapted = attack.adapt(  # type: ignore[attr-defined]
-        model, wanted, steps=3, evaluate_at=[1, 3], evaluate=scores_of(attack, wanted)
-    )
+    target = Target(wanted, evaluate=scores_of(attack, wanted), evaluate_at=[1, 3])
+    adapted = attack.adapt(model, target, steps=3)  # type: ignore[attr-defined]
     assert {weight.dtype for weight in adapted.weights.values()} == {torch.float32}
     plain = {n: p for n, p in adapted.model.unet.named_parameters() if ".lora_" not in n}
     assert {p.dtype for p in plain.values()} == {dtype}
@@ -270,7 +272,7 @@ def test_an_evaluation_that_casts_is_refused(model: TextToImage) -> None:
         return {}
 
     with pytest.raises(RuntimeError, match="evaluate must leave the model"):
-        LoRAAttack().run(model, [concept()], steps=1, evaluate_at=[0], evaluate=casting)
+        LoRAAttack().run(model, Target([concept()], None, casting, [0]), steps=1)
 
 
 # B89
@@ -351,10 +353,9 @@ def test_progress_and_plain_curves(model: TextToImage) -> None:
 
 
 def test_scores_must_not_change_their_names(model: TextToImage) -> None:
+    target = Target([concept()], evaluate=lambda _, step: {f"score{step}": 1.0})
     with pytest.raises(ValueError, match="same scores at every step"):
-        LoRAAttack().run(
-            model, [concept()], steps=1, evaluate=lambda _, step: {f"score{step}": 1.0}
-        )
+        LoRAAttack().run(model, target, steps=1)
 
 
 @pytest.mark.parametrize(
@@ -382,7 +383,7 @@ def test_arguments_out_of_range(model: TextToImage) -> None:
         attack.run(model, [], steps=1)
     for bad in ([2], [1, 0], [-1]):
         with pytest.raises(ValueError, match="evaluate_at"):
-            attack.run(model, [concept()], steps=1, evaluate_at=bad)
+            attack.run(model, Target([concept()], evaluate_at=bad), steps=1)
     with pytest.raises(ValueError, match="must have images"):
         attack.run(model, [concept(count=0)], steps=1)
 
@@ -425,7 +426,7 @@ def test_an_evaluation_that_fails_leaves_the_model(model: TextToImage) -> None:
 
     before, noise = state(model), torch.get_rng_state()
     with pytest.raises(RuntimeError, match="out of memory"):
-        LoRAAttack().run(model, [concept()], steps=1, evaluate=failing)
+        LoRAAttack().run(model, Target([concept()], evaluate=failing), steps=1)
     assert not differing(before, state(model))
     assert torch.equal(torch.get_rng_state(), noise)
 

@@ -7,7 +7,13 @@ from attack_pipelines import concept
 from hypothesis import given
 from hypothesis import strategies as st
 
-from immunize_ext.text_to_image.attacks import ATTACKS, PROMPT_VARIANTS, attack_prompt, replace_name
+from immunize_ext.text_to_image.attacks import (
+    ATTACKS,
+    PROMPT_VARIANTS,
+    Target,
+    attack_prompt,
+    replace_name,
+)
 
 words = st.text(st.characters(categories=["Ll", "Lu"]), min_size=1, max_size=6)
 
@@ -64,7 +70,8 @@ def test_registry() -> None:
     assert set(PROMPT_VARIANTS) == {"canonical", "paraphrase", "rare_token", "name_left_out"}
     for name, attack in ATTACKS.items():
         assert attack.name == name
-    prompts = {name: attack.prompts([concept()])["three"] for name, attack in ATTACKS.items()}
+    target = Target([concept()])
+    prompts = {name: attack.prompts(target)["three"] for name, attack in ATTACKS.items()}
     assert prompts["lora"] == "a photo of the digit three"
     assert prompts["dreambooth"] == "a photo of the digit sks"
     assert prompts["custom_diffusion"] == "a photo of the digit <new1>"
