@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
-from typing import Any, TypeVar
+from typing import Any, TypeVar, cast
 
 import torch
 from torch import Tensor
@@ -115,6 +115,9 @@ def map_layers(function: Callable[..., R], layers: Sequence[Tensor], **settings:
                 if isinstance(result, Tensor)
                 else type(result)(*(field[place] for field in result))
             )
-    if isinstance(found[0], Tensor):
-        return torch.stack(found)
-    return type(found[0])(*(torch.stack(column) for column in zip(*found, strict=True)))
+    joined: Any = (
+        torch.stack(found)
+        if isinstance(found[0], Tensor)
+        else type(found[0])(*(torch.stack(column) for column in zip(*found, strict=True)))
+    )
+    return cast(R, joined)

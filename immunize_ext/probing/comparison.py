@@ -18,7 +18,16 @@ from typing import Any
 import numpy as np
 
 from immunize_ext._version import __version__
-from immunize_ext.probing.results import ROLES, AttackerInfo, attackers_of
+from immunize_ext.probing.results import (
+    ROLES,
+    AttackerInfo,
+    Cell,
+    Extent,
+    RirExtent,
+    SlowdownExtent,
+    SweepMethod,
+    attackers_of,
+)
 from immunize_ext.quantities import Slowdown
 from immunize_ext.report.words import real, slowed
 from immunize_ext.storage import read_results
@@ -182,7 +191,7 @@ def point_of(name: str, results: Mapping[str, Any]) -> Point:
         ) from None
 
 
-def with_attacks(folder: Path, results: dict[str, Any]) -> dict[str, Any]:
+def with_attacks(folder: Path, results: Mapping[str, Any]) -> Mapping[str, Any]:
     """Results with what later attacks added; of attacks with the run's own loss and limits.
 
     Where a run is against several harmful tasks, the least slow-down counts.
@@ -261,7 +270,7 @@ def bounded_quantile(values: Sequence[Slowdown], share: float) -> Slowdown:
     return Slowdown(ratio, any(value.censored for value in ordered[: math.ceil(place) + 1]))
 
 
-def _slowdown_spread(values: Sequence[Slowdown]) -> dict[str, Any]:
+def _slowdown_extent(values: Sequence[Slowdown]) -> SlowdownExtent:
     """Mean, extremes and quartiles, and which of them are lower bounds."""
     quartiles = [bounded_quantile(values, share) for share in (0.25, 0.5, 0.75)]
     least, most = bounded_quantile(values, 0.0), bounded_quantile(values, 1.0)
@@ -285,7 +294,7 @@ def equal_cost(
     attacker: str,
     budgets: Sequence[float] = BUDGETS,
     among: Sequence[str] | None = None,
-) -> dict[str, dict[str, Any]]:
+) -> dict[str, dict[str, Cell]]:
     """The most that each method slows the harm within budgets of primary slow-down.
 
     Args:
@@ -295,10 +304,7 @@ def equal_cost(
         among: Who may be chosen as the worst.
 
     Returns:
-        By method, then by budget: ``median`` over tasks and seeds of the best slow-down within the
-        budget, ``min``, ``max``, ``is_lower_bound`` of each, ``lower_bounds`` (how many of these
-        rest on an attack that was cut off), ``cells`` (tasks and seeds where a run is within it)
-        and ``of``.
+        Cells by method, then by budget.
 
     Example:
         >>> slowdown = {"harmful": {"lbfgs": Slowdown(3.0, True)},
@@ -315,7 +321,7 @@ def equal_cost(
         if found is not None:
             cells = methods.setdefault(point.method, {})
             cells.setdefault((point.tasks, point.seed), []).append(found)
-    table: dict[str, dict[str, Any]] = {}
+    table: dict[str, dict[str, Cell]] = {}
     for method, cells in methods.items():
         table[method] = {}
         for budget in budgets:
@@ -327,7 +333,9 @@ def equal_cost(
             shares = {"median": 0.5, "min": 0.0, "max": 1.0}
             values = {k: bounded_quantile(best, share) for k, share in shares.items() if best}
             table[method][f"{budget:g}"] = {
-                **{k: values[k].ratio if best else None for k in shares},
+                "median": values["median"].ratio if best else None,
+                "min": values["min"].ratio if best else None,
+                "max": values["max"].ratio if best else None,
                 "is_lower_bound": {k: bool(best) and values[k].censored for k in shares},
                 "lower_bounds": sum(value.censored for value in best),
                 "cells": len(best),
@@ -424,7 +432,7 @@ def _variant(point: Mapping[str, Any]) -> str:
     return f"{label}, {knob['name']} = {value:.4g}" if not isinstance(value, str) else label
 
 
-def _spread(values: Sequence[float]) -> dict[str, Any]:
+def _extent(values: Sequence[float]) -> Extent:
     found = [value for value in values if not math.isnan(value)]
     if not found:
         return {"mean": None, "min": None, "max": None, "quartiles": None}
@@ -453,22 +461,22 @@ def summarise(points: Mapping[str, Mapping[str, Any]]) -> dict[str, Any]:
     groups: dict[str, list[Mapping[str, Any]]] = {}
     for point in points.values():
         groups.setdefault(_variant(point), []).append(point)
-    methods: dict[str, Any] = {}
+    methods: dict[str, SweepMethod] = {}
     for name, members in groups.items():
         rir = {}
         for policy in POLICIES:
             values = [real(point["rir"][policy]) for point in members]
-            rir[policy] = _spread(values) | {"below_1": sum(value < 1.0 for value in values)}
+            rir[policy] = RirExtent(**_extent(values), below_1=sum(value < 1.0 for value in values))
         slowdowns = [_slowdowns(p, p["slowdown_is_lower_bound"]) for p in members]
         methods[name] = {
             "points": len(members),
             "rir": rir,
-            "share_of_ceiling": _spread([real(p["share_of_ceiling"]) for p in members]),
+            "share_of_ceiling": _extent([real(p["share_of_ceiling"]) for p in members]),
             "seconds_immunize": sum(real(p["seconds"]["immunize"]) for p in members),
             "seconds_total": sum(real(p["seconds"]["total"]) for p in members),
             "slowdown": {
                 role: {
-                    attacker: _slowdown_spread([found[role][attacker] for found in slowdowns])
+                    attacker: _slowdown_extent([found[role][attacker] for found in slowdowns])
                     for attacker in slowdowns[0][role]
                 }
                 for role in ROLES

@@ -15,7 +15,12 @@ from immunize_ext.probing.comparison import (
     Point,
     common_attackers,
 )
-from immunize_ext.probing.results import attackers_of
+from immunize_ext.probing.results import (
+    Cell,
+    SlowdownExtent,
+    SweepMethod,
+    attackers_of,
+)
 from immunize_ext.quantities import Slowdown, binomial_interval
 from immunize_ext.report.page import Page, Panel, register
 from immunize_ext.report.tables import text_table
@@ -65,7 +70,7 @@ def _at_least(value: Any, is_lower_bound: bool) -> str:
     return f"{'≥ ' if is_lower_bound else ''}{number(value)}×"
 
 
-def _bounds(cell: Mapping[str, Any]) -> Mapping[str, bool]:
+def _bounds(cell: Cell) -> Mapping[str, bool]:
     """Which numbers of a cell are lower bounds; schema 1 says how many, not which."""
     some = bool(cell["lower_bounds"])
     found: Mapping[str, bool] = cell.get("is_lower_bound") or dict.fromkeys(
@@ -74,17 +79,18 @@ def _bounds(cell: Mapping[str, Any]) -> Mapping[str, bool]:
     return found
 
 
-def _cell(cell: Mapping[str, Any]) -> Any:
+def _cell(cell: Cell) -> Any:
     if cell["median"] is None:
         return "no run within"
     bound, small = _bounds(cell), ""
     if cell["of"] > 1:
-        low, high = (_at_least(cell[key], bound[key]) for key in ("min", "max"))
+        low = _at_least(cell["min"], bound["min"])
+        high = _at_least(cell["max"], bound["max"])
         small = f"{low} to {high}, {cell['cells']} of {cell['of']}"
     return {"main": _at_least(cell["median"], bound["median"]), "small": small}
 
 
-def _cost_rows(cells: Mapping[str, Mapping[str, Any]]) -> list[list[Any]]:
+def _cost_rows(cells: Mapping[str, Mapping[str, Cell]]) -> list[list[Any]]:
     def median(method: str) -> float:
         found = cells[method][_KEY]["median"]
         return -math.inf if found is None else real(found)
@@ -238,7 +244,7 @@ def _marks(
     return found
 
 
-def _plain_cell(cell: Mapping[str, Any] | None) -> str:
+def _plain_cell(cell: Cell | None) -> str:
     if cell is None or cell["median"] is None:
         return "no run within"
     share = "" if cell["of"] == 1 else f" ({cell['cells']} of {cell['of']})"
@@ -287,18 +293,18 @@ def _of(found: int, trials: int) -> Any:
     return {"main": f"{found} of {trials}", "small": f"{low:.0%} to {high:.0%} at 95%"}
 
 
-def _quartiles(spread: Mapping[str, Any]) -> list[str]:
-    bounds = spread.get("is_lower_bound", {}).get("quartiles", [False] * 3)
-    return [_at_least(*pair) for pair in zip(spread["quartiles"], bounds, strict=True)]
+def _quartiles(spread: SlowdownExtent) -> list[str]:
+    # Schema 1 did not keep which are lower bounds.
+    bounds = spread["is_lower_bound"]["quartiles"] if "is_lower_bound" in spread else [False] * 3
+    return [_at_least(*pair) for pair in zip(spread["quartiles"] or (), bounds, strict=True)]
 
 
 def _slowdown_rows(results: Results) -> list[list[Any]]:
-    slowdown = {"harmful": dict[str, Any](), "primary": dict[str, Any]()}
-    for entry in results["methods"].values():
-        slowdown["harmful"] |= entry["slowdown"]["harmful"]
-    infos = attackers_of({**results, "slowdown": slowdown})
+    methods: dict[str, SweepMethod] = results["methods"]
+    attackers = {name: 1.0 for entry in methods.values() for name in entry["slowdown"]["harmful"]}
+    infos = attackers_of({**results, "slowdown": {"harmful": attackers}})
     rows = []
-    for name, entry in results["methods"].items():
+    for name, entry in methods.items():
         for attacker, harm in entry["slowdown"]["harmful"].items():
             low, median, high = _quartiles(harm)
             cost = _quartiles(entry["slowdown"]["primary"][attacker])

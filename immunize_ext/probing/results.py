@@ -4,12 +4,119 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NotRequired, TypedDict
 
 from immunize_ext.quantities import Slowdown
 from immunize_ext.report.words import real
 
 ROLES = ("harmful", "primary")
+
+
+# --- parts of results.json that several modules read or write -------------------------------------
+
+
+class Alternative(TypedDict):
+    """Another method on the tasks of a run.
+
+    Attributes:
+        name: The method with its variant.
+        rir: RIR at the ridge of the run.
+        share_of_ceiling: Its share of the ceiling.
+        i: Part of the harmful task.
+        ii: Part of the primary task.
+        harmful: Slow-down of gradient descent, and whether it is a lower bound: a pair.
+        primary: The same of the primary task.
+    """
+
+    name: str
+    rir: float
+    share_of_ceiling: float
+    i: float
+    ii: float
+    harmful: list[float]
+    primary: list[float]
+
+
+class AttackRow(TypedDict):
+    """A later attack on one task; budgets are there where they were asked for."""
+
+    attacker: str
+    role: str
+    task: str
+    slowdown: float
+    is_lower_bound: bool
+    steps_without: int
+    steps_with: int | None
+    learning_rate_without: float | None
+    learning_rate_with: float | None
+    budgets: NotRequired[list[dict[str, float | None]]]
+
+
+class Cell(TypedDict):
+    """The best runs of a method within a budget of primary slow-down, over tasks and seeds.
+
+    Attributes:
+        median: Median of the slow-downs of the harm; ``None`` where no run is within.
+        min: The least.
+        max: The largest.
+        is_lower_bound: Which of these are lower bounds; not kept by schema 1.
+        lower_bounds: How many of the best runs rest on an attack that was cut off.
+        cells: Tasks and seeds with a run within.
+        of: All tasks and seeds.
+    """
+
+    median: float | None
+    min: float | None
+    max: float | None
+    is_lower_bound: dict[str, bool]
+    lower_bounds: int
+    cells: int
+    of: int
+
+
+class Extent(TypedDict):
+    """Mean, extremes and quartiles of a number over points; ``None`` where no point has it."""
+
+    mean: float | None
+    min: float | None
+    max: float | None
+    quartiles: list[float] | None
+
+
+class RirExtent(Extent):
+    """The same of RIR, with how many are below 1."""
+
+    below_1: int
+
+
+class ExtentBounds(TypedDict):
+    """Which numbers of an extent are lower bounds."""
+
+    mean: bool
+    min: bool
+    max: bool
+    quartiles: list[bool]
+
+
+class SlowdownExtent(Extent):
+    """The same of slow-downs, with how many are none."""
+
+    is_lower_bound: ExtentBounds
+    not_slower: int
+
+
+class SweepMethod(TypedDict):
+    """One method with its variant over its points of a sweep."""
+
+    points: int
+    rir: dict[str, RirExtent]
+    share_of_ceiling: Extent
+    seconds_immunize: float
+    seconds_total: float
+    slowdown: dict[str, dict[str, SlowdownExtent]]
+
+
+# --- what is read --------------------------------------------------------------------------------
 
 
 # Results of schema 1 name their attackers by key alone; these are all that there were.

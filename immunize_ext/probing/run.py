@@ -42,6 +42,7 @@ from immunize_ext.probing.evaluation import (
 )
 from immunize_ext.probing.immunizers import METHODS, Immunized, grid_of, knob_of
 from immunize_ext.probing.immunizers import label_of as method_label
+from immunize_ext.probing.results import Alternative, AttackRow
 from immunize_ext.seams import Attack, Immunizer, Progress
 from immunize_ext.settings import build, check_types, plain, settings_of
 from immunize_ext.storage import (
@@ -255,7 +256,7 @@ class Run:
     immunizer: Immunizer[Any, Any, Any]
     immunized: Immunized
     evaluations: tuple[Evaluation, ...]
-    alternatives: tuple[dict[str, Any], ...]
+    alternatives: tuple[Alternative, ...]
     seconds: dict[str, float]
     data: str
 
@@ -453,7 +454,7 @@ def _part(progress: Progress | None, first: float, last: float) -> Progress | No
 
 def _alternative(
     settings: RunSettings, method: str, problem: Problem[Task], ceiling: float
-) -> dict[str, Any]:
+) -> Alternative:
     """RIR of another method, and how much it slows gradient descent on both tasks."""
     immunizer = settings.immunizer(method)
     found = evaluate(
@@ -469,19 +470,21 @@ def _alternative(
         details=False,
         seed=settings.seed,
     )
+    harmful, primary = (
+        [
+            found.slowdown[role]["gradient_descent"],
+            found.slowdown_is_lower_bound[role]["gradient_descent"],
+        ]
+        for role in ("harmful", "primary")
+    )
     return {
         "name": method_label(immunizer),
         "rir": found.rir["ridge"],
         "share_of_ceiling": min(found.rir["ridge"] / ceiling, 1.0),
         "i": found.i,
         "ii": found.ii,
-        **{
-            role: [
-                found.slowdown[role]["gradient_descent"],
-                found.slowdown_is_lower_bound[role]["gradient_descent"],
-            ]
-            for role in ROLES
-        },
+        "harmful": harmful,
+        "primary": primary,
     }
 
 
@@ -623,7 +626,7 @@ def _attack_row(
     immunized: Immunized,
     about: RunSettings,
     budgets: Sequence[int],
-) -> dict[str, Any]:
+) -> AttackRow:
     target = task if needs_samples(one) else gram_equivalent(task)
     thetas = immunized.theta, immunized.theta0
     done = compare_attack(
@@ -634,7 +637,7 @@ def _attack_row(
         limit=about.limit,
         seed=about.seed,
     )
-    row: dict[str, Any] = {
+    row: AttackRow = {
         "attacker": one.name,
         "role": role,
         "task": task.name,

@@ -119,16 +119,16 @@ def test_difference_of_condition_numbers() -> None:
 
 
 def test_normalisers_are_those_of_the_regularizers() -> None:
-    well, ill = terms_of("condition_number", classes=2, inner_steps=1, p=224.0, k=512.0)
+    well, ill = terms_of("condition_number", classes=2, inner_steps=1, p=224.0, k=2.0)
     rows = torch.randn(9, 4, dtype=torch.float64)
     features = Features(rows, rows, torch.zeros(9))
     assert well.value(features) == gram_r_well(rows, p=224.0) != gram_r_well(rows)
-    assert ill.value(features) == gram_r_ill(rows, k=512.0) != gram_r_ill(rows)
+    assert ill.value(features) == gram_r_ill(rows, k=2.0) != gram_r_ill(rows)
     # And a run takes them: R_well is logged under its normaliser.
     history = [
         DeepExtractorImmunizer(("3",), steps=1, p=p, **FAST)
         .fit(body(), Problem.of(PRIMARY, HARMFUL))
-        .history[0]["well"]
+        .history[0]["r_well"]
         for p in (None, 1e6)
     ]
     assert history[0] < history[1]
