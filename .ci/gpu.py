@@ -246,6 +246,7 @@ def main(arguments: Sequence[str]) -> int:
     full.add_argument("--out", type=Path, default=Path(os.environ.get("OUT", "results")))
     full.add_argument("--minutes", type=float, default=9.5, help="for all of it")
     full.add_argument("--rehearse", action="store_true", help="with the CPU in place of a GPU")
+    full.add_argument("--until", metavar="PHASE", help="the last phase to run; all of them")
     tools = commands.add_parser("sanitizer", help="a reduced suite under compute-sanitizer")
     tools.add_argument("tools", nargs="*", metavar="TOOL", help=", ".join(TOOLS))
     chosen = parser.parse_args(arguments)
@@ -268,6 +269,10 @@ def main(arguments: Sequence[str]) -> int:
     architecture = None if chosen.rehearse else check_machine()
     with tempfile.TemporaryDirectory() as folder:
         steps = phases(architecture, Path(folder))
+        names = [phase.name for phase in steps]
+        if chosen.until is not None and chosen.until not in names:
+            fail(f"no such phase: {chosen.until}; there are {', '.join(names)}")
+        steps = steps[: len(steps) if chosen.until is None else names.index(chosen.until) + 1]
         return run(steps, Path(folder), chosen.out.absolute(), 60.0 * chosen.minutes)
 
 

@@ -96,6 +96,11 @@ class AttackCurve:
     peak_memory: int = 0
     config: dict[str, Any] = field(default_factory=dict)
 
+    def __repr__(self) -> str:
+        last = max([*self.steps[-1:], len(self.losses)])
+        scores = ", ".join(self.scores) or "no score"
+        return f"AttackCurve({self.attack!r} on {self.target!r}, {last} steps, {scores})"
+
     def score(self, name: str) -> list[float]:
         """Values of one score.
 

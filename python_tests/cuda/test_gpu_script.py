@@ -155,13 +155,24 @@ def test_the_whole_time_is_a_limit_too(gpu: Any, tmp_path: Path) -> None:
 @pytest.mark.slow
 def test_the_rehearsal_runs_the_script_as_far_as_it_goes_without_a_gpu(tmp_path: Path) -> None:
     command = [sys.executable, str(ROOT / ".ci" / "gpu.py"), "run", "--rehearse", "--minutes", "60"]
-    subprocess.run([*command, "--out", str(tmp_path)], check=False, capture_output=True)
+    # What comes after is the same programs with more rows.
+    command += ["--until", "merge", "--out", str(tmp_path)]
+    subprocess.run(command, check=False, capture_output=True)
     found = outcomes(tmp_path)
+    assert list(found)[-1] == "merge"
     assert found["build"] == "ok"
     assert found["operators"] == "ok"
     assert found["small-suite"] == "ok"
     assert found["spectrum"] == "ok"
     assert found["merge"] == "ok"
+
+
+def test_a_phase_that_is_not_there_is_refused(
+    gpu: Any, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    with pytest.raises(SystemExit):
+        gpu.main(["run", "--rehearse", "--until", "merg", "--out", str(tmp_path)])
+    assert "no such phase: merg; there are machine, build" in capsys.readouterr().err
 
 
 def test_the_script_runs_as_a_program(gpu: Any) -> None:

@@ -9,6 +9,13 @@ from torch import Tensor
 from immunize_ext.ops import SingularTracker, extremal_singular_values
 
 
+@pytest.fixture
+def small(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Matrices of any size are followed, as large ones are."""
+    monkeypatch.setattr("immunize_ext.ops.tracker._WORTHWHILE_SIDE", 1)
+    monkeypatch.setattr("immunize_ext.ops.tracker._WORTHWHILE_ASPECT", 10.0)
+
+
 def trajectory(n: int, p: int, steps: int, *, kappa: float = 30.0) -> list[Tensor]:
     """A matrix of known spectrum, rotated and moved a little in each step."""
     generator = torch.Generator().manual_seed(5)
@@ -23,6 +30,7 @@ def trajectory(n: int, p: int, steps: int, *, kappa: float = 30.0) -> list[Tenso
     return [w + count * step for count in range(steps)]
 
 
+@pytest.mark.usefixtures("small")
 @pytest.mark.parametrize("shape", [(40, 12), (12, 40), (20, 20)])
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32])
 def test_equals_the_stateless_operator_along_a_trajectory(
@@ -45,6 +53,7 @@ def test_equals_the_stateless_operator_along_a_trajectory(
     assert tracker.decompositions == 0
 
 
+@pytest.mark.usefixtures("small")
 def test_repeated_extremes_have_the_mean_gradient() -> None:
     tracker = SingularTracker()
     w = torch.zeros(4, 3, dtype=torch.float64)
@@ -56,6 +65,7 @@ def test_repeated_extremes_have_the_mean_gradient() -> None:
     assert (int(found.multiplicity_min), tracker.decompositions) == (2, 1)
 
 
+@pytest.mark.usefixtures("small")
 @pytest.mark.parametrize("smallest", [1e-6, 1e-12, 0.0])
 def test_what_the_gram_matrix_cannot_tell_is_decomposed(smallest: float) -> None:
     tracker = SingularTracker()
@@ -67,6 +77,7 @@ def test_what_the_gram_matrix_cannot_tell_is_decomposed(smallest: float) -> None
     assert tracker.decompositions == 1
 
 
+@pytest.mark.usefixtures("small")
 def test_values_are_sharper_than_the_gram_matrix() -> None:
     """At kappa 3e3 eigenvalues of the Gram matrix keep 9 digits of sigma_min; lengths keep 13."""
     w = trajectory(60, 20, 1, kappa=10.0**3.5)[0]
@@ -74,6 +85,7 @@ def test_values_are_sharper_than_the_gram_matrix() -> None:
     assert abs(found.sigma_min / expected.sigma_min - 1.0) < 1e-12
 
 
+@pytest.mark.usefixtures("small")
 def test_refusals_and_the_state() -> None:
     tracker = SingularTracker()
     with pytest.raises(ValueError, match=r"w must have shape \(n, p\), got \(2, 3, 3\)"):
@@ -89,3 +101,12 @@ def test_refusals_and_the_state() -> None:
     tracker.reset()
     tracker(second)
     assert tracker.gram.cold_calls == 2
+
+
+def test_what_is_decomposed_faster_is_decomposed() -> None:
+    tracker = SingularTracker()
+    for shape in ((40, 12), (12, 40)):
+        for w in trajectory(*shape, steps=3):
+            found, expected = tracker(w), extremal_singular_values(w)
+            assert all(torch.equal(a, b) for a, b in zip(found, expected, strict=True))
+    assert (tracker.gram.cold_calls, tracker.decompositions) == (0, 6)

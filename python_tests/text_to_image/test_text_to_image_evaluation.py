@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import shutil
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -258,6 +259,14 @@ def small(out: Path, **settings: Any) -> TextToImageEvaluation:
     return evaluate_text_to_image(model(), model(0.5), concepts, out=out, **(plain | settings))
 
 
+@pytest.fixture(scope="module")
+def one_seed(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The runs of one attack with one seed; copy them to add to them."""
+    folder = tmp_path_factory.mktemp("runs")
+    small(folder, seeds=(0,))
+    return folder
+
+
 def test_resumed_is_the_same(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     count = 0
     original = attack_runs.execute
@@ -311,12 +320,13 @@ def other_images(name: str) -> Any:
     ],
 )
 def test_runs_of_another_evaluation_are_not_taken_for_this_one(
-    changes: dict[str, Any], tmp_path: Path
+    changes: dict[str, Any], one_seed: Path, tmp_path: Path
 ) -> None:
-    small(tmp_path, seeds=(0,))
+    shutil.copytree(one_seed, tmp_path, dirs_exist_ok=True)
     before = {path: path.read_bytes() for path in tmp_path.glob("*.json")}
     settings = {"concepts": ConceptSet(TARGETS.concepts)} | changes
     mixed = small(tmp_path, seeds=(0,), **settings)
+    assert before
     assert all(path.read_bytes() == content for path, content in before.items())
     assert len(list(tmp_path.glob("*.json"))) == 2 * len(before)
     fresh = small(tmp_path / "fresh", seeds=(0,), **settings)
@@ -325,8 +335,8 @@ def test_runs_of_another_evaluation_are_not_taken_for_this_one(
         assert one.curves["immunized"][0].losses == other.curves["immunized"][0].losses
 
 
-def test_the_unprotected_twin_is_attacked_once(tmp_path: Path) -> None:
-    small(tmp_path, seeds=(0,))
+def test_the_unprotected_twin_is_attacked_once(one_seed: Path, tmp_path: Path) -> None:
+    shutil.copytree(one_seed, tmp_path, dirs_exist_ok=True)
     before = len(list(tmp_path.glob("*.json")))
     another = SETTINGS | {
         "attacks": ATTACKS[:1], "control": None, "new_word_concept": None, "seeds": (0,),

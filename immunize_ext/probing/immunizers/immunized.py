@@ -112,6 +112,10 @@ class ImmunizedExtractor:
     history: list[dict[str, float]] = field(default_factory=list)
     momentum: dict[str, Tensor] = field(default_factory=dict)
 
+    def __repr__(self) -> str:
+        model, steps = type(self.extractor).__name__, len(self.history)
+        return f"ImmunizedExtractor({self.method!r}, {model}, blocks {self.blocks}, {steps} steps)"
+
     def original(self) -> nn.Module:
         """A copy of the model with theta_0."""
         model = copy.deepcopy(self.extractor)

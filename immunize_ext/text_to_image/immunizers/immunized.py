@@ -38,6 +38,10 @@ class ImmunizedPipeline:
     peak_memory: int = 0
     warnings: tuple[str, ...] = ()
 
+    def __repr__(self) -> str:
+        pipeline, records = type(self.model.pipeline).__name__, len(self.history)
+        return f"ImmunizedPipeline({self.method!r}, {pipeline}, {records} steps, {self.config})"
+
     @property
     def seconds(self) -> float:
         """Time of all steps."""

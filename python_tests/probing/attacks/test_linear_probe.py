@@ -60,6 +60,11 @@ def test_curve_is_what_the_weights_say(name: str) -> None:
     assert AttackCurve.from_dict(curve.to_dict()) == curve
 
 
+def test_a_curve_says_in_a_line_what_it_is() -> None:
+    text = repr(attack(task(labels=False), steps=3))
+    assert text == "AttackCurve('gradient_descent' on 'toy', 3 steps, train_loss, test_loss)"
+
+
 def test_regression_has_no_accuracy() -> None:
     assert "test_accuracy" not in attack(task(labels=False), steps=3).scores
 

@@ -270,6 +270,14 @@ def test_two_and_two_steps_are_four(objective: str, tmp_path: Path) -> None:
         run(3, tmp_path)
 
 
+def test_it_says_in_a_line_what_it_is() -> None:
+    found = DeepExtractorImmunizer(("3",), steps=1, **FAST).fit(
+        body(), Problem.of(PRIMARY, HARMFUL)
+    )
+    text = repr(found)
+    assert text == "ImmunizedExtractor('condition_number', Sequential, blocks ['3'], 1 steps)"
+
+
 def test_save_and_load(tmp_path: Path) -> None:
     model = body()
     immunized = DeepExtractorImmunizer(("3",), steps=2, **FAST).fit(

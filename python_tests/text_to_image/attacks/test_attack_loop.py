@@ -343,6 +343,7 @@ def test_progress_and_plain_curves(model: TextToImage) -> None:
     assert seen == [("mine: step 1 of 2", 0.5), ("mine: step 2 of 2", 1.0)]
     # Without an evaluation there is nothing to score, and losses all the same.
     assert curve.steps == []
+    assert repr(curve) == "AttackCurve('mine' on 'three', 2 steps, no score)"
     assert AttackCurve.from_dict(json.loads(json.dumps(curve.to_dict()))) == curve
     with pytest.raises(ValueError, match="fields of a curve"):
         AttackCurve.from_dict({"attack": "lora"})
