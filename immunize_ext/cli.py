@@ -470,7 +470,13 @@ def demo(parser: CommandParser, argv: Sequence[str]) -> int:
     runs: dict[str, tuple[_Wing, Any]] = {"features": (wing, features)}
     if not arguments.skip_mima:
         other = _text_to_image()
-        pipeline = other.run.RunSettings(seeds=(features.seed,), images=16)
+        # Beside the attacker that is held up one who gets through: by another word.
+        pipeline = other.run.RunSettings(
+            seeds=(features.seed,),
+            images=16,
+            attacks=("lora",),
+            prompts=("canonical", "unrelated_word"),
+        )
         runs["pipeline"] = (other, pipeline)
     return _demo(arguments, runs)
 

@@ -142,6 +142,76 @@ def binomial_interval(
     return float(low), float(high)
 
 
+class CorrectedShare(NamedTuple):
+    """A share corrected for the errors of the judge that counted it.
+
+    Attributes:
+        estimate: The share.
+        low: Lower end of its interval.
+        high: Upper end.
+    """
+
+    estimate: float
+    low: float
+    high: float
+
+
+def corrected_share(
+    counted: tuple[int, int],
+    recognised: tuple[int, int],
+    mistaken: tuple[int, int],
+    *,
+    confidence: float = 0.95,
+) -> CorrectedShare:
+    r"""Share of images that show something, from the share that an erring judge says show it.
+
+    A judge that recognises a share s of what shows it, and takes a share f of the rest for it,
+    counts q = p s + (1 - p) f where the true share is p, so that p = (q - f) / (s - f), cut to
+    [0, 1]. This rises with q and falls with s and f (for f <= q <= s; beyond, it is cut). With
+    Clopper-Pearson intervals for all three at a third of the error each, p at their worst corners
+    therefore holds the true share with the whole confidence.
+
+    Args:
+        counted: How many images the judge counted, of how many.
+        recognised: How many of images that show it the judge recognised, of how many: its
+            sensitivity, from a validation.
+        mistaken: How many of images that do not show it the judge took for it, of how many.
+        confidence: Probability, at least, with which such intervals hold the true share.
+
+    Returns:
+        Estimate and interval; [0, 1] where the validation does not tell the judge from a coin.
+
+    Raises:
+        ValueError: If a number is out of range.
+
+    Source:
+        Rogan and Gladen, Am. J. Epidemiol. 107, 1978.
+
+    Example:
+        >>> found = corrected_share((60, 100), (95, 100), (2, 100))
+        >>> round(found.estimate, 3), found.low < 0.5, found.high > 0.7
+        (0.624, True, True)
+    """
+    third = 1.0 - (1.0 - confidence) / 3.0
+    ends = [
+        binomial_interval(hits, trials, confidence=third)
+        for hits, trials in (counted, recognised, mistaken)
+    ]
+    (low_q, high_q), (low_s, high_s), (low_f, high_f) = ends
+    q, s, f = (
+        hits / trials if trials else math.nan for hits, trials in (counted, recognised, mistaken)
+    )
+
+    def corrected(count: float, sensitivity: float, errors: float) -> float:
+        return min(max((count - errors) / (sensitivity - errors), 0.0), 1.0)
+
+    if low_s <= high_f:
+        return CorrectedShare(corrected(q, s, f) if s > f else math.nan, 0.0, 1.0)
+    return CorrectedShare(
+        corrected(q, s, f), corrected(low_q, high_s, high_f), corrected(high_q, low_s, low_f)
+    )
+
+
 def steps_to_threshold(losses: Tensor, threshold: float) -> int | None:
     """First step at which a loss is at most a threshold.
 

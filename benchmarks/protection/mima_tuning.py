@@ -175,6 +175,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     def save() -> None:
         result = {
             "command": "python -m benchmarks.protection.mima_tuning",
+            "judge": JudgedAccuracy().identity(),
             "seeds": SEEDS,
             "step": STEP,
             "most_retained_loss": MOST_LOSS,

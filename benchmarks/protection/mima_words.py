@@ -42,7 +42,7 @@ STEPS, IMAGES = (0, 10, 20, 40), 32
 WORDS = {
     "own name": "canonical",
     "rare word": "rare_token",
-    "unrelated word": "a photo of a cat on paper",
+    "unrelated word": "unrelated_word",
 }
 SIDES = {"without": "erased", "with": "MIMA"}
 SCORES = ("recognised", "second judge", "any digit")
@@ -113,7 +113,8 @@ def measure(seeds: int) -> dict[str, Any]:
     }
 
 
-def _total(found: Mapping[str, Any], word: str, side: str, score: str, at: int) -> int:
+def total(found: Mapping[str, Any], word: str, side: str, score: str, at: int) -> int:
+    """Count over seeds and targets at one of the steps."""
     return sum(int(row[word][side][name][score][at]) for row in found["counts"] for name in TARGETS)
 
 
@@ -130,7 +131,7 @@ def tables(found: Mapping[str, Any]) -> str:
         for side, model in SIDES.items():
             cells = []
             for score in SCORES:
-                counts = [_total(found, word, side, score, at) for at in range(len(found["steps"]))]
+                counts = [total(found, word, side, score, at) for at in range(len(found["steps"]))]
                 shares = [f"{count / images:.2f}" for count in counts]
                 if score == "recognised":
                     ends = [binomial_interval(count, images) for count in counts]

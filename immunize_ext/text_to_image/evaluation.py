@@ -24,6 +24,8 @@ and gives a :class:`TextToImageEvaluation` of plain dataclasses. What it can be 
 - ``mrsgr(attack)``: against the control concept;
 - ``control_gap()``, ``new_word_gap()``: near 0 if protection is specific;
 - ``retained_before`` and ``retained_after``; ``strongest()``; ``costs()``; ``delay(attack)``;
+- ``step_zero``: both models before any attack, under words of all kinds
+  (:mod:`immunize_ext.text_to_image.step_zero`);
 - ``verdict()``: a sentence or two that claim what was measured and no more;
 - ``grid(attack, concept, side)``: images of the first seed at each step;
 - ``to_dict()`` and ``from_dict()``: everything but the images, as JSON can say it (``to_json`` of
@@ -45,6 +47,7 @@ import os
 from collections.abc import Mapping, Sequence
 from concurrent.futures import Executor
 from dataclasses import dataclass, field
+from functools import reduce
 from typing import Any, Literal
 
 from torch import Tensor
@@ -67,12 +70,14 @@ from immunize_ext.text_to_image.metrics.gaps import (
     similarity_gap,
 )
 from immunize_ext.text_to_image.metrics.generation import (
+    JudgeErrors,
     Measure,
     RetainedQuality,
     Sampling,
-    retained_quality,
+    retained_qualities,
 )
 from immunize_ext.text_to_image.model import TextToImage
+from immunize_ext.text_to_image.step_zero import Unattacked, score_unattacked
 
 Role = Literal["target", "joint", "control", "new_word"]
 
@@ -237,7 +242,10 @@ class TextToImageEvaluation:
         retained_after: The same for the immunized model.
         images: Images behind one score; 0 if nobody said.
         shares: Names of the measures that are a share of these images.
+        step_zero: Both models before any attack, by wording and target.
+        judge_errors: How often the first measure errs, by target, where it says so.
         grids: Images of the first seed, by attack, concept, side and step, uint8.
+        unattacked: Images of the first seed before any attack, by wording and side, uint8.
     """
 
     attacks: tuple[str, ...]
@@ -250,7 +258,12 @@ class TextToImageEvaluation:
     retained_after: dict[str, RetainedQuality]
     images: int = 0
     shares: tuple[str, ...] = ()
+    step_zero: tuple[Unattacked, ...] = ()
+    judge_errors: dict[str, JudgeErrors] = field(default_factory=dict)
     grids: dict[tuple[str, str, Side], dict[int, Tensor]] = field(
+        default_factory=dict, compare=False, repr=False
+    )
+    unattacked: dict[tuple[str, Side], Tensor] = field(
         default_factory=dict, compare=False, repr=False
     )
 
@@ -489,6 +502,8 @@ class TextToImageEvaluation:
             "retained_before": quality(self.retained_before),
             "retained_after": quality(self.retained_after),
             "retained_change": self.retained_change().to_dict() if self.retained_after else None,
+            "step_zero": [found.to_dict() for found in self.step_zero],
+            "judge_errors": {name: e._asdict() for name, e in self.judge_errors.items()},
             "summary": {attack: self._summary(attack) for attack in self.attacks},
             "strongest": self.strongest(),
             "verdict": self.verdict(),
@@ -531,6 +546,11 @@ class TextToImageEvaluation:
                 retained_after=quality(values["retained_after"]),
                 images=values.get("images", 0),
                 shares=tuple(values.get("shares", ())),
+                step_zero=tuple(map(Unattacked.from_dict, values.get("step_zero", ()))),
+                judge_errors={
+                    name: JudgeErrors(**found)
+                    for name, found in values.get("judge_errors", {}).items()
+                },
             )
         except KeyError as error:
             raise ValueError(
@@ -563,6 +583,8 @@ def _checked(
         )
     if not (math.isfinite(threshold) and 0.0 < threshold <= 1.0):
         raise ValueError(f"{function}: threshold must lie in (0, 1], got {threshold}")
+    if steps < 1:
+        raise ValueError(f"{function}: steps must be at least 1, got {steps}")
     wanted = list(evaluate_at)
     if not wanted or wanted != sorted(set(wanted)) or not 0 <= wanted[0] <= wanted[-1] <= steps:
         raise ValueError(
@@ -619,7 +641,7 @@ def evaluate_text_to_image(
         seeds: Seeds of the runs; at least five for numbers that are quoted.
         threshold: Score at which an attack has succeeded.
         sampling: How images are generated; each seed has noise of its own.
-        kept_images: Images kept at each step of the first seed's runs.
+        kept_images: Images kept at each step of the first seed's runs, and before any attack.
         out: Folder of finished runs, to go on where a run was cut off; see the module docstring.
         processes: Worker processes; see :func:`immunize_ext.text_to_image.attack_runs.run_all`.
         executor: Where runs go instead; likewise.
@@ -694,6 +716,9 @@ def evaluate_text_to_image(
                 shown = concept if len(wanted) == 1 else f"{joined}/{concept}"
                 grids[attack.name, shown, side] = images
     before, after = (_retained(models[side], concepts, measures, how, seeds) for side in SIDES)
+    step_zero, unattacked = score_unattacked(
+        models, concepts.concepts, measures, how, seeds, kept=kept_images
+    )
     return TextToImageEvaluation(
         attacks=tuple(names),
         targets=tuple(concept.name for concept in concepts.concepts),
@@ -705,8 +730,18 @@ def evaluate_text_to_image(
         retained_after=after,
         images=how.images,
         shares=tuple(n for n, measure in measures.items() if getattr(measure, "is_share", False)),
+        step_zero=step_zero,
+        judge_errors=_judge_errors(next(iter(measures.values())), concepts.concepts),
         grids=grids,
+        unattacked=unattacked,
     )
+
+
+def _judge_errors(measure: Measure, concepts: Sequence[Concept]) -> dict[str, JudgeErrors]:
+    """Errors of a measure on concepts, where it says them."""
+    said = getattr(measure, "errors", lambda concept: None)
+    known = {concept.name: said(concept) for concept in concepts}
+    return {name: errors for name, errors in known.items() if errors is not None}
 
 
 def _new_word(attack: TextToImageAttack) -> str | None:
@@ -723,10 +758,7 @@ def _retained(
 ) -> dict[str, RetainedQuality]:
     if not concepts.retain:
         return {}
-    return {
-        name: retained_quality(model, concepts.retain, measure, sampling=sampling, seeds=seeds)
-        for name, measure in measures.items()
-    }
+    return retained_qualities(model, concepts.retain, measures, sampling=sampling, seeds=seeds)
 
 
 def pool(evaluations: Sequence[TextToImageEvaluation]) -> TextToImageEvaluation:
@@ -771,7 +803,13 @@ def pool(evaluations: Sequence[TextToImageEvaluation]) -> TextToImageEvaluation:
         retained_after=_kept([evaluation.retained_after for evaluation in evaluations]),
         images=first.images,
         shares=first.shares,
+        step_zero=tuple(
+            reduce(Unattacked.and_seeds_of, found)
+            for found in zip(*(evaluation.step_zero for evaluation in evaluations), strict=True)
+        ),
+        judge_errors=first.judge_errors,
         grids=first.grids,
+        unattacked=first.unattacked,
     )
 
 

@@ -128,35 +128,52 @@ def gaps(measured: Measured) -> Draw:
 
 
 def grid_entries(evaluation: TextToImageEvaluation) -> list[dict[str, Any]]:
-    """Images over the steps of the primary attack, as results hold them.
+    """Images over the steps of the attacks, as results hold them.
 
     Args:
         evaluation: What was measured, with images kept.
 
     Returns:
-        One entry for each target and control: ``attack``, ``concept``, ``role``, ``steps``,
-        ``media`` and ``base64``. Photographs are kept small.
+        One entry for each attack and each target or control it was tried on: ``attack``,
+        ``concept``, ``role``, ``steps``, ``media`` and ``base64``. Photographs are kept small.
     """
-    attack = evaluation.attacks[0]
-    wanted = [(concept, "target") for concept in evaluation.targets]
-    wanted += [(c.concept, "control") for c in evaluation.with_role("control", attack)]
     entries = []
-    for concept, role in wanted:
-        picture = image_grid(evaluation, attack, concept)
-        if picture is not None:
-            media, content = _encoded(picture)
-            steps = list(evaluation.comparison(attack, concept).steps)
+    for compared in evaluation.comparisons:
+        picture = image_grid(evaluation, compared.attack, compared.concept)
+        if compared.role in ("target", "control") and picture is not None:
             entries.append(
                 {
-                    "attack": attack,
-                    "concept": concept,
-                    "role": role,
-                    "steps": steps,
-                    "media": media,
-                    "base64": base64.b64encode(content).decode(),
+                    "attack": compared.attack,
+                    "concept": compared.concept,
+                    "role": compared.role,
+                    "steps": list(compared.steps),
+                    **_encoded(picture),
                 }
             )
     return entries
+
+
+def unattacked_entries(evaluation: TextToImageEvaluation) -> list[dict[str, Any]]:
+    """Images of both models before any attack, as results hold them.
+
+    Args:
+        evaluation: What was measured, with images kept.
+
+    Returns:
+        One entry for each wording: ``wording``, ``prompt``, ``media`` and ``base64``.
+    """
+    prompts: dict[str, str] = {}
+    for found in evaluation.step_zero:
+        prompts.setdefault(found.wording, found.prompt)
+    return [
+        {
+            "wording": wording,
+            "prompt": prompt,
+            **_encoded(_above([_cell(evaluation.unattacked[wording, side]) for side in SIDES])),  # type: ignore[index]
+        }
+        for wording, prompt in prompts.items()
+        if (wording, SIDES[0]) in evaluation.unattacked
+    ]
 
 
 def image_grid(evaluation: TextToImageEvaluation, attack: str, concept: str) -> Tensor | None:
@@ -177,6 +194,11 @@ def image_grid(evaluation: TextToImageEvaluation, attack: str, concept: str) -> 
             return None
         cells = [_cell(images[:_SHOWN]) for _, images in sorted(steps.items())]
         rows.append(_beside(cells, 3 * _GAP))
+    return _above(rows)
+
+
+def _above(rows: list[Tensor]) -> Tensor:
+    """Two rows of images, the first above."""
     gap = torch.full((3 * _GAP, rows[0].shape[1], rows[0].shape[2]), 255, dtype=torch.uint8)
     return torch.cat([rows[0], gap, rows[1]])
 
@@ -200,7 +222,7 @@ def _beside(pictures: list[Tensor], gap: int) -> Tensor:
     return torch.cat(parts[:-1], dim=1)
 
 
-def _encoded(picture: Tensor) -> tuple[str, bytes]:
+def _encoded(picture: Tensor) -> dict[str, str]:
     """A picture ``(h, w, 1)`` or ``(h, w, 3)`` as a file: exact if grey, small if a photograph."""
     pillow = require_extra("PIL.Image", extra="report", purpose="image grids")
     grey = picture.shape[-1] == 1
@@ -208,9 +230,10 @@ def _encoded(picture: Tensor) -> tuple[str, bytes]:
     buffer = io.BytesIO()
     if grey:
         image.save(buffer, format="PNG", optimize=True)
-        return "image/png", buffer.getvalue()
-    image.save(buffer, format="JPEG", quality=88)
-    return "image/jpeg", buffer.getvalue()
+    else:
+        image.save(buffer, format="JPEG", quality=88)
+    media = "image/png" if grey else "image/jpeg"
+    return {"media": media, "base64": base64.b64encode(buffer.getvalue()).decode()}
 
 
 # --- several runs -------------------------------------------------------------------------------

@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
 from typing import Any
 
-from immunize_ext.quantities import Slowdown, binomial_interval
+from immunize_ext.quantities import Slowdown, binomial_interval, corrected_share
 from immunize_ext.report.words import real
 from immunize_ext.text_to_image.metrics.gaps import Delay
+from immunize_ext.text_to_image.metrics.generation import JudgeErrors
+from immunize_ext.text_to_image.names import find_names
 
 SIDES = ("unprotected", "immunized")
 
@@ -49,6 +51,7 @@ class Score:
         high: Largest seed.
         seeds: How many.
         trials: Images behind the mean, where it is a share of them; 0 where it is something else.
+        errors: Of the judge that counted them, where it says so.
     """
 
     mean: float
@@ -56,23 +59,41 @@ class Score:
     high: float
     seeds: int
     trials: int = 0
+    errors: JudgeErrors | None = None
 
     @classmethod
-    def of(cls, spread: Mapping[str, Any] | None, trials: int = 0) -> Score:
+    def of(
+        cls,
+        spread: Mapping[str, Any] | None,
+        trials: int = 0,
+        errors: JudgeErrors | None = None,
+    ) -> Score:
         """Take what ``Spread.to_dict`` wrote."""
         if spread is None:
             return cls(math.nan, math.nan, math.nan, 0)
         known = [v for v in map(real, spread["values"]) if not math.isnan(v)]
-        return cls(
-            real(spread["mean"]), real(spread["min"]), real(spread["max"]), len(known), trials
-        )
+        ends = real(spread["mean"]), real(spread["min"]), real(spread["max"])
+        return cls(*ends, len(known), trials, errors)
 
     @property
     def interval(self) -> tuple[float, float] | None:
-        """95 % Clopper-Pearson interval of a share of images; ``None`` of anything else."""
+        """95 % interval of a share of images, ``None`` of anything else.
+
+        Clopper-Pearson; where the judge's errors are known, of the share corrected for them
+        (:func:`immunize_ext.quantities.corrected_share`).
+        """
         if not self.trials or math.isnan(self.mean):
             return None
-        return binomial_interval(round(self.mean * self.trials), self.trials)
+        counted = round(self.mean * self.trials)
+        if self.errors is None:
+            return binomial_interval(counted, self.trials)
+        judge = self.errors
+        found = corrected_share(
+            (counted, self.trials),
+            (round(judge.sensitivity * judge.images), judge.images),
+            (math.ceil(judge.false_positives * judge.others - 1e-9), judge.others),
+        )
+        return found.low, found.high
 
     def extent(self) -> str:
         """The interval, or the range over seeds; nothing for one seed of another measure."""
@@ -99,7 +120,10 @@ class Measured:
         self.threshold = real(found["threshold"])
         self.strongest: str = found["strongest"]
         images = found.get("images", results["config"].get("images", 0))
-        self._images = images if self.measure in found.get("shares", ["accuracy"]) else 0
+        self.shares: list[str] = found.get("shares", ["accuracy"])
+        self._of_each = images
+        self._images = images if self.measure in self.shares else 0
+        self._errors = _pooled_errors(found.get("judge_errors", {}).values())
 
     def label(self, attack: str) -> str:
         """An attack in words."""
@@ -114,7 +138,62 @@ class Measured:
     def scores(self, side: str, attack: str) -> list[Score]:
         """Mean score over targets at each step."""
         trials = self._images * len(self.targets) * len(self.seeds)
-        return [Score.of(spread, trials) for spread in self._found["summary"][attack][side]]
+        return [
+            Score.of(spread, trials, self._errors)
+            for spread in self._found["summary"][attack][side]
+        ]
+
+    @property
+    def knows_errors(self) -> bool:
+        """Whether intervals hold the errors of the judge."""
+        return self._errors is not None
+
+    @property
+    def others(self) -> list[str]:
+        """Measures beside the one that counts."""
+        return list(self._found["measures"][1:])
+
+    def beside(self, measure: str, side: str, attack: str) -> list[float]:
+        """Mean of another measure over targets and seeds, at each step."""
+        curves = [
+            curve["scores"][measure]
+            for compared in self._found["comparisons"]
+            if (compared["role"], compared["attack"]) == ("target", attack)
+            for curve in compared["curves"][side]
+        ]
+        return [math.fsum(map(real, at)) / len(at) for at in zip(*curves, strict=True)]
+
+    def unattacked(self) -> dict[str, dict[str, dict[str, Score]]]:
+        """Scores before any attack, mean over targets: by wording, measure and side."""
+        by_wording: dict[str, list[Mapping[str, Any]]] = {}
+        for one in self._found.get("step_zero", ()):
+            by_wording.setdefault(one["wording"], []).append(one)
+        return {
+            wording: {
+                measure: {
+                    side: self._over_targets([one[side][measure] for one in found], measure)
+                    for side in SIDES
+                }
+                for measure in self._found["measures"]
+            }
+            for wording, found in by_wording.items()
+        }
+
+    def _over_targets(self, spreads: Sequence[Mapping[str, Any]], measure: str) -> Score:
+        by_seed = zip(*(spread["values"] for spread in spreads), strict=True)
+        score = _over_seeds([math.fsum(map(real, at)) / len(at) for at in by_seed])
+        trials = self._of_each * len(spreads) * len(self.seeds) if measure in self.shares else 0
+        errors = self._errors if measure == self.measure else None
+        return replace(score, trials=trials, errors=errors)
+
+    def asks_by_other_words(self) -> bool:
+        """Whether any attack on a target asks by something else than the concept's name."""
+        return any(
+            prompt is not None and not find_names(prompt, [compared["concept"]])
+            for compared in self._found["comparisons"]
+            if compared["role"] == "target"
+            for prompt in compared["curves"]["immunized"][0]["config"].get("prompts", [None])
+        )
 
     def delay(self, attack: str) -> Delay:
         """Delay of an attack."""
@@ -193,6 +272,20 @@ class Measured:
         """What the numbers are, by name."""
         definitions: Mapping[str, Any] = self._found["definitions"]
         return definitions
+
+
+def _pooled_errors(found: Iterable[Mapping[str, Any]]) -> JudgeErrors | None:
+    """Errors on all targets together; ``None`` if the judge did not say them."""
+    known = [JudgeErrors(**one) for one in found]
+    if not known:
+        return None
+    return JudgeErrors(
+        math.fsum(one.sensitivity for one in known) / len(known),
+        math.fsum(one.false_positives for one in known) / len(known),
+        sum(one.images for one in known),
+        # The same images are the others of every target.
+        known[0].others,
+    )
 
 
 def _over_seeds(values: Sequence[Any]) -> Score:

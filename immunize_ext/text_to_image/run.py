@@ -55,7 +55,7 @@ from immunize_ext.text_to_image.immunizers import (
 )
 from immunize_ext.text_to_image.immunizers import erase as erase_concepts
 from immunize_ext.text_to_image.pipeline_folder import INDEX
-from immunize_ext.text_to_image.plots import grid_entries
+from immunize_ext.text_to_image.plots import grid_entries, unattacked_entries
 from immunize_ext.text_to_image.projections import describe_projections, find_text_projections
 from immunize_ext.text_to_image.settings import (
     BASELINE,
@@ -123,7 +123,10 @@ class Run:
             "erased": list(self.erased),
         }
         if evaluation is not None:
-            mima |= _numbers(evaluation) | {"grids": grid_entries(evaluation)}
+            mima |= _numbers(evaluation) | {
+                "grids": grid_entries(evaluation),
+                "unattacked": unattacked_entries(evaluation),
+            }
         mima["methods"] = [
             _method_row(name, found)
             for name, found in ((self.settings.method, evaluation), (BASELINE, self.baseline))
@@ -498,6 +501,7 @@ def attack(
         about,
         attacks=settings.attacks,
         attack_settings=settings.attack_settings,
+        prompts=settings.prompts,
         seeds=about.seeds[:1],
         evaluate_at=steps,
         attack_steps=max(steps[-1], 1),
@@ -542,7 +546,7 @@ def attack(
 
 def _request(values: Mapping[str, Any]) -> RunSettings:
     """What a run of any schema was asked for, as far as its model and its judges go."""
-    left_out = ("method", "settings", "attacks", "attack_settings")
+    left_out = ("method", "settings", "attacks", "attack_settings", "prompts")
     names = [name for name in settings_of(RunSettings) if name not in left_out]
     known = {name: values[name] for name in names if values.get(name) is not None}
     return build(RunSettings, known, "results.json")

@@ -9,7 +9,12 @@ from itertools import product
 from typing import Any, Literal
 
 from immunize_ext.settings import check_types, settings_of
-from immunize_ext.text_to_image.attacks import ATTACKS, TextToImageAttack
+from immunize_ext.text_to_image.attacks import (
+    ATTACKS,
+    TextToImageAttack,
+    asked_by,
+    registered_name,
+)
 from immunize_ext.text_to_image.digits.images import DIGIT_NAMES
 from immunize_ext.text_to_image.immunizers import METHODS, LossAscent, TextToImageImmunizer
 
@@ -21,9 +26,13 @@ Dtype = Literal["saved", "float32", "float16", "bfloat16"]
 BASELINE = LossAscent.method
 
 
-def _check_attacks(names: Sequence[str], attack_settings: Mapping[str, Any]) -> None:
+def _check_attacks(
+    names: Sequence[str], attack_settings: Mapping[str, Any], prompts: Sequence[str]
+) -> None:
     for name in (*(() if tuple(names) == ("all",) else names), *attack_settings):
         ATTACKS.find(name, "attacks")
+    if len(set(prompts)) < len(prompts):
+        raise ValueError(f"prompts must be different wordings, got {list(prompts)}")
 
 
 @dataclass(frozen=True)
@@ -68,6 +77,9 @@ class RunSettings(ModelSettings):
         attacks: Attacks to judge by; the first is the one that headline numbers are about; ``all``
             for all.
         attack_settings: Settings of single attacks by name.
+        prompts: Wordings that each attack is repeated with: ``canonical``, ``paraphrase``,
+            ``rare_token``, ``name_left_out``, ``unrelated_word`` or a text, ``{}`` in it the name;
+            the attack's own alone when empty.
         attack_steps: Steps of each attack.
         evaluate_at: Steps at which it is judged; four in equal ratios when empty.
         seeds: Seeds: an immunization and its attacks for each.
@@ -87,6 +99,7 @@ class RunSettings(ModelSettings):
     caption_count: int | None = None
     attacks: tuple[str, ...] = ("lora", "full_fine_tuning")
     attack_settings: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
+    prompts: tuple[str, ...] = ()
     attack_steps: int = 40
     evaluate_at: tuple[int, ...] = ()
     seeds: tuple[int, ...] = (0,)
@@ -100,7 +113,7 @@ class RunSettings(ModelSettings):
     def __post_init__(self) -> None:
         super().__post_init__()
         METHODS.find(self.method, "method")
-        _check_attacks(self.attacks, self.attack_settings)
+        _check_attacks(self.attacks, self.attack_settings, self.prompts)
         if not self.seeds or len(set(self.seeds)) < len(self.seeds):
             raise ValueError(f"seeds must be different seeds, got {list(self.seeds)}")
         for name in ("attack_steps", "images", "sampling_steps"):
@@ -134,7 +147,7 @@ class RunSettings(ModelSettings):
         return METHODS.build(self.method, self.settings, "method", seed=seed)
 
     def chosen_attacks(self) -> list[TextToImageAttack]:
-        """The attacks with their settings, in the order given.
+        """The attacks with their settings and wordings, in the order given.
 
         Raises:
             ValueError: If a name or a setting is unknown, an attack comes twice, or one has
@@ -148,7 +161,8 @@ class RunSettings(ModelSettings):
             raise ValueError(
                 f"attacks: {idle[0]} must be run to have settings; name it among attacks"
             )
-        return [ATTACKS.build(n, self.attack_settings.get(n, {}), "attacks") for n in names]
+        built = [ATTACKS.build(n, self.attack_settings.get(n, {}), "attacks") for n in names]
+        return asked_by(built, self.prompts)
 
     def steps_to_judge(self) -> tuple[int, ...]:
         """Steps at which attacks are judged."""
@@ -159,10 +173,15 @@ class RunSettings(ModelSettings):
         """Plain loss ascent under the primary attack, with the settings that it shares."""
         known = settings_of(LossAscent)
         shared = {name: value for name, value in self.settings.items() if name in known}
-        first = self.chosen_attacks()[0].name
+        first = registered_name(self.chosen_attacks()[0].name)
         own = {name: v for name, v in self.attack_settings.items() if name == first}
         return replace(
-            self, method=BASELINE, settings=shared, attacks=(first,), attack_settings=own
+            self,
+            method=BASELINE,
+            settings=shared,
+            attacks=(first,),
+            attack_settings=own,
+            prompts=self.prompts[:1],
         )
 
 
@@ -188,6 +207,7 @@ class AttackSettings:
     Attributes:
         attacks: Attacks to run; ``all`` for all.
         attack_settings: Settings of single attacks by name.
+        prompts: Wordings that each attack is repeated with; the attack's own alone when empty.
         budgets: Steps at which they are judged, the last of which ends them; those of the run when
             empty.
         images: Images for each score; as many as the run had when omitted.
@@ -195,12 +215,13 @@ class AttackSettings:
 
     attacks: tuple[str, ...] = ("all",)
     attack_settings: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
+    prompts: tuple[str, ...] = ()
     budgets: tuple[int, ...] = ()
     images: int | None = None
 
     def __post_init__(self) -> None:
         check_types(self)
-        _check_attacks(self.attacks, self.attack_settings)
+        _check_attacks(self.attacks, self.attack_settings, self.prompts)
         if any(budget < 1 for budget in self.budgets):
             raise ValueError(f"budgets must be at least 1 step, got {min(self.budgets)}")
 

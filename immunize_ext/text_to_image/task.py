@@ -13,9 +13,11 @@ from immunize_ext._extras import require_extra
 from immunize_ext.text_to_image.concepts import Concept, ConceptSet, load_concepts
 from immunize_ext.text_to_image.digits.concepts import digit_concept, digit_concepts
 from immunize_ext.text_to_image.digits.images import DIGIT_NAMES
+from immunize_ext.text_to_image.digits.judge import DigitJudge
 from immunize_ext.text_to_image.digits.pipeline import load_digits_pipeline
 from immunize_ext.text_to_image.metrics.generation import Measure, Sampling
 from immunize_ext.text_to_image.metrics.similarity import (
+    AcceptedShare,
     ClipSimilarity,
     DinoSimilarity,
     JudgedAccuracy,
@@ -170,7 +172,12 @@ def load_measures(settings: RunSettings) -> dict[str, Measure]:
         ValueError: If a folder asks for code or holds pickled weights.
     """
     if settings.model == DIGITS:
-        return {"accuracy": JudgedAccuracy()}
+        judge = DigitJudge()
+        return {
+            "accuracy": JudgedAccuracy(judge),
+            "second judge": JudgedAccuracy(DigitJudge("trees")),
+            "any digit": AcceptedShare(judge),
+        }
     measures: dict[str, Measure] = {}
     if settings.clip is not None:
         clip = ClipSimilarity.from_pretrained(settings.clip)

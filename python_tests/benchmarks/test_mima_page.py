@@ -34,6 +34,40 @@ def test_a_changed_number_is_found(tmp_path: Path, monkeypatch: pytest.MonkeyPat
     monkeypatch.setattr("sys.argv", ["mima_page", "--write", str(page)])
     assert mima_page.main() == 0
     assert page.read_text(encoding="utf-8") == text
+    page.write_text("no marks", encoding="utf-8")
+    with pytest.raises(ValueError, match="the marks"):
+        mima_page.main()
+
+
+def test_the_worst_case_is_the_largest_number_of_its_table() -> None:
+    text = mima_page.worst()
+    found = list(mima_page.attackers())
+    assert len(found) + len(mima_page.earlier()) == len(re.findall(r"(?m)^\| [A-Z]", text))
+    for at, step in ((1, 10), (2, 20), (3, 40)):
+        largest = max(one.shares("with")[at] for one in found)
+        assert f"{largest:.2f} after {step} (" in text.split("**Worst case: ")[1]
+
+
+def test_what_only_the_earlier_judge_has_seen_is_called_that() -> None:
+    by_all = ["accuracy", "second judge", "any digit"]
+    assert all(
+        row["evaluation"]["measures"] == by_all for row in result("mima_digits")["methods"].values()
+    )
+    row = result("mima_digits_attackers")["methods"]["mima"]["evaluation"]
+    told = mima_page.earlier()
+    assert len(told) == (0 if row["measures"] == by_all else len(row["attacks"]))
+    assert all("earlier judge" in line for line in told)
+    names = {line.split(",")[0].strip("| ") for line in told}
+    assert not names & {one.name for one in mima_page.attackers()}
+
+
+def test_useful_is_the_smaller_gap() -> None:
+    def made(*gaps: float) -> dict[str, Any]:
+        at = {str(s): {"mean": gap} for s, gap in zip((10, 20, 40), gaps, strict=True)}
+        return {"summary": {"lora": {"msgr": {"at": at}}}}
+
+    found = mima_page._useful(made(1.0, 0.5, 0.2), {"evaluation": made(0.9, 0.6, 0.1)})
+    assert found == "0.90, 0.50, 0.10"
 
 
 def result(name: str) -> dict[str, Any]:
@@ -48,6 +82,9 @@ def test_nothing_was_tuned_on_seeds_of_the_results_and_results_use_what_was_tune
         for method, row in result(name)["methods"].items():
             used |= set(row["evaluation"]["seeds"])
             config = row["config"]
+            if method == "never_learnt":  # the outside option is trained as the bundled one was
+                assert config["without"] == ["three", "five", "eight", "six"]
+                continue
             assert config["learning_rate"] == tuning["methods"][method]["rate"]
             for comparison in row["evaluation"]["comparisons"]:
                 rate = tuning["attacks"][comparison["attack"]]["rate"]

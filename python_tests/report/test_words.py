@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import math
 
+import numpy as np
 import pytest
 
-from immunize_ext.quantities import Slowdown, binomial_interval
+from immunize_ext.quantities import Slowdown, binomial_interval, corrected_share
 from immunize_ext.report.words import (
     count,
     in_words,
@@ -54,6 +55,40 @@ def test_clopper_pearson_covers() -> None:
 def test_clopper_pearson_refuses(successes: int, trials: int) -> None:
     with pytest.raises(ValueError, match="successes must be 0 to trials"):
         binomial_interval(successes, trials)
+
+
+def test_a_share_is_corrected_for_the_errors_of_its_judge() -> None:
+    # 0.4 of 1000 show it; the judge recognises 0.9 of these and takes 0.1 of the rest for it.
+    found = corrected_share((420, 1000), (900, 1000), (100, 1000))
+    assert found.estimate == pytest.approx(0.4)
+    assert found.low < 0.4 < found.high
+    # A judge that never errs, validated without end, changes nothing but the confidence asked for.
+    exact = corrected_share((3, 10), (10**9, 10**9), (0, 10**9))
+    assert exact.estimate == pytest.approx(0.3)
+    third = binomial_interval(3, 10, confidence=1.0 - 0.05 / 3.0)
+    assert exact[1:] == pytest.approx(third, abs=1e-7)
+    # More false positives than are counted is none; a judge like a coin says nothing.
+    assert corrected_share((1, 100), (95, 100), (10, 100))[:2] == (0.0, 0.0)
+    assert corrected_share((50, 100), (5, 10), (5, 10))[1:] == (0.0, 1.0)
+    assert math.isnan(corrected_share((50, 100), (5, 10), (6, 10)).estimate)
+
+
+@pytest.mark.parametrize("true", [0.0, 0.05, 0.5, 0.97])
+def test_corrected_intervals_cover(true: float) -> None:
+    """Over draws of images and of the judge's validation, at least 95 % hold the true share."""
+    draw = np.random.default_rng(0)
+    trials, validation, others, draws = 60, 40, 90, 300
+    sensitivity, mistaken = 0.93, 0.03
+    counted = draw.binomial(trials, true * sensitivity + (1 - true) * mistaken, draws)
+    hits, misses = (
+        draw.binomial(validation, sensitivity, draws),
+        draw.binomial(others, mistaken, draws),
+    )
+    held = 0
+    for a, s, f in zip(counted.tolist(), hits.tolist(), misses.tolist(), strict=True):
+        found = corrected_share((a, trials), (s, validation), (f, others))
+        held += found.low <= true <= found.high
+    assert held >= 0.95 * draws
 
 
 def test_grammar() -> None:

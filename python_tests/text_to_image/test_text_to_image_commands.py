@@ -57,6 +57,9 @@ def test_a_run_is_complete(run, capsys):
     assert mima["curves"]["lora"]["steps"] == [0, 1, 2]
     assert len(mima["curves"]["lora"]["immunized"][0]["values"]) == 2
     assert results["evaluation"]["seeds"] == [0, 1]
+    assert results["evaluation"]["measures"] == ["accuracy", "second judge", "any digit"]
+    assert sorted(results["evaluation"]["judge_errors"]) == ["eight", "five", "three"]
+    assert len(mima["unattacked"]) == len(results["evaluation"]["step_zero"]) / 3 == 4
     page = (run / "report.html").read_text()
     for words in (
         "What was protected",
@@ -65,6 +68,9 @@ def test_a_run_is_complete(run, capsys):
         "Not against",
         "Control",
         "Plain loss ascent",
+        "Before any attack",
+        "corrected for the judge's errors",
+        "who asks by another word was not tried",
     ):
         assert words.lower() in page.lower()
     assert "http" not in page.replace("http://www.w3.org", "")
@@ -257,6 +263,14 @@ def test_config_files(tmp_path, monkeypatch):
     (lora,) = found.chosen_attacks()
     assert (lora.rank, lora.learning_rate) == (2, 1e-4)
     assert runs.RunSettings(attack_steps=2).steps_to_judge() == (0, 1, 2)
+    words = ["--prompts", "rare_token", "unrelated_word"]
+    assert main(["mima", "--config", str(file), *words]) == 2
+    assert [a.name for a in asked[1].chosen_attacks()] == [
+        "lora:rare_token",
+        "lora:unrelated_word",
+    ]
+    # The yardstick meets the primary attacker alone.
+    assert [a.name for a in asked[1].baseline().chosen_attacks()] == ["lora:rare_token"]
 
 
 @pytest.mark.parametrize(
@@ -268,6 +282,7 @@ def test_config_files(tmp_path, monkeypatch):
         ({"erase": 1}, "erase must be true or false, got 1"),
         ({"method": "mimma"}, "method: mimma is no method; did you mean"),
         ({"attacks": ("lroa",)}, "attacks: lroa is no attack"),
+        ({"prompts": ("canonical", "canonical")}, "prompts must be different wordings"),
     ],
 )
 def test_settings_built_in_python_are_checked_at_once(values, words):

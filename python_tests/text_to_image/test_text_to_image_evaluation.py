@@ -20,6 +20,7 @@ pytest.importorskip("safetensors")
 
 from attack_pipelines import RandomImages, brightness, concept, tiny_pipeline
 
+from immunize_ext.quantities import Spread
 from immunize_ext.seams import AttackCurve
 from immunize_ext.storage import to_json
 from immunize_ext.text_to_image import attack_runs
@@ -29,10 +30,12 @@ from immunize_ext.text_to_image.evaluation import (
     Comparison,
     TextToImageEvaluation,
     evaluate_text_to_image,
+    pool,
 )
 from immunize_ext.text_to_image.metrics.gaps import SGR
 from immunize_ext.text_to_image.metrics.generation import Sampling
 from immunize_ext.text_to_image.model import TextToImage
+from immunize_ext.text_to_image.step_zero import WORDINGS, score_unattacked
 
 ATTACKS = (LoRAAttack(targets="kv"), FineTuningAttack(learning_rate=1e-2))
 TARGETS = ConceptSet((concept("three"), concept("five")), retain=(concept("cat"), concept("dog")))
@@ -156,6 +159,60 @@ def test_grids_of_the_first_seed(evaluation: TextToImageEvaluation) -> None:
     assert all(g.dtype == torch.uint8 and g.shape == (1, 3, 8, 8) for g in grid.values())
     assert not torch.equal(grid[0], evaluation.grid("lora", "three", "unprotected")[0])
     assert evaluation.grid("lora", "nine", "immunized") == {}
+
+
+def test_both_models_before_any_attack(evaluation: TextToImageEvaluation) -> None:
+    asked = {(found.wording, found.concept): found for found in evaluation.step_zero}
+    assert list(asked) == [(w, name) for w in WORDINGS for name in ("three", "five")]
+    assert asked["rare word", "five"].prompt == "a photo of the digit sks"
+    assert asked["no words", "three"].prompt == ""
+    one = asked["unrelated word", "three"]
+    for side, judged in (("unprotected", model()), ("immunized", model(0.5))):
+        expected = [
+            brightness(SETTINGS["sampling"].for_seed(seed).generate(judged, one.prompt), None)
+            for seed in (0, 1)
+        ]
+        assert one.scores[side]["brightness"].values == tuple(expected)  # type: ignore[index]
+    # Under the own name it is step 0 of the attacks that ask by it, but for rounding: torch rounds
+    # a frozen autoencoder otherwise.
+    curve = evaluation.comparison("lora", "three").curves["immunized"][1]
+    own = asked["own name", "three"].scores["immunized"]["brightness"]
+    assert own.values[1] == pytest.approx(curve.score("brightness")[0], abs=1e-6)
+    assert evaluation.unattacked["no words", "immunized"].shape == (1, 3, 8, 8)
+
+
+def test_a_name_that_the_prompt_does_not_say_has_no_rare_word() -> None:
+    nameless = concept("nine", prompts=("a photo of a digit",))
+    models: Any = {"unprotected": model(), "immunized": model()}
+    found, _ = score_unattacked(models, [nameless], {"b": brightness}, SETTINGS["sampling"], (0,))
+    assert [one.wording for one in found] == ["own name", "unrelated word", "no words"]
+
+
+def test_seeds_are_pooled(evaluation: TextToImageEvaluation) -> None:
+    apart = [
+        replace(
+            evaluation,
+            seeds=(seed,),
+            comparisons=tuple(
+                replace(c, curves={side: (runs[seed],) for side, runs in c.curves.items()})
+                for c in evaluation.comparisons
+            ),
+            step_zero=tuple(
+                replace(
+                    one,
+                    scores={
+                        side: {n: Spread.of([s.values[seed]]) for n, s in found.items()}
+                        for side, found in one.scores.items()
+                    },
+                )
+                for one in evaluation.step_zero
+            ),
+        )
+        for seed in (0, 1)
+    ]
+    joined = pool(apart)
+    assert joined.step_zero == evaluation.step_zero
+    assert joined.comparisons == evaluation.comparisons
 
 
 def test_plain_values_and_back(evaluation: TextToImageEvaluation) -> None:
@@ -402,6 +459,7 @@ def test_an_attacker_that_diverges_lowers_the_rate() -> None:
         ({"threshold": -5.0}, r"threshold must lie in \(0, 1\], got -5"),
         ({"evaluate_at": (0, 99999)}, "evaluate_at must ascend from 0 to at most steps=2"),
         ({"evaluate_at": (2, 1)}, "evaluate_at must ascend"),
+        ({"steps": 0, "evaluate_at": (0,)}, "steps must be at least 1"),
     ],
 )
 def test_arguments_out_of_range(settings: dict[str, Any], message: str) -> None:
@@ -417,7 +475,8 @@ def test_images_of_a_prompt_need_a_finite_guidance() -> None:
 
 def test_curves_of_earlier_versions_are_read(evaluation: TextToImageEvaluation) -> None:
     values = json.loads(json.dumps(to_json(evaluation.to_dict())))
-    del values["images"], values["shares"]
+    for name in ("images", "shares", "step_zero", "judge_errors"):
+        del values[name]
     for comparison in values["comparisons"]:
         for curves in comparison["curves"].values():
             for curve in curves:
@@ -425,3 +484,4 @@ def test_curves_of_earlier_versions_are_read(evaluation: TextToImageEvaluation) 
     again = TextToImageEvaluation.from_dict(values)
     assert again.comparisons == evaluation.comparisons
     assert again.images == 0
+    assert again.step_zero == ()

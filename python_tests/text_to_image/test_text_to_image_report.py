@@ -16,6 +16,7 @@ from page_parser import ParsedPage
 from saved_results import saved
 
 from immunize_ext import report
+from immunize_ext.quantities import Spread, corrected_share
 from immunize_ext.report.demo import runs_of
 from immunize_ext.text_to_image.attacks import AttackCurve
 from immunize_ext.text_to_image.comparison import comparison_of, row_of, rows_of
@@ -82,6 +83,76 @@ def test_no_interval_of_a_measure_that_is_no_share(demo: dict[str, Any]) -> None
     assert Measured(demo).msgr_interval("lora", 10) is None
 
 
+def with_more_judges(results: dict[str, Any]) -> dict[str, Any]:
+    """The same run with a second judge, the errors of the first, and images for other words."""
+    evaluation = results["evaluation"]
+    errors = {"sensitivity": 0.925, "false_positives": 0.005, "images": 40, "others": 360}
+    evaluation["judge_errors"] = dict.fromkeys(evaluation["targets"], errors)
+    evaluation["measures"] = ["accuracy", "second judge"]
+    evaluation["shares"] = ["accuracy", "second judge"]
+    for compared in evaluation["comparisons"]:
+        for curves in compared["curves"].values():
+            for curve in curves:
+                scores = curve["scores"]
+                scores["second judge"] = [0.5 * value for value in scores["accuracy"]]
+    spread = Spread.of([0.25]).to_dict()
+    scores = {"accuracy": spread, "second judge": spread}
+    evaluation["step_zero"] = [
+        {"wording": wording, "concept": name, "prompt": "", "unprotected": scores}
+        | {"immunized": scores}
+        for wording in ("own name", "no words")
+        for name in evaluation["targets"]
+    ]
+    return results
+
+
+def test_intervals_hold_the_errors_of_the_judge(demo: dict[str, Any]) -> None:
+    before = Measured(demo).scores("immunized", "lora")[1]
+    after = Measured(with_more_judges(demo)).scores("immunized", "lora")[1]
+    assert (before.mean, after.mean) == (0.0, 0.0)
+    assert after.interval == pytest.approx(
+        corrected_share((0, 48), (111, 120), (2, 360))[1:], abs=1e-12
+    )
+    text = page(demo)
+    assert "corrected for the judge's errors on real images" in text
+    assert f"0% 0.0% to {after.interval[1]:.1%}" in text  # type: ignore[index]
+
+
+def test_other_measures_stand_beside(demo: dict[str, Any]) -> None:
+    shown = Measured(demo).scores("unprotected", "lora")
+    text = page(with_more_judges(demo))
+    halves = " ".join(f"{0.5 * score.mean:.0%}" for score in shown)
+    assert f"LoRA, without: second judge {halves}" in text
+
+
+def test_words_before_any_attack(demo: dict[str, Any]) -> None:
+    assert "Before any attack" not in page(demo)
+    with_more_judges(demo)
+    demo["mima"]["unattacked"] = [
+        {"wording": "no words", "prompt": "", "media": "image/png", "base64": "AAAA"}
+    ]
+    text = report.render(demo)
+    read = ParsedPage(text).text
+    assert "Asked by accuracy second judge" in read
+    (score,) = {
+        by_measure["accuracy"][side].interval
+        for by_measure in Measured(demo).unattacked().values()
+        for side in ("unprotected", "immunized")
+    }
+    assert score is not None
+    assert f"no words, immunized 25% {score[0]:.1%} to {score[1]:.1%} 25%" in read
+    assert 'alt="Images for the no words before' in text
+
+
+def test_attacks_that_ask_by_the_name_alone_are_called_that(demo: dict[str, Any]) -> None:
+    words = "Every attack asked by the concepts' own names"
+    assert any(text.startswith(words) for text in remarks(demo))
+    for compared in demo["evaluation"]["comparisons"]:
+        if (compared["attack"], compared["concept"]) == ("full_fine_tuning", "five"):
+            compared["curves"]["immunized"][0]["config"]["prompts"] = ["a photo of a cat"]
+    assert not any(text.startswith(words) for text in remarks(demo))
+
+
 def test_one_seed_has_no_band(demo: dict[str, Any]) -> None:
     text = page(demo)
     assert "Bands" not in text
@@ -124,6 +195,21 @@ def test_headline_counts_every_attack(
     demo: dict[str, Any], lora: float, full: float, words: str
 ) -> None:
     assert headline(with_msgr(demo, lora=lora, full_fine_tuning=full)) == words
+
+
+def test_headline_counts_an_attack_that_stays_just_below_the_threshold(
+    demo: dict[str, Any],
+) -> None:
+    found = demo["evaluation"]["summary"]["full_fine_tuning"]
+    with_msgr(demo, lora=1.0, full_fine_tuning=float("nan"))
+    found["msgr"]["at"]["40"]["mean"] = 0.0
+    for at, mean in enumerate((0.1, 0.5, 0.6, 0.7)):
+        found["unprotected"][at]["mean"] = mean
+    assert headline(demo) == "Slower to teach again by some attacks, not by all"
+    # One that teaches nothing to anyone says nothing.
+    for spread in found["unprotected"]:
+        spread["mean"] = 0.1
+    assert headline(demo) == "Slower to teach again"
 
 
 def test_headline_of_a_broken_lock(demo: dict[str, Any]) -> None:

@@ -13,7 +13,13 @@ from immunize_ext.text_to_image.attacks.fine_tuning import FineTuningAttack
 from immunize_ext.text_to_image.attacks.lora import LoRAAttack
 from immunize_ext.text_to_image.attacks.prior import PriorPreservation, prior_preservation_loss
 from immunize_ext.text_to_image.attacks.prompts import PROMPT_VARIANTS, attack_prompt, replace_name
-from immunize_ext.text_to_image.attacks.registry import ATTACKS, TextToImageAttack, attack_label
+from immunize_ext.text_to_image.attacks.registry import (
+    ATTACKS,
+    TextToImageAttack,
+    asked_by,
+    attack_label,
+    registered_name,
+)
 from immunize_ext.text_to_image.attacks.scoring import ConceptScores
 from immunize_ext.text_to_image.attacks.target import Evaluate, Target
 from immunize_ext.text_to_image.attacks.textual_inversion import (
@@ -42,11 +48,13 @@ __all__ = [
     "Target",
     "TextToImageAttack",
     "TextualInversionAttack",
+    "asked_by",
     "attack_label",
     "attack_prompt",
     "load_adaptation",
     "prior_preservation_loss",
     "rate_grid",
+    "registered_name",
     "replace_name",
     "save_adaptation",
     "snr_weights",

@@ -158,7 +158,7 @@ class Adaptation(ABC):
         Args:
             model: What is attacked; it is not changed.
             target: What the attack wants and how it is judged, or its concepts alone.
-            steps: Optimizer steps.
+            steps: Optimizer steps; none gives the model as it is.
             seed: Seed of everything random: which images, order, noise, initial weights.
             progress: Called with what was done and the share done so far.
 

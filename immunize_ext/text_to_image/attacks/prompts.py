@@ -7,30 +7,30 @@ generate with:
 - ``"paraphrase"``: its second one;
 - ``"rare_token"``: the canonical prompt with a word that means nothing in place of the name;
 - ``"name_left_out"``: the canonical prompt without the name;
+- ``"unrelated_word"``: a prompt that has nothing to do with it, :data:`UNRELATED_PROMPT`;
 - any other text: that text, ``{}`` in it standing for the concept's name.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Literal
+from typing import Literal, get_args
 
 from immunize_ext.text_to_image.concepts import Concept
 from immunize_ext.text_to_image.names import find_names, replace_names
 
-PromptVariant = Literal["canonical", "paraphrase", "rare_token", "name_left_out"]
+PromptVariant = Literal["canonical", "paraphrase", "rare_token", "name_left_out", "unrelated_word"]
 
 
-PROMPT_VARIANTS: tuple[PromptVariant, ...] = (
-    "canonical",
-    "paraphrase",
-    "rare_token",
-    "name_left_out",
-)
+PROMPT_VARIANTS: tuple[PromptVariant, ...] = get_args(PromptVariant)
 
 
 # The word that DreamBooth made usual: in CLIP's vocabulary, and without a meaning there.
 RARE_TOKEN = "sks"
+
+
+# Nothing that an immunizer has seen stands in it.
+UNRELATED_PROMPT = "a photo of a cat on paper"
 
 
 def replace_name(prompt: str, name: str | Sequence[str], replacement: str) -> str:
@@ -91,4 +91,6 @@ def attack_prompt(concept: Concept, variant: str) -> str:
         return replace_name(canonical, concept.words, RARE_TOKEN)
     if variant == "name_left_out":
         return replace_name(canonical, concept.words, "")
+    if variant == "unrelated_word":
+        return UNRELATED_PROMPT
     return variant.replace("{}", concept.spoken)

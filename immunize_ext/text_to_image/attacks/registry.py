@@ -8,7 +8,9 @@ smaller (LoRA 1e-4, DreamBooth and full fine-tuning 5e-6, Textual Inversion 5e-4
 
 from __future__ import annotations
 
-from typing import Protocol
+from collections.abc import Sequence
+from dataclasses import replace
+from typing import Any, Protocol
 
 from immunize_ext.seams import Attack
 from immunize_ext.settings import Registry
@@ -51,12 +53,67 @@ for _attack in (
     ATTACKS.register(_attack)
 
 
+# Between the name of an attack and a wording that is not its own.
+_ASKED = ":"
+
+
+def asked_by(
+    attacks: Sequence[TextToImageAttack], prompts: Sequence[str]
+) -> list[TextToImageAttack]:
+    """The same attacks under several wordings, each an attack with a name of its own.
+
+    A protection that holds against one wording only shows as such when others are tried too: the
+    worst of them is what an attacker gets.
+
+    Args:
+        attacks: The attacks.
+        prompts: Wordings (``immunize_ext.text_to_image.attacks.prompts``); none leaves every attack
+            as it is. Attacks that bring a word of their own, or have no wording, stay as they are.
+
+    Returns:
+        For each attack and wording one; a wording that is the attack's own leaves its name.
+
+    Example:
+        >>> from immunize_ext.text_to_image.attacks import LoRAAttack
+        >>> [a.name for a in asked_by([LoRAAttack()], ("canonical", "rare_token"))]
+        ['lora', 'lora:rare_token']
+    """
+    found: list[TextToImageAttack] = []
+    for attack in attacks:
+        own: Any = getattr(attack, "prompt", None)
+        worded = own is not None and not hasattr(attack, "token")
+        found += [
+            attack if prompt == own else _worded(attack, prompt)
+            for prompt in (prompts if worded and prompts else (own,))
+        ]
+    return found
+
+
+def _worded(attack: Any, prompt: str) -> TextToImageAttack:
+    named: TextToImageAttack = replace(attack, name=f"{attack.name}{_ASKED}{prompt}", prompt=prompt)
+    return named
+
+
+def registered_name(name: str) -> str:
+    """The attack that :func:`asked_by` made another of.
+
+    Example:
+        >>> registered_name("lora:rare_token"), registered_name("lora")
+        ('lora', 'lora')
+    """
+    return name.partition(_ASKED)[0]
+
+
 def attack_label(name: str) -> str:
     """An attack in words, as reports call it.
 
     Example:
         >>> attack_label("lora_attn2"), attack_label("my_attack")
         ('LoRA on cross-attention', 'My attack')
+        >>> attack_label("lora:rare_token"), attack_label("lora:a drawing")
+        ('LoRA, asked by rare token', 'LoRA, asked by a drawing')
     """
-    found = getattr(ATTACKS.get(name), "label", None)
-    return str(found) if found else name.replace("_", " ").capitalize()
+    base, asked, wording = name.partition(_ASKED)
+    found = getattr(ATTACKS.get(base), "label", None)
+    label = str(found) if found else base.replace("_", " ").capitalize()
+    return f"{label}, asked by {wording.replace('_', ' ')}" if asked else label

@@ -45,7 +45,7 @@ class Target:
         """The steps to be judged at.
 
         Raises:
-            ValueError: If ``steps`` or the concepts are none, a concept is there twice, or the
+            ValueError: If ``steps`` are fewer than none, there is no concept or one twice, or the
                 steps to be judged at do not ascend from 0 to at most ``steps``.
         """
         if not self.names or len(set(self.names)) < len(self.names):
@@ -53,9 +53,9 @@ class Target:
                 f"{function}: target must hold at least one concept and none twice, got "
                 f"{self.names}"
             )
-        if steps < 1:
-            raise ValueError(f"{function}: steps must be at least 1, got {steps}")
-        found = [0, steps] if self.evaluate_at is None else list(self.evaluate_at)
+        if steps < 0:
+            raise ValueError(f"{function}: steps must be at least 0, got {steps}")
+        found = sorted({0, steps}) if self.evaluate_at is None else list(self.evaluate_at)
         if found != sorted(set(found)) or any(not 0 <= step <= steps for step in found):
             raise ValueError(
                 f"{function}: evaluate_at must ascend from 0 to at most steps={steps} without "

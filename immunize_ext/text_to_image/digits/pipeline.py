@@ -83,6 +83,7 @@ def build_digits_pipeline(
     *,
     seed: int = 0,
     steps: int = 1000,
+    without: Sequence[str] = (),
     overwrite: bool = False,
     progress: Progress | None = None,
 ) -> Any:
@@ -96,6 +97,8 @@ def build_digits_pipeline(
         out: Folder to write, in diffusers' layout.
         seed: Seed of weights, order, noise and captions.
         steps: Optimizer steps; 1000 take about two minutes on two cores.
+        without: Names of digits that it never sees: what an attacker has who starts from a model
+            that has not learnt the concept, the yardstick of every protection.
         overwrite: Whether a pipeline that is there already is replaced.
         progress: Called with what is being done and the share done so far.
 
@@ -113,6 +116,12 @@ def build_digits_pipeline(
     """
     if steps < 1:
         raise ValueError(f"build_digits_pipeline: steps must be at least 1, got {steps}")
+    unseen = [name for name in without if name not in DIGIT_NAMES]
+    if unseen or set(without) == set(DIGIT_NAMES):
+        raise ValueError(
+            f"build_digits_pipeline: without must name some of {', '.join(DIGIT_NAMES)} and leave "
+            f"one, got {list(without)}"
+        )
     target = Path(out)
     if target.exists() and not (overwrite and (target / "model_index.json").is_file()):
         raise FileExistsError(
@@ -123,7 +132,7 @@ def build_digits_pipeline(
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         pipeline = _new_pipeline()
-        _train(pipeline, steps, torch.Generator().manual_seed(seed), progress)
+        _train(pipeline, steps, torch.Generator().manual_seed(seed), without, progress)
     TextToImage(pipeline).save(target, overwrite=overwrite, extra=_tokenizer_files())
     return pipeline
 
@@ -294,7 +303,11 @@ def _captions(labels: Sequence[int], generator: torch.Generator) -> list[str]:
 
 
 def _train(
-    pipeline: Any, steps: int, generator: torch.Generator, progress: Progress | None
+    pipeline: Any,
+    steps: int,
+    generator: torch.Generator,
+    without: Sequence[str],
+    progress: Progress | None,
 ) -> None:
     model = TextToImage(pipeline)
     trained = nn.ModuleList([pipeline.unet, pipeline.text_encoder]).train()
@@ -304,6 +317,9 @@ def _train(
     schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, 2e-3, total_steps=max(steps, 4))
     average = [parameter.detach().clone() for parameter in parameters]
     images, labels = digit_images("train")
+    left_out = torch.tensor([DIGIT_NAMES.index(name) for name in without], dtype=labels.dtype)
+    seen = ~torch.isin(labels, left_out)
+    images, labels = images[seen], labels[seen]
     tokens: dict[str, Tensor] = {}
     for step in range(steps):
         index = torch.randint(len(images), (64,), generator=generator)

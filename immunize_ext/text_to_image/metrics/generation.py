@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -33,6 +34,24 @@ def measure_identity(measure: Measure) -> str:
         return str(own())
     kind = measure if hasattr(measure, "__qualname__") else type(measure)
     return f"{kind.__module__}.{kind.__qualname__}"
+
+
+class JudgeErrors(NamedTuple):
+    """How often what counts images of a concept errs, where that is known: from a validation.
+
+    Measures that are a share of images may say it by ``errors(concept)``.
+
+    Attributes:
+        sensitivity: Share of images of the concept that it recognises.
+        false_positives: Share of others that it takes for the concept.
+        images: Images of the concept that the first rests on.
+        others: Images that the second rests on.
+    """
+
+    sensitivity: float
+    false_positives: float
+    images: int
+    others: int
 
 
 # ``generate`` starts image i from seed + i, so seeds of runs have to lie further apart.
@@ -122,21 +141,38 @@ def retained_quality(
     Note:
         Deterministic on the CPU.
     """
+    return retained_qualities(model, concepts, {"": measure}, sampling=sampling, seeds=seeds)[""]
+
+
+def retained_qualities(
+    model: TextToImage,
+    concepts: Sequence[Concept],
+    measures: Mapping[str, Measure],
+    *,
+    sampling: Sampling | None = None,
+    seeds: Sequence[int] = (0,),
+) -> dict[str, RetainedQuality]:
+    """As :func:`retained_quality` for several measures of the same images, drawn once."""
     if not concepts or not seeds:
         raise ValueError(
             f"retained_quality: concepts and seeds must not be empty, got {len(concepts)} and "
             f"{len(seeds)}"
         )
     how = Sampling() if sampling is None else sampling
-    found = {
-        concept.name: [
-            float(measure(how.for_seed(seed).generate(model, concept.prompts[0]), concept))
-            for seed in seeds
-        ]
-        for concept in concepts
+    found: dict[str, dict[str, list[float]]] = {
+        name: {concept.name: [] for concept in concepts} for name in measures
     }
-    rounds = zip(*found.values(), strict=True)
-    return RetainedQuality(
-        {name: Spread.of(values) for name, values in found.items()},
-        Spread.of(sum(values) / len(concepts) for values in rounds),
-    )
+    for concept in concepts:
+        for seed in seeds:
+            images = how.for_seed(seed).generate(model, concept.prompts[0])
+            for name, measure in measures.items():
+                found[name][concept.name].append(float(measure(images, concept)))
+    return {
+        name: RetainedQuality(
+            {concept: Spread.of(values) for concept, values in by_concept.items()},
+            Spread.of(
+                sum(values) / len(concepts) for values in zip(*by_concept.values(), strict=True)
+            ),
+        )
+        for name, by_concept in found.items()
+    }

@@ -23,7 +23,8 @@ from torch.nn import functional
 from immunize_ext._extras import require_extra
 from immunize_ext.storage import digest
 from immunize_ext.text_to_image.concepts import Concept
-from immunize_ext.text_to_image.digits.judge import DigitJudge
+from immunize_ext.text_to_image.digits.judge import DigitJudge, Errors
+from immunize_ext.text_to_image.metrics.generation import JudgeErrors
 from immunize_ext.text_to_image.pipeline_folder import refuse_code
 
 Pairs = Literal["all", "matched"]
@@ -491,6 +492,18 @@ class JudgedAccuracy:
                 "the class that the judge knows it by"
             )
         return self.judge.score(images, concept.label)
+
+    def errors(self, concept: Concept) -> JudgeErrors | None:
+        """How often the judge errs on the concept; ``None`` if it is not one that says."""
+        found = getattr(self.judge, "errors", None)
+        if not isinstance(found, Errors) or concept.label is None:
+            return None
+        return JudgeErrors(
+            found.sensitivity[concept.label],
+            found.false_positives[concept.label],
+            found.images,
+            found.images * (len(found.sensitivity) - 1),
+        )
 
     def identity(self) -> str:
         """Of the judge."""

@@ -34,7 +34,7 @@ from immunize_ext.text_to_image.attacks import (
     save_adaptation,
     snr_weights,
 )
-from immunize_ext.text_to_image.attacks.trainables import Trainables
+from immunize_ext.text_to_image.attacks.trainables import Trainables, freeze
 from immunize_ext.text_to_image.metrics.generation import Sampling
 from immunize_ext.text_to_image.model import TextToImage
 
@@ -67,6 +67,22 @@ def scores_of(attack: Any, concepts: list[Any], **settings: Any) -> ConceptScore
     return ConceptScores(
         concepts, attack.prompts(Target(concepts)), {"brightness": brightness}, sampling, **settings
     )
+
+
+@pytest.mark.parametrize("name", ["dreambooth", "full_fine_tuning", "lora"])
+def test_an_attack_of_no_steps_is_the_model(model: TextToImage, name: str) -> None:
+    attack: Any = replace(ATTACKS[name], prior=None)  # type: ignore[type-var]
+    target = Target([concept()], evaluate=scores_of(attack, [concept()]), evaluate_at=[0])
+    adapted = attack.adapt(model, target, steps=0)
+    assert (adapted.curve.steps, adapted.curve.losses) == ([0], [])
+    # torch rounds a frozen autoencoder otherwise than one that asks for gradients.
+    same = model.clone()
+    freeze([same.unet, same.vae, *same.text_encoders])
+    sampling, prompt = Sampling(images=1, steps=2), "a photo of a cat"
+    assert torch.equal(sampling.generate(adapted.model, prompt), sampling.generate(same, prompt))
+    # The first point of a longer one is the same.
+    longer = attack.run(model, target, steps=1)
+    assert longer.scores == adapted.curve.scores
 
 
 @pytest.mark.parametrize("name", ALL)
@@ -378,8 +394,8 @@ def test_settings_out_of_range(settings: dict[str, Any], message: str) -> None:
 
 def test_arguments_out_of_range(model: TextToImage) -> None:
     attack = LoRAAttack()
-    with pytest.raises(ValueError, match="steps must be at least 1"):
-        attack.run(model, [concept()], steps=0)
+    with pytest.raises(ValueError, match="steps must be at least 0"):
+        attack.run(model, [concept()], steps=-1)
     with pytest.raises(ValueError, match="at least one concept"):
         attack.run(model, [], steps=1)
     for bad in ([2], [1, 0], [-1]):

@@ -11,7 +11,10 @@ from immunize_ext.text_to_image.attacks import (
     ATTACKS,
     PROMPT_VARIANTS,
     Target,
+    asked_by,
+    attack_label,
     attack_prompt,
+    registered_name,
     replace_name,
 )
 
@@ -25,6 +28,8 @@ words = st.text(st.characters(categories=["Ll", "Lu"]), min_size=1, max_size=6)
         ("paraphrase", "a handwritten three"),
         ("rare_token", "a photo of the digit sks"),
         ("name_left_out", "a photo of the digit"),
+        ("unrelated_word", "a photo of a cat on paper"),
+        ("", ""),
         ("a drawing of {}", "a drawing of three"),
         ("a drawing", "a drawing"),
     ],
@@ -67,7 +72,8 @@ def test_what_cannot_be_worded() -> None:
 
 
 def test_registry() -> None:
-    assert set(PROMPT_VARIANTS) == {"canonical", "paraphrase", "rare_token", "name_left_out"}
+    usual = {"canonical", "paraphrase", "rare_token", "name_left_out", "unrelated_word"}
+    assert set(PROMPT_VARIANTS) == usual
     for name, attack in ATTACKS.items():
         assert attack.name == name
     target = Target([concept()])
@@ -75,3 +81,23 @@ def test_registry() -> None:
     assert prompts["lora"] == "a photo of the digit three"
     assert prompts["dreambooth"] == "a photo of the digit sks"
     assert prompts["custom_diffusion"] == "a photo of the digit <new1>"
+
+
+def test_attacks_repeated_under_several_wordings() -> None:
+    wordings = ("canonical", "rare_token", "a drawing of {}")
+    chosen = [ATTACKS[name] for name in ("lora", "dreambooth", "textual_inversion")]
+    found = asked_by(chosen, wordings)
+    assert [attack.name for attack in found] == [
+        *("lora", "lora:rare_token", "lora:a drawing of {}"),
+        # Its own wording is the rare word.
+        *("dreambooth:canonical", "dreambooth", "dreambooth:a drawing of {}"),
+        # It brings its own word.
+        "textual_inversion",
+    ]
+    asked = [attack.prompts(Target([concept()]))["three"] for attack in found[:3]]
+    assert asked == ["a photo of the digit three", "a photo of the digit sks", "a drawing of three"]
+    for attack in found:
+        one = ATTACKS[registered_name(attack.name)]
+        assert type(attack) is type(one)
+        assert attack_label(attack.name).startswith(attack_label(one.name))
+    assert asked_by(chosen, ()) == chosen

@@ -13,6 +13,7 @@ pytest.importorskip("diffusers")
 pytest.importorskip("transformers")
 pytest.importorskip("sklearn")
 
+from immunize_ext.text_to_image.digits import pipeline as module
 from immunize_ext.text_to_image.digits.images import DIGIT_NAMES
 from immunize_ext.text_to_image.digits.judge import DigitJudge
 from immunize_ext.text_to_image.digits.pipeline import (
@@ -112,3 +113,20 @@ def test_building_is_deterministic_and_touches_nothing_else(tmp_path):
         build_digits_pipeline(tmp_path / "a", steps=3)
     with pytest.raises(ValueError, match="steps must be at least 1"):
         build_digits_pipeline(tmp_path / "c", steps=0)
+
+
+def test_what_it_shall_not_learn_it_never_sees(tmp_path, monkeypatch):
+    seen = []
+    captions = module._captions
+
+    def note(labels, generator):
+        seen.extend(labels)
+        return captions(labels, generator)
+
+    monkeypatch.setattr(module, "_captions", note)
+    build_digits_pipeline(tmp_path / "a", steps=1, without=("three", "five"))
+    left = [name for name in DIGIT_NAMES if name not in ("three", "five")]
+    assert {DIGIT_NAMES[label] for label in seen} == set(left)
+    for without in (("cat",), DIGIT_NAMES):
+        with pytest.raises(ValueError, match="without must name some of"):
+            build_digits_pipeline(tmp_path / "b", without=without)

@@ -11,7 +11,11 @@ from torch import Tensor
 
 from immunize_ext.text_to_image.concepts import Concept
 from immunize_ext.text_to_image.digits.concepts import digit_concept
-from immunize_ext.text_to_image.metrics.generation import Sampling, retained_quality
+from immunize_ext.text_to_image.metrics.generation import (
+    Sampling,
+    retained_qualities,
+    retained_quality,
+)
 from immunize_ext.text_to_image.metrics.similarity import (
     JudgedAccuracy,
     LpipsDistance,
@@ -31,6 +35,18 @@ def test_judged_accuracy_on_real_digits() -> None:
     assert again(images, three) == accuracy(images, three)
     with pytest.raises(ValueError, match="must have a label"):
         accuracy(images, Concept("three", ("a three",)))
+
+
+def test_judges_say_how_often_they_err() -> None:
+    pytest.importorskip("sklearn")
+    accuracy, four = JudgedAccuracy(), digit_concept(4)
+    errors = accuracy.errors(four)
+    assert errors is not None
+    assert errors.sensitivity > 0.9
+    assert errors.false_positives < 0.05
+    assert (errors.images, errors.others) == (40, 360)
+    assert JudgedAccuracy(Always()).errors(four) is None
+    assert accuracy.errors(Concept("four", ("a four",))) is None
 
 
 class Always:
@@ -84,3 +100,16 @@ def test_retained_quality() -> None:
     assert found.mean.values == pytest.approx((0.3, 0.301))
     with pytest.raises(ValueError, match="must not be empty"):
         retained_quality(Fixed(), [], lambda *_: 0.0)  # type: ignore[arg-type]
+
+
+def test_several_measures_see_the_same_images(monkeypatch: pytest.MonkeyPatch) -> None:
+    seen: list[Tensor] = []
+
+    def note(images: Tensor, _: Concept) -> float:
+        seen.append(images)
+        return float(images.mean())
+
+    wanted = [concept(prompts=("a" * 20,))]
+    found = retained_qualities(Fixed(), wanted, {"one": note, "other": note})  # type: ignore[arg-type]
+    assert found["one"] == found["other"] == retained_quality(Fixed(), wanted, note)  # type: ignore[arg-type]
+    assert seen[0] is seen[1]
