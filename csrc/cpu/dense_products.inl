@@ -1,8 +1,8 @@
 // Products of the spectrum operators, in float64 whatever the entries are. Torch-free.
 //
 //   add_symmetric_product   g += s s^T, s the thin side of a (t x k): lower triangle by tiles
-//   multiply_left           out = m x    (t x t) (t x p)
-//   multiply_right          out = x m    (n x p) (p x p)
+//   multiply_left           out = m x    (t x t) (t x p), of some rows of x and out
+//   multiply_right          out = x m    (n x t) (t x t), of some columns
 //   combine_rows            y = u^T a    for one or two vectors u
 //   combine_columns         y = a v      for one or two vectors v
 //
@@ -102,12 +102,14 @@ inline void add_symmetric_product(
   }
 }
 
-// Columns [12 begin, 12 end) of out = m x; m is t x t with leading dimension ldm.
+// Columns [12 begin, 12 end) of out = m x in the rows `kept` (t of them) of x and out; m is t x t
+// with leading dimension ldm.
 template <typename T>
 inline void multiply_left(
     const double* m,
     int64_t ldm,
     const T* x,
+    const int64_t* kept,
     int64_t t,
     int64_t p,
     int64_t begin,
@@ -122,42 +124,50 @@ inline void multiply_left(
       std::memset(packed, 0, sizeof(double) * kPanel * t);
     for (int64_t k = 0; k < t; ++k)
       for (int64_t j = 0; j < used; ++j)
-        packed[k * kPanel + j] = static_cast<double>(x[k * p + first + j]);
+        packed[k * kPanel + j] = static_cast<double>(x[kept[k] * p + first + j]);
     std::memset(result, 0, sizeof(double) * kPanel * padded(t));
     for (int64_t i = 0; i < t; i += kRows)
       tile(m + i * ldm, ldm, 1, packed, t, result + i * kPanel, kPanel);
     for (int64_t i = 0; i < t; ++i)
       for (int64_t j = 0; j < used; ++j)
-        out[i * p + first + j] = static_cast<T>(result[i * kPanel + j]);
+        out[kept[i] * p + first + j] = static_cast<T>(result[i * kPanel + j]);
   }
 }
 
-// Rows [begin, end) of out = x m, from the packed m.
+// Rows [begin, end) of out = x m in the columns `kept` (t of them) of x and out, which have p; from
+// the packed m.
 template <typename T>
 inline void multiply_right(
-    const T* x, const double* packed, int64_t p, int64_t begin, int64_t end, T* out) {
+    const T* x,
+    int64_t p,
+    const double* packed,
+    const int64_t* kept,
+    int64_t t,
+    int64_t begin,
+    int64_t end,
+    T* out) {
   constexpr int64_t depth_block = 2 * kDepth;
-  const int64_t ld = padded(p);
+  const int64_t ld = padded(t);
   std::vector<double> scratch(kRowBlock * (depth_block + ld));
   double* left = scratch.data();
   double* result = left + kRowBlock * depth_block;
   for (int64_t i0 = begin; i0 < end; i0 += kRowBlock) {
     const int64_t height = std::min(kRowBlock, end - i0);
     std::memset(scratch.data(), 0, sizeof(double) * scratch.size());
-    for (int64_t k0 = 0; k0 < p; k0 += depth_block) {
-      const int64_t depth = std::min(depth_block, p - k0);
+    for (int64_t k0 = 0; k0 < t; k0 += depth_block) {
+      const int64_t depth = std::min(depth_block, t - k0);
       for (int64_t i = 0; i < height; ++i)
         for (int64_t k = 0; k < depth; ++k)
-          left[i * depth_block + k] = static_cast<double>(x[(i0 + i) * p + k0 + k]);
-      for (int64_t panel = 0; panel < panels_of(p); ++panel)
+          left[i * depth_block + k] = static_cast<double>(x[(i0 + i) * p + kept[k0 + k]]);
+      for (int64_t panel = 0; panel < panels_of(t); ++panel)
         for (int64_t i = 0; i < height; i += kRows)
           tile(
-              left + i * depth_block, depth_block, 1, packed + (panel * p + k0) * kPanel, depth,
+              left + i * depth_block, depth_block, 1, packed + (panel * t + k0) * kPanel, depth,
               result + i * ld + panel * kPanel, ld);
     }
     for (int64_t i = 0; i < height; ++i)
-      for (int64_t j = 0; j < p; ++j)
-        out[(i0 + i) * p + j] = static_cast<T>(result[i * ld + j]);
+      for (int64_t j = 0; j < t; ++j)
+        out[(i0 + i) * p + kept[j]] = static_cast<T>(result[i * ld + j]);
   }
 }
 

@@ -30,6 +30,20 @@ struct Extremes {
   double *thin_min = nullptr, *long_min = nullptr;
 };
 
+// Singular values that a thin Gram matrix cannot tell from zero: what it knows of them, and what the
+// matrix itself says (small_end.h).
+struct SmallEnd {
+  int64_t below = 0;   // eigenvalues of the Gram matrix below the edge, none within its noise of it
+  double edge = 0.0;   // in units of eigenvalues
+  int64_t block = 0;   // those that its noise is not small beside, and all below the edge
+  double noise = 0.0;  // of all of them
+  double sigma_max = 0.0;
+  // Found:
+  int64_t missing = 0;       // singular values that do not count
+  double sigma = 0.0;        // the smallest that counts, 0 if it lies beyond the edge
+  int64_t multiplicity = 0;  // its own
+};
+
 // Where the thin side of a (n x p, row-major) lies: its rows if n <= p, its columns otherwise, or
 // whatever the matrix is if `columns`.
 template <typename T>

@@ -11,6 +11,7 @@ from the torch-only fallback, and no caller asks which one it gets.
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -544,6 +545,7 @@ def fallbacks_only() -> Iterator[None]:
         library._destroy()
 
 
+@functools.cache  # asked in every call of a regularizer, and settled once this module is imported
 def has_kernel(name: str, device: str) -> bool:
     """True if the compiled part serves an operator on a type of device."""
     return torch._C._dispatch_has_kernel_for_dispatch_key(f"{_NAMESPACE}::{name}", device.upper())

@@ -102,6 +102,13 @@ def _refuse_vanishing(vanishes: Tensor, function: str, argument: str) -> None:
         )
 
 
+def _any_zero(counts: Tensor) -> bool:
+    """Whether a count of the fused operator is zero, for one matrix without an operator call."""
+    if type(counts) is not Tensor:  # without numbers to read
+        return False
+    return counts.item() == 0 if counts.dim() == 0 else not bool(counts.all())
+
+
 def _ill(
     function: str,
     sigma_min: Tensor,
@@ -361,7 +368,7 @@ def gram_r_ill(
         fused, _, multiplicity, *_ = torch.ops.immunize_ext.gram_regularizer(
             x, True, k, floor, *policy
         )
-        if floor is None:
+        if floor is None and _any_zero(multiplicity):
             _refuse_vanishing(multiplicity == 0, "gram_r_ill", "x")
         value: Tensor = fused.to(x.dtype)
         return value
