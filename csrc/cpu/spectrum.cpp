@@ -34,14 +34,14 @@ enum class Route : char { settled, decompose, not_finite };
 const double kSmallestTrace = std::ldexp(1.0, -400);
 const double kLargestTrace = std::ldexp(1.0, 400);
 
-// Slices of the tiles of one symmetric product: enough for the threads, few enough to pay.
+// Slices of the units of one symmetric product: enough for the threads, few enough to pay.
 template <typename T>
 void thin_gram(const Thin<T>& thin, double* g) {
-  const int64_t t = thin.side(), ld = padded(t), tiles = symmetric_tiles(t);
+  const int64_t t = thin.side(), ld = padded(t), units = symmetric_units(t);
   std::fill(g, g + ld * ld, 0.0);
-  // 2 * 12 * 4 flops a tile and depth: a slice below about 2e6 is not worth a thread.
-  const int64_t grain = std::max<int64_t>(1, 20000 / thin.length());
-  at::parallel_for(0, tiles, grain, [&](int64_t begin, int64_t end) {
+  // 2 * 24 * 4 flops a unit and depth: a slice below about 2e6 is not worth a thread.
+  const int64_t grain = std::max<int64_t>(1, 10000 / thin.length());
+  at::parallel_for(0, units, grain, [&](int64_t begin, int64_t end) {
     std::vector<double> packed(ld * kDepth);
     IMMUNIZE_EXT_SPECTRUM(add_symmetric_product(thin, begin, end, packed.data(), g));
   });
