@@ -105,7 +105,18 @@ inline void pack_panel(const Thin<T>& thin, int64_t first, int64_t k0, int64_t d
   int64_t r = 0;
   for (; r + 4 <= used; r += 4) {
     const T* from = thin.a + (first + r) * thin.p + k0;
-    for (int64_t k = 0; k < depth; ++k)
+    int64_t k = 0;
+#if defined(IMMUNIZE_EXT_SHUFFLES)
+    for (; k + 4 <= depth; k += 4) {
+      Vec4 row[4];
+      for (int64_t s = 0; s < 4; ++s)
+        load(row[s], from + s * thin.p + k);
+      transpose(row[0], row[1], row[2], row[3]);
+      for (int64_t s = 0; s < 4; ++s)
+        store(out + (k + s) * kPanel + r, row[s]);
+    }
+#endif
+    for (; k < depth; ++k)
       for (int64_t s = 0; s < 4; ++s)
         out[k * kPanel + r + s] = static_cast<double>(from[s * thin.p + k]);
   }

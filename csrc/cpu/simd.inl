@@ -23,6 +23,20 @@ __attribute__((always_inline)) inline double horizontal_sum(const Vec4& v) {
   return (v[0] + v[1]) + (v[2] + v[3]);
 }
 
+#if defined(IMMUNIZE_EXT_SHUFFLES)
+// Rows become columns.
+__attribute__((always_inline)) inline void transpose(Vec4& a, Vec4& b, Vec4& c, Vec4& d) {
+  const Vec4 even = __builtin_shufflevector(a, b, 0, 4, 2, 6);
+  const Vec4 odd = __builtin_shufflevector(a, b, 1, 5, 3, 7);
+  const Vec4 even_below = __builtin_shufflevector(c, d, 0, 4, 2, 6);
+  const Vec4 odd_below = __builtin_shufflevector(c, d, 1, 5, 3, 7);
+  a = __builtin_shufflevector(even, even_below, 0, 1, 4, 5);
+  b = __builtin_shufflevector(odd, odd_below, 0, 1, 4, 5);
+  c = __builtin_shufflevector(even, even_below, 2, 3, 6, 7);
+  d = __builtin_shufflevector(odd, odd_below, 2, 3, 6, 7);
+}
+#endif
+
 #if defined(IMMUNIZE_EXT_VEC8)
 typedef double Vec8 __attribute__((vector_size(64)));
 typedef double Unaligned8 __attribute__((vector_size(64), aligned(8), may_alias));

@@ -158,6 +158,11 @@ struct Reference {
   double next[2];           // the eigenvalue beside it
 };
 
+// In gcc from version 12 on.
+#if __has_builtin(__builtin_shufflevector)
+#define IMMUNIZE_EXT_SHUFFLES
+#endif
+
 namespace baseline {
 // Blank lines keep the order: each body uses those before it.
 #include "simd.inl"
@@ -212,7 +217,9 @@ namespace avx2 {
 #pragma GCC pop_options
 #endif
 
+#if defined(IMMUNIZE_EXT_SHUFFLES)
 #define IMMUNIZE_EXT_VEC8
+#endif
 #if defined(__clang__)
 #pragma clang attribute push( \
     __attribute__((target("avx2,fma,avx512f,avx512dq,avx512bw,avx512vl"))), apply_to = function)
