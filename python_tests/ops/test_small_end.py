@@ -91,7 +91,7 @@ def test_clusters_beside_the_null_space(shape, distance):
 
 @pytest.mark.parametrize("shape", SHAPES)
 def test_gradient_of_the_logarithm(shape):
-    """d log sigma_min = u v^T / sigma_min against numpy; the vectors are known to eps / sigma_min."""
+    """d log sigma_min = u v^T / sigma_min; the vectors are known to eps / sigma_min."""
     x = with_spectrum(*shape, np.concatenate([LARGE, [1e-8]])).requires_grad_()
     value = ops.log_condition_number(x)
     (grad,) = torch.autograd.grad(value, x)
