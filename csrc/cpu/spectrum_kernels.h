@@ -164,24 +164,7 @@ struct Reference {
 #endif
 
 namespace baseline {
-// Blank lines keep the order: each body uses those before it.
-#include "simd.inl"
-
-#include "dense_products.inl"
-
-#include "tridiagonal.inl"
-
-#include "sturm.inl"
-
-#include "cholesky.inl"
-
-#include "krylov.inl"
-
-#include "gram_route.inl"
-
-#include "gram_krylov.inl"
-
-#include "symmetric_route.inl"
+#include "spectrum_bodies.inl"
 }  // namespace baseline
 
 #if defined(IMMUNIZE_EXT_X86)
@@ -192,24 +175,7 @@ namespace baseline {
 #pragma GCC target("avx2,fma")
 #endif
 namespace avx2 {
-// Blank lines keep the order: each body uses those before it.
-#include "simd.inl"
-
-#include "dense_products.inl"
-
-#include "tridiagonal.inl"
-
-#include "sturm.inl"
-
-#include "cholesky.inl"
-
-#include "krylov.inl"
-
-#include "gram_route.inl"
-
-#include "gram_krylov.inl"
-
-#include "symmetric_route.inl"
+#include "spectrum_bodies.inl"
 }  // namespace avx2
 #if defined(__clang__)
 #pragma clang attribute pop
@@ -228,24 +194,7 @@ namespace avx2 {
 #pragma GCC target("avx2,fma,avx512f,avx512dq,avx512bw,avx512vl")
 #endif
 namespace avx512 {
-// Blank lines keep the order: each body uses those before it.
-#include "simd.inl"
-
-#include "dense_products.inl"
-
-#include "tridiagonal.inl"
-
-#include "sturm.inl"
-
-#include "cholesky.inl"
-
-#include "krylov.inl"
-
-#include "gram_route.inl"
-
-#include "gram_krylov.inl"
-
-#include "symmetric_route.inl"
+#include "spectrum_bodies.inl"
 }  // namespace avx512
 #if defined(__clang__)
 #pragma clang attribute pop
