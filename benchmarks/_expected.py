@@ -58,19 +58,23 @@ def gram_r_well(x: Array) -> Expected:
     return Expected([np.asarray(value)], [gradient])
 
 
-def gram_r_ill(x: Array, *, width: int | None = None, floor_smallest: bool = False) -> Expected:
-    """R_ill(K) = 1/D, D = |K|_F^2/(2k) - lambda_k^2/2, of x (n, p) of rank k = min(n, p).
+def gram_r_ill(
+    x: Array, *, rank: int | None = None, width: int | None = None, floor_smallest: bool = False
+) -> Expected:
+    """R_ill(K) = 1/D, D = |K|_F^2/(2k) - lambda_k^2/2, of x (n, p) of rank k.
 
     Args:
         x: Features.
-        width: Used in place of k, as published code does.
+        rank: min(n, p) when omitted.
+        width: Used in place of the k that divides, as published code does.
         floor_smallest: Take lambda_k = 0: published code finds about 1e-6 where K is singular.
     """
     u, s, vt = np.linalg.svd(x, full_matrices=False)
-    k = width or min(x.shape)
-    smallest = 0.0 if floor_smallest else s[-1]
+    last = (rank or min(x.shape)) - 1
+    k = width or last + 1
+    smallest = 0.0 if floor_smallest else s[last]
     d = (s**4).sum() / (2 * k) - smallest**4 / 2
-    slope = 2 / k * (u * s**3) @ vt - 2 * smallest**3 * np.outer(u[:, -1], vt[-1])
+    slope = 2 / k * (u * s**3) @ vt - 2 * smallest**3 * np.outer(u[:, last], vt[last])
     return Expected([np.asarray(1 / d)], [-slope / d**2])
 
 

@@ -56,6 +56,42 @@ def features(options: Options, *shape: int, kappa: float | None = None, variant:
     return x.to(options.device)
 
 
+class Deficient(NamedTuple):
+    """Features as real ones are: columns of zeros, others that depend on each other, a spectrum.
+
+    The spectrum goes through the points (share of the rank, log10 sigma_i / sigma_1).
+    """
+
+    samples: int
+    columns: int
+    occupied: int
+    rank: int
+    spectrum: tuple[tuple[float, float], ...]
+
+
+# One digit of MNIST, raw: 233 pixels are never set, one is set in a single image and to 1 of 255.
+DIGIT = Deficient(5949, 784, 551, 535, ((0, 0), (0.901, -3), (0.985, -4), (0.998, -5), (1, -6.73)))
+# House Prices: columns that are constant, and codes of the same thing.
+HOUSES = Deficient(200, 79, 76, 74, ((0, 0), (0.08, -0.25), (0.55, -0.5), (0.95, -1.5), (1, -2.7)))
+
+
+def deficient_features(options: Options, kind: Deficient) -> Tensor:
+    """Features (samples, columns) in float64 with that spectrum and otherwise random."""
+    generator = torch.Generator().manual_seed(SEED + kind.columns)
+
+    def vectors(side: int) -> Tensor:
+        normal = torch.randn(side, kind.rank, generator=generator, dtype=torch.float64)
+        return torch.linalg.qr(normal)[0]
+
+    shares, exponents = zip(*kind.spectrum, strict=True)
+    share = np.linspace(0, 1, kind.rank)
+    decay = torch.from_numpy(10.0 ** np.interp(share, shares, exponents))
+    x = torch.zeros(kind.samples, kind.columns, dtype=torch.float64)
+    kept = torch.randperm(kind.columns, generator=generator)[: kind.occupied]
+    x[:, kept] = (vectors(kind.samples) * (decay * kind.samples**0.5)) @ vectors(kind.occupied).mT
+    return x.to(options.device)
+
+
 # --- ways -------------------------------------------------------------------------------------
 
 
@@ -174,14 +210,14 @@ def _floor(inputs: Sequence[Tensor], items: int) -> Contender:
     return Contender("floor", label, "floor", forward, backward, items=items)
 
 
-def _expected_r_ill(x: Tensor, published: bool) -> expected.Expected:
+def _expected_r_ill(x: Tensor, published: bool, rank: int | None = None) -> expected.Expected:
     if x.dim() == 3:
         return expected.stacked([_expected_r_ill(matrix, published) for matrix in x])
     array = expected.as_float64(x)
     n, p = array.shape
     if published:
-        return expected.gram_r_ill(array, width=p, floor_smallest=n < p)
-    return expected.gram_r_ill(array)
+        return expected.gram_r_ill(array, width=p, floor_smallest=n < p or rank is not None)
+    return expected.gram_r_ill(array, rank=rank)
 
 
 def _tolerance(x: Tensor, published: bool) -> float:
@@ -211,10 +247,10 @@ def pair_contenders(primary: Tensor, harmful: Tensor, ways: Sequence[Way]) -> li
     return [*contenders, _floor((primary, harmful), 2)]
 
 
-def r_ill_contenders(x: Tensor, ways: Sequence[Way]) -> list[Contender]:
-    """R_ill of features x (n, p), or of each matrix of a batch (b, n, p)."""
+def r_ill_contenders(x: Tensor, ways: Sequence[Way], rank: int | None = None) -> list[Contender]:
+    """R_ill of features x (n, p) of that rank, or of each matrix of a batch (b, n, p)."""
     x = x.requires_grad_()
-    right = {flag: _expected_r_ill(x, flag) for flag in {way.published for way in ways}}
+    right = {flag: _expected_r_ill(x, flag, rank) for flag in {way.published for way in ways}}
     contenders = []
     for way in ways:
 
@@ -454,6 +490,20 @@ def cases(options: Options) -> list[Case]:
         ),
         _tall_case(options),
         _wide_features_case(options),
+        _deficient_case(
+            options,
+            "digit-5949x784",
+            "R_ill of 5949 x 784 features of rank 535, with the spectrum of one digit of MNIST",
+            Deficient(40, 24, 17, 15, DIGIT.spectrum) if quick else DIGIT,
+            (Target("faster", "published", 4.0),),
+        ),
+        _deficient_case(
+            options,
+            "houses-200x79",
+            "R_ill of 200 x 79 features of rank 74, with the spectrum of House Prices",
+            Deficient(20, 9, 8, 6, HOUSES.spectrum) if quick else HOUSES,
+            (Target("faster", "published", 1.0),),
+        ),
         *(_hessian_case(options, side) for side in ((24, 32) if quick else (768, 2048))),
     ]
     return [*rows, *sweep_cases(options)]
@@ -591,6 +641,27 @@ def _wide_features_case(options: Options) -> Case:
         "matrix",
         lambda: r_ill_contenders(features(options, n, p), (OURS, PUBLISHED, COMPOSITE)),
         budget=Budget(30.0, 3, 20),
+    )
+
+
+def _deficient_case(
+    options: Options,
+    identifier: str,
+    title: str,
+    kind: Deficient,
+    targets: tuple[Target, ...],
+) -> Case:
+    ways = (OURS, PUBLISHED, COMPOSITE, BARE, SVDVALS)
+    return Case(
+        identifier,
+        title,
+        {"matrices": 1, "n": kind.samples, "p": kind.columns},
+        "float64",
+        "matrix",
+        lambda: r_ill_contenders(deficient_features(options, kind), ways, kind.rank),
+        targets if options.device.type == "cpu" else (),
+        note="published code divides by p and takes rounding noise for the smallest eigenvalue",
+        budget=Budget(20.0, 3, 100),
     )
 
 

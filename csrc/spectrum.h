@@ -1,4 +1,4 @@
-// Between the operators on singular values (spectrum.cpp, gram_regularizer.cpp), which know no
+// Between the operators on singular values (spectrum.cpp, regularizer.cpp), which know no
 // device, and the engines of the devices, which check nothing.
 
 #pragma once

@@ -137,28 +137,29 @@ def _gram_double_backward(device: str) -> list[Sample]:
     return _double_backward(3, device)
 
 
-def _gram_regularizer(device: str) -> list[Sample]:
+def _regularizer(device: str) -> list[Sample]:
     samples = []
     for name, (x, *policy) in _spectrum(device):
         if name in ("square", "column major", "wide, full"):
             continue
         # R_ill of equal values raises without a floor.
         floor = 1e-3 if name in ("zero", "one", "row") else None
-        samples.append(Sample(f"well, {name}", (x, False, None, None, *policy)))
-        samples.append(Sample(f"ill, {name}", (x, True, None, floor, *policy)))
+        for gram, of in ((True, " of K"), (False, "")):
+            samples.append(Sample(f"well{of}, {name}", (x, gram, False, None, None, *policy)))
+            samples.append(Sample(f"ill{of}, {name}", (x, gram, True, None, floor, *policy)))
     x, *policy = samples[0].arguments[0], *POLICY
-    samples.append(Sample("well, p given", (x, False, 7.0, None, *policy)))
-    samples.append(Sample("ill, k given", (x, True, 2.0, 0.1, *policy)))
+    samples.append(Sample("well, p given", (x, True, False, 7.0, None, *policy)))
+    samples.append(Sample("ill, k given", (x, False, True, 2.0, 0.1, *policy)))
     return samples
 
 
-def _gram_regularizer_backward(device: str) -> list[Sample]:
+def _regularizer_backward(device: str) -> list[Sample]:
     samples = []
-    for name, arguments in _gram_regularizer(device):
-        x, ill, normaliser, _, *policy = arguments
-        value, *saved = torch.ops.immunize_ext.gram_regularizer(*arguments)
+    for name, arguments in _regularizer(device):
+        x, gram, ill, normaliser, _, *policy = arguments
+        value, *saved = torch.ops.immunize_ext.regularizer(*arguments)
         grad = gaussian(*value.shape, seed=24).to(value)
-        samples.append(Sample(name, (grad, x, *saved, ill, normaliser, *policy)))
+        samples.append(Sample(name, (grad, x, *saved, gram, ill, normaliser, *policy)))
     return samples
 
 
@@ -388,8 +389,8 @@ _BUILDERS: dict[str, Callable[[str], list[Sample]]] = {
     "gram_extremes": _spectrum,
     "gram_extremes_backward": _gram_backward,
     "gram_extremes_double_backward": _gram_double_backward,
-    "gram_regularizer": _gram_regularizer,
-    "gram_regularizer_backward": _gram_regularizer_backward,
+    "regularizer": _regularizer,
+    "regularizer_backward": _regularizer_backward,
     "symmetric_extremes": _symmetric,
     "symmetric_extremes_backward": _symmetric_backward,
     "symmetric_extremes_double_backward": _symmetric_double_backward,
@@ -410,7 +411,7 @@ RAW_OPERATORS = tuple(_BUILDERS)
 DIFFERENTIABLE = (
     "extremal_singular_values",
     "gram_extremes",
-    "gram_regularizer",
+    "regularizer",
     "symmetric_extremes",
     "merge_apply",
 )
@@ -419,7 +420,7 @@ DIFFERENTIABLE = (
 HALF_DIFFERENTIABLE = (
     "extremal_singular_values_backward",
     "gram_extremes_backward",
-    "gram_regularizer_backward",
+    "regularizer_backward",
     "precondition",
     "precondition_gradient",
     "symmetric_extremes_backward",

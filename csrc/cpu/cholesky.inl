@@ -1,7 +1,7 @@
 // Cholesky factor of a symmetric matrix, and its solves and products with a panel of 12 vectors.
 // Torch-free.
 //
-// Everything is made of the register tile of dense_products.inl. A panel holds 12 vectors,
+// Everything is made of the register tiles of dense_products.inl. A panel holds 12 vectors,
 // panel[k * 12 + c], so that a product or a solve with 12 vectors reads the matrix once: for large
 // matrices it costs little more than one with a single vector. Sums run in an order that neither
 // the number of threads nor the other vectors of the panel change.
@@ -120,13 +120,21 @@ bool cholesky(double* m, int64_t side, const Run& run) {
           while ((row + 1) * (row + 2) / 2 <= begin)
             ++row;
           int64_t column = begin - row * (row + 1) / 2;
-          for (int64_t block = begin; block < end; ++block) {
+          for (int64_t block = begin; block < end;) {
             double* to = m + (first + row * kPanel) * ld + first + column * kPanel;
-            for (int64_t r = 0; r < kPanel; r += kRows)
-              tile(
-                  negative.data() + row * kPanel * width + r, 1, kPanel,
-                  positive.data() + column * kPanel * width, width, to + r * ld, ld);
-            if (++column > row) {
+            const double* left = negative.data() + row * kPanel * width;
+            const double* right = positive.data() + column * kPanel * width;
+            const bool two = column < row && block + 1 < end;
+            for (int64_t r = 0; r < kPanel; r += kRows) {
+              if (two)
+                two_tiles(
+                    left + r, 1, kPanel, right, right + kPanel * width, width, to + r * ld, ld);
+              else
+                tile(left + r, 1, kPanel, right, width, to + r * ld, ld);
+            }
+            block += two ? 2 : 1;
+            column += two ? 2 : 1;
+            if (column > row) {
               ++row;
               column = 0;
             }

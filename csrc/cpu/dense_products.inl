@@ -1,15 +1,15 @@
 // Products of the spectrum operators, in float64 whatever the entries are. Torch-free.
 //
 //   add_symmetric_product   g += s s^T, s the thin side of a (t x k): lower triangle by tiles
-//   multiply_left           out = m x    (t x t) (t x p)
-//   multiply_right          out = x m    (n x p) (p x p)
+//   multiply_left           out = m x    (t x t) (t x p), of some rows of x and out
+//   multiply_right          out = x m    (n x t) (t x t), of some columns
 //   combine_rows            y = u^T a    for one or two vectors u
 //   combine_columns         y = a v      for one or two vectors v
 //
 // One register tile serves all of the first three: 4 rows by a panel of 12 columns (three vectors),
-// both packed or strided, over a depth of 128. A symmetric product packs only one operand, since a
-// panel of 12 holds three groups of 4 rows. Only tiles on or below the diagonal are computed: half
-// the arithmetic of a general product.
+// both packed or strided, over a depth of 128; where vectors hold eight numbers, by two panels at
+// once. A symmetric product packs only one operand, since a panel of 12 holds three groups of 4
+// rows. Only tiles on or below the diagonal are computed: half the arithmetic of a general product.
 //
 // Every tile is summed over the whole depth in a fixed order, whoever computes it. So a result
 // depends neither on the number of threads nor on what else stands in a batch.
@@ -48,6 +48,46 @@ inline void tile(
   }
 }
 
+// The same for two panels, b and next, whose columns are neighbours in c. No bit differs.
+inline void two_tiles(
+    const double* a,
+    int64_t a_row,
+    int64_t a_step,
+    const double* b,
+    const double* next,
+    int64_t depth,
+    double* c,
+    int64_t ldc) {
+#if defined(IMMUNIZE_EXT_VEC8)
+  Vec8 acc[kRows][3] = {};
+  for (int64_t k = 0; k < depth; ++k) {
+    Vec8 right[3];
+    load(right[0], b + k * kPanel);
+    load(right[1], b + k * kPanel + 8, next + k * kPanel);
+    load(right[2], next + k * kPanel + 4);
+#pragma GCC unroll 4
+    for (int r = 0; r < kRows; ++r) {
+      const double left = a[r * a_row + k * a_step];
+#pragma GCC unroll 4
+      for (int j = 0; j < 3; ++j)
+        acc[r][j] += left * right[j];
+    }
+  }
+#pragma GCC unroll 4
+  for (int r = 0; r < kRows; ++r) {
+#pragma GCC unroll 4
+    for (int j = 0; j < 3; ++j) {
+      Vec8 old;
+      load(old, c + r * ldc + 8 * j);
+      store(c + r * ldc + 8 * j, old + acc[r][j]);
+    }
+  }
+#else
+  tile(a, a_row, a_step, b, depth, c, ldc);
+  tile(a, a_row, a_step, next, depth, c + kPanel, ldc);
+#endif
+}
+
 // One panel of 12 thin indices at the depths [k0, k0 + depth): out[k * 12 + r].
 template <typename T>
 inline void pack_panel(const Thin<T>& thin, int64_t first, int64_t k0, int64_t depth, double* out) {
@@ -65,7 +105,18 @@ inline void pack_panel(const Thin<T>& thin, int64_t first, int64_t k0, int64_t d
   int64_t r = 0;
   for (; r + 4 <= used; r += 4) {
     const T* from = thin.a + (first + r) * thin.p + k0;
-    for (int64_t k = 0; k < depth; ++k)
+    int64_t k = 0;
+#if defined(IMMUNIZE_EXT_SHUFFLES)
+    for (; k + 4 <= depth; k += 4) {
+      Vec4 row[4];
+      for (int64_t s = 0; s < 4; ++s)
+        load(row[s], from + s * thin.p + k);
+      transpose(row[0], row[1], row[2], row[3]);
+      for (int64_t s = 0; s < 4; ++s)
+        store(out + (k + s) * kPanel + r, row[s]);
+    }
+#endif
+    for (; k < depth; ++k)
       for (int64_t s = 0; s < 4; ++s)
         out[k * kPanel + r + s] = static_cast<double>(from[s * thin.p + k]);
   }
@@ -74,16 +125,19 @@ inline void pack_panel(const Thin<T>& thin, int64_t first, int64_t k0, int64_t d
       out[k * kPanel + r] = static_cast<double>(thin.a[(first + r) * thin.p + k0 + k]);
 }
 
-// Tiles [begin, end) of g += s s^T; g is padded(t) square and zero before the first call.
-// packed: padded(t) * kDepth doubles of scratch.
+// Units [begin, end) of g += s s^T; g is padded(t) square and zero before the first call. A unit is a
+// group of 4 rows by two panels, in the order of the pairs (symmetric_units).
+// packed: scratch, panels * 12 * 128.
 template <typename T>
 inline void add_symmetric_product(
     const Thin<T>& thin, int64_t begin, int64_t end, double* packed, double* g) {
   const int64_t panels = panels_of(thin.side()), ld = panels * kPanel;
-  // The first panel of the range, whose index bounds the rows needed from below.
+  // The first pair of the range, whose index bounds the rows needed from below.
   int64_t first_panel = 0, offset = begin;
-  while (first_panel < panels && offset >= 3 * (panels - first_panel))
-    offset -= 3 * (panels - first_panel++);
+  while (first_panel < panels && offset >= 3 * (panels - first_panel)) {
+    offset -= 3 * (panels - first_panel);
+    first_panel += 2;
+  }
   for (int64_t k0 = 0; k0 < thin.length(); k0 += kDepth) {
     const int64_t depth = std::min(kDepth, thin.length() - k0);
     for (int64_t j = first_panel; j < panels; ++j)
@@ -91,73 +145,104 @@ inline void add_symmetric_product(
     int64_t panel = first_panel, row = offset;
     for (int64_t index = begin; index < end; ++index) {
       const int64_t i = 3 * panel + row;  // group of 4 rows
-      tile(
-          packed + (i / 3) * kPanel * kDepth + (i % 3) * kRows, 1, kPanel,
-          packed + panel * kPanel * kDepth, depth, g + i * kRows * ld + panel * kPanel, ld);
+      const double* left = packed + (i / 3) * kPanel * kDepth + (i % 3) * kRows;
+      const double* right = packed + panel * kPanel * kDepth;
+      double* to = g + i * kRows * ld + panel * kPanel;
+      // Beside its own rows the second panel lies above the diagonal.
+      if (row < 3)
+        tile(left, 1, kPanel, right, depth, to, ld);
+      else
+        two_tiles(left, 1, kPanel, right, right + kPanel * kDepth, depth, to, ld);
       if (++row == 3 * (panels - panel)) {
         row = 0;
-        ++panel;
+        panel += 2;
       }
     }
   }
 }
 
-// Columns [12 begin, 12 end) of out = m x; m is t x t with leading dimension ldm.
+// Columns [12 begin, 12 end) of out = m x in the rows `kept` (t of them) of x and out; m is t x t
+// with leading dimension ldm.
 template <typename T>
 inline void multiply_left(
     const double* m,
     int64_t ldm,
     const T* x,
+    const int64_t* kept,
     int64_t t,
     int64_t p,
     int64_t begin,
     int64_t end,
     T* out) {
-  std::vector<double> scratch(kPanel * (t + padded(t)));
-  double* packed = scratch.data();
-  double* result = packed + kPanel * t;
-  for (int64_t panel = begin; panel < end; ++panel) {
-    const int64_t first = panel * kPanel, used = std::min(kPanel, p - first);
-    if (used < kPanel)
-      std::memset(packed, 0, sizeof(double) * kPanel * t);
-    for (int64_t k = 0; k < t; ++k)
-      for (int64_t j = 0; j < used; ++j)
-        packed[k * kPanel + j] = static_cast<double>(x[k * p + first + j]);
-    std::memset(result, 0, sizeof(double) * kPanel * padded(t));
-    for (int64_t i = 0; i < t; i += kRows)
-      tile(m + i * ldm, ldm, 1, packed, t, result + i * kPanel, kPanel);
+  constexpr int64_t width = 2 * kPanel;
+  std::vector<double> scratch(width * (t + padded(t)));
+  double *packed = scratch.data(), *next = packed + kPanel * t, *result = packed + width * t;
+  for (int64_t panel = begin; panel < end; panel += 2) {
+    const bool two = panel + 1 < end;
+    const int64_t first = panel * kPanel;
+    const int64_t used = std::min(two ? width : kPanel, p - first);
+    if (used < width)
+      std::memset(packed, 0, sizeof(double) * width * t);
+    std::memset(result, 0, sizeof(double) * width * padded(t));
+    for (int64_t k = 0; k < t; ++k) {
+      const T* row = x + kept[k] * p + first;
+      for (int64_t j = 0; j < std::min(used, kPanel); ++j)
+        packed[k * kPanel + j] = static_cast<double>(row[j]);
+      for (int64_t j = kPanel; j < used; ++j)
+        next[k * kPanel + j - kPanel] = static_cast<double>(row[j]);
+    }
+    for (int64_t i = 0; i < t; i += kRows) {
+      if (two)
+        two_tiles(m + i * ldm, ldm, 1, packed, next, t, result + i * width, width);
+      else
+        tile(m + i * ldm, ldm, 1, packed, t, result + i * width, width);
+    }
     for (int64_t i = 0; i < t; ++i)
       for (int64_t j = 0; j < used; ++j)
-        out[i * p + first + j] = static_cast<T>(result[i * kPanel + j]);
+        out[kept[i] * p + first + j] = static_cast<T>(result[i * width + j]);
   }
 }
 
-// Rows [begin, end) of out = x m, from the packed m.
+// Rows [begin, end) of out = x m in the columns `kept` (t of them) of x and out, which have p; from
+// the packed m.
 template <typename T>
 inline void multiply_right(
-    const T* x, const double* packed, int64_t p, int64_t begin, int64_t end, T* out) {
-  constexpr int64_t depth_block = 2 * kDepth;
-  const int64_t ld = padded(p);
+    const T* x,
+    int64_t p,
+    const double* packed,
+    const int64_t* kept,
+    int64_t t,
+    int64_t begin,
+    int64_t end,
+    T* out) {
+  constexpr int64_t depth_block = kDepth;
+  const int64_t ld = padded(t), panels = panels_of(t);
   std::vector<double> scratch(kRowBlock * (depth_block + ld));
   double* left = scratch.data();
   double* result = left + kRowBlock * depth_block;
   for (int64_t i0 = begin; i0 < end; i0 += kRowBlock) {
     const int64_t height = std::min(kRowBlock, end - i0);
     std::memset(scratch.data(), 0, sizeof(double) * scratch.size());
-    for (int64_t k0 = 0; k0 < p; k0 += depth_block) {
-      const int64_t depth = std::min(depth_block, p - k0);
+    for (int64_t k0 = 0; k0 < t; k0 += depth_block) {
+      const int64_t depth = std::min(depth_block, t - k0);
       for (int64_t i = 0; i < height; ++i)
         for (int64_t k = 0; k < depth; ++k)
-          left[i * depth_block + k] = static_cast<double>(x[(i0 + i) * p + k0 + k]);
-      for (int64_t panel = 0; panel < panels_of(p); ++panel)
-        for (int64_t i = 0; i < height; i += kRows)
-          tile(
-              left + i * depth_block, depth_block, 1, packed + (panel * p + k0) * kPanel, depth,
-              result + i * ld + panel * kPanel, ld);
+          left[i * depth_block + k] = static_cast<double>(x[(i0 + i) * p + kept[k0 + k]]);
+      for (int64_t panel = 0; panel < panels; panel += 2) {
+        const double* right = packed + (panel * t + k0) * kPanel;
+        for (int64_t i = 0; i < height; i += kRows) {
+          const double* rows = left + i * depth_block;
+          double* to = result + i * ld + panel * kPanel;
+          if (panel + 1 < panels)
+            two_tiles(rows, depth_block, 1, right, right + t * kPanel, depth, to, ld);
+          else
+            tile(rows, depth_block, 1, right, depth, to, ld);
+        }
+      }
     }
     for (int64_t i = 0; i < height; ++i)
-      for (int64_t j = 0; j < p; ++j)
-        out[(i0 + i) * p + j] = static_cast<T>(result[i * ld + j]);
+      for (int64_t j = 0; j < t; ++j)
+        out[(i0 + i) * p + kept[j]] = static_cast<T>(result[i * ld + j]);
   }
 }
 

@@ -10,8 +10,8 @@
 //    at the threshold plus and minus noise. Where the two agree G decides; where not, it refuses.
 //    With the default rank tolerance in float64 the threshold lies below noise, so G decides alone
 //    only if lambda_min > noise, that is kappa < (4 max(t, 16) eps)^-1/2: 4e6 at t = 64, 2e6 at
-//    t = 256. Of features without full rank it knows how many singular values certainly count; that
-//    the others certainly do not is for the caller to prove, from S.
+//    t = 256. Beyond that it knows how many singular values certainly count; which of the others do
+//    is for the caller to find out, from S.
 // 2. Values and vectors. For the thin vector u take w = S^T u, sigma = |w|, v = w / sigma from S
 //    itself; the residual r = S v - sigma u makes (sigma, u, v) an exact triplet of S + E with
 //    |E| = |r|. It is accepted if |r| <= 4 sqrt(n + p) eps sigma_max: backward stable, as gesdd is.
@@ -140,10 +140,33 @@ double refine_long(
   return std::max(change, norm(x.residual, t));
 }
 
+// Two points without an eigenvalue of T between them, close above what G cannot tell from zero: how
+// many eigenvalues lie below, and the middle of the two. False: there are none close by, or too many
+// eigenvalues beside them to cost less than a decomposition.
+inline bool find_edge(const Tridiagonal& m, double from, SmallEnd& end) {
+  constexpr double ratio = 1.3, far = 1e5;
+  constexpr int64_t last = kPoints - 1;
+  double points[kPoints] = {from};
+  int64_t below[kPoints];
+  for (int64_t s = 1; s < last; ++s)
+    points[s] = ratio * points[s - 1];
+  points[last] = far * end.noise;
+  count(m, points, below);
+  for (int64_t s = 0; s + 1 < last; ++s) {
+    if (below[s] != below[s + 1])
+      continue;
+    end.below = below[s];
+    end.edge = 0.5 * (points[s] + points[s + 1]);
+    end.block = std::max(below[s], below[last]);
+    return end.block == end.below || 2 * end.block <= m.t;
+  }
+  return false;
+}
+
 // Extremes of the matrix whose thin Gram matrix g (leading dimension work.ld(), kept) is given.
-// proves(missing, noise, threshold): that S has so many singular values of at most `threshold`, g
-// having as many eigenvalues of at most a few noise. False: refused.
-template <typename T, typename Run, typename Proves>
+// resolve(end): finds out about the singular values that g cannot tell from zero, and fills in the
+// vectors of the smallest that counts. False: refused.
+template <typename T, typename Run, typename Resolve>
 bool extremes(
     const Thin<T>& thin,
     const double* g,
@@ -151,7 +174,7 @@ bool extremes(
     Wanted wanted,
     Workspace& work,
     const Run& run,
-    const Proves& proves,
+    const Resolve& resolve,
     Extremes& out) {
   const int64_t t = thin.side(), k = thin.length(), ld = work.ld();
   work.reset();
@@ -186,27 +209,35 @@ bool extremes(
   points[1] = rank_threshold + noise;
   points[2] = max_threshold - noise;
   points[3] = max_threshold + noise;
-  points[4] = rank_threshold + 8.0 * noise;
   count(m, points, below);
   // The extreme itself belongs to its cluster, wherever its own rounding puts it.
   const int64_t most = std::max<int64_t>(1, t - below[2]);
   if (wanted.max && most != std::max<int64_t>(1, t - below[3]))
     return false;
   int64_t missing = 0;
+  SmallEnd end;
   if (wanted.min && below[1] > 0) {
-    const bool decided = rank_threshold > 4.0 * noise && below[0] == below[1];
-    // With a gap beyond noise, or the value beside it could not be refined.
-    if (!decided &&
-        (below[4] != below[1] || !proves(below[1], noise, policy.rank_rtol * sigma_max)))
-      return false;
     missing = below[1];
+    if (rank_threshold > 4.0 * noise) {
+      if (below[0] != missing)
+        return false;
+    } else {
+      end.noise = noise;
+      end.sigma_max = sigma_max;
+      if (!find_edge(m, rank_threshold + 8.0 * noise, end) || !resolve(end))
+        return false;
+      missing = end.missing;
+    }
   }
   out.rank = t - missing;
   out.multiplicity_max = std::min(most, out.rank);
   const bool has_min = wanted.min && !(policy.full_rank && out.rank < policy.full_side);
   out.multiplicity_min = policy.full_side - out.rank;
+  const bool from_gram = has_min && end.sigma == 0.0;
   double lambda_min = 0.0;
-  if (has_min) {
+  if (has_min && !from_gram)
+    out.multiplicity_min = end.multiplicity;
+  if (from_gram) {
     lambda_min = eigenvalue(m, missing);
     const double edge = std::sqrt(std::max(lambda_min, 0.0)) + policy.cluster_rtol * sigma_max;
     points[0] = edge * edge - 2.0 * noise;
@@ -224,7 +255,7 @@ bool extremes(
   for (int c = 0; c < 2; ++c) {
     Candidate& x = pair[c];
     x.lambda = c == 0 ? lambda_max : lambda_min;
-    if (c == 0 ? !wanted.max : !has_min)
+    if (c == 0 ? !wanted.max : !from_gram)
       continue;
     x.z = work.take(ld);
     x.u = work.take(ld);
@@ -267,14 +298,14 @@ bool extremes(
   }
 
   out.sigma_max = wanted.max ? pair[0].sigma : sigma_max;
-  out.sigma_min = has_min ? std::min(pair[1].sigma, out.sigma_max) : 0.0;
+  out.sigma_min = has_min ? std::min(from_gram ? pair[1].sigma : end.sigma, out.sigma_max) : 0.0;
   if (wanted.max)
     std::copy(pair[0].u, pair[0].u + t, out.thin_max);
-  if (has_min)
+  if (from_gram)
     std::copy(pair[1].u, pair[1].u + t, out.thin_min);
   if (wanted.max && wanted.long_vectors)
     std::copy(pair[0].w, pair[0].w + k, out.long_max);
-  if (has_min && wanted.long_vectors)
+  if (from_gram && wanted.long_vectors)
     std::copy(pair[1].w, pair[1].w + k, out.long_min);
   return true;
 }

@@ -23,9 +23,9 @@ using namespace spectrum;
 template <typename T>
 void fill_gram(const T* rows, int64_t m, int64_t d, double* g) {
   const Thin<T> thin{rows, m, d, /*columns=*/true};
-  // A slice of tiles below about 1e6 operations is not worth a thread.
-  const int64_t grain = std::max<int64_t>(1, 20000 / std::max<int64_t>(m, 1));
-  at::parallel_for(0, symmetric_tiles(d), grain, [&](int64_t begin, int64_t end) {
+  // A slice of units below about 1e6 operations is not worth a thread.
+  const int64_t grain = std::max<int64_t>(1, 10000 / std::max<int64_t>(m, 1));
+  at::parallel_for(0, symmetric_units(d), grain, [&](int64_t begin, int64_t end) {
     std::vector<double> packed(padded(d) * kDepth);
     IMMUNIZE_EXT_SPECTRUM(add_symmetric_product(thin, begin, end, packed.data(), g));
   });

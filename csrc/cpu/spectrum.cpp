@@ -1,22 +1,25 @@
 // Extremes of a batch on the CPU, and their gradient; the formulas stand in ../spectrum.cpp.
 //
-// Routes: the thin Gram matrix, reduced (gram_route.inl) or searched (gram_krylov.inl), and a
-// singular value decomposition for what these refuse. Which one a matrix takes depends on this
-// matrix alone.
+// Routes: the thin Gram matrix, reduced (gram_route.inl) or searched (gram_krylov.inl), the singular
+// values that it cannot see from the matrix itself (small_end.h), and a singular value decomposition
+// for what these refuse. Which one a matrix takes depends on this matrix alone.
+//
+// Rows of the thin side that hold nothing but zeros, pixels that are never set, have singular value
+// zero and add nothing to the others or to any vector: they are left out from the start.
 
 #include "../spectrum.h"
 
 #include <ATen/ATen.h>
-#include <ATen/CPUGeneratorImpl.h>
 #include <ATen/Parallel.h>
 
 #include <algorithm>
 #include <cmath>
-#include <limits>
+#include <memory>
 #include <vector>
 
 #include "../tensors.h"
 #include "full_decomposition.h"
+#include "small_end.h"
 #include "spectrum_kernels.h"
 
 namespace immunize_ext {
@@ -31,14 +34,14 @@ enum class Route : char { settled, decompose, not_finite };
 const double kSmallestTrace = std::ldexp(1.0, -400);
 const double kLargestTrace = std::ldexp(1.0, 400);
 
-// Slices of the tiles of one symmetric product: enough for the threads, few enough to pay.
+// Slices of the units of one symmetric product: enough for the threads, few enough to pay.
 template <typename T>
 void thin_gram(const Thin<T>& thin, double* g) {
-  const int64_t t = thin.side(), ld = padded(t), tiles = symmetric_tiles(t);
+  const int64_t t = thin.side(), ld = padded(t), units = symmetric_units(t);
   std::fill(g, g + ld * ld, 0.0);
-  // 2 * 12 * 4 flops a tile and depth: a slice below about 2e6 is not worth a thread.
-  const int64_t grain = std::max<int64_t>(1, 20000 / thin.length());
-  at::parallel_for(0, tiles, grain, [&](int64_t begin, int64_t end) {
+  // 2 * 24 * 4 flops a unit and depth: a slice below about 2e6 is not worth a thread.
+  const int64_t grain = std::max<int64_t>(1, 10000 / thin.length());
+  at::parallel_for(0, units, grain, [&](int64_t begin, int64_t end) {
     std::vector<double> packed(ld * kDepth);
     IMMUNIZE_EXT_SPECTRUM(add_symmetric_product(thin, begin, end, packed.data(), g));
   });
@@ -66,57 +69,9 @@ double largest_magnitude(const T* a, int64_t count) {
   return largest;
 }
 
-// Whether a matrix has `missing` singular values of at most `threshold`: whether there are as many
-// orthonormal z with |S^T z| below it (Courant and Fischer), S the thin side. g: S S^T up to noise,
-// leading dimension ld.
-//
-// The Gram matrix knows a null space Z only to noise over the eigenvalue beside it, far worse than
-// the threshold. A step of Newton's method with the product S^T Z taken from S itself,
-//   Z <- Z - (G + delta)^-1 S (S^T Z),
-// leaves the null space alone and multiplies what else there is in Z by (noise + delta) / lambda.
-template <typename T>
-bool has_null_space(
-    const Thin<T>& thin,
-    const double* g,
-    int64_t ld,
-    int64_t missing,
-    double noise,
-    double threshold) {
-  constexpr int kSteps = 4;
-  const int64_t t = thin.side();
-  const auto options = at::TensorOptions().dtype(at::kDouble);
-  const auto source = at::TensorOptions().dtype(c10::CppTypeToScalarType<T>::value);
-  const Tensor a = at::from_blob(const_cast<T*>(thin.a), {thin.n, thin.p}, source).to(at::kDouble);
-  const Tensor s = thin.left() ? a : a.mT();
-  Tensor shifted = at::from_blob(const_cast<double*>(g), {t, t}, {ld, 1}, options).clone();
-  shifted.diagonal().add_(2.0 * noise);
-  const auto [factor, info] = at::linalg_cholesky_ex(shifted);
-  if (info.item<int>() != 0)
-    return false;
-  const auto orthonormal = [](const Tensor& x) { return std::get<0>(at::linalg_qr(x)); };
-  // Always the same start; nothing of the caller's random state is touched.
-  const Tensor start = at::randn({t, missing}, at::detail::createCPUGenerator(20250701), options);
-  Tensor z =
-      orthonormal(at::cholesky_solve(orthonormal(at::cholesky_solve(start, factor)), factor));
-  double before = std::numeric_limits<double>::infinity();
-  for (int step = 0; step < kSteps; ++step) {
-    const Tensor image = s.mT().mm(z);
-    const double size = at::linalg_vector_norm(image).item<double>();
-    // Half: the rest is for rounding in the product.
-    if (size <= 0.5 * threshold)
-      return true;
-    // What does not shrink is no null space, but singular values that count and G does not show.
-    if (!(size <= 0.1 * before))
-      return false;
-    before = size;
-    z = orthonormal(z - at::cholesky_solve(s.mm(image), factor));
-  }
-  return false;
-}
-
 // Everything about one matrix. thin_gram_out ([t, t], contiguous) may be null.
 template <typename T>
-void settle(
+void settle_occupied(
     const Thin<T>& thin, const Policy& policy, Wanted wanted, double* thin_gram_out, Outcome& out) {
   const int64_t t = thin.side(), ld = padded(t);
   std::vector<double> g(ld * ld);
@@ -140,7 +95,7 @@ void settle(
     std::vector<double> scaled(thin.n * thin.p);
     for (size_t i = 0; i < scaled.size(); ++i)
       scaled[i] = static_cast<double>(thin.a[i]) / out.scale;
-    settle<double>({scaled.data(), thin.n, thin.p}, policy, wanted, thin_gram_out, out);
+    settle_occupied<double>({scaled.data(), thin.n, thin.p}, policy, wanted, thin_gram_out, out);
     if (thin_gram_out != nullptr)
       for (int64_t i = 0; i < t * t; ++i)
         thin_gram_out[i] = thin_gram_out[i] * out.scale * out.scale;  // the square may overflow
@@ -160,14 +115,80 @@ void settle(
     if (t > kLargestSide)
       return false;
     Workspace work(thin.n, thin.p);
-    const auto proves = [&](int64_t missing, double noise, double threshold) {
+    const auto resolve = [&](SmallEnd& end) {
       out.postponed = at::in_parallel_region();
-      return !out.postponed && has_null_space(thin, g.data(), ld, missing, noise, threshold);
+      return !out.postponed && resolve_small_end(thin, g.data(), ld, policy, end, out.extremes);
     };
     return IMMUNIZE_EXT_SPECTRUM(
-        extremes(thin, g.data(), policy, wanted, work, Threads{}, proves, out.extremes));
+        extremes(thin, g.data(), policy, wanted, work, Threads{}, resolve, out.extremes));
   };
   out.route = searched() || reduced() ? Route::settled : Route::decompose;
+}
+
+// Rows of the thin side that are not all zeros, ascending. Dense matrices show in a row or two that
+// all of them are kept.
+template <typename T>
+std::vector<int64_t> occupied_rows(const Thin<T>& thin) {
+  const auto is_set = [](T x) { return x != T(0); };
+  std::vector<int64_t> kept, empty;
+  for (int64_t i = 0; i < thin.side(); ++i) {
+    const T* row = thin.a + i * thin.p;
+    const bool set = thin.left() ? std::any_of(row, row + thin.p, is_set) : is_set(thin.a[i]);
+    (set ? kept : empty).push_back(i);
+  }
+  if (thin.left() || empty.empty())
+    return kept;
+  for (int64_t i = 1; i < thin.n && !empty.empty(); ++i)
+    std::erase_if(empty, [&](int64_t j) { return is_set(thin.a[i * thin.p + j]); });
+  kept.clear();
+  for (int64_t i = 0, next = 0; i < thin.side(); ++i) {
+    if (next < static_cast<int64_t>(empty.size()) && empty[next] == i)
+      ++next;
+    else
+      kept.push_back(i);
+  }
+  return kept;
+}
+
+// The same for the whole matrix.
+template <typename T>
+void settle(
+    const Thin<T>& thin, const Policy& policy, Wanted wanted, double* thin_gram_out, Outcome& out) {
+  const std::vector<int64_t> kept = occupied_rows(thin);
+  const int64_t t = thin.side(), rows = static_cast<int64_t>(kept.size());
+  if (rows == 0 || rows == t)
+    return settle_occupied(thin, policy, wanted, thin_gram_out, out);
+  const Thin<T> shape{
+      nullptr, thin.left() ? rows : thin.n, thin.left() ? thin.p : rows, thin.columns};
+  const std::unique_ptr<T[]> entries(new T[shape.n * shape.p]);
+  const int64_t grain = std::max<int64_t>(1, kWorthAThread / shape.p);
+  at::parallel_for(0, shape.n, grain, [&](int64_t begin, int64_t end) {
+    for (int64_t i = begin; i < end; ++i) {
+      T* to = entries.get() + i * shape.p;
+      const T* from = thin.a + (thin.left() ? kept[i] : i) * thin.p;
+      for (int64_t j = 0; j < shape.p; ++j)
+        to[j] = from[thin.left() ? j : kept[j]];
+    }
+  });
+  std::vector<double> vectors(2 * rows), gram(thin_gram_out != nullptr ? rows * rows : 0);
+  double *const thin_max = out.extremes.thin_max, *const thin_min = out.extremes.thin_min;
+  out.extremes.thin_max = vectors.data();
+  out.extremes.thin_min = vectors.data() + rows;
+  settle_occupied<T>(
+      {entries.get(), shape.n, shape.p, shape.columns}, policy, wanted,
+      thin_gram_out != nullptr ? gram.data() : nullptr, out);
+  out.extremes.thin_max = thin_max;
+  out.extremes.thin_min = thin_min;
+  for (int64_t i = 0; i < rows; ++i) {
+    thin_max[kept[i]] = vectors[i];
+    thin_min[kept[i]] = vectors[rows + i];
+  }
+  if (thin_gram_out == nullptr)
+    return;
+  std::fill(thin_gram_out, thin_gram_out + t * t, 0.0);
+  for (int64_t i = 0; i < rows; ++i)
+    for (int64_t j = 0; j < rows; ++j)
+      thin_gram_out[kept[i] * t + kept[j]] = gram[i * rows + j];
 }
 
 // The same by a full decomposition.
@@ -292,31 +313,44 @@ void thin_product(
     const double* z_max,
     const double* z_min,
     T* out) {
-  const int64_t t = x.side(), ld = padded(t);
-  std::vector<double> m(ld * ld);
-  for (int64_t i = 0; i < t; ++i) {
+  const int64_t side = x.side();
+  const double factor = 4.0 * weights.frobenius;
+  std::vector<double> full(side * side);
+  std::vector<int64_t> kept;  // rows of m that are not zero
+  for (int64_t i = 0; i < side; ++i) {
     const double first = 2.0 * weights.max * z_max[i], second = 2.0 * weights.min * z_min[i];
-    for (int64_t j = 0; j < t; ++j)
-      m[i * ld + j] = first * z_max[j] + second * z_min[j];
-    const double factor = 4.0 * weights.frobenius;
+    double* row = full.data() + i * side;
+    for (int64_t j = 0; j < side; ++j)
+      row[j] = first * z_max[j] + second * z_min[j];
     // A Gram matrix that overflows is no part of a gradient that does not ask for its norm.
-    for (int64_t j = 0; j < t && factor != 0.0; ++j)
-      m[i * ld + j] += factor * gram[i * t + j];
+    if (factor != 0.0)
+      for (int64_t j = 0; j < side; ++j)
+        row[j] += factor * gram[i * side + j];
+    if (std::any_of(row, row + side, [](double entry) { return entry != 0.0; }))
+      kept.push_back(i);
   }
+  const int64_t t = static_cast<int64_t>(kept.size()), ld = padded(t);
+  if (t < side)
+    std::fill(out, out + x.n * x.p, T(0));
+  std::vector<double> m(ld * ld);
+  for (int64_t i = 0; i < t; ++i)
+    for (int64_t j = 0; j < t; ++j)
+      m[i * ld + j] = full[kept[i] * side + kept[j]];
   if (x.left()) {
-    const int64_t grain = std::max<int64_t>(1, 100000 / (t * t));
+    const int64_t grain = std::max<int64_t>(1, 100000 / std::max<int64_t>(1, t * t));
     at::parallel_for(0, panels_of(x.p), grain, [&](int64_t begin, int64_t end) {
-      IMMUNIZE_EXT_SPECTRUM(multiply_left(m.data(), ld, x.a, t, x.p, begin, end, out));
+      IMMUNIZE_EXT_SPECTRUM(multiply_left(m.data(), ld, x.a, kept.data(), t, x.p, begin, end, out));
     });
     return;
   }
   std::vector<double> packed(panels_of(t) * kPanel * t);
   pack_columns(m.data(), ld, t, packed.data());
   const int64_t blocks = (x.n + kRowBlock - 1) / kRowBlock;
-  const int64_t grain = std::max<int64_t>(1, 1000000 / (t * t * kRowBlock));
+  const int64_t grain = std::max<int64_t>(1, 1000000 / std::max<int64_t>(1, t * t * kRowBlock));
   at::parallel_for(0, blocks, grain, [&](int64_t begin, int64_t end) {
     IMMUNIZE_EXT_SPECTRUM(multiply_right(
-        x.a, packed.data(), t, begin * kRowBlock, std::min(end * kRowBlock, x.n), out));
+        x.a, x.p, packed.data(), kept.data(), t, begin * kRowBlock, std::min(end * kRowBlock, x.n),
+        out));
   });
 }
 

@@ -1,6 +1,6 @@
 // The torch-free numerical core of the spectrum operators, compiled for the baseline instruction
-// set and for AVX2 with FMA, and chosen at run time: the build names no architecture, so one binary
-// serves every machine. The bodies are .inl files, included once for each instruction set inside a
+// set, for AVX2 with FMA and for AVX-512, and chosen at run time: the build names no architecture, so
+// one binary serves every machine. The bodies are .inl files, included once for each instruction set inside a
 // namespace of its own and under its target pragma. The pragma has to stand around the definitions:
 // a vector type that is lowered for the baseline before it is inlined stays lowered.
 
@@ -28,6 +28,20 @@ struct Extremes {
   int64_t multiplicity_min = 0;
   double *thin_max = nullptr, *long_max = nullptr;
   double *thin_min = nullptr, *long_min = nullptr;
+};
+
+// Singular values that a thin Gram matrix cannot tell from zero: what it knows of them, and what the
+// matrix itself says (small_end.h).
+struct SmallEnd {
+  int64_t below = 0;   // eigenvalues of the Gram matrix below the edge, none within its noise of it
+  double edge = 0.0;   // in units of eigenvalues
+  int64_t block = 0;   // those that its noise is not small beside, and all below the edge
+  double noise = 0.0;  // of all of them
+  double sigma_max = 0.0;
+  // Found:
+  int64_t missing = 0;       // singular values that do not count
+  double sigma = 0.0;        // the smallest that counts, 0 if it lies beyond the edge
+  int64_t multiplicity = 0;  // its own
 };
 
 // Where the thin side of a (n x p, row-major) lies: its rows if n <= p, its columns otherwise, or
@@ -62,10 +76,10 @@ inline int64_t padded(int64_t side) {
   return panels_of(side) * kPanel;
 }
 
-// Tiles on or below the diagonal, in the order of their panels.
-inline int64_t symmetric_tiles(int64_t side) {
-  const int64_t panels = panels_of(side);
-  return 3 * panels * (panels + 1) / 2;
+// Units of a symmetric product: for each pair of panels the groups of 4 rows on or below it.
+inline int64_t symmetric_units(int64_t side) {
+  const int64_t panels = panels_of(side), pairs = (panels + 1) / 2;
+  return 3 * pairs * (panels - pairs + 1);
 }
 
 // Copy the lower triangle to the upper one.
@@ -144,25 +158,13 @@ struct Reference {
   double next[2];           // the eigenvalue beside it
 };
 
+// In gcc from version 12 on.
+#if __has_builtin(__builtin_shufflevector)
+#define IMMUNIZE_EXT_SHUFFLES
+#endif
+
 namespace baseline {
-// Blank lines keep the order: each body uses those before it.
-#include "simd.inl"
-
-#include "dense_products.inl"
-
-#include "tridiagonal.inl"
-
-#include "sturm.inl"
-
-#include "cholesky.inl"
-
-#include "krylov.inl"
-
-#include "gram_route.inl"
-
-#include "gram_krylov.inl"
-
-#include "symmetric_route.inl"
+#include "spectrum_bodies.inl"
 }  // namespace baseline
 
 #if defined(IMMUNIZE_EXT_X86)
@@ -173,35 +175,38 @@ namespace baseline {
 #pragma GCC target("avx2,fma")
 #endif
 namespace avx2 {
-// Blank lines keep the order: each body uses those before it.
-#include "simd.inl"
-
-#include "dense_products.inl"
-
-#include "tridiagonal.inl"
-
-#include "sturm.inl"
-
-#include "cholesky.inl"
-
-#include "krylov.inl"
-
-#include "gram_route.inl"
-
-#include "gram_krylov.inl"
-
-#include "symmetric_route.inl"
+#include "spectrum_bodies.inl"
 }  // namespace avx2
 #if defined(__clang__)
 #pragma clang attribute pop
 #else
 #pragma GCC pop_options
 #endif
-#endif
 
-#if defined(IMMUNIZE_EXT_X86)
-#define IMMUNIZE_EXT_SPECTRUM(call) \
-  (instructions() >= Instructions::avx2 ? avx2::call : baseline::call)
+#if defined(IMMUNIZE_EXT_SHUFFLES)
+#define IMMUNIZE_EXT_VEC8
+#endif
+#if defined(__clang__)
+#pragma clang attribute push( \
+    __attribute__((target("avx2,fma,avx512f,avx512dq,avx512bw,avx512vl"))), apply_to = function)
+#else
+#pragma GCC push_options
+#pragma GCC target("avx2,fma,avx512f,avx512dq,avx512bw,avx512vl")
+#endif
+namespace avx512 {
+#include "spectrum_bodies.inl"
+}  // namespace avx512
+#if defined(__clang__)
+#pragma clang attribute pop
+#else
+#pragma GCC pop_options
+#endif
+#undef IMMUNIZE_EXT_VEC8
+
+#define IMMUNIZE_EXT_SPECTRUM(call)       \
+  (instructions() == Instructions::avx512 \
+       ? avx512::call                     \
+       : (instructions() == Instructions::avx2 ? avx2::call : baseline::call))
 #else
 #define IMMUNIZE_EXT_SPECTRUM(call) (baseline::call)
 #endif

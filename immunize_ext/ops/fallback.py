@@ -461,8 +461,9 @@ def gram_extremes_double_backward(
 # --- regularizers of Gram matrices ----------------------------------------------------------------
 
 
-def gram_regularizer(
+def regularizer(
     x: Tensor,
+    gram: bool,
     ill: bool,
     normaliser: float | None,
     floor: float | None,
@@ -470,23 +471,31 @@ def gram_regularizer(
     cluster_rtol: float,
     full_rank: bool,
 ) -> tuple[Tensor, ...]:
-    """R_well or R_ill of K = x^T x, and what its gradient is made of."""
+    """R_well or R_ill of x or of K = x^T x, and what its gradient is made of."""
     n, p = x.shape[-2:]
-    largest, smallest, frobenius, rank, m_max, m_min, *vectors, thin = (
-        torch.ops.immunize_ext.gram_extremes(x, rank_rtol, cluster_rtol, full_rank)
-    )
-    u_max, v_max, u_min, v_min = vectors
-    near = (u_min if ill else u_max) if n <= p else (v_min if ill else v_max)
-    # |K|_F^2 is of degree 4 in x and leaves the range of float64 first.
+    policy = (rank_rtol, cluster_rtol, full_rank)
+    if gram:
+        largest, smallest, frobenius, rank, m_max, m_min, *vectors, companion = (
+            torch.ops.immunize_ext.gram_extremes(x, *policy)
+        )
+    else:
+        largest, smallest, rank, m_max, m_min, *vectors = (
+            torch.ops.immunize_ext.extremal_singular_values(x, *policy)
+        )
+        frobenius = x.to(torch.float64).square().sum(-1).sum(-1)
+    u, v = vectors[2:] if ill else vectors[:2]
+    near, far = (u, v) if n <= p else (v, u)
+    # |S|_F^2 leaves the range of float64 first.
     overflows = torch.isinf(frobenius)
-    outside = overflows | ((frobenius == 0) & (rank > 0))
+    outside = overflows | ((frobenius == 0) & (rank > 0) & (gram or ill))
     zero = torch.zeros_like(frobenius)
     if ill:
         counted = rank.clamp(min=1).to(frobenius.dtype)
         width = 2.0 * (counted if normaliser is None else torch.full_like(counted, normaliser))
         mean_square = frobenius / width
         denominator = mean_square - smallest.square() / 2
-        least = mean_square * (8 * _EPS * max(n, p) if floor is None else floor)
+        vanishing = (8 if gram else 4) * _EPS * max(n, p)
+        least = mean_square * (vanishing if floor is None else floor)
         held = denominator <= least
         if normaliser is None and floor is None:
             # Zeros that full rank counts are no cluster.
@@ -498,7 +507,8 @@ def gram_regularizer(
         free = torch.where(held | outside, 0.0, value.square())
         coefficients = torch.stack([zero, free * smallest, -free / width], -1)
     else:
-        width = torch.full_like(frobenius, 2.0 * (p if normaliser is None else normaliser))
+        side = p if gram else min(n, p)
+        width = torch.full_like(frobenius, 2.0 * (side if normaliser is None else normaliser))
         value = largest.square() / 2 - frobenius / width
         coefficients = torch.stack([largest, zero, -1.0 / width], -1)
     value = torch.where(outside, torch.where(overflows != ill, torch.inf, 0.0), value)
@@ -507,34 +517,41 @@ def gram_regularizer(
         torch.where(outside.unsqueeze(-1), 0.0, coefficients).nan_to_num(0.0),
         (m_min if ill else m_max).clone(),
         near.clone(),
-        thin,
+        companion if gram else far.clone(),
     )
 
 
-def gram_regularizer_backward(
+def regularizer_backward(
     grad: Tensor,
     x: Tensor,
     coefficients: Tensor,
     multiplicity: Tensor,
     thin_vector: Tensor,
-    thin_gram: Tensor,
+    companion: Tensor,
+    gram: bool,
     ill: bool,
     normaliser: float | None,
     rank_rtol: float,
     cluster_rtol: float,
     full_rank: bool,
 ) -> Tensor:
-    """Gradient from the coefficients of d lambda_max, d lambda_min and d |K|_F^2."""
-    g = _batch_like("gram_regularizer_backward", "grad", grad, x)
+    """Gradient from the coefficients of the largest and smallest value and of |S|_F^2."""
+    g = _batch_like("regularizer_backward", "grad", grad, x)
     weights = coefficients * g.unsqueeze(-1)
     wide = x.to(torch.float64)
     weight = weights[..., 1] if ill else weights[..., 0]
     repeated = (multiplicity > 1) & (weight != 0) & (thin_vector != 0).any(-1)
     if bool(repeated.any()):
         policy = SpectrumPolicy(rank_rtol, cluster_rtol, full_rank)
-        d = _decompose(wide, policy, x.shape[-1])
-        mean = _mean_weights(d.bottom if ill else d.top) * d.sigma * d.scale.unsqueeze(-1)
-        total = _weighted(d.u, 2.0 * weight.unsqueeze(-1) * mean, d.vh)
+        d = _decompose(wide, policy, x.shape[-1] if gram else min(x.shape[-2:]))
+        mean = _mean_weights(d.bottom if ill else d.top)
+        if gram:
+            mean = 2.0 * mean * d.sigma * d.scale.unsqueeze(-1)
+        total = _weighted(d.u, weight.unsqueeze(-1) * mean, d.vh)
+    elif not gram:
+        near = weight.unsqueeze(-1) * thin_vector
+        wider = x.shape[-2] <= x.shape[-1]
+        total = _outer(near, companion) if wider else _outer(companion, near)
     else:
         # 2 sigma u v^T = 2 u u^T x.
         near = (2.0 * weight).unsqueeze(-1) * thin_vector
@@ -542,7 +559,9 @@ def gram_regularizer_backward(
             total = _outer(near, (wide.mT @ thin_vector.unsqueeze(-1)).squeeze(-1))
         else:
             total = _outer((wide @ thin_vector.unsqueeze(-1)).squeeze(-1), near)
-    return _like(total + _frobenius_gradient(weights[..., 2], x, thin_gram), x)
+    if not gram:
+        return _like(total + 2.0 * weights[..., 2, None, None] * wide, x)
+    return _like(total + _frobenius_gradient(weights[..., 2], x, companion), x)
 
 
 # --- symmetric matrices ---------------------------------------------------------------------------

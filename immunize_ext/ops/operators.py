@@ -11,6 +11,7 @@ from the torch-only fallback, and no caller asks which one it gets.
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -143,14 +144,14 @@ def _double_backward_of(values: int) -> Callable[..., tuple[Tensor, ...]]:
     return fake
 
 
-def _gram_regularizer(x: Tensor, *rest: Any) -> tuple[Tensor, ...]:
-    batch, side = x.shape[:-2], min(x.shape[-2:])
+def _regularizer(x: Tensor, gram: bool, *rest: Any) -> tuple[Tensor, ...]:
+    batch, side, longer = x.shape[:-2], min(x.shape[-2:]), max(x.shape[-2:])
     return (
         x.new_empty(batch),
         x.new_empty((*batch, 3), dtype=torch.float64),
         x.new_empty(batch, dtype=torch.int64),
         x.new_empty((*batch, side), dtype=torch.float64),
-        x.new_empty((*batch, side, side), dtype=torch.float64),
+        x.new_empty((*batch, side, side) if gram else (*batch, longer), dtype=torch.float64),
     )
 
 
@@ -293,25 +294,27 @@ OPERATORS: dict[str, Operator] = {
         vmap="all",
         composed=True,
     ),
-    # R_well (ill = false) or R_ill of K = x^T x. normaliser: p or k, by default the width of x or
-    # the rank; floor: of the denominator of R_ill. value [*] in the dtype of x; coefficients
-    # [*, 3] float64 of d lambda_max, d lambda_min, d |K|_F^2; multiplicity [*] of the extreme that
-    # enters, 0 where the denominator of R_ill vanishes and no floor is given: the value is then
-    # held at a floor of a few max(n, p) eps; thin_vector [*, t] its vector on the thin side.
-    "gram_regularizer": Operator(
-        f"(Tensor x, bool ill, float? normaliser, float? floor, {_POLICY}) -> "
+    # R_well (ill = false) or R_ill of S = x or, with gram, of S = K = x^T x. normaliser: p or k, by
+    # default the side or the rank of S; floor: of the denominator of R_ill. value [*] in the dtype
+    # of x; coefficients [*, 3] float64 of d largest, d smallest, d |S|_F^2; multiplicity [*] of the
+    # extreme that enters, 0 where the denominator of R_ill vanishes and no floor is given: the
+    # value is then held at a floor of a few max(n, p) eps; thin_vector [*, t] its vector on the
+    # thin side, companion that on the other one [*, max(n, p)], or with gram the thin Gram matrix
+    # [*, t, t].
+    "regularizer": Operator(
+        f"(Tensor x, bool gram, bool ill, float? normaliser, float? floor, {_POLICY}) -> "
         "(Tensor value, Tensor coefficients, Tensor multiplicity, Tensor thin_vector, "
-        "Tensor thin_gram)",
-        fallback.gram_regularizer,
-        _gram_regularizer,
+        "Tensor companion)",
+        fallback.regularizer,
+        _regularizer,
         None,
         autocast=True,
         composed=True,
     ),
-    "gram_regularizer_backward": Operator(
+    "regularizer_backward": Operator(
         "(Tensor grad, Tensor x, Tensor coefficients, Tensor multiplicity, Tensor thin_vector, "
-        f"Tensor thin_gram, bool ill, float? normaliser, {_POLICY}) -> Tensor",
-        fallback.gram_regularizer_backward,
+        f"Tensor companion, bool gram, bool ill, float? normaliser, {_POLICY}) -> Tensor",
+        fallback.regularizer_backward,
         _gradient_of(1),
         None,
         composed=True,
@@ -516,8 +519,8 @@ def _register() -> None:
             _LIBRARY.impl(name, refusing(op, operator.derivative), "Autograd")
         elif operator.derivative is not None:
             _LIBRARY.impl(name, differentiable(op, *operator.derivative), "Autograd")
-        elif name.startswith("gram_regularizer") and not _load.available():
-            text = _no_derivative(name, "regularizers.gram_r_well")
+        elif name.startswith("regularizer") and not _load.available():
+            text = _no_derivative(name, "regularizers.r_well")
             _LIBRARY.impl(name, refusing(op, text), "Autograd")
         if operator.vmap is not None:
             rule = _folding(op) if operator.vmap == "all" else _leading(name, op)
@@ -544,6 +547,7 @@ def fallbacks_only() -> Iterator[None]:
         library._destroy()
 
 
+@functools.cache  # asked in every call of a regularizer, and settled once this module is imported
 def has_kernel(name: str, device: str) -> bool:
     """True if the compiled part serves an operator on a type of device."""
     return torch._C._dispatch_has_kernel_for_dispatch_key(f"{_NAMESPACE}::{name}", device.upper())

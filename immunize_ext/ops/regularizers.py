@@ -5,8 +5,8 @@ rest. ``r_well`` and ``r_ill`` take the matrix S itself; ``gram_r_well`` and ``g
 features x and act on K = x^T x without forming it. The Frobenius part never goes through singular
 vectors, so it has no singularity at repeated or zero singular values.
 
-For plain CPU tensors ``gram_r_well`` and ``gram_r_ill`` are one fused operator each, since the
-Python of a composition would cost more than its arithmetic. Under ``torch.func``, ``vmap``,
+For plain CPU tensors each of them is one fused operator, since the Python of a composition would
+cost more than its arithmetic. Under ``torch.func``, ``vmap``,
 ``torch.compile``, forward mode, and with tensors as normalisers they are the composition.
 
 Gradients, with u, v the singular vectors and D the denominator of R_ill:
@@ -71,7 +71,7 @@ def _require_floor(function: str, floor: float | None) -> None:
 
 
 def _has_fused(x: Tensor, normaliser: float | Tensor | None) -> bool:
-    """Whether the operator ``gram_regularizer`` can serve; the composition does everything.
+    """Whether the operator ``regularizer`` can serve; the composition does everything.
 
     It has a kernel for the CPU alone, takes numbers as normalisers, and is differentiated in
     reverse mode alone, by no transform. A graph may later be run under any of them.
@@ -82,8 +82,26 @@ def _has_fused(x: Tensor, normaliser: float | Tensor | None) -> bool:
         or torch._C._are_functorch_transforms_active()
         or carries_tangent(x)
         or x.device.type != "cpu"
-        or not has_kernel("gram_regularizer", "cpu")
+        or not has_kernel("regularizer", "cpu")
     )
+
+
+def _fused(
+    function: _Regularizer,
+    s: Tensor,
+    policy: SpectrumPolicy,
+    normaliser: float | Tensor | None,
+    floor: float | None = None,
+) -> Tensor:
+    """A regularizer by the fused operator."""
+    gram, ill = function.startswith("gram_"), function.endswith("r_ill")
+    value: Tensor
+    value, _, multiplicity, *_ = torch.ops.immunize_ext.regularizer(
+        s, gram, ill, normaliser, floor, *policy
+    )
+    if ill and floor is None and _any_zero(multiplicity):
+        _refuse_vanishing(multiplicity == 0, function, "x" if gram else "s")
+    return value.to(s.dtype)  # autocast may have widened it
 
 
 def _well(sigma_max: Tensor, squared_frobenius: Tensor, p: float | Tensor) -> Tensor:
@@ -100,6 +118,13 @@ def _refuse_vanishing(vanishes: Tensor, function: str, argument: str) -> None:
         raise EqualSingularValuesError.for_matrix(
             function, argument, batch_index=tuple(numbers.nonzero()[0].tolist())
         )
+
+
+def _any_zero(counts: Tensor) -> bool:
+    """Whether a count of the fused operator is zero, for one matrix without an operator call."""
+    if type(counts) is not Tensor:  # without numbers to read
+        return False
+    return counts.item() == 0 if counts.dim() == 0 else not bool(counts.all())
 
 
 def _ill(
@@ -211,6 +236,8 @@ def r_well(
     """
     policy = spectrum_policy("r_well", "s", s, "numerical", rank_rtol, cluster_rtol)
     p = _positive("r_well", "p", p)
+    if _has_fused(s, p):
+        return _fused("r_well", s, policy, p)
     return _compose("r_well", s, policy, p)[0].to(s.dtype)
 
 
@@ -265,6 +292,8 @@ def r_ill(
     policy = spectrum_policy("r_ill", "s", s, rank, rank_rtol, cluster_rtol)
     k = _positive("r_ill", "k", k)
     _require_floor("r_ill", floor)
+    if _has_fused(s, k):
+        return _fused("r_ill", s, policy, k, floor)
     return _compose("r_ill", s, policy, k, floor)[0].to(s.dtype)
 
 
@@ -307,8 +336,7 @@ def gram_r_well(
     policy = spectrum_policy("gram_r_well", "x", x, "numerical", rank_rtol, cluster_rtol)
     p = _positive("gram_r_well", "p", p)
     if _has_fused(x, p):
-        fused: Tensor = torch.ops.immunize_ext.gram_regularizer(x, False, p, None, *policy)[0]
-        return fused.to(x.dtype)  # autocast may have widened it
+        return _fused("gram_r_well", x, policy, p)
     return _compose("gram_r_well", x, policy, p)[0].to(x.dtype)
 
 
@@ -358,13 +386,7 @@ def gram_r_ill(
     k = _positive("gram_r_ill", "k", k)
     _require_floor("gram_r_ill", floor)
     if _has_fused(x, k):
-        fused, _, multiplicity, *_ = torch.ops.immunize_ext.gram_regularizer(
-            x, True, k, floor, *policy
-        )
-        if floor is None:
-            _refuse_vanishing(multiplicity == 0, "gram_r_ill", "x")
-        value: Tensor = fused.to(x.dtype)
-        return value
+        return _fused("gram_r_ill", x, policy, k, floor)
     return _compose("gram_r_ill", x, policy, k, floor)[0].to(x.dtype)
 
 

@@ -57,8 +57,8 @@ def gram_backward() -> dict[str, Tensor]:
 
 def regularizer_backward() -> dict[str, Tensor]:
     x = gaussian(3, 4, 5)
-    out = ops.gram_regularizer(x, True, None, None, *POLICY)
-    names = ("coefficients", "multiplicity", "thin_vector", "thin_gram")
+    out = ops.regularizer(x, True, True, None, None, *POLICY)
+    names = ("coefficients", "multiplicity", "thin_vector", "companion")
     return {"grad": gaussian(3), "x": x, **dict(zip(names, out[1:], strict=True))}
 
 
@@ -102,9 +102,9 @@ CASES: dict[str, tuple[Callable[[], dict[str, Tensor]], Callable[..., object], s
         "a",
     ),
     "gram_extremes_backward": (gram_backward, with_policy(ops.gram_extremes_backward), "x"),
-    "gram_regularizer_backward": (
+    "regularizer_backward": (
         regularizer_backward,
-        with_policy(ops.gram_regularizer_backward, True, None),
+        with_policy(ops.regularizer_backward, True, True, None),
         "x",
     ),
     "symmetric_extremes_backward": (

@@ -161,7 +161,7 @@ def test_auxiliary_outputs_carry_no_graph(operator):
     values = {
         "extremal_singular_values": 2,
         "gram_extremes": 3,
-        "gram_regularizer": 1,
+        "regularizer": 1,
         "symmetric_extremes": 2,
     }
     if operator == "merge_apply":

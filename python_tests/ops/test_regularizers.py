@@ -108,7 +108,8 @@ class IllContract(RegularizerContract):
 class TestRWell(RegularizerContract):
     function = staticmethod(r_well)
     argument = "s"
-    node = "Values"
+    node = "Regularizer"
+    vmap_rtol = 1e-12  # by the composition, the fused operator takes plain tensors
     degree = 2
     degenerate = {"rank one": (torch.ones(5, 5).double(),), "zero": (torch.zeros(4, 3).double(),)}
     refusals = bad_matrices("s", *WELL_POLICIES)
@@ -117,7 +118,8 @@ class TestRWell(RegularizerContract):
 class TestRIll(IllContract):
     function = staticmethod(r_ill)
     argument = "s"
-    node = "Values"
+    node = "Regularizer"
+    vmap_rtol = 1e-12
     degree = -2
     refusals = bad_matrices("s", *bad_policies(torch.eye(2)))
 
@@ -125,8 +127,8 @@ class TestRIll(IllContract):
 class TestGramRWell(RegularizerContract):
     function = staticmethod(gram_r_well)
     argument = "x"
-    node = "GramRegularizer"
-    vmap_rtol = 1e-12  # by the composition, the fused operator takes plain tensors
+    node = "Regularizer"
+    vmap_rtol = 1e-12
     degree = 4
     refusals = bad_matrices("x", *WELL_POLICIES)
 
@@ -134,7 +136,7 @@ class TestGramRWell(RegularizerContract):
 class TestGramRIll(IllContract):
     function = staticmethod(gram_r_ill)
     argument = "x"
-    node = "GramRegularizer"
+    node = "Regularizer"
     vmap_rtol = 1e-12
     degree = -4
     refusals = bad_matrices("x", *bad_policies(torch.eye(2)))

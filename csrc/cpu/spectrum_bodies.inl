@@ -1,0 +1,20 @@
+// All kernels of the spectrum operators, for one instruction set (spectrum_kernels.h). Blank lines
+// keep the order: each body uses those before it.
+
+#include "simd.inl"
+
+#include "dense_products.inl"
+
+#include "tridiagonal.inl"
+
+#include "sturm.inl"
+
+#include "cholesky.inl"
+
+#include "krylov.inl"
+
+#include "gram_route.inl"
+
+#include "gram_krylov.inl"
+
+#include "symmetric_route.inl"
