@@ -1,6 +1,6 @@
 """Compiles the CUDA extension against a CUDA build of torch; needs nvcc, but no GPU.
 
-Makes a second virtual environment (5.5 GB, kept), builds the package there for sm_80, sm_90 and
+Makes a second virtual environment (5.5 GB, kept), builds the package there for sm_80 to sm_120 and
 PTX, imports what was built, runs what of it needs no GPU (cuda_compositions.py), and reads what
 ptxas said about each kernel.  Fails when a kernel spills registers or has a stack frame, and when
 the library lacks code for one of the architectures.  ``docs/cuda_kernels.md`` and
@@ -25,8 +25,8 @@ from typing import Any, NoReturn
 ROOT = Path(__file__).resolve().parent.parent
 OUTPUT = ROOT / "build" / "cuda"
 LIBRARY = OUTPUT / "lib"
-ARCH_LIST = "8.0;9.0+PTX"
-EXPECTED_CODE = {"sm_80", "sm_90", "compute_90"}  # what ARCH_LIST means
+ARCH_LIST = "8.0;9.0+PTX;10.0;12.0"
+EXPECTED_CODE = {"sm_80", "sm_90", "compute_90", "sm_100", "sm_120"}  # what ARCH_LIST means
 TOOLS = ("setuptools>=77", "wheel", "ninja", "numpy")
 NEEDED_GIGABYTES = 12  # torch with its CUDA libraries, and as much again while pip unpacks
 TABLE = ROOT / "docs" / "cuda_kernels.md"

@@ -929,7 +929,6 @@ void launch_apply(
                                       : SIMT_KERNEL(merge_apply_rows<T, true, false>))
                             : (values ? SIMT_KERNEL(merge_apply_rows<T, false, true>)
                                       : SIMT_KERNEL(merge_apply_rows<T, false, false>));
-  simt::allow_dynamic_shared(kernel, bytes);
   simt::launch(
       kernel, grid_of(blocks, shared.largest_grid), dim3(kThreads), bytes, stream, p, plan);
 }
@@ -976,7 +975,6 @@ void launch_backward(
   const std::size_t bytes = workspace_bytes<A>(plan);
   const auto kernel = packs ? SIMT_KERNEL(merge_backward_rows<T, true>)
                             : SIMT_KERNEL(merge_backward_rows<T, false>);
-  simt::allow_dynamic_shared(kernel, bytes);
   simt::launch(
       kernel, grid_of(blocks, shared.largest_grid), dim3(kThreads), bytes, stream, p, plan);
 }
