@@ -5,7 +5,7 @@ PTX, imports what was built, runs what of it needs no GPU (cuda_compositions.py)
 ptxas said about each kernel.  Fails when a kernel spills registers or has a stack frame, and when
 the library lacks code for one of the architectures.  ``docs/cuda_kernels.md`` and
 ``benchmarks/results/ptxas.json`` are written anew, or with ``--check`` compared: it fails where
-they say something else.
+they say something else.  The page's second table is that of ``csrc/simt/ptx/costs.py``.
 """
 
 import argparse
@@ -31,6 +31,7 @@ TOOLS = ("setuptools>=77", "wheel", "ninja", "numpy")
 NEEDED_GIGABYTES = 12  # torch with its CUDA libraries, and as much again while pip unpacks
 TABLE = ROOT / "docs" / "cuda_kernels.md"
 RECORD = ROOT / "benchmarks" / "results" / "ptxas.json"
+COSTS = ROOT / "benchmarks" / "results" / "ptx_costs.json"
 HEADER = """# What the compiler made of the CUDA kernels
 
 Written by `python .ci/cuda_build.py`: registers, static shared memory, stack and spills of each
@@ -188,6 +189,15 @@ def nvcc_release() -> str:
     return f"nvcc {version[0]}" if version else "nvcc"
 
 
+def page(nvcc: str, rows: Sequence[Row]) -> str:
+    """Return ``docs/cuda_kernels.md``: what ptxas says of each kernel, and what its code costs."""
+    ptxas: dict[str, Any] = runpy.run_path(str(ROOT / "csrc" / "cuda" / "ptxas_report.py"))
+    costs: dict[str, Any] = runpy.run_path(str(ROOT / "csrc" / "simt" / "ptx" / "costs.py"))
+    counted = json.loads(COSTS.read_text(encoding="utf-8"))["kernels"]
+    table: str = ptxas["markdown"]([ptxas["Usage"](**row) for row in rows])
+    return HEADER.format(nvcc=nvcc) + table + "\n" + str(costs["markdown"](counted, rows))
+
+
 def report(log: str, allow_stack: str | None, check: bool) -> int:
     """Write or compare, and print, the table of kernels; return how many complaints there are."""
     ptxas: dict[str, Any] = runpy.run_path(str(ROOT / "csrc" / "cuda" / "ptxas_report.py"))
@@ -196,7 +206,7 @@ def report(log: str, allow_stack: str | None, check: bool) -> int:
         fail("the build printed nothing about kernels")
     found: list[str] = ptxas["complaints"](usages, allow_stack)
     nvcc = nvcc_release()
-    text = HEADER.format(nvcc=nvcc) + ptxas["markdown"](usages)
+    text = page(nvcc, [asdict(usage) for usage in usages])
     print(text)
     if not check:
         ptxas["write"](usages, RECORD, None)

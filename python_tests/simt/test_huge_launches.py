@@ -1,4 +1,4 @@
-"""Launches of billions of elements: what CUDA would refuse, and what an index of 32 bits would miss.
+"""Launches of billions of elements: what CUDA refuses, and what an index of 32 bits would miss.
 
 Only the last blocks of each grid are run, on buffers that are mapped but hardly touched.
 """
@@ -52,9 +52,10 @@ def test_merge_backward(huge: Any, batch: int, rows: int, d: int, blocks: int) -
 
 
 def test_merge_sum(huge: Any) -> None:
-    rows, d = 64, 512
-    last, coefficients = single(rows, d), single(rows, 3, seed=1)
-    total = huge.merge_sum(MANY, rows, last, coefficients, 8)
+    batch, rows, s, d = 2_900_000, 4, 3, 512
+    assert batch * s * d > 2**32
+    last, coefficients = single(rows, d), single(rows, s, seed=1)
+    total = huge.merge_sum(batch, rows, last, coefficients, 8)
     expected = coefficients.astype(np.float64).T @ last
     np.testing.assert_allclose(total, expected, rtol=1e-4, atol=1e-3)
 
@@ -89,6 +90,13 @@ def test_spectrum(huge: Any, shape: tuple[int, int], of_gram: bool) -> None:
         sigma = sigma**2
     np.testing.assert_allclose([value_max[0], value_min[0]], [sigma[0], sigma[1]], rtol=1e-12)
     np.testing.assert_allclose(grad, expected, rtol=1e-6, atol=1e-6)
+
+
+@pytest.mark.parametrize("side", [1, 3, 4, 5, 16, 17, 32, 33, 64, 65, 90, 116])
+@pytest.mark.parametrize("rows", [1, 600])
+def test_small_route(huge: Any, rows: int, side: int) -> None:
+    for n, p in ((side, side + rows), (side + rows, side)):
+        assert huge.small_launches(MANY, n, p, CARDS["sm_80"]) in {32, 64, 128, 256, 512}
 
 
 @pytest.mark.parametrize("shape", [(200, 784), (5000, 300), (4100, 40000)])

@@ -211,6 +211,23 @@ py::tuple spectrum(std::int64_t batch, const Array<float>& last, bool of_gram, s
   return py::make_tuple(tail(value_max, {1}), tail(value_min, {1}), tail(grad, {n, p}));
 }
 
+// Whether CUDA takes every launch of the small route; returns the threads of a block.
+unsigned small_launches(
+    std::int64_t batch, std::int64_t n, std::int64_t p, std::size_t shared_limit) {
+  const Stream stream = last_blocks(0, shared_limit);
+  const sp::SmallPlan plan = sp::small_plan(n, p);
+  const auto grid = static_cast<unsigned>(batch);
+  sp::launch_small_extremes<float>(
+      nullptr, batch, plan, {0, 0, false, p}, {}, nullptr, grid, nullptr, stream);
+  sp::Incoming incoming{};
+  sp::launch_gradient<float>(incoming, nullptr, batch, n, p, nullptr, stream);
+  incoming.of_gram = true;
+  sp::launch_gradient<float>(incoming, nullptr, batch, n, p, nullptr, stream);
+  sp::launch_small_cluster_gradient<float>(
+      incoming, nullptr, batch, plan, {0, 0, false, p}, nullptr, grid, nullptr, stream);
+  return plan.threads;
+}
+
 // Whether CUDA takes every launch of the large route, for as many matrices as one call may have;
 // returns how many these are.
 std::int64_t large_launches(std::int64_t n, std::int64_t p, std::size_t shared_limit) {
@@ -233,6 +250,7 @@ SIMT_BINDINGS(huge, m) {
   m.def("merge_sum", &merge_sum);
   m.def("precondition", &precondition);
   m.def("spectrum", &spectrum);
+  m.def("small_launches", &small_launches);
   m.def("large_launches", &large_launches);
   m.def("pivoted_launch", [](std::int64_t batch, std::int64_t s, std::size_t shared_limit) {
     mg::launch_pivoted_cholesky(

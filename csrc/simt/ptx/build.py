@@ -71,7 +71,7 @@ def compile_cuda(source: Path, nvcc: str, version: str) -> tuple[Path, str]:
     target = f"-gencode=arch=compute_{ARCH},code=compute_{ARCH}"
     command = [nvcc, "-std=c++17", "-O3", "-lineinfo", "-DIMMUNIZE_EXT_WITH_CUDA", target]
     command += ["-cudart=none", "-Xcompiler=-fPIC", "--keep", f"--keep-dir={kept}"]
-    return simt.compile_file(source, command, version, OUTPUT)  # type: ignore[no-any-return]
+    return simt.compile_file(source, command, version, OUTPUT)
 
 
 def compile_host(source: Path, includes: list[str], version: str) -> tuple[Path, str]:
@@ -79,7 +79,7 @@ def compile_host(source: Path, includes: list[str], version: str) -> tuple[Path,
     command = [simt.compiler(), *simt.flags(source, sanitize=False), "-O2"]
     if source.parent.name == "bindings":
         command += ["-DIMMUNIZE_EXT_WITH_CUDA", *includes]
-    return simt.compile_file(source, command, version, OUTPUT)  # type: ignore[no-any-return]
+    return simt.compile_file(source, command, version, OUTPUT)
 
 
 def build(nvcc: str | None) -> tuple[Path, list[Path]]:

@@ -1,5 +1,6 @@
 // A CUDA runtime without a GPU: what the host code that nvcc compiled calls, served by the executor
 // and the programs of interpreter.cpp. Linked in place of libcudart, beneath the real launchers.
+#include <algorithm>
 #include <cstring>
 #include <unordered_map>
 
@@ -27,11 +28,18 @@ struct FunctionAttributes {
 namespace simt::ptx {
 namespace {
 
-std::unordered_map<std::string, Program> programs;            // by mangled name
-std::unordered_map<const void*, std::string> functions;       // by the host's function
-std::unordered_map<const void*, std::size_t> allowed_shared;  // cudaFuncSetAttribute
-std::map<std::string, std::vector<std::size_t>> limits_set;   // by mangled name, all so far
+// The mangled name of each host function: filled while the library is loaded, in whatever order.
+std::unordered_map<const void*, std::string>& functions() {
+  static std::unordered_map<const void*, std::string> names;
+  return names;
+}
+std::unordered_map<std::string, Program> programs;  // by mangled name
+// cudaFuncSetAttribute, by device and host function.
+std::map<std::pair<int, const void*>, std::size_t> allowed_shared;
+std::map<std::string, std::vector<std::size_t>> limits_set;  // by mangled name, all so far
 Device device;
+int device_number = 0;
+std::vector<std::size_t> cards;  // the shared memory of each device; numbers are places in it
 std::string last_error;
 
 cudaError_t fail(cudaError_t status, const std::string& message) {
@@ -40,8 +48,8 @@ cudaError_t fail(cudaError_t status, const std::string& message) {
 }
 
 const Program* find_program(const void* function) {
-  const auto name = functions.find(function);
-  if (name == functions.end()) {
+  const auto name = functions().find(function);
+  if (name == functions().end()) {
     return nullptr;
   }
   const auto program = programs.find(name->second);
@@ -75,6 +83,11 @@ struct Call {
 
 void set_device(const Device& chosen) {
   device = chosen;
+  const auto found = std::find(cards.begin(), cards.end(), device.shared_limit);
+  device_number = static_cast<int>(found - cards.begin());
+  if (found == cards.end()) {
+    cards.push_back(device.shared_limit);
+  }
 }
 
 void* allocate(
@@ -177,13 +190,13 @@ cudaError_t launch_function(
     std::size_t shared_bytes) {
   const Program* const program = find_program(function);
   if (program == nullptr) {
-    const auto name = functions.find(function);
+    const auto name = functions().find(function);
     return fail(
         kInvalidDeviceFunction,
-        "no program for " + (name == functions.end() ? "this function" : name->second));
+        "no program for " + (name == functions().end() ? "this function" : name->second));
   }
   constexpr std::size_t kByDefault = 48 * 1024;
-  const auto allowed = allowed_shared.find(function);
+  const auto allowed = allowed_shared.find({device_number, function});
   const std::size_t limit = allowed == allowed_shared.end() ? kByDefault : allowed->second;
   if (shared_bytes > limit) {
     return fail(
@@ -237,7 +250,7 @@ void __cudaUnregisterFatBinary(void**) {}
 void __cudaInitModule(void**) {}
 void __cudaRegisterFunction(
     void**, const char* host, char*, const char* name, int, void*, void*, void*, void*, int*) {
-  functions[host] = name;
+  functions()[host] = name;
 }
 cudaError_t __cudaGetKernel(void** kernel, const void* function) {
   *kernel = const_cast<void*>(function);
@@ -259,7 +272,7 @@ cudaError_t cudaLaunchKernelExC(
 }
 
 cudaError_t cudaGetDevice(int* number) {
-  *number = 0;
+  *number = device_number;
   return kSuccess;
 }
 cudaError_t cudaDeviceGetAttribute(int* value, int attribute, int) {
@@ -290,7 +303,7 @@ cudaError_t cudaFuncSetAttribute(const void* function, int attribute, int value)
       static_cast<std::size_t>(value) > device.shared_limit) {
     return fail(kInvalidValue, "cudaFuncSetAttribute");
   }
-  allowed_shared[function] = static_cast<std::size_t>(value);
+  allowed_shared[{device_number, function}] = static_cast<std::size_t>(value);
   limits_set[find_program(function)->name].push_back(static_cast<std::size_t>(value));
   return kSuccess;
 }

@@ -23,7 +23,7 @@ DYNAMIC = 1 << 20  # where dynamic shared memory begins; static arrays follow in
 COMMENT = re.compile(r"//[^\n]*|/\*.*?\*/", re.DOTALL)
 ENTRY = re.compile(r"^(?:\.visible |\.weak )?\.entry (\S+?)\((.*?)\)(.*?)^\{(.*?)^\}", re.M | re.S)
 FILE = re.compile(r'^\s*\.file\s+(\d+)\s+"([^"]*)"', re.M)
-PARAMETER = re.compile(r"\.param (?:\.align (\d+) )?\.[a-z](\d+) (?:\.ptr\S* )?(\S+?)(?:\[(\d+)\])?$")
+PARAMETER = re.compile(r"\.param (?:\.align \d+ )?\.[a-z](\d+) (\S+?)(?:\[(\d+)\])?$")
 BOUND = re.compile(r"\.maxntid (\d+)(?:, (\d+), (\d+))?")
 SHARED = re.compile(r"\.shared \.align \d+ \.b8 ([\w$]+)\[(\d*)\];")
 # A label, a directive or an instruction; braces around statements only open a scope.
@@ -215,7 +215,7 @@ def parse(text: str) -> list[Program]:
         found = [PARAMETER.search(part.strip()) for part in elements(parameters)]
         if None in found:
             raise PtxError(f"parameters {parameters!r} of {name}")
-        sizes = [SIZES[m[2]] * int(m[4] or 1) for m in found if m is not None]
+        sizes = [SIZES[m[1]] * int(m[3] or 1) for m in found if m is not None]
         shared = [(n, int(size)) for n, size in SHARED.findall(body) if size]
         # Arrays of device functions are declared outside.
         shared += [(n, int(size)) for n, size in SHARED.findall(outside) if size and n in body]
@@ -226,6 +226,6 @@ def parse(text: str) -> list[Program]:
         if bound is not None:
             threads = int(bound[1]) * int(bound[2] or 1) * int(bound[3] or 1)
         program = Program(name, sizes, threads, shared)
-        Reader(program, symbols, [m[3] for m in found if m is not None]).read(body, files)
+        Reader(program, symbols, [m[2] for m in found if m is not None]).read(body, files)
         programs.append(program)
     return programs
