@@ -39,7 +39,7 @@ NATIVE := setup.py pyproject.toml immunize_ext/_version.py \
 PYTHON_SOURCES := immunize_ext python_tests benchmarks csrc setup.py .ci
 CPP_SOURCES := $(sort $(shell find csrc -name '*.h' -o -name '*.inl' -o -name '*.cpp' -o -name '*.cu*'))
 
-.PHONY: help build test test-fallback mutants simt cuda gpu sanitizer lint format docs demo bench doctor sdist clean distclean
+.PHONY: help build test test-fallback mutants simt ptx cuda gpu sanitizer lint format docs demo bench doctor sdist clean distclean
 
 help:  ## this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-14s %s\n", $$1, $$2 }' Makefile
@@ -76,7 +76,15 @@ simt: $(STAMPS)/build $(STAMPS)/test  ## CUDA kernels on the CPU, under the SIMT
 	$(BIN)/python csrc/simt/build.py
 	$(BIN)/python -m pytest -n $(JOBS) --dist worksteal python_tests/simt $(PYTEST_ARGS)
 
-cuda: $(STAMPS)/venv  ## compile and link the CUDA part (environment of its own, .venv-cuda)
+# The PTX that nvcc makes of the kernels, under the executor: most tests of the kernels, and a count
+# of what it costs.
+ptx: $(STAMPS)/build $(STAMPS)/test  ## nvcc's code for the CUDA kernels on the CPU (needs nvcc)
+	$(BIN)/python csrc/simt/ptx/build.py
+	IMMUNIZE_EXT_SIMT=ptx $(BIN)/python -m pytest -n $(JOBS) --dist worksteal python_tests/simt \
+	  -m "not slow" --ignore python_tests/simt/test_simt_executor.py $(PYTEST_ARGS)
+	$(BIN)/python csrc/simt/ptx/costs.py $(filter --check,$(CUDA_ARGS))
+
+cuda: ptx  ## compile and link the CUDA part (environment of its own, .venv-cuda)
 	$(BIN)/python .ci/cuda_build.py $(CUDA_ARGS)
 
 # For a machine with a GPU, in the Python environment that is active there: torch for its CUDA

@@ -6,7 +6,8 @@ The package installs with or without the compiled part.  Three environment varia
                           why; ``0``: pure Python; ``1``: compile, or fail.
 ``IMMUNIZE_EXT_CUDA``     ``auto`` (default): CUDA kernels iff torch is a CUDA build and a matching
                           nvcc is found; ``0``: CPU only; ``1``: CUDA, or fail.
-``TORCH_CUDA_ARCH_LIST``  GPU architectures, default ``8.0;9.0+PTX``.
+``TORCH_CUDA_ARCH_LIST``  GPU architectures, default ``8.0;9.0+PTX``, and ``10.0;12.0`` where the
+                          toolkit knows them.
 
 What was decided and why is printed as one line and stored in ``immunize_ext/_build_info.json``,
 which ``immunize_ext._load`` reads before it touches the binary.
@@ -32,7 +33,6 @@ from setuptools.errors import CompileError, ExecError, LinkError, PlatformError
 ROOT = Path(__file__).resolve().parent
 EXTENSION = "immunize_ext._C"
 RECORD = "_build_info.json"
-DEFAULT_ARCH_LIST = "8.0;9.0+PTX"
 BUILD_COMMAND = "pip install --no-build-isolation ."
 NO_TORCH = f"torch cannot be imported here: pip install torch first, then {BUILD_COMMAND}"
 
@@ -132,6 +132,15 @@ def find_toolkit() -> Toolkit | None:
     return Toolkit(home, release.group(1) if release else None)
 
 
+def default_arch_list(release: str) -> str:
+    """Return the architectures to compile for with a toolkit of this release.
+
+    PTX stays that of 9.0: every later card can compile it, those between the listed ones too.
+    """
+    major, minor = map(int, release.split("."))
+    return "8.0;9.0+PTX" + (";10.0;12.0" if (major, minor) >= (12, 8) else "")
+
+
 def run_tool(*command: str) -> str:
     """Return what ``command`` prints, the empty string if it cannot be run or fails."""
     try:
@@ -168,8 +177,9 @@ def make_extension(decision: Decision, toolkit: Toolkit | None, version: str) ->
     """Describe ``immunize_ext._C``."""
     if decision.cuda:
         assert toolkit is not None
+        assert toolkit.release is not None  # decide() saw to it
         os.environ["CUDA_HOME"] = toolkit.home  # before cpp_extension is imported: it looks then
-        os.environ.setdefault("TORCH_CUDA_ARCH_LIST", DEFAULT_ARCH_LIST)
+        os.environ.setdefault("TORCH_CUDA_ARCH_LIST", default_arch_list(toolkit.release))
     import torch
     from torch.utils import cpp_extension
 

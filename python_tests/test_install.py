@@ -196,6 +196,17 @@ def test_toolkit_is_the_first_nvcc(
     assert setup_py.find_toolkit() == setup_py.Toolkit(str(tmp_path), "11.8")
 
 
+@pytest.mark.parametrize(
+    ("release", "blackwell"), [("12.4", False), ("12.8", True), ("13.0", True), ("14.1", True)]
+)
+def test_blackwell_is_compiled_for_where_the_toolkit_knows_it(
+    setup_py: ModuleType, release: str, blackwell: bool
+) -> None:
+    listed = setup_py.default_arch_list(release).split(";")
+    assert listed[:2] == ["8.0", "9.0+PTX"]
+    assert listed[2:] == (["10.0", "12.0"] if blackwell else [])
+
+
 def test_toolkit_without_a_working_nvcc(
     setup_py: ModuleType, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:

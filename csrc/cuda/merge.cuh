@@ -14,9 +14,10 @@
 //   project   coefficients = X Y^T    X = W_n - W0, W0 or G; Y = C or B; 16 x tokens, in shared
 //   combine   out = K + sign coefficients Z     K = W0 or G; Z = B or C
 //
-// The rows of K are kept in shared memory between the steps (where 16 of them fit), so every row of
-// W0, W_n and G is read once, every row of the results written once, and R, dR and the update make
-// no trip through memory. All layers go in one launch: a block finds its layer in a table.
+// The rows of K are kept in shared memory between the steps (where 16 of them fit), in the weights'
+// type, so every row of W0, W_n and G is read once, every row of the results written once, and R, dR
+// and the update make no trip through memory. All layers go in one launch: a block finds its layer
+// in a table.
 //
 // project splits the columns of a chunk among the warps and lets each lane hold 2 rows x 2 or 4
 // tokens; the warps' sums are then added in a fixed order. In combine every thread owns 2 columns
@@ -229,30 +230,31 @@ __device__ __forceinline__ void load_chunk(
   }
 }
 
-// A thread's elements to or from a matrix in shared memory with rows of `stride`.
-template <typename T, bool kPacks, bool kStore>
+// A thread's elements to or from a matrix in shared memory with rows of `stride`. Its elements may
+// be as wide as those in memory or as those to compute with.
+template <typename T, bool kPacks, bool kStore, typename Element>
 __device__ __forceinline__ void move_shared(
-    SharedPtr<Accumulate<T>> matrix, int stride, Accumulate<T> (&values)[kPerThread]) {
-  using A = Accumulate<T>;
+    SharedPtr<Element> matrix, int stride, Accumulate<T> (&values)[kPerThread]) {
   using P = Place<T, kPacks>;
-  constexpr int kWidth = kPacks ? kPack<A> : 1;  // half of P's, or less, for types of 2 bytes
+  // Less than P's, where weights of 2 bytes are kept in 4.
+  constexpr int kWidth = kPacks ? kPack<Element> : 1;
   const P place;
   IMMUNIZE_EXT_UNROLL
   for (int i = 0; i < kPerThread; i += kWidth) {
     const int row = place.row + i / P::kWidth * P::kStep;
-    const SharedPtr<A> at = matrix + (row * stride + place.column + i % P::kWidth);
-    simt::Pack<A, kWidth> pack;
+    const SharedPtr<Element> at = matrix + (row * stride + place.column + i % P::kWidth);
+    simt::Pack<Element, kWidth> pack;
     if (kStore) {
       IMMUNIZE_EXT_UNROLL
       for (int v = 0; v < kWidth; ++v) {
-        pack.values[v] = values[i + v];
+        pack.values[v] = Storage<Element>::narrow(values[i + v]);
       }
       simt::store_pack(at, pack);
     } else {
       pack = simt::load_pack<kWidth>(at);
       IMMUNIZE_EXT_UNROLL
       for (int v = 0; v < kWidth; ++v) {
-        values[i + v] = pack.values[v];
+        values[i + v] = Storage<Element>::widen(pack.values[v]);
       }
     }
   }
@@ -301,41 +303,51 @@ struct Plan {
   int kept_stride;     // row stride of the kept rows, 0 where they do not fit
 };
 
-template <typename A>
+// What the kept rows are stored as. They are the weights themselves, so half types take half the
+// room; one by one they would be narrower than a bank.
+template <typename T, bool kPacks>
+using Kept = std::conditional_t<kPacks, T, Accumulate<T>>;
+
+template <typename T, bool kPacks>
 struct Workspace {
-  SharedPtr<A> x, y;          // [16, kStride], chunks of X and Y; then the warps' sums
-  SharedPtr<A> coefficients;  // [panel, 16 rows]
-  SharedPtr<A> kept;          // [16, kept_stride]
+  using A = Accumulate<T>;
+  SharedPtr<A> x, y;                // [16, kStride], chunks of X and Y; then the warps' sums
+  SharedPtr<A> coefficients;        // [panel, 16 rows]
+  SharedPtr<Kept<T, kPacks>> kept;  // [16, kept_stride]
   int kept_stride;
 };
 
-template <typename A>
-__device__ __forceinline__ Workspace<A> make_workspace(SharedPtr<A> memory, const Plan& plan) {
-  Workspace<A> w;
+template <typename T, bool kPacks>
+__device__ __forceinline__ Workspace<T, kPacks> make_workspace(
+    SharedPtr<Accumulate<T>> memory, const Plan& plan) {
+  using A = Accumulate<T>;
+  Workspace<T, kPacks> w;
   w.x = memory;
   w.y = w.x + kTileRows * kStride<A>;
   w.coefficients = w.y + kTileTokens * kStride<A>;
-  w.kept = w.coefficients + plan.panel * kTileRows;
+  w.kept = simt::pointer_cast<Kept<T, kPacks>>(w.coefficients + plan.panel * kTileRows);
   w.kept_stride = plan.kept_stride;
   return w;
 }
 
-template <typename A>
+template <typename T, bool kPacks>
 std::size_t workspace_bytes(const Plan& plan) {
-  const std::int64_t elements =
-      2 * kTileRows * kStride<A> + (plan.panel + plan.kept_stride) * kTileRows;
-  return static_cast<std::size_t>(elements) * sizeof(A);
+  using A = Accumulate<T>;
+  const std::int64_t elements = 2 * kTileRows * kStride<A> + plan.panel * kTileRows;
+  const std::int64_t kept = std::int64_t{plan.kept_stride} * kTileRows;
+  return static_cast<std::size_t>(elements) * sizeof(A) +
+         static_cast<std::size_t>(kept) * sizeof(Kept<T, kPacks>);
 }
 
 // Room for the coefficients of all tokens comes first, then room for the kept rows.
-template <typename A>
+template <typename T, bool kPacks>
 Plan make_plan(std::int64_t s, std::int64_t d, std::size_t limit) {
   Plan plan{s, 0};
-  while (plan.panel > kTileTokens && workspace_bytes<A>(plan) > limit) {
+  while (plan.panel > kTileTokens && workspace_bytes<T, kPacks>(plan) > limit) {
     plan.panel = (plan.panel - 1) / kTileTokens * kTileTokens;
   }
   const Plan with_rows{plan.panel, static_cast<int>((d + kChunk - 1) / kChunk * kChunk)};
-  return workspace_bytes<A>(with_rows) <= limit ? with_rows : plan;
+  return workspace_bytes<T, kPacks>(with_rows) <= limit ? with_rows : plan;
 }
 
 // The 16 rows of a block.
@@ -349,9 +361,10 @@ struct Rows {
 
 // sums[row][token] += X Y^T over one chunk, of this warp's 16 columns and this lane's rows
 // (lane / 4, lane / 4 + 8) and tokens (lane % 4 + 4 i).
-template <typename A, int kTokensPerLane>
+template <int kTokensPerLane, typename T, bool kPacks>
 __device__ __forceinline__ void multiply_chunk(
-    const Workspace<A>& w, A (&sums)[2][kTileTokens / 4]) {
+    const Workspace<T, kPacks>& w, Accumulate<T> (&sums)[2][kTileTokens / 4]) {
+  using A = Accumulate<T>;
   constexpr int kColumns = kChunk / kWarps;
   const int lane = static_cast<int>(threadIdx.x) % 32;
   const int first = static_cast<int>(threadIdx.x) / 32 * kColumns;
@@ -379,7 +392,7 @@ __device__ __forceinline__ void multiply_chunk(
 // All threads of the block call it; on return, the chunks are free again.
 template <typename T, bool kPacks, bool kAdapted, bool kNorm>
 __device__ __forceinline__ Accumulate<T> project(
-    const Workspace<Accumulate<T>>& w,
+    const Workspace<T, kPacks>& w,
     Rows<T>& rows,
     GlobalPtr<const T> adapted,
     GlobalPtr<const Accumulate<T>> y,
@@ -423,9 +436,9 @@ __device__ __forceinline__ Accumulate<T> project(
       load(column + kChunk);  // on its way while this chunk is multiplied
     }
     if (tokens <= kTileTokens / 2) {
-      multiply_chunk<A, kTileTokens / 8>(w, sums);
+      multiply_chunk<kTileTokens / 8>(w, sums);
     } else {
-      multiply_chunk<A, kTileTokens / 4>(w, sums);
+      multiply_chunk<kTileTokens / 4>(w, sums);
     }
     if (kNorm) {
       IMMUNIZE_EXT_UNROLL
@@ -466,7 +479,7 @@ __device__ __forceinline__ Accumulate<T> project(
 // matrix like out, out itself included. Returns whether what this thread wrote is finite.
 template <typename T, bool kPacks>
 __device__ __forceinline__ bool combine(
-    const Workspace<Accumulate<T>>& w,
+    const Workspace<T, kPacks>& w,
     const Rows<T>& rows,
     SharedPtr<Accumulate<T>> coefficients,
     std::int64_t tokens,
@@ -518,8 +531,8 @@ __device__ __forceinline__ bool combine(
       if (i < rows.count) {
         A pair[2] = {};
         if (in_shared) {
-          const SharedPtr<const A> kept_row = w.kept + (i * w.kept_stride + k);
-          load_pair<A, true>(kept_row, true, pair);
+          const SharedPtr<const Kept<T, kPacks>> kept_row = w.kept + (i * w.kept_stride + k);
+          load_pair<Kept<T, kPacks>, true>(kept_row, true, pair);
         } else if (previous) {
           load_pair<T, kPacks>(from_row, has_second, pair);
           from_row += rows.d;
@@ -557,7 +570,7 @@ __global__ void __launch_bounds__(kThreads, sizeof(Accumulate<T>) == 4 ? 2 : 1)
     merge_apply_rows(const ApplyProblem<T> p, const Plan plan) {
   using A = Accumulate<T>;
   SIMT_DYNAMIC_SHARED(A, memory);
-  const Workspace<A> w = make_workspace<A>(memory, plan);
+  const Workspace<T, kPacks> w = make_workspace<T, kPacks>(memory, plan);
   const int t = static_cast<int>(threadIdx.x);
   const int row = t / kTileTokens, column = t % kTileTokens;
   // Twice the rounding of a dot product in units of |w| |c|: 2 eps.
@@ -652,7 +665,7 @@ __global__ void __launch_bounds__(kThreads, sizeof(Accumulate<T>) == 4 ? 2 : 1)
     merge_backward_rows(const BackwardProblem<T> p, const Plan plan) {
   using A = Accumulate<T>;
   SIMT_DYNAMIC_SHARED(A, memory);
-  const Workspace<A> w = make_workspace<A>(memory, plan);
+  const Workspace<T, kPacks> w = make_workspace<T, kPacks>(memory, plan);
   const int t = static_cast<int>(threadIdx.x);
   const int row = t / kTileTokens, column = t % kTileTokens;
   for (std::int64_t block = blockIdx.x; block < p.batch * p.blocks_of_a_batch; block += gridDim.x) {
@@ -893,7 +906,6 @@ void launch_apply(
     GlobalPtr<int> status,
     GlobalPtr<std::uint64_t> table,
     Stream stream) {
-  using A = Accumulate<T>;
   const std::vector<std::int64_t> first_block = starts_of(layers, kTileRows);
   const std::int64_t blocks = shared.batch * first_block.back();
   if (blocks == 0 || shared.d == 0) {
@@ -923,13 +935,15 @@ void launch_apply(
   p.layer_count = static_cast<int>(layers.size());
   p.concepts = static_cast<int>(shared.first_token.size()) - 1;
   upload(tables, table, stream);
-  const Plan plan = make_plan<A>(shared.s, shared.d, simt::shared_limit(stream));
-  const std::size_t bytes = workspace_bytes<A>(plan);
+  const std::size_t limit = simt::shared_limit(stream);
+  const Plan plan = packs ? make_plan<T, true>(shared.s, shared.d, limit)
+                          : make_plan<T, false>(shared.s, shared.d, limit);
+  const std::size_t bytes =
+      packs ? workspace_bytes<T, true>(plan) : workspace_bytes<T, false>(plan);
   const auto kernel = packs ? (values ? SIMT_KERNEL(merge_apply_rows<T, true, true>)
                                       : SIMT_KERNEL(merge_apply_rows<T, true, false>))
                             : (values ? SIMT_KERNEL(merge_apply_rows<T, false, true>)
                                       : SIMT_KERNEL(merge_apply_rows<T, false, false>));
-  simt::allow_dynamic_shared(kernel, bytes);
   simt::launch(
       kernel, grid_of(blocks, shared.largest_grid), dim3(kThreads), bytes, stream, p, plan);
 }
@@ -943,7 +957,6 @@ void launch_backward(
     const Shared<T>& shared,
     GlobalPtr<std::uint64_t> table,
     Stream stream) {
-  using A = Accumulate<T>;
   const std::vector<std::int64_t> first_block = starts_of(layers, kTileRows);
   const std::int64_t blocks = shared.batch * first_block.back();
   if (blocks == 0 || shared.d == 0) {
@@ -972,11 +985,13 @@ void launch_backward(
   p.concepts = static_cast<int>(shared.first_token.size()) - 1;
   p.want_targets = !grad_targets.empty();
   upload(tables, table, stream);
-  const Plan plan = make_plan<A>(shared.s, shared.d, simt::shared_limit(stream));
-  const std::size_t bytes = workspace_bytes<A>(plan);
+  const std::size_t limit = simt::shared_limit(stream);
+  const Plan plan = packs ? make_plan<T, true>(shared.s, shared.d, limit)
+                          : make_plan<T, false>(shared.s, shared.d, limit);
+  const std::size_t bytes =
+      packs ? workspace_bytes<T, true>(plan) : workspace_bytes<T, false>(plan);
   const auto kernel = packs ? SIMT_KERNEL(merge_backward_rows<T, true>)
                             : SIMT_KERNEL(merge_backward_rows<T, false>);
-  simt::allow_dynamic_shared(kernel, bytes);
   simt::launch(
       kernel, grid_of(blocks, shared.largest_grid), dim3(kThreads), bytes, stream, p, plan);
 }

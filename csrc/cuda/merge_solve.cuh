@@ -186,7 +186,6 @@ IMMUNIZE_EXT_LAUNCHER void launch_pivoted_cholesky(const PivotedProblem& p, Stre
     return;
   }
   const std::size_t bytes = static_cast<std::size_t>(pivoted_doubles(p.s)) * sizeof(double);
-  simt::allow_dynamic_shared(SIMT_KERNEL(merge_pivoted_cholesky), bytes);
   simt::launch(
       SIMT_KERNEL(merge_pivoted_cholesky), solve_grid(p.batch), dim3(kSolveThreads), bytes, stream,
       p);

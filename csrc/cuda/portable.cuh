@@ -19,8 +19,11 @@
 
 #include <cstddef>
 #include <cstdint>
+#include <mutex>
+#include <set>
 #include <string>
 #include <type_traits>
+#include <utility>
 
 #include "../simt/common.h"
 
@@ -68,20 +71,15 @@ inline void check(const char* what, cudaError_t status) {
   }
 }
 
-// Lets launches of `kernel` have up to `bytes` of dynamic shared memory.
-template <typename... P>
-void allow_dynamic_shared(const Kernel<P...>& kernel, std::size_t bytes) {
-  check(
-      kernel.name, cudaFuncSetAttribute(
-                       reinterpret_cast<const void*>(kernel.function),
-                       cudaFuncAttributeMaxDynamicSharedMemorySize, static_cast<int>(bytes)));
+inline int current_device() {
+  int device = 0;
+  check("cudaGetDevice", cudaGetDevice(&device));
+  return device;
 }
 
 inline int device_attribute(cudaDeviceAttr attribute) {
-  int device = 0;
   int value = 0;
-  check("cudaGetDevice", cudaGetDevice(&device));
-  check("cudaDeviceGetAttribute", cudaDeviceGetAttribute(&value, attribute, device));
+  check("cudaDeviceGetAttribute", cudaDeviceGetAttribute(&value, attribute, current_device()));
   return value;
 }
 
@@ -95,6 +93,25 @@ inline int multiprocessor_count(Stream) {
   return device_attribute(cudaDevAttrMultiProcessorCount);
 }
 
+// Beyond 48 KiB a kernel has to be allowed its dynamic shared memory. It is allowed all that a block
+// of the device can have, once: a limit that followed the shapes could be lowered by another host
+// thread between setting it and the launch.
+inline void allow_dynamic_shared(const char* name, const void* function) {
+  static std::mutex mutex;
+  static std::set<std::pair<const void*, int> > allowed;
+  const std::lock_guard<std::mutex> lock(mutex);
+  const std::pair<const void*, int> key(function, current_device());
+  if (allowed.count(key) != 0) {
+    return;
+  }
+  cudaFuncAttributes attributes{};
+  check(name, cudaFuncGetAttributes(&attributes, function));
+  const int most = device_attribute(cudaDevAttrMaxSharedMemoryPerBlockOptin) -
+                   static_cast<int>(attributes.sharedSizeBytes);
+  check(name, cudaFuncSetAttribute(function, cudaFuncAttributeMaxDynamicSharedMemorySize, most));
+  allowed.insert(key);
+}
+
 // Launches on `stream` of the current device.
 template <typename... P, typename... A>
 void launch(
@@ -104,6 +121,10 @@ void launch(
     std::size_t shared_bytes,
     Stream stream,
     const A&... arguments) {
+  constexpr std::size_t kSharedByDefault = 48 * 1024;
+  if (shared_bytes > kSharedByDefault) {
+    allow_dynamic_shared(kernel.name, reinterpret_cast<const void*>(kernel.function));
+  }
   cudaLaunchConfig_t config{};
   config.gridDim = grid;
   config.blockDim = block;

@@ -138,11 +138,9 @@ void launch_small_precondition(
   if (rows == 0) {
     return;
   }
-  const auto kernel = SIMT_KERNEL(small_precondition<T>);
-  simt::allow_dynamic_shared(kernel, small_bytes(side));
   simt::launch(
-      kernel, dim3(small_grid(rows, side, stream)), dim3(kThreads), small_bytes(side), stream, grad,
-      factor, result, rows, side);
+      SIMT_KERNEL(small_precondition<T>), dim3(small_grid(rows, side, stream)), dim3(kThreads),
+      small_bytes(side), stream, grad, factor, result, rows, side);
 }
 
 }  // namespace immunize_ext::precondition

@@ -402,11 +402,9 @@ void launch_small_extremes(
     unsigned grid,
     GlobalPtr<int> first_bad,
     Stream stream) {
-  const auto kernel = SIMT_KERNEL(small_extremes<T>);
-  simt::allow_dynamic_shared(kernel, plan.shared_bytes());
   simt::launch(
-      kernel, dim3(grid), dim3(plan.threads), plan.shared_bytes(), stream, a, batch, plan, policy,
-      out, work, first_bad);
+      SIMT_KERNEL(small_extremes<T>), dim3(grid), dim3(plan.threads), plan.shared_bytes(), stream,
+      a, batch, plan, policy, out, work, first_bad);
 }
 
 // --- Gradient ------------------------------------------------------------------------------------
@@ -769,11 +767,9 @@ void launch_small_cluster_gradient(
     unsigned grid,
     GlobalPtr<T> grad,
     Stream stream) {
-  const auto kernel = SIMT_KERNEL(small_cluster_gradient<T>);
-  simt::allow_dynamic_shared(kernel, plan.shared_bytes());
   simt::launch(
-      kernel, dim3(grid), dim3(plan.threads), plan.shared_bytes(), stream, in, a, batch, plan,
-      policy, work, grad);
+      SIMT_KERNEL(small_cluster_gradient<T>), dim3(grid), dim3(plan.threads), plan.shared_bytes(),
+      stream, in, a, batch, plan, policy, work, grad);
 }
 
 }  // namespace immunize_ext::spectrum

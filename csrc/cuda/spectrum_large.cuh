@@ -460,9 +460,6 @@ void launch_large_decomposition(
   const auto gram = SIMT_KERNEL(large_pair_gram);
   const auto rotation = SIMT_KERNEL(large_pair_rotation);
   const auto product = SIMT_KERNEL(large_pair_product);
-  simt::allow_dynamic_shared(gram, gram_bytes);
-  simt::allow_dynamic_shared(rotation, rotation_bytes);
-  simt::allow_dynamic_shared(product, product_bytes);
   const std::int64_t pairs = batch * plan.pairs();
   const double tolerance = plan.tolerance();
   for (int sweep = 0; sweep < kLargeSweeps; ++sweep) {

@@ -67,7 +67,7 @@ def compiler() -> str:
     return path
 
 
-def flags(source: Path) -> list[str]:
+def flags(source: Path, sanitize: bool = True) -> list[str]:
     """Return the compiler flags of a file."""
     torch = importlib.util.find_spec("torch")
     if torch is None or torch.origin is None:
@@ -75,16 +75,18 @@ def flags(source: Path) -> list[str]:
     includes = [Path(torch.origin).parent / "include", sysconfig.get_path("include")]
     return [
         *FLAGS,
-        *([] if source.name in UNSANITIZED else SANITIZE),
+        *(SANITIZE if sanitize and source.name not in UNSANITIZED else []),
         *(f"-isystem{folder}" for folder in includes),
     ]
 
 
-def run(command: list[str]) -> str:
-    """Run a compiler command and return what it printed; its warnings go to stderr."""
+def run(command: list[str], *, errors_too: bool = False) -> str:
+    """Run a command and return what it printed; its warnings go to stderr, or with the rest."""
     done = subprocess.run(command, capture_output=True, text=True, check=False)
     if done.returncode != 0:
         raise BuildError(f"{' '.join(command)}\n{done.stdout}{done.stderr}")
+    if errors_too:
+        return done.stdout + done.stderr
     sys.stderr.write(done.stderr)
     return done.stdout
 
@@ -111,10 +113,12 @@ def headers(depfile: Path) -> list[Path]:
     return sorted(path for path in paths if path.is_relative_to(ROOT / "csrc"))
 
 
-def compile_file(source: Path, version: str) -> tuple[Path, str]:
+def compile_file(
+    source: Path, compile_it: list[str], version: str, folder: Path
+) -> tuple[Path, str]:
     """Compile ``source`` unless nothing changed; return the object file and its hash."""
-    command = [compiler(), *flags(source), "-c", str(source)]
-    target = OUTPUT / f"{source.parent.name}-{source.stem}.o"
+    command = [*compile_it, "-c", str(source)]
+    target = folder / f"{source.parent.name}-{source.stem}.o"
     record = target.with_suffix(".json")
     if target.exists() and record.exists():
         known = json.loads(record.read_text(encoding="utf-8"))
@@ -133,43 +137,54 @@ def compile_file(source: Path, version: str) -> tuple[Path, str]:
     return target, key
 
 
+def link(objects: list[tuple[Path, str]], module: str, folder: Path) -> Path:
+    """Link object files, given with their hashes, unless that was done; return the library."""
+    library = folder / f"{module}-{digest(*(key.encode() for _, key in objects))}.so"
+    if not library.exists():
+        # A running process may still want the lines of the one that it loaded.
+        for old in sorted(folder.glob(f"{module}-*.so"), key=os.path.getmtime)[:-3]:
+            old.unlink()
+        partial = library.with_suffix(".partial")
+        run([compiler(), "-shared", "-o", str(partial), *(str(path) for path, _ in objects)])
+        partial.replace(library)
+    return library
+
+
 @contextmanager
-def locked() -> Iterator[None]:
-    """Hold the lock of the output folder; it is released even if the process is killed."""
-    OUTPUT.mkdir(parents=True, exist_ok=True)
-    with (OUTPUT / ".lock").open("w", encoding="utf-8") as file:
+def locked(folder: Path) -> Iterator[None]:
+    """Hold the lock of an output folder; it is released even if the process is killed."""
+    folder.mkdir(parents=True, exist_ok=True)
+    with (folder / ".lock").open("w", encoding="utf-8") as file:
         fcntl.flock(file, fcntl.LOCK_EX)
         yield
 
 
 def build() -> Path:
     """Compile what changed and return the path of the module."""
-    with locked():
+    with locked(OUTPUT):
         version = run([compiler(), "--version"])
+
+        def compile_one(source: Path) -> tuple[Path, str]:
+            return compile_file(source, [compiler(), *flags(source)], version, OUTPUT)
+
         with ThreadPoolExecutor(os.cpu_count()) as pool:
-            objects = list(pool.map(lambda source: compile_file(source, version), sources()))
-        library = OUTPUT / f"{MODULE}-{digest(*(key.encode() for _, key in objects))}.so"
-        if not library.exists():
-            # A running process may still want the lines of the one that it loaded.
-            for old in sorted(OUTPUT.glob(f"{MODULE}-*.so"), key=os.path.getmtime)[:-3]:
-                old.unlink()
-            partial = library.with_suffix(".partial")
-            run([compiler(), "-shared", "-o", str(partial), *(str(path) for path, _ in objects)])
-            partial.replace(library)
-        return library
+            return link(list(pool.map(compile_one, sources())), MODULE, OUTPUT)
+
+
+def import_library(module: str, library: Path) -> ModuleType:
+    """Import a library as ``module``, once a process."""
+    if module not in sys.modules:
+        loader = importlib.machinery.ExtensionFileLoader(module, str(library))
+        spec = importlib.util.spec_from_loader(module, loader)
+        assert spec is not None
+        sys.modules[module] = importlib.util.module_from_spec(spec)
+        loader.exec_module(sys.modules[module])
+    return sys.modules[module]
 
 
 def load() -> ModuleType:
     """Build and import the module."""
-    if MODULE in sys.modules:
-        return sys.modules[MODULE]
-    loader = importlib.machinery.ExtensionFileLoader(MODULE, str(build()))
-    spec = importlib.util.spec_from_loader(MODULE, loader)
-    assert spec is not None
-    module = importlib.util.module_from_spec(spec)
-    loader.exec_module(module)
-    sys.modules[MODULE] = module
-    return module
+    return sys.modules.get(MODULE) or import_library(MODULE, build())
 
 
 if __name__ == "__main__":

@@ -2,13 +2,31 @@
 #pragma once
 
 #include <cstddef>
+#include <cstdint>
 #include <stdexcept>
 
 namespace simt {
 
+// A mistake that the executor found in a kernel while it ran.
+class Error : public std::runtime_error {
+  using std::runtime_error::runtime_error;
+};
+
 // A launch that CUDA refuses.
 class LaunchError : public std::runtime_error {
   using std::runtime_error::runtime_error;
+};
+
+// What a test chooses about the simulated device and the launches on it.
+struct Device {
+  std::uint64_t seed = 0;
+  // What a block may have. sm_90: 227 KiB, sm_80: 163 KiB, sm_86 and sm_89: 99 KiB.
+  std::size_t shared_limit = std::size_t{227} * 1024;
+  int multiprocessor_count = 4;  // small, so that kernels whose blocks loop over the work do loop
+  // How many blocks of each launch are run, the last ones of the grid: a grid of billions can then
+  // be launched, and 0 only asks whether CUDA would take it.
+  std::size_t blocks = kAllBlocks;
+  static constexpr std::size_t kAllBlocks = ~std::size_t{0};
 };
 
 // A kernel with its name.

@@ -14,7 +14,6 @@
 #define __device__
 #define __host__
 #define __forceinline__ inline __attribute__((always_inline))
-#define __launch_bounds__(...)
 #define __align__(n) alignas(n)
 
 inline const dim3& gridDim = simt::detail::active.grid;

@@ -19,23 +19,18 @@
 #include <vector>
 
 #include "common.h"
+#include "launch_bounds.h"
 #include "memory.h"
 #include "thread.h"
 
 namespace simt {
 
-// Stands for cudaStream_t in a launch, and carries what a test chooses.
-struct Stream {
-  std::uint64_t seed = 0;
-  // What a block may opt in to. sm_90: 227 KiB, sm_80: 163 KiB, sm_86 and sm_89: 99 KiB.
-  std::size_t shared_limit = std::size_t{227} * 1024;
-  int multiprocessor_count = 4;  // small, so that kernels whose blocks loop over the work do loop
-};
+// Stands for cudaStream_t in a launch.
+using Stream = Device;
 
 namespace detail {
 
-constexpr std::size_t kDefaultSharedLimit = std::size_t{48} * 1024;
-constexpr unsigned kMaxThreads = 1024;
+constexpr std::size_t kStaticSharedLimit = std::size_t{48} * 1024;
 constexpr std::size_t kMaxBlocks = std::size_t{1} << 24;  // of ours: a test beyond is a mistake
 
 // splitmix64 (Steele, Lea and Flood 2014).
@@ -62,10 +57,6 @@ class Executor {
     void (*call)(void*);
     void* data;
   };
-
-  void allow_dynamic_shared(const void* kernel, std::size_t bytes) {
-    allowed_shared_[kernel] = bytes;
-  }
 
   void launch(
       const char* name,
@@ -95,13 +86,17 @@ class Executor {
     dynamic_shared_ = std::make_unique<Region>(
         "dynamic shared memory", Space::kShared, static_cast<std::int64_t>(shared_bytes), 4);
 
-    std::vector<std::uint32_t> order(std::size_t{grid.x} * grid.y * grid.z);
-    std::iota(order.begin(), order.end(), 0U);
+    const std::size_t all = std::size_t{grid.x} * grid.y * grid.z;
+    std::vector<std::size_t> order(std::min(all, stream.blocks));
+    std::iota(order.begin(), order.end(), all - order.size());
     for (std::size_t i = order.size(); i > 1; --i) {
       std::swap(order[i - 1], order[random_.below(i)]);
     }
-    for (const std::uint32_t i : order) {
-      run_block(uint3{i % grid.x, i / grid.x % grid.y, i / grid.x / grid.y});
+    for (const std::size_t i : order) {
+      run_block(
+          uint3{
+              static_cast<unsigned>(i % grid.x), static_cast<unsigned>(i / grid.x % grid.y),
+              static_cast<unsigned>(i / grid.x / grid.y)});
     }
   }
 
@@ -139,11 +134,11 @@ class Executor {
       static_bytes += static_cast<std::size_t>(region->bytes);
     }
     const auto dynamic_bytes = static_cast<std::size_t>(dynamic_shared_->bytes);
-    if (static_bytes > kDefaultSharedLimit || static_bytes + dynamic_bytes > block_shared_limit_) {
+    if (static_bytes > kStaticSharedLimit || static_bytes + dynamic_bytes > block_shared_limit_) {
       fail(
           std::string("shared array ") + name + ": " + std::to_string(static_bytes) +
           " bytes of static and " + std::to_string(dynamic_bytes) +
-          " of dynamic shared memory, allowed are " + std::to_string(kDefaultSharedLimit) +
+          " of dynamic shared memory, allowed are " + std::to_string(kStaticSharedLimit) +
           " static, " + std::to_string(block_shared_limit_) + " together");
     }
     static_shared_.emplace_back(
@@ -203,23 +198,20 @@ class Executor {
     if (std::size_t{block.x} * block.y * block.z > kMaxThreads) {
       refuse("block must have at most 1024 threads, got " + text(block));
     }
-    if (std::size_t{grid.x} * grid.y * grid.z > kMaxBlocks) {
+    if (const unsigned bound = launch_bound(kernel); block.x * block.y * block.z > bound) {
+      refuse(
+          "block " + text(block) + " has more threads than the " + std::to_string(bound) +
+          " of __launch_bounds__");
+    }
+    if (std::min(std::size_t{grid.x} * grid.y * grid.z, stream.blocks) > kMaxBlocks) {
       refuse("grid " + text(grid) + " is valid, but too large to be run on the CPU");
     }
-    const auto allowed = allowed_shared_.find(kernel);
-    const bool opted_in = allowed != allowed_shared_.end();
-    const std::size_t dynamic_limit = opted_in ? allowed->second : kDefaultSharedLimit;
-    if (dynamic_limit > stream.shared_limit && opted_in) {
+    if (shared_bytes > stream.shared_limit) {
       refuse(
-          "allow_dynamic_shared of " + std::to_string(dynamic_limit) + " bytes, the device has " +
+          std::to_string(shared_bytes) + " bytes of dynamic shared memory, the device has " +
           std::to_string(stream.shared_limit));
     }
-    if (shared_bytes > dynamic_limit) {
-      refuse(
-          std::to_string(shared_bytes) + " bytes of dynamic shared memory, allowed are " +
-          std::to_string(dynamic_limit) + (opted_in ? "" : " without allow_dynamic_shared"));
-    }
-    block_shared_limit_ = opted_in ? stream.shared_limit : kDefaultSharedLimit;
+    block_shared_limit_ = stream.shared_limit;
   }
 
   void run_block(const uint3& index) {
@@ -299,7 +291,9 @@ class Executor {
     } else if (first.kind == Collective::kSyncthreadsAnd) {
       result = number == count ? 1 : 0;
     }
-    ++active.epoch;
+    if (++active.epoch > kMostBarriers) {
+      fail("no end after " + std::to_string(kMostBarriers) + " barriers");
+    }
     for (std::size_t i = 0; i < count; ++i) {
       release(*threads_[i], result);
     }
@@ -457,8 +451,7 @@ class Executor {
   std::exception_ptr error_;
   Context host_;
 
-  std::map<const void*, std::size_t> allowed_shared_;
-  std::size_t block_shared_limit_ = kDefaultSharedLimit;
+  std::size_t block_shared_limit_ = 0;
   std::unique_ptr<Region> dynamic_shared_;
   std::vector<std::pair<const void*, std::unique_ptr<Region>>> static_shared_;
 };
@@ -471,11 +464,13 @@ inline void fiber_main() {
 
 inline void Executor::run_threads() {
   active.current = draw();
+  active.accesses = 0;
   active.current->fiber.enter(host_, fiber_main);
 }
 
 inline void Executor::yield(Thread& self) {
   Thread* next = draw();
+  active.accesses = 0;
   if (next == &self) {
     return;
   }
@@ -488,12 +483,6 @@ inline void Executor::yield(Thread& self) {
 }
 
 }  // namespace detail
-
-// Lets launches of `kernel` have up to `bytes` of dynamic shared memory.
-template <typename... P>
-void allow_dynamic_shared(const Kernel<P...>& kernel, std::size_t bytes) {
-  detail::executor.allow_dynamic_shared(reinterpret_cast<const void*>(kernel.function), bytes);
-}
 
 // The most shared memory that a block can have on the device of `stream`.
 inline std::size_t shared_limit(const Stream& stream) {

@@ -19,6 +19,8 @@
 #include <type_traits>
 #include <utility>
 
+#include <sys/mman.h>
+
 #include "source_lines.h"
 #include "thread.h"
 
@@ -33,6 +35,7 @@ struct Access {
   CodeAddress code = 0;       // for the source line
   std::uint16_t thread = 0;
   bool atomic = false;
+  bool read_only = false;  // a load that nvcc may take from the read-only cache
 };
 
 struct Cell {
@@ -46,9 +49,22 @@ struct Cell {
 
 enum class Space : std::uint8_t { kGlobal, kShared };
 
+// Memory that is mapped, but takes no room until it is touched; zero.
+inline void* map_untouched(std::size_t bytes) {
+  void* memory = mmap(
+      nullptr, bytes, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE, -1, 0);
+  if (memory == MAP_FAILED) {
+    throw std::bad_alloc();
+  }
+  return memory;
+}
+
 class Region {
  public:
   static constexpr std::size_t kAlignment = 256;  // that of cudaMalloc
+  // Regions beyond are never touched as a whole, so they may be larger than the machine's memory:
+  // what nobody wrote is zero there, and not NaN.
+  static constexpr std::int64_t kHuge = std::int64_t{1} << 28;
 
   // A region whose bytes start `shift` bytes after an aligned address. Without shadow memory
   // (`checked` false) reads are only checked against the bounds.
@@ -63,22 +79,23 @@ class Region {
         space(space),
         bytes(bytes),
         granule(granule),
-        granule_bits_(__builtin_ctzll(granule)) {
-    memory_ = ::operator new(static_cast<std::size_t>(bytes) + shift, std::align_val_t(kAlignment));
+        granule_bits_(__builtin_ctzll(granule)),
+        mapped_bytes_(static_cast<std::size_t>(bytes) + shift + kAlignment),
+        cell_bytes_((static_cast<std::size_t>(bytes) / granule + 1) * sizeof(Cell)) {
+    memory_ = map_untouched(mapped_bytes_);  // pages are aligned to more than 256 bytes
     base = static_cast<std::byte*>(memory_) + shift;
     if (checked) {
-      // calloc: pages of cells that nobody touches cost nothing.
-      const std::size_t count = static_cast<std::size_t>(bytes) / granule + 1;
-      cells = static_cast<Cell*>(std::calloc(count, sizeof(Cell)));
-      if (cells == nullptr) {
-        throw std::bad_alloc();
-      }
+      cells = static_cast<Cell*>(map_untouched(cell_bytes_));
     }
-    poison();
+    if (bytes <= kHuge) {
+      poison();
+    }
   }
   ~Region() {
-    ::operator delete(memory_, std::align_val_t(kAlignment));
-    std::free(cells);
+    munmap(memory_, mapped_bytes_);
+    if (cells != nullptr) {
+      munmap(cells, cell_bytes_);
+    }
   }
   Region(const Region&) = delete;
   Region& operator=(const Region&) = delete;
@@ -109,10 +126,11 @@ class Region {
 
  private:
   const int granule_bits_;
+  const std::size_t mapped_bytes_, cell_bytes_;
   void* memory_ = nullptr;
 };
 
-static_assert(std::is_trivially_copyable_v<Cell>, "cells come from calloc");
+static_assert(std::is_trivially_copyable_v<Cell>, "cells start as zero bytes");
 
 // Whether `earlier` happened before what the running thread does now.
 inline bool is_ordered(const Access& earlier) {
@@ -133,7 +151,7 @@ inline bool is_ordered(const Access& earlier) {
   return same_warp && earlier.segment < now.ordered[earlier.thread % kWarpSize];
 }
 
-enum class AccessKind : std::uint8_t { kRead, kWrite, kAtomic };
+enum class AccessKind : std::uint8_t { kRead, kReadOnly, kWrite, kAtomic };
 
 // One access of `size` bytes at `offset`, before it is made.
 class AccessCheck {
@@ -147,6 +165,11 @@ class AccessCheck {
       : region_(region), offset_(offset), size_(size), code_(code) {
     if (active.current == nullptr) {
       fail("a kernel's pointer was dereferenced on the host");
+    }
+    if (++active.accesses > kMostAccesses) {
+      fail(
+          "no barrier and no end after " + std::to_string(kMostAccesses) +
+          " accesses; it waits for another thread, or loops for ever" + at(code_));
     }
     if (region == nullptr) {
       fail("a null pointer was dereferenced" + at(code_));
@@ -181,14 +204,19 @@ class AccessCheck {
     access.code = code_;
     access.thread = static_cast<std::uint16_t>(thread.linear);
     access.atomic = kind == AccessKind::kAtomic;
+    access.read_only = kind == AccessKind::kReadOnly;
+    const bool reads = kind == AccessKind::kRead || kind == AccessKind::kReadOnly;
     for (std::size_t done = 0; done < size_; done += region_->granule) {
       const std::int64_t offset = offset_ + static_cast<std::int64_t>(done);
       Cell& cell = region_->cell(offset);
       if (kind != AccessKind::kWrite && !region_->is_written(offset)) {
         fail("uninitialised: " + element() + " is read, but nobody wrote it" + at(code_));
       }
-      check_writer(cell, access, kind, bits);
-      if (kind == AccessKind::kRead) {
+      if (access.read_only && cell.writer.serial >= active.first_serial) {
+        report_alias("read", "written" + at(cell.writer.code));
+      }
+      check_writer(cell, access, reads, bits);
+      if (reads) {
         add_reader(cell, access);
       } else {
         check_readers(cell, bits);
@@ -216,14 +244,17 @@ class AccessCheck {
   bool changes(const void* bits) const {
     return bits == nullptr || std::memcmp(region_->base + offset_, bits, size_) != 0;
   }
-  void check_writer(const Cell& cell, const Access& now, AccessKind kind, const void* bits) const {
+  void check_writer(const Cell& cell, const Access& now, bool reads, const void* bits) const {
     const bool both_atomic = now.atomic && cell.writer.atomic;
     if (!both_atomic && conflicts(cell.writer) && changes(bits)) {
-      report(kind == AccessKind::kRead ? "read" : "written", cell.writer, "written");
+      report(reads ? "read" : "written", cell.writer, "written");
     }
   }
   void check_readers(const Cell& cell, const void* bits) const {
     for (const Access& reader : cell.readers) {
+      if (reader.read_only && reader.serial >= active.first_serial) {
+        report_alias("written", "read" + at(reader.code));
+      }
       if (conflicts(reader) && changes(bits)) {
         report("written", reader, "read");
       }
@@ -231,8 +262,18 @@ class AccessCheck {
   }
 
   void add_reader(Cell& cell, const Access& access) const {
-    Access& first = cell.readers[0];
-    (conflicts(first) ? cell.readers[1] : first) = access;
+    Access& slot = cell.readers[conflicts(cell.readers[0]) ? 1 : 0];
+    const bool promised = slot.read_only && slot.serial >= active.first_serial;
+    slot = access;
+    slot.read_only = access.read_only || promised;
+  }
+
+  // GlobalPtr<const T> is T* __restrict__ under nvcc, which then loads by ld.global.nc: such a load
+  // may give what was there before the launch.
+  [[noreturn]] void report_alias(const std::string& now, const std::string& then) const {
+    fail(
+        "alias: " + element() + " is " + now + at(code_) + " and was " + then +
+        " in the same launch, but one of the pointers is a GlobalPtr to const");
   }
 
   [[noreturn]] void report(
@@ -257,6 +298,11 @@ class AccessCheck {
     Region* region, std::int64_t offset, std::size_t size, std::size_t alignment) {
   const CodeAddress code = code_address(__builtin_return_address(0));
   AccessCheck(region, offset, size, alignment, code).run(AccessKind::kRead, nullptr);
+}
+[[gnu::noinline]] inline void check_read_only(
+    Region* region, std::int64_t offset, std::size_t size, std::size_t alignment) {
+  const CodeAddress code = code_address(__builtin_return_address(0));
+  AccessCheck(region, offset, size, alignment, code).run(AccessKind::kReadOnly, nullptr);
 }
 [[gnu::noinline]] inline void check_write(
     Region* region,
@@ -315,17 +361,22 @@ class Ref {
   SIMT_COMPOUND_ASSIGNMENT(^)
 #undef SIMT_COMPOUND_ASSIGNMENT
   Ptr<T> operator&() && {
-    return Ptr<T>(region_, offset_);
+    return Ptr<T>(region_, offset_, read_only_);
   }
 
  private:
   friend class Ptr<T>;
   template <typename U>
   friend class Ref;
-  Ref(detail::Region* region, std::int64_t offset) : region_(region), offset_(offset) {}
+  Ref(detail::Region* region, std::int64_t offset, bool read_only)
+      : region_(region), offset_(offset), read_only_(read_only) {}
 
   [[gnu::always_inline]] Value read() const {
-    detail::check_read(region_, offset_, sizeof(T), alignof(T));
+    if (std::is_const_v<T> && read_only_) {
+      detail::check_read_only(region_, offset_, sizeof(T), alignof(T));
+    } else {
+      detail::check_read(region_, offset_, sizeof(T), alignof(T));
+    }
     Value value;
     std::memcpy(&value, region_->base + offset_, sizeof(T));
     return value;
@@ -339,6 +390,7 @@ class Ref {
 
   detail::Region* region_;
   std::int64_t offset_;
+  bool read_only_;
 };
 
 // A pointer of a kernel: T* with bounds.
@@ -349,20 +401,21 @@ class Ptr {
 
   Ptr() = default;
   Ptr(std::nullptr_t) {}
-  Ptr(detail::Region* region, std::int64_t offset) : region_(region), offset_(offset) {}
+  Ptr(detail::Region* region, std::int64_t offset, bool read_only = false)
+      : region_(region), offset_(offset), read_only_(read_only) {}
 
   operator Ptr<const T>() const {
-    return Ptr<const T>(region_, offset_);
+    return Ptr<const T>(region_, offset_, read_only_);
   }
   explicit operator bool() const {
     return region_ != nullptr;
   }
 
   [[gnu::always_inline]] Ref<T> operator[](std::int64_t i) const {
-    return Ref<T>(region_, offset_ + i * kSize);
+    return Ref<T>(region_, offset_ + i * kSize, read_only_);
   }
   [[gnu::always_inline]] Ref<T> operator*() const {
-    return Ref<T>(region_, offset_);
+    return Ref<T>(region_, offset_, read_only_);
   }
 
   Ptr& operator+=(std::int64_t n) {
@@ -406,7 +459,7 @@ class Ptr {
   // The same address as a pointer to another type.
   template <typename U>
   Ptr<U> cast() const {
-    return Ptr<U>(region_, offset_);
+    return Ptr<U>(region_, offset_, read_only_);
   }
 
   // The address itself, for alignment tests.
@@ -429,6 +482,26 @@ class Ptr {
   static constexpr std::int64_t kSize = static_cast<std::int64_t>(sizeof(T));
   detail::Region* region_ = nullptr;
   std::int64_t offset_ = 0;
+
+ protected:
+  // Whether reads rest on the promise of a GlobalPtr; what is made of such a pointer inherits it.
+  bool read_only_ = false;
+};
+
+// Memory that a kernel gets as an argument, T* __restrict__ under nvcc: what is read through a
+// GlobalPtr<const T>, nobody writes in the same launch.
+template <typename T>
+class GlobalPtr : public Ptr<T> {
+ public:
+  GlobalPtr() = default;
+  GlobalPtr(std::nullptr_t) {}
+  GlobalPtr(const Ptr<T>& p) : Ptr<T>(p) {
+    this->read_only_ = std::is_const_v<T>;
+  }
+  template <
+      typename U,
+      typename = std::enable_if_t<std::is_const_v<T> && std::is_same_v<std::remove_const_t<T>, U>>>
+  GlobalPtr(const Ptr<U>& p) : GlobalPtr(Ptr<T>(p)) {}
 };
 
 // Global memory, owned by the host. `shift` moves the first element off its alignment by so many
@@ -479,6 +552,10 @@ class Buffer {
   void fill(const Value& value) {
     std::fill_n(data(), size_, value);
     mark_written();
+  }
+
+  bool is_written(std::int64_t i) const {
+    return region_->is_written(i * static_cast<std::int64_t>(sizeof(T)));
   }
 
   // The first element that no kernel wrote, or -1.

@@ -1,5 +1,6 @@
 // Between numpy arrays and the buffers of a simulated launch; and how a binding file announces
-// itself. Only for csrc/simt/bindings/*.cpp.
+// itself. Only for csrc/simt/bindings/*.cpp, which are compiled twice: with kernels that g++ compiled
+// for the executor, and with launchers and kernels that nvcc compiled (ptx/).
 #pragma once
 
 #include <cstdint>
@@ -9,9 +10,20 @@
 #include <pybind11/numpy.h>
 #include <pybind11/pybind11.h>
 
+#if defined(IMMUNIZE_EXT_WITH_CUDA)
+#include "ptx/buffer.h"
+#else
 #include "simt.h"
+#endif
 
 namespace simt {
+
+#if !defined(IMMUNIZE_EXT_WITH_CUDA)
+// The stream on which launches go to `device`.
+inline Stream on(const Device& device) {
+  return device;
+}
+#endif
 
 namespace py = pybind11;
 
@@ -61,6 +73,13 @@ inline std::vector<Bindings>& all_bindings() {
 }
 
 }  // namespace simt
+
+// The prefix of launchers: those that nvcc compiled are declared, others instantiated.
+#if defined(IMMUNIZE_EXT_WITH_CUDA)
+#define SIMT_EXTERN extern
+#else
+#define SIMT_EXTERN
+#endif
 
 // SIMT_BINDINGS(row_sum, m) { m.def(...); } in csrc/simt/bindings/row_sum.cpp.
 #define SIMT_BINDINGS(stem, m)                                          \

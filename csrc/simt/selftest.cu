@@ -13,6 +13,7 @@ template void launch_transpose<double>(
 template __global__ void last_block_sum<true>(
     GlobalPtr<const float>, GlobalPtr<float>, GlobalPtr<int>, GlobalPtr<float>);
 template __global__ void reverse_warp<true>(GlobalPtr<const float>, GlobalPtr<float>);
-template __global__ void use_dynamic_shared<0>(GlobalPtr<float>);
+template __global__ void bound_of_a_template<float>(GlobalPtr<float>);
+template __global__ void narrow_index<int>(GlobalPtr<float>, int);
 
 }  // namespace immunize_ext::selftest

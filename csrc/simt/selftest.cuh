@@ -303,11 +303,76 @@ static __global__ void index_overflow(GlobalPtr<int> out, int rows, int columns)
   out[0] = rows * columns;
 }
 
-// Element 0 of dynamic shared memory, whatever its size is.
-template <int id>
-__global__ void use_dynamic_shared(GlobalPtr<float> out) {
+// The largest of x without an atomic: two blocks may both find theirs larger. largest[0] is -1.
+static __global__ void plain_maximum(GlobalPtr<const int> x, GlobalPtr<int> largest) {
+  const int value = x[blockIdx.x];
+  const int before = largest[0];
+  if (value > before) {
+    largest[0] = value;
+  }
+}
+
+// Launched with twice the threads.
+constexpr unsigned kBound = 64;
+static __global__ void __launch_bounds__(kBound) too_many_threads() {}
+template <typename T>
+__global__ void __launch_bounds__(2 * kBound, 1) bound_of_a_template(GlobalPtr<T> out) {
+  out[threadIdx.x] = T(1);
+}
+
+// A block for each row of out; the product of row and columns is computed in 32 bits.
+template <typename Index>
+__global__ void narrow_index(GlobalPtr<float> out, Index columns) {
+  out[static_cast<Index>(blockIdx.x) * columns + static_cast<Index>(threadIdx.x)] = 1;
+}
+static __global__ void wide_index(GlobalPtr<float> out, std::int64_t columns) {
+  out[blockIdx.x * columns + threadIdx.x] = 1;
+}
+
+// x is out: nvcc may load from the read-only cache what is being written.
+static __global__ void written_before_read(GlobalPtr<const float> x, GlobalPtr<float> out) {
+  out[threadIdx.x] = 1;
+  __syncthreads();
+  const float other = x[blockDim.x - 1 - threadIdx.x];
+  out[blockDim.x + threadIdx.x] = other;
+}
+static __global__ void read_before_written(GlobalPtr<const float> x, GlobalPtr<float> out) {
+  const SharedPtr<const float> mine = x + threadIdx.x;  // inherits the promise
+  out[threadIdx.x] = 2 * mine[0];
+}
+
+// The batch lies in grid.y, which ends at 65,535.
+static __global__ void batch_in_y(GlobalPtr<float> out) {
+  out[std::int64_t{blockIdx.y} * gridDim.x + blockIdx.x] = 1;
+}
+inline void launch_batch_in_y(
+    GlobalPtr<float> out, std::int64_t batch, std::int64_t rows, Stream stream) {
+  const dim3 grid(static_cast<unsigned>(rows), static_cast<unsigned>(batch));
+  simt::launch(SIMT_KERNEL(batch_in_y), grid, dim3(1), 0, stream, out);
+}
+
+// One thread spins until another one has written.
+static __global__ void spin(GlobalPtr<int> flag) {
+  if (threadIdx.x == 0) {
+    while (flag[0] == 0) {
+    }
+  } else {
+    __syncthreads();
+    flag[0] = 1;
+  }
+}
+static __global__ void endless_barriers() {
+  for (;;) {
+    __syncthreads();
+  }
+}
+
+// Element 0 of dynamic shared memory, whatever its size is, beside a static array.
+static __global__ void use_dynamic_shared(GlobalPtr<float> out) {
   SIMT_DYNAMIC_SHARED(float, workspace);
-  workspace[0] = 1;
+  SIMT_SHARED_ARRAY(float, one, 1);
+  one[0] = 1;
+  workspace[0] = one[0];
   out[0] = workspace[0];
 }
 

@@ -13,9 +13,6 @@
 
 namespace simt {
 
-// Memory that kernels get as an argument. Under nvcc: T* __restrict__.
-template <typename T>
-using GlobalPtr = Ptr<T>;
 // Shared memory, or either. Under nvcc: T*.
 template <typename T>
 using SharedPtr = Ptr<T>;

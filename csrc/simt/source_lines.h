@@ -21,9 +21,15 @@ inline CodeAddress code_address(const void* address) {
       reinterpret_cast<std::intptr_t>(address) - reinterpret_cast<std::intptr_t>(&code_anchor));
 }
 
+// Where kernels are no machine code: what `at` shall say of their addresses.
+inline std::string (*describe_code)(CodeAddress code) = nullptr;
+
 // " (file:line)" of the kernel code around `code`, by addr2line; empty where it is not installed.
 // Of the chain of inlined functions the first that does not belong to the executor is meant.
 inline std::string at(CodeAddress code) {
+  if (describe_code != nullptr) {
+    return describe_code(code);
+  }
   const std::intptr_t address = reinterpret_cast<std::intptr_t>(&code_anchor) + code - 1;
   Dl_info library;
   if (code == 0 || dladdr(reinterpret_cast<void*>(address), &library) == 0) {

@@ -9,6 +9,7 @@
 #include <string>
 #include <vector>
 
+#include "common.h"
 #include "fiber.h"
 
 struct uint3 {
@@ -23,14 +24,13 @@ struct dim3 {
 
 namespace simt {
 
-// A mistake that the executor found in a kernel while it ran.
-class Error : public std::runtime_error {
-  using std::runtime_error::runtime_error;
-};
-
 namespace detail {
 
 constexpr unsigned kWarpSize = 32;
+// What no kernel of ours comes near: a thread that spins would never let the others run, and a loop
+// around a barrier need not end.
+constexpr std::uint64_t kMostAccesses = std::uint64_t{1} << 24;  // of a thread between two waits
+constexpr std::uint32_t kMostBarriers = std::uint32_t{1} << 22;  // of a block
 
 // A place in the source.
 struct Site {
@@ -123,6 +123,7 @@ struct Launch {
   std::uint32_t serial = 0;        // the running block
   std::uint32_t epoch = 0;         // block barriers that the running block has passed
   bool acquired = false;           // the running block has done an atomic on global memory
+  std::uint64_t accesses = 0;      // of the running thread since another one ran
   // Per block run so far in this launch: 1 + the epoch of its last __threadfence, or 0.
   std::vector<std::uint32_t> fences;
 };

@@ -48,10 +48,23 @@ def test_every_difference_of_two_tables_is_named(build: Any) -> None:
 def test_the_committed_table_and_page_hold_the_same_kernels(build: Any) -> None:
     page = build["TABLE"].read_text(encoding="utf-8")
     report = runpy.run_path(str(ROOT / "csrc" / "cuda" / "ptxas_report.py"))
-    rows = [report["Usage"](**row) for row in build["json"].loads(build["RECORD"].read_text())]
-    assert page.endswith(report["markdown"](rows))
-    assert report["complaints"](rows) == []
+    record = build["json"].loads(build["RECORD"].read_text(encoding="utf-8"))
+    rows = [report["Usage"](**row) for row in record]
+    nvcc = build["re"].search(r"nvcc release [^)]*", page)[0]
+    assert page == build["page"](nvcc, record)
+    assert {row.arch for row in rows} == {code for code in build["EXPECTED_CODE"] if "sm" in code}
+    assert report["complaints"]([row for row in rows if row.arch in {"sm_80", "sm_90"}]) == []
     assert {row.name.split("::")[1] for row in rows} == {"merge", "precondition", "spectrum"}
+
+
+def test_spills_are_tolerated_on_blackwell_as_far_as_they_are_known(build: Any) -> None:
+    known = {**KERNEL, "arch": "sm_120", "spill_stores": 4, "spill_loads": 8}
+    is_tolerated = build["is_tolerated"]
+    assert is_tolerated(known, [KERNEL, known])
+    for more in ("stack", "spill_stores", "spill_loads"):
+        assert not is_tolerated({**known, more: 99}, [known])
+    assert not is_tolerated(known, [KERNEL])
+    assert not is_tolerated({**known, "arch": "sm_90"}, [{**known, "arch": "sm_90"}])
 
 
 def test_no_nvcc_is_one_line() -> None:

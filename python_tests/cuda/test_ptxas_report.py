@@ -127,6 +127,8 @@ def test_architectures_in_a_library() -> None:
     listing = (
         "ELF file    1: _C.cpython-311-x86_64-linux-gnu.1.sm_80.cubin\n"
         "ELF file    2: _C.cpython-311-x86_64-linux-gnu.2.sm_90.cubin\n"
+        "ELF file    3: _C.cpython-311-x86_64-linux-gnu.3.sm_100.cubin\n"
+        "ELF file    4: _C.cpython-311-x86_64-linux-gnu.4.sm_120.cubin\n"
         "PTX file    1: _C.cpython-311-x86_64-linux-gnu.1.sm_90.ptx\n"
     )
     assert build["embedded_code"](listing) == build["EXPECTED_CODE"]

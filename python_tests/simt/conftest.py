@@ -1,6 +1,8 @@
 """Fixtures of the tests that run CUDA kernels on the CPU."""
 
 import importlib.util
+import os
+import shutil
 from pathlib import Path
 from types import ModuleType
 
@@ -26,11 +28,25 @@ def simt_build() -> ModuleType:
 
 
 @pytest.fixture(scope="session")
-def simt(simt_build: ModuleType) -> ModuleType:
-    """``immunize_ext_simt``: a submodule for each file of ``csrc/simt/bindings``."""
+def ptx_build() -> ModuleType:
+    """``csrc/simt/ptx/build.py`` as a module."""
+    return load_script(ROOT / "csrc" / "simt" / "ptx" / "build.py")
+
+
+@pytest.fixture(scope="session")
+def simt(simt_build: ModuleType, ptx_build: ModuleType) -> ModuleType:
+    """The kernels on the CPU: a submodule for each file of ``csrc/simt/bindings``.
+
+    As g++ compiles them; or, with ``IMMUNIZE_EXT_SIMT=ptx``, as nvcc does.
+    """
     try:
         simt_build.compiler()
     except simt_build.BuildError as error:
         pytest.skip(f"the simulated kernels cannot be compiled: {error}")
+    if os.environ.get("IMMUNIZE_EXT_SIMT") == "ptx":
+        nvcc = shutil.which("nvcc")
+        assert nvcc is not None, "IMMUNIZE_EXT_SIMT=ptx needs nvcc"
+        compiled: ModuleType = ptx_build.load(nvcc)
+        return compiled
     module: ModuleType = simt_build.load()
     return module

@@ -212,6 +212,14 @@ def test_race_between_blocks(simt: ModuleType, kernels: Any) -> None:
     assert kernels.race_between_blocks(1) == 0
 
 
+def test_maximum_across_blocks_without_an_atomic(simt: ModuleType, kernels: Any) -> None:
+    x = np.array([3, 1, 4, 1, 5], dtype=np.int32)
+    for seed in SEEDS:
+        with caught(simt, r"data race: largest\[0\] is .* by another block's thread"):
+            kernels.plain_maximum(x, seed=seed)
+    assert kernels.plain_maximum(x[:1]) == 3
+
+
 def test_missing_fence(simt: ModuleType, kernels: Any) -> None:
     x = np.ones(32 * 4, dtype=np.float32)
     for seed in SEEDS:
@@ -248,6 +256,41 @@ def test_signed_overflow(simt: ModuleType, kernels: Any) -> None:
         kernels.index_overflow(2**16, 2**15)
 
 
+@pytest.mark.parametrize("columns", [64, 96])
+def test_indices_of_32_bits(simt: ModuleType, kernels: Any, columns: int) -> None:
+    rows = 2**26 + 1
+    assert kernels.wide_index(rows, columns, 1)
+    with caught(simt, r"signed integer overflow \(selftest.cuh:\d+\)"):
+        kernels.narrow_index(rows, columns, 1)
+    assert not kernels.unsigned_index(rows, columns, 1)  # wraps: the last row stays unwritten
+    assert kernels.narrow_index(1000, columns, 1000)
+    assert kernels.unsigned_index(1000, columns, 1000)
+
+
+def test_a_batch_in_the_second_dimension_of_the_grid(simt: ModuleType, kernels: Any) -> None:
+    kernels.batch_in_y(65_535, 7, 1)
+    with pytest.raises(simt.LaunchError, match=r"grid must be .* got \(7, 65536, 1\)"):
+        kernels.batch_in_y(65_536, 7, 0)
+
+
+def test_const_memory_that_the_launch_writes(simt: ModuleType, kernels: Any) -> None:
+    x = np.arange(64, dtype=np.float32)
+    with caught(simt, r"alias: both\[\d+\] is read .*and was written") as info:
+        kernels.written_before_read(x)
+    assert_names_line(info.value, "= x[blockDim.x")
+    with caught(simt, r"alias: both\[\d+\] is written .*and was read") as info:
+        kernels.read_before_written(x)
+    assert_names_line(info.value, "mine[0]")
+
+
+def test_kernels_that_do_not_end(simt: ModuleType, kernels: Any) -> None:
+    with caught(simt, r"no barrier and no end after \d+ accesses; .*\(selftest.cuh:\d+\)") as info:
+        kernels.spin(64)
+    assert_names_line(info.value, "while (flag[0] == 0)")
+    with caught(simt, r"no end after \d+ barriers"):
+        kernels.endless_barriers(1)
+
+
 def test_executor_works_after_an_error(simt: ModuleType, kernels: Any) -> None:
     x = np.arange(64, dtype=np.float32)
     for seed in SEEDS:
@@ -262,18 +305,26 @@ def test_executor_works_after_an_error(simt: ModuleType, kernels: Any) -> None:
 
 
 def test_dynamic_shared_memory_limits(simt: ModuleType, kernels: Any) -> None:
-    kernels.dynamic_shared_default(48 * 1024)
-    with pytest.raises(simt.LaunchError, match=r"49153 bytes .* without allow_dynamic_shared"):
-        kernels.dynamic_shared_default(48 * 1024 + 1)
-    kernels.dynamic_shared_opted_in(227 * 1024, 227 * 1024)
-    with pytest.raises(simt.LaunchError, match=r"100001 bytes .* allowed are 100000"):
-        kernels.dynamic_shared_opted_in(100001, 100000)
-    with pytest.raises(simt.LaunchError, match="allow_dynamic_shared of 232449 bytes"):
-        kernels.dynamic_shared_opted_in(1, 227 * 1024 + 1)
-    with pytest.raises(simt.LaunchError, match="the device has 101376"):
-        kernels.dynamic_shared_opted_in(1, 100 * 1024, device_limit=99 * 1024)
+    static = 4  # the kernel has an array beside it
+    kernels.dynamic_shared(227 * 1024 - static)
+    with caught(simt, r"shared array one: 4 bytes of static and 232448 of dynamic shared memory"):
+        kernels.dynamic_shared(227 * 1024)
+    with pytest.raises(simt.LaunchError, match=r"232449 bytes .* the device has 232448"):
+        kernels.dynamic_shared(227 * 1024 + 1)
+    with pytest.raises(simt.LaunchError, match=r"102400 bytes .* the device has 101376"):
+        kernels.dynamic_shared(100 * 1024, device_limit=99 * 1024)
     with caught(simt, r"out of bounds: dynamic shared memory\[0\] of 0 elements"):
-        kernels.dynamic_shared_default(0)
+        kernels.dynamic_shared(0)
+
+
+def test_launch_bounds(simt: ModuleType, kernels: Any) -> None:
+    kernels.too_many_threads(64)
+    with pytest.raises(simt.LaunchError, match=r"more threads than the 64 of __launch_bounds__"):
+        kernels.too_many_threads(65)
+    kernels.bound_of_a_template(128)
+    with pytest.raises(simt.LaunchError, match=r"more threads than the 128 of __launch_bounds__"):
+        kernels.bound_of_a_template(160)
+    kernels.launch_empty_kernel((1, 1, 1), (1024, 1, 1))  # without bounds
 
 
 @pytest.mark.parametrize("grid", [(65536, 1, 1), (1, 65535, 1), (1, 1, 65535), (3, 4, 5)])

@@ -387,6 +387,14 @@ def test_large_scales(kernels: Any, scale: float) -> None:
     np.testing.assert_allclose(result["value_min"], expected.sigma_min, rtol=rtol)
 
 
+def test_large_scale_of_a_matrix_that_many_blocks_read(kernels: Any) -> None:
+    a = gaussian(1, 2, 33_000)  # 65,536 entries are read by one block
+    a[0, 1, -1] = 1e300  # its square overflows without a scale
+    result = run(kernels.large_extremes, a, column_block=2)
+    np.testing.assert_allclose(result["value_max"], 1e300, rtol=1e-12)
+    np.testing.assert_array_equal(result["rank"], 1)
+
+
 @pytest.mark.parametrize("name", DEGENERATE)
 @pytest.mark.parametrize("full", [False, True])
 def test_large_degenerate(kernels: Any, name: str, full: bool) -> None:

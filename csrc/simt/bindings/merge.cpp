@@ -2,13 +2,22 @@
 //
 // Weights come as arrays of their own type, bfloat16 as uint16, and `dtype` says which; C, B and
 // the coefficients in the type that the kernels compute in.
-#include "../../cuda/merge.cuh"
+#include "../../cuda/merge_launchers.h"
 
 #include <pybind11/stl.h>
 
 #include <memory>
 
 #include "../numpy.h"
+
+namespace immunize_ext::merge {
+
+IMMUNIZE_EXT_MERGE_LAUNCHERS(SIMT_EXTERN, float);
+IMMUNIZE_EXT_MERGE_LAUNCHERS(SIMT_EXTERN, double);
+IMMUNIZE_EXT_MERGE_LAUNCHERS(SIMT_EXTERN, Half);
+IMMUNIZE_EXT_MERGE_LAUNCHERS(SIMT_EXTERN, BFloat16);
+
+}  // namespace immunize_ext::merge
 
 namespace {
 
@@ -23,11 +32,11 @@ using Arrays = std::vector<py::array>;
 
 struct Options {
   std::uint64_t seed = 0;
-  std::size_t shared_limit = Stream{}.shared_limit;
+  std::size_t shared_limit = simt::Device{}.shared_limit;
   std::int64_t largest_grid = 0x7FFFFFFF;
   std::int64_t shift = 0;  // elements by which every matrix is off its alignment
   Stream stream() const {
-    return Stream{seed, shared_limit};
+    return simt::on({seed, shared_limit});
   }
 };
 
@@ -58,7 +67,7 @@ class Output {
   Output(
       const std::string& name, std::vector<py::ssize_t> shape, py::dtype dtype, std::int64_t shift)
       : shape_(std::move(shape)), dtype_(std::move(dtype)), buffer_(name, size(), shift) {}
-  simt::GlobalPtr<T> ptr() const {
+  auto ptr() const {
     return buffer_.ptr();
   }
   py::array numpy() const {

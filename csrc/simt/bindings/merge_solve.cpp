@@ -23,7 +23,7 @@ SIMT_BINDINGS(merge_solve, m) {
         Buffer<std::int64_t> order("order", batch * s), rank("rank", batch);
         launch_pivoted_cholesky(
             {in.ptr(), triangle.ptr(), order.ptr(), rank.ptr(), factor.ptr(), batch, s, rank_rtol},
-            Stream{seed});
+            simt::on({seed}));
         return py::make_tuple(
             simt::to_numpy(triangle, {batch, s, s}), simt::to_numpy(order, {batch, s}),
             simt::to_numpy(rank, {batch}));

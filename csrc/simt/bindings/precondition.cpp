@@ -1,7 +1,16 @@
 // The precondition kernel as a function of numpy arrays: immunize_ext_simt.precondition.
-#include "../../cuda/precondition.cuh"
+#include "../../cuda/precondition_launchers.h"
 
 #include "../numpy.h"
+
+namespace immunize_ext::precondition {
+
+IMMUNIZE_EXT_PRECONDITION_LAUNCHERS(SIMT_EXTERN, float);
+IMMUNIZE_EXT_PRECONDITION_LAUNCHERS(SIMT_EXTERN, double);
+IMMUNIZE_EXT_PRECONDITION_LAUNCHERS(SIMT_EXTERN, Half);
+IMMUNIZE_EXT_PRECONDITION_LAUNCHERS(SIMT_EXTERN, BFloat16);
+
+}  // namespace immunize_ext::precondition
 
 namespace {
 
@@ -24,11 +33,11 @@ void define(simt::py::module_& m, const char* name) {
         const Buffer<const N> in = simt::input("grad", grad, shift);
         const Buffer<const double> left = simt::input("factor", factor);
         Buffer<N> result("result", grad.size());
-        Stream stream{seed};
-        stream.multiprocessor_count = processors;
+        simt::Device device{seed};
+        device.multiprocessor_count = processors;
         launch_small_precondition<T>(
             simt::pointer_cast<const T>(in.ptr()), left.ptr(), simt::pointer_cast<T>(result.ptr()),
-            rows, side, stream);
+            rows, side, simt::on(device));
         return simt::to_numpy(result, {rows, side});
       },
       arg("grad").noconvert(), arg("factor").noconvert(), arg("shift") = 0, arg("processors") = 2,
@@ -45,7 +54,7 @@ SIMT_BINDINGS(precondition, m) {
   m.def(
       "is_small",
       [](std::int64_t side, std::size_t device_limit) {
-        return is_small(side, Stream{0, device_limit});
+        return is_small(side, simt::on({0, device_limit}));
       },
-      arg("side"), arg("device_limit") = Stream{}.shared_limit);
+      arg("side"), arg("device_limit") = simt::Device{}.shared_limit);
 }

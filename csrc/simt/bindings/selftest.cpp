@@ -92,17 +92,25 @@ float run_last_block_sum(const Floats& x, std::uint64_t seed) {
   return out.data()[0];
 }
 
-// `id` picks one of the instances, which opt in to more shared memory one by one.
-template <int id>
-void run_dynamic_shared(
-    std::size_t bytes, std::size_t allow, std::size_t device_limit, std::uint64_t seed) {
-  const auto kernel = SIMT_KERNEL(use_dynamic_shared<id>);
-  const Stream stream{seed, device_limit};
-  if (allow > 0) {
-    simt::allow_dynamic_shared(kernel, allow);
-  }
-  Buffer<float> out("out", 1);
-  simt::launch(kernel, 1, 1, bytes, stream, out.ptr());
+// The last of 2^25 rows of out, or all of a few; returns the last element.
+template <typename Kernel, typename Index>
+bool run_rows(const Kernel& kernel, std::int64_t rows, Index columns, std::size_t blocks) {
+  Stream stream;
+  stream.blocks = blocks;
+  const Buffer<float> out("out", rows * columns);
+  simt::launch(
+      kernel, to_unsigned(rows), static_cast<unsigned>(columns), 0, stream, out.ptr(), columns);
+  return out.is_written(rows * columns - 1);
+}
+
+// x and out of the kernel are one buffer.
+template <typename Kernel>
+Floats run_in_place(const Kernel& kernel, const Floats& x) {
+  Buffer<float> both("both", 2 * x.size());
+  std::copy_n(x.data(), x.size(), both.data());
+  both.fill(1.0F);
+  simt::launch(kernel, 1, to_unsigned(x.size()), 0, Stream{}, both.ptr(), both.ptr());
+  return simt::to_numpy(both, {2 * x.size()});
 }
 
 }  // namespace
@@ -209,15 +217,67 @@ SIMT_BINDINGS(selftest, m) {
       },
       arg("rows"), arg("columns"));
   m.def(
-      "dynamic_shared_default",
-      [](std::size_t bytes) { run_dynamic_shared<0>(bytes, 0, Stream{}.shared_limit, 0); },
-      arg("bytes"));
-  m.def(
-      "dynamic_shared_opted_in",
-      [](std::size_t bytes, std::size_t allow, std::size_t device_limit) {
-        run_dynamic_shared<1>(bytes, allow, device_limit, 0);
+      "dynamic_shared",
+      [](std::size_t bytes, std::size_t device_limit) {
+        Buffer<float> out("out", 1);
+        simt::launch(
+            SIMT_KERNEL(use_dynamic_shared), 1, 1, bytes, Stream{0, device_limit}, out.ptr());
       },
-      arg("bytes"), arg("allow"), arg("device_limit") = Stream{}.shared_limit);
+      arg("bytes"), arg("device_limit") = Stream{}.shared_limit);
+  m.def(
+      "plain_maximum",
+      [](const Ints& x, std::uint64_t seed) {
+        const Buffer<const int> in = simt::input("x", x);
+        Buffer<int> largest("largest", 1);
+        largest.fill(-1);
+        simt::launch(
+            SIMT_KERNEL(plain_maximum), to_unsigned(x.size()), 1, 0, Stream{seed}, in.ptr(),
+            largest.ptr());
+        return largest.data()[0];
+      },
+      arg("x").noconvert(), arg("seed") = 0);
+  m.def(
+      "too_many_threads",
+      [](unsigned threads) {
+        simt::launch(SIMT_KERNEL(too_many_threads), 1, threads, 0, Stream{});
+      },
+      arg("threads"));
+  m.def(
+      "bound_of_a_template",
+      [](unsigned threads) {
+        const Buffer<double> out("out", threads);
+        simt::launch(SIMT_KERNEL(bound_of_a_template<double>), 1, threads, 0, Stream{}, out.ptr());
+      },
+      arg("threads"));
+  m.def("narrow_index", [](std::int64_t rows, int columns, std::size_t blocks) {
+    return run_rows(SIMT_KERNEL(narrow_index<int>), rows, columns, blocks);
+  });
+  m.def("unsigned_index", [](std::int64_t rows, unsigned columns, std::size_t blocks) {
+    return run_rows(SIMT_KERNEL(narrow_index<unsigned>), rows, columns, blocks);
+  });
+  m.def("wide_index", [](std::int64_t rows, std::int64_t columns, std::size_t blocks) {
+    return run_rows(SIMT_KERNEL(wide_index), rows, columns, blocks);
+  });
+  m.def("written_before_read", [](const Floats& x) {
+    return run_in_place(SIMT_KERNEL(written_before_read), x);
+  });
+  m.def("read_before_written", [](const Floats& x) {
+    return run_in_place(SIMT_KERNEL(read_before_written), x);
+  });
+  m.def("batch_in_y", [](std::int64_t batch, std::int64_t rows, std::size_t blocks) {
+    Stream stream;
+    stream.blocks = blocks;
+    const Buffer<float> out("out", batch * rows);
+    launch_batch_in_y(out.ptr(), batch, rows, stream);
+  });
+  m.def("spin", [](unsigned threads) {
+    Buffer<int> flag("flag", 1);
+    flag.fill(0);
+    simt::launch(SIMT_KERNEL(spin), 1, threads, 0, Stream{}, flag.ptr());
+  });
+  m.def("endless_barriers", [](unsigned threads) {
+    simt::launch(SIMT_KERNEL(endless_barriers), 1, threads, 0, Stream{});
+  });
   m.def(
       "launch_empty_kernel",
       [](const std::array<unsigned, 3>& grid, const std::array<unsigned, 3>& block) {

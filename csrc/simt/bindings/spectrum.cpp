@@ -1,10 +1,17 @@
 // The spectrum kernels as functions of numpy arrays: immunize_ext_simt.spectrum.
-#include "../../cuda/spectrum_large.cuh"
+#include "../../cuda/spectrum_launchers.h"
 
 #include <climits>
 #include <tuple>
 
 #include "../numpy.h"
+
+namespace immunize_ext::spectrum {
+
+IMMUNIZE_EXT_SPECTRUM_LAUNCHERS(SIMT_EXTERN, float);
+IMMUNIZE_EXT_SPECTRUM_LAUNCHERS(SIMT_EXTERN, double);
+
+}  // namespace immunize_ext::spectrum
 
 namespace {
 
@@ -186,7 +193,7 @@ void define_large(simt::py::module_& m) {
         launch_large_extremes<T>(
             in.ptr(), batch, plan, buffers.space(),
             policy_for(n, p, rank_rtol, cluster_rtol, full_rank, false), results.outputs(),
-            results.first_bad.ptr(), watch, Stream{seed});
+            results.first_bad.ptr(), watch, simt::on({seed}));
         simt::py::dict out = results.to_dict();
         int sweeps = 0;
         for (int s = 0; s < kLargeSweeps; ++s)
@@ -202,7 +209,7 @@ void define_large(simt::py::module_& m) {
          double rank_rtol, double cluster_rtol, bool full_rank, int column_block,
          std::uint64_t seed) {
         const std::int64_t batch = a.shape(0), n = a.shape(1), p = a.shape(2);
-        const Stream stream{seed};
+        const Stream stream = simt::on({seed});
         const LargePlan plan = large_plan(n, p, column_block);
         const Buffer<const T> in = simt::input("a", a);
         const Gradients gradients(forward, grads);
@@ -226,7 +233,7 @@ void define_small(simt::py::module_& m) {
       [](const Array<T>& a, double rank_rtol, double cluster_rtol, bool full_rank, bool of_gram,
          unsigned most_blocks, std::uint64_t seed) {
         const std::int64_t batch = a.shape(0), n = a.shape(1), p = a.shape(2);
-        const Stream stream{seed};
+        const Stream stream = simt::on({seed});
         const SmallPlan plan = small_plan(n, p);
         unsigned grid = small_grid(plan, batch, stream);
         grid = grid < most_blocks ? grid : most_blocks;
@@ -245,7 +252,7 @@ void define_small(simt::py::module_& m) {
       [](const Array<T>& a, const simt::py::dict& forward, const simt::py::dict& grads,
          double rank_rtol, double cluster_rtol, bool full_rank, std::uint64_t seed) {
         const std::int64_t batch = a.shape(0), n = a.shape(1), p = a.shape(2);
-        const Stream stream{seed};
+        const Stream stream = simt::on({seed});
         const SmallPlan plan = small_plan(n, p);
         const unsigned grid = small_grid(plan, batch, stream);
         const Buffer<const T> in = simt::input("a", a);
@@ -273,7 +280,7 @@ SIMT_BINDINGS(spectrum, m) {
   m.def(
       "is_small",
       [](std::int64_t n, std::int64_t p, std::size_t device_limit) {
-        return is_small(n, p, Stream{0, device_limit});
+        return is_small(n, p, simt::on({0, device_limit}));
       },
-      arg("n"), arg("p"), arg("device_limit") = Stream{}.shared_limit);
+      arg("n"), arg("p"), arg("device_limit") = simt::Device{}.shared_limit);
 }
