@@ -352,6 +352,32 @@ def attack(parser: CommandParser, argv: Sequence[str]) -> int:
     return 0
 
 
+def certify(parser: CommandParser, argv: Sequence[str]) -> int:
+    """Certify a finished run: what each kind of attacker pays.
+
+    Delay by kind of optimizer, the cap in work, the price of undoing in unlabelled inputs and in
+    labelled samples, what number formats leave, and what is gone for linear probes. The result and
+    its page are added under RUN/certificates; nothing of the run is changed.
+    """
+    from immunize_ext.probing.certification import CertificationSettings, certify_run
+
+    parser.usage = f"{parser.prog} RUN [OPTIONS]"
+    parser.hints["--out"] = "certify writes into RUN/certificates"
+    parser.add_argument("run_folder", metavar="RUN", help="run directory of `immunize kappa`")
+    parser.add_argument("--quiet", action="store_true", help="print the result alone")
+    parser.add_argument("--threads", type=int, metavar="N", help="threads (default: 1)")
+    wing = _probing()._replace(
+        methods=Registry("method", key="method"), attacks=Registry("attack", key="name")
+    )
+    _add_settings(parser, wing, CertificationSettings)
+    arguments = parser.parse_args(argv)
+    settings = _read(arguments, wing, CertificationSettings)
+    with _working(arguments) as progress:
+        found = certify_run(arguments.run_folder, settings, progress=progress)
+    print(found.summary())
+    return 0
+
+
 def report(parser: CommandParser, argv: Sequence[str]) -> int:
     """Compare finished runs at equal cost to the primary task.
 
@@ -531,6 +557,7 @@ COMMANDS: Mapping[str, Command] = MappingProxyType(
         "erase": erase,
         "sweep": sweep,
         "attack": attack,
+        "certify": certify,
         "report": report,
         "build-pipeline": build_pipeline,
         "doctor": doctor,

@@ -133,7 +133,7 @@ def add_registry_flags(
             metavar="NAME=VALUE",
             help="a setting of the method, as its flag sets it; again for more",
         )
-    group = parser.add_argument_group("settings of methods", ", ".join(methods))
+        group = parser.add_argument_group("settings of methods", ", ".join(methods))
     for name, owners in methods.all_settings().items():
         if name in shared:
             continue
@@ -146,7 +146,8 @@ def add_registry_flags(
             f"{_METHOD}.{name}",
             of="" if len(owners) == len(methods) else ", ".join(owners),
         )
-    group = parser.add_argument_group("settings of attacks", ", ".join(attacks))
+    if attacks:
+        group = parser.add_argument_group("settings of attacks", ", ".join(attacks))
     for owner, attack in attacks.items():
         for setting in settings_of(type(attack)).values():
             if setting.name != attacks.key and setting.name not in shared:

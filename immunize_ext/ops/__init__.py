@@ -1,6 +1,7 @@
 """Differentiable operators: spectrum, key/value merge, preconditioned gradient."""
 
 from immunize_ext.ops import operators as operators
+from immunize_ext.ops.equal_diagonal import equal_diagonal_rotation
 from immunize_ext.ops.factor import RegularizationFactor
 from immunize_ext.ops.layers import convolution_matrix, map_layers
 from immunize_ext.ops.lora import MergeAdapter, as_lora, lora_state_dict, save_lora
@@ -41,6 +42,7 @@ __all__ = [
     "as_lora",
     "condition_number",
     "convolution_matrix",
+    "equal_diagonal_rotation",
     "extremal_singular_values",
     "gram_extremes",
     "gram_log_condition_number",

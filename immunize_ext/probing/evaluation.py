@@ -586,6 +586,8 @@ def _spectrum(rows: Tensor, theta0: Tensor, theta: Tensor) -> Table:
     before, after = (
         torch.linalg.svdvals(rows @ t.to(torch.float64)).square().cpu() for t in (theta0, theta)
     )
+    # Directions that a singular theta has taken away.
+    after = torch.cat([after, after.new_zeros(max(0, len(before) - len(after)))])
     spaced = np.linspace(0, len(before) - 1, min(len(before), _EIGENVALUES)).round()
     places = np.unique(spaced.astype(int)).tolist()
     return {
@@ -596,7 +598,7 @@ def _spectrum(rows: Tensor, theta0: Tensor, theta: Tensor) -> Table:
 
 
 def _angles(rows: Mapping[str, Tensor], theta: Tensor, theta0: Tensor) -> Table:
-    count = min(SUBSPACE, *(min(x.shape) for x in rows.values()))
+    count = min(SUBSPACE, theta.shape[1], *(min(x.shape) for x in rows.values()))
     found = leading_subspace_angles(rows["primary"], rows["harmful"], theta, theta0, count=count)
     return {
         "count": count,

@@ -562,26 +562,13 @@ def attack(
         FileNotFoundError: If there is no such run.
         ValueError: If it is no single run, its data has changed, or a setting is out of range.
     """
-    results = read_results(folder)
-    if results["kind"] != KIND:
-        raise ValueError(
-            f"attack: {folder} must be a single run, got a sweep, which keeps no extractors; "
-            "sweep again with --attacks"
-        )
     changes = {
         name: value
         for name in ("loss", "base_budget", "limit", "data_dir")
         if (value := getattr(settings, name)) is not None
     }
-    about = replace(_request(results["request"]), **changes)
+    about, immunized, problem = reopen(folder, "attack", **changes)
     attacks = attacks_of(settings.attacks, settings.attack_settings, about.loss, standard=False)
-    immunized = Immunized.load(Path(folder) / MODEL)
-    problem = about.load()
-    if problem.digest() != results.get("data_sha256"):
-        raise ValueError(
-            f"attack: {about.data} must be the data that the run saw, got other numbers; give "
-            "its folder with --data-dir"
-        )
     sides = {"primary": [problem.primary], "harmful": list(problem.harmful)}
     tasks = [(role, task) for role in settings.tasks for task in sides[role]]
     started = time.perf_counter()
@@ -609,6 +596,40 @@ def attack(
         "environment": environment(),
     }
     return AttackRecord(record, write_numbered(Path(folder) / "attacks", record))
+
+
+def reopen(
+    folder: str | Path, function: str, **changes: Any
+) -> tuple[RunSettings, Immunized, Problem[Task]]:
+    """What a finished run was about, its extractor and its tasks.
+
+    Args:
+        folder: The run folder.
+        function: Who asks; stands in errors.
+        **changes: Settings of the run that are other ones now, ``data_dir`` for instance.
+
+    Returns:
+        Its settings, as far as data and attacks go, the immunized extractor and the problem.
+
+    Raises:
+        FileNotFoundError: If there is no such run.
+        ValueError: If it is no single run, or its data has changed.
+    """
+    results = read_results(folder)
+    if results["kind"] != KIND:
+        raise ValueError(
+            f"{function}: {folder} must be a single run, got a sweep, which keeps no extractors; "
+            f"{'sweep again with --attacks' if function == 'attack' else 'give one run'}"
+        )
+    about = replace(_request(results["request"]), **changes)
+    immunized = Immunized.load(Path(folder) / MODEL)
+    problem = about.load()
+    if problem.digest() != results.get("data_sha256"):
+        raise ValueError(
+            f"{function}: {about.data} must be the data that the run saw, got other numbers; give "
+            "its folder with --data-dir"
+        )
+    return about, immunized, problem
 
 
 def _request(values: Mapping[str, Any]) -> RunSettings:

@@ -67,6 +67,7 @@ _makers: dict[str, Maker] = {}
 # Who registers the kinds of this package; imported when the first page of theirs is asked for.
 _REGISTRANTS = {
     "kappa": "immunize_ext.probing.report",
+    "kappa-certificate": "immunize_ext.probing.certificate_report",
     "kappa-sweep": "immunize_ext.probing.comparison_report",
     "kappa-comparison": "immunize_ext.probing.comparison_report",
     "mima": "immunize_ext.text_to_image.report",

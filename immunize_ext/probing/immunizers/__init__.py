@@ -24,6 +24,14 @@ from immunize_ext.probing.immunizers.corridor import project_to_corridor
 from immunize_ext.probing.immunizers.deep_extractor import DeepExtractorImmunizer
 from immunize_ext.probing.immunizers.imma import ImmaImmunizer
 from immunize_ext.probing.immunizers.immunized import Immunized, ImmunizedExtractor
+from immunize_ext.probing.immunizers.label_direction import LabelDirectionImmunizer
+from immunize_ext.probing.immunizers.lock import (
+    Head,
+    LinearLock,
+    PencilLock,
+    best_head,
+    lock_price,
+)
 from immunize_ext.probing.immunizers.loop import IterativeImmunizer, LinearImmunizer
 from immunize_ext.probing.immunizers.mini_batch import MiniBatchImmunizer
 from immunize_ext.probing.immunizers.multiplicative import (
@@ -41,22 +49,28 @@ __all__ = [
     "ConditionNumberImmunizer",
     "DeepExtractorImmunizer",
     "GradedImmunizer",
+    "Head",
     "ImmaImmunizer",
     "Immunized",
     "ImmunizedExtractor",
     "IterativeImmunizer",
+    "LabelDirectionImmunizer",
     "LinearImmunizer",
+    "LinearLock",
     "MiniBatchImmunizer",
     "MultiplicativeImmunizer",
+    "PencilLock",
     "PlainConditionNumberImmunizer",
     "SeveralHarmsImmunizer",
     "WhiteningImmunizer",
+    "best_head",
     "calibrate_strength",
     "closed_form_theta",
     "grid_of",
     "ill_step_bound",
     "knob_of",
     "label_of",
+    "lock_price",
     "multiplicative_step",
     "project_to_corridor",
     "several_harms_theta",

@@ -91,7 +91,7 @@ def test_every_method_starts_from_a_given_theta_and_reports(name: str, tmp_path:
         short(name).fit(torch.eye(4), PROBLEM)
 
 
-@pytest.mark.parametrize("name", [n for n in METHODS if n != "several-harms"])
+@pytest.mark.parametrize("name", [n for n, m in METHODS.items() if not m.takes_several])
 def test_methods_for_one_harm_refuse_several(name: str) -> None:
     with pytest.raises(ValueError, match="harmful must be one task, got 2"):
         short(name).fit(None, Problem.of(task(1), task(2), task(3)))

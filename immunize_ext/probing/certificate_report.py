@@ -1,0 +1,201 @@
+"""What a certificate says, from its record alone."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from immunize_ext.quantities import Slowdown
+from immunize_ext.report.page import Page, register
+from immunize_ext.report.tables import text_table
+from immunize_ext.report.words import count, number, percent, real, times
+
+Certificate = Mapping[str, Any]
+
+# What stands for the optimizers of a table, and who else is of the kind.
+_OPTIMIZERS = {
+    "gradient_descent": "gradient descent",
+    "momentum": "momentum, Nesterov",
+    "conjugate_gradients": "conjugate gradients",
+    "full_matrix_adagrad": "full-matrix Adagrad",
+    "diagonal": "Adam, Adagrad, standardised features",
+    "nystrom": "low-rank preconditioner (a tenth of the directions)",
+    "whitening": "whitening, Newton, K-FAC, closed form",
+}
+
+_ROLES = {"harmful": "harmful task", "primary": "task to keep"}
+
+
+def headline(one: Certificate) -> str:
+    """The strongest true sentence about what holds against whom."""
+    if not one["invertible"]:
+        gone = one["linear"][0]
+        if gone["r2_after"] < max(0.05, 2.0 * gone["leak"]):
+            return "Locked for linear probes, open to others"
+        return "Directions are gone, the harm is not"
+    factor = real(one["few_samples"][0]["factor_best"])
+    own = real(one["few_samples"][1]["factor_best"])
+    if factor >= 2.0 and factor > own:
+        return "A delay and a price in samples, no lock"
+    return "A delay for those who descend, nothing for those who whiten"
+
+
+def sentences(one: Certificate) -> list[str]:
+    """What each kind of attacker pays, one sentence each."""
+    found = []
+    if one["delays"]:
+        descent, free = one["delays"][0], one["delays"][6]
+        found.append(
+            f"By the spectrum alone, gradient descent takes {number(descent['factor'])} times the "
+            f"steps; whoever whitens takes {number(free['factor'])} times, for every invertible "
+            "extractor, which is a theorem."
+        )
+    if (work := one["work"]) is not None:
+        measured = times(Slowdown(real(work["measured"]), bool(work["measured_is_lower_bound"])))
+        verb = "less" if work["cap"] < 1.0 else "more"
+        found.append(
+            f"Gradient descent is {measured[:-1]} times slower in steps, but a factorisation costs "
+            f"as much as {number(work['factorisation'])} of the "
+            f"{count(work['steps_before'], 'step')} it took before: in work, a free attacker pays "
+            f"{number(work['cap'])} times that at most"
+            f"{', ' + verb + ' than before' if verb == 'less' else ''}."
+        )
+    harm, own = one["few_samples"]
+    found.append(
+        f"For what 40 labelled samples gave without immunization, the better of two attackers "
+        f"needs {_samples(harm['factor_best'])} as many on the harmful task, and its owner "
+        f"{_samples(own['factor_best'])} as many on the task to keep."
+    )
+    gone, kept = one["linear"]
+    found.append(
+        f"With all data, the best linear probe explains {percent(gone['r2_after'])} of the harmful "
+        f"labels' variance, {percent(gone['r2_before'])} before; of the task to keep "
+        f"{percent(kept['r2_after'])}, {percent(kept['r2_before'])} before."
+    )
+    if gone["kernel_after"] is not None:
+        found.append(
+            f"A Gaussian kernel probe is right on {percent(gone['kernel_after'], 1)} of the "
+            f"harmful test samples, on {percent(gone['kernel_before'], 1)} before: no theta of this kind "
+            "stops probes that are not linear, or probes of an earlier layer."
+        )
+    return found
+
+
+def _samples(factor: Any) -> str:
+    value = real(factor)
+    return "more than 16 times" if value == float("inf") else f"{number(value)} times"
+
+
+def _delay_rows(one: Certificate) -> list[list[str]]:
+    return [
+        [
+            _OPTIMIZERS[row["optimizer"]],
+            f"{row['exponent']:g}",
+            number(10 ** (row["log_kappa_before"] / 2.302585092994046)),
+            number(10 ** (row["log_kappa_after"] / 2.302585092994046)),
+            f"{number(row['factor'])}×",
+        ]
+        for row in one["delays"]
+        if row["optimizer"] in _OPTIMIZERS
+    ]
+
+
+def _undoing_rows(one: Certificate) -> list[list[str]]:
+    return [
+        [
+            f"{row['inputs']:,}",
+            times(Slowdown(real(row["factor"]), bool(row["is_lower_bound"]))),
+            f"{number(row['factor_without'])}×",
+            number(row["gaussian_kappa"]),
+        ]
+        for row in one["undoing"]
+    ]
+
+
+def _sample_rows(one: Certificate) -> list[list[str]]:
+    found = []
+    for task in one["few_samples"]:
+        for side, words in (
+            ("without", "without immunization"),
+            ("given", "features as they are"),
+            ("whitened", "re-whitened by unlabelled inputs"),
+        ):
+            curve = {int(key): value for key, value in task[side].items()}
+            columns = [int(key) for key in task["without"]]
+            cells = [number(curve[n]) if n in curve else "" for n in columns]
+            found.append([f"{_ROLES[task['role']]}, {words}", *cells])
+    return found
+
+
+def _format_rows(one: Certificate) -> list[list[str]]:
+    return [
+        [
+            f"{_ROLES[row['role']]}, {row['number_format']}",
+            percent(row["explained"]),
+            percent(row["measured"]),
+            "" if row["accuracy"] is None else percent(row["accuracy"], 1),
+            f"{real(row['queries']):,.0f}",
+        ]
+        for row in one["formats"]
+    ]
+
+
+def _linear_rows(one: Certificate) -> list[list[str]]:
+    def pair(row: Mapping[str, Any], name: str) -> str:
+        before, after = row[f"{name}_before"], row[f"{name}_after"]
+        return "" if before is None else f"{percent(before, 1)} → {percent(after, 1)}"
+
+    return [
+        [_ROLES[row["role"]], *(pair(row, name) for name in ("r2", "accuracy", "kernel"))]
+        for row in one["linear"]
+    ]
+
+
+def summary(record: Certificate) -> str:
+    """What each attacker pays, in plain text, for every harmful task."""
+    parts = []
+    for one in record["certificates"]:
+        lines = [f"{one['harmful']}: {headline(one)}"]
+        lines += [f"- {text}" for text in sentences(one)]
+        if one["delays"]:
+            header = ["optimizer", "power of kappa", "kappa before", "after", "steps"]
+            lines += ["", text_table([header, *_delay_rows(one)])]
+        parts.append("\n".join(lines))
+    return "\n\n".join(parts)
+
+
+@register("kappa-certificate")
+def page(record: Certificate) -> Page:
+    """The page of a certificate.
+
+    Args:
+        record: Content of the JSON file beside it.
+
+    Returns:
+        What stands in it.
+    """
+    certificates = record["certificates"]
+    return Page(
+        headline(certificates[0]),
+        "kappa_certificate.html.j2",
+        {
+            "method": record["method"],
+            "primary": record["primary"],
+            "run": {"draws": record["draws"], "seed": record["seed"], **record["environment"]},
+            "certificates": [
+                {
+                    "harmful": one["harmful"],
+                    "headline": headline(one),
+                    "sentences": sentences(one),
+                    "delays": _delay_rows(one),
+                    "undoing": _undoing_rows(one),
+                    "counts": list(one["few_samples"][0]["without"]),
+                    "samples": _sample_rows(one),
+                    "formats": _format_rows(one),
+                    "linear": _linear_rows(one),
+                    "seconds": one["seconds"],
+                }
+                for one in certificates
+            ],
+        },
+    )

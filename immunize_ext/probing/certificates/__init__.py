@@ -1,0 +1,53 @@
+"""What each kind of attacker pays: delay by optimizer, cap in work, price of undoing, and locks.
+
+:func:`certify` measures all of it for one extractor; the modules say why each number is what it is.
+"""
+
+from __future__ import annotations
+
+from immunize_ext.probing.certificates.certificate import Certificate, certify
+from immunize_ext.probing.certificates.few_samples import sample_curve, samples_to
+from immunize_ext.probing.certificates.learning_curve import (
+    Spectrum,
+    best_risk,
+    effective_ridge,
+    expected_risk,
+)
+from immunize_ext.probing.certificates.linear_information import (
+    LinearInformation,
+    kernel_probe,
+    linear_information,
+)
+from immunize_ext.probing.certificates.number_formats import FormatFloor, format_floor, served
+from immunize_ext.probing.certificates.optimizers import EXPONENT, IMPOSSIBLE, kappa_under
+from immunize_ext.probing.certificates.rewhitening import (
+    gaussian_kappa_left,
+    rewhitened,
+    whitening_map,
+)
+from immunize_ext.probing.certificates.work import factorisation_steps, work_cap
+
+__all__ = [
+    "EXPONENT",
+    "IMPOSSIBLE",
+    "Certificate",
+    "FormatFloor",
+    "LinearInformation",
+    "Spectrum",
+    "best_risk",
+    "certify",
+    "effective_ridge",
+    "expected_risk",
+    "factorisation_steps",
+    "format_floor",
+    "gaussian_kappa_left",
+    "kappa_under",
+    "kernel_probe",
+    "linear_information",
+    "rewhitened",
+    "sample_curve",
+    "samples_to",
+    "served",
+    "whitening_map",
+    "work_cap",
+]

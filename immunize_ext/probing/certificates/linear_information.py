@@ -1,0 +1,119 @@
+r"""How much of a task a linear probe can reach at all.
+
+With infinite data the best linear probe of features z explains the share
+
+.. math:: R^2 = \frac{\Sigma_{yz} \Sigma_z^+ \Sigma_{zy}}{\mathrm{var}(y)}
+
+of the targets' variance. No invertible theta changes it. A theta that takes the direction
+Sigma_zy away makes it 0, and then, for every convex loss, the best linear probe is the constant:
+at it the population gradient is zero, so no optimizer moves. If that direction was estimated from
+n_d labelled samples, what leaks is about p / n_d.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from immunize_ext.probing.data import Task
+
+
+class LinearInformation(NamedTuple):
+    """What linear probes find in features of held-out data.
+
+    Attributes:
+        r2: Share of the variance that the probe fitted on the training part explains of the test
+            part, at the best ridge; at least 0.
+        accuracy: Its accuracy there, at the ridge that is best for it; ``None`` for regression.
+    """
+
+    r2: float
+    accuracy: float | None
+
+
+# Down to a ridge that no defender would think of: a direction of variance 1e-8 counts for it.
+RIDGES = tuple(10.0**exponent for exponent in range(-8, 1))
+
+
+def linear_information(task: Task, theta: Tensor | None = None) -> LinearInformation:
+    """What the best ridge probe with an intercept learns of a task.
+
+    Args:
+        task: The task; the probe is fitted on its training part and judged on its test part, for
+            every ridge, and the best one counts: an attacker with hindsight.
+        theta: The extractor, shape ``(p, q)``; the inputs themselves when omitted.
+
+    Returns:
+        R^2 and accuracy.
+    """
+    z, z_test = task.x_train.to(torch.float64), task.x_test.to(torch.float64)
+    if theta is not None:
+        z, z_test = z @ theta.to(torch.float64), z_test @ theta.to(torch.float64)
+    return probe(z, task.y_train, z_test, task.y_test, classify=task.is_classification)
+
+
+def probe(
+    z: Tensor, y: Tensor, z_test: Tensor, y_test: Tensor, *, classify: bool
+) -> LinearInformation:
+    """:func:`linear_information` of features."""
+    y, y_test = y.to(torch.float64), y_test.to(torch.float64)
+    middle, mean = z.mean(0), y.mean()
+    left, sigma, right = torch.linalg.svd(z - middle, full_matrices=False)
+    kept = sigma > max(z.shape) * torch.finfo(torch.float64).eps * sigma[0]
+    left, sigma, right = left[:, kept], sigma[kept], right[kept]
+    if not len(sigma):
+        share = float((y_test * mean > 0).to(torch.float64).mean())
+        return LinearInformation(0.0, share if classify else None)
+    damped = sigma[:, None].square() + z.new_tensor(RIDGES) * sigma[0].square()
+    heads = right.mT @ (sigma[:, None] / damped * (left.mT @ (y - mean))[:, None])
+    predicted = (z_test - middle) @ heads + mean
+    residual = (predicted - y_test[:, None]).square().mean(0)
+    r2 = 1.0 - float(residual.min()) / float((y_test - y_test.mean()).square().mean())
+    accuracy = None
+    if classify:
+        accuracy = float((predicted * y_test[:, None] > 0).to(torch.float64).mean(0).max())
+    return LinearInformation(max(r2, 0.0), accuracy)
+
+
+def kernel_probe(
+    task: Task, theta: Tensor | None = None, *, samples: int = 1000, seed: int = 0
+) -> float:
+    """Accuracy of a probe that is not linear: ridge regression with a Gaussian kernel.
+
+    What takes a direction away from linear probes leaves it to this one.
+
+    Args:
+        task: A classification task.
+        theta: The extractor; the inputs themselves when omitted.
+        samples: Training samples drawn; all where there are fewer.
+        seed: Seed of the draw.
+
+    Returns:
+        Accuracy on the test part at the best of three ridges; the width is the median distance.
+
+    Raises:
+        ValueError: If the task is no classification.
+    """
+    if not task.is_classification:
+        raise ValueError(f"kernel_probe: task must be a classification, got {task.kind}")
+    generator = torch.Generator().manual_seed(seed)
+    chosen = torch.randperm(len(task.x_train), generator=generator)[:samples]
+    z, z_test = task.x_train[chosen].to(torch.float64), task.x_test.to(torch.float64)
+    y, y_test = task.y_train[chosen].to(torch.float64), task.y_test.to(torch.float64)
+    if theta is not None:
+        z, z_test = z @ theta.to(torch.float64), z_test @ theta.to(torch.float64)
+    squared = torch.cdist(z, z).square()
+    positive = squared[squared > 0]
+    width = float(positive.median()) if len(positive) else 1.0
+    kernel, across = (
+        torch.exp(-2.0 * d / width) for d in (squared, torch.cdist(z_test, z).square())
+    )
+    found = []
+    for ridge in (1e-3, 1e-2, 1e-1):
+        weights = torch.linalg.solve(
+            kernel + ridge * torch.eye(len(z), dtype=torch.float64, device=z.device), y
+        )
+        found.append(float((across @ weights * y_test > 0).to(torch.float64).mean()))
+    return max(found)

@@ -1,0 +1,126 @@
+"""The certificate of a finished run: measured, written beside it, drawn.
+
+    from immunize_ext.probing import certification
+    print(certification.certify_run("runs/kappa").summary())
+
+``immunize certify`` is this function.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from immunize_ext import report
+from immunize_ext.probing import certificate_report
+from immunize_ext.probing.certificates import certify
+from immunize_ext.probing.run import reopen
+from immunize_ext.seams import Progress
+from immunize_ext.settings import check_types
+from immunize_ext.storage import SCHEMA, environment, to_json, write_numbered
+
+KIND = "kappa-certificate"
+
+
+@dataclass(frozen=True)
+class CertificationSettings:
+    """How a run is certified.
+
+    Attributes:
+        draws: Draws of few samples.
+        seed: Seed of the draws; that of the run when omitted.
+        data_dir: Where the data is now.
+    """
+
+    draws: int = 8
+    seed: int | None = None
+    data_dir: str | None = None
+
+    def __post_init__(self) -> None:
+        check_types(self)
+        if self.draws < 1:
+            raise ValueError(f"draws must be at least 1, got {self.draws}")
+
+
+@dataclass(frozen=True)
+class CertifiedRun:
+    """What was measured.
+
+    Attributes:
+        record: The content of the file.
+        path: The file; its page stands beside it.
+    """
+
+    record: dict[str, Any]
+    path: Path
+
+    def results(self) -> dict[str, Any]:
+        """Exactly what the file holds."""
+        return self.record
+
+    def summary(self) -> str:
+        """The table of attackers, and where it was added."""
+        return f"{certificate_report.summary(self.record)}\n\nadded: {self.path}"
+
+
+def certify_run(
+    folder: str | Path,
+    settings: CertificationSettings | None = None,
+    *,
+    progress: Progress | None = None,
+) -> CertifiedRun:
+    """Measure what a finished run costs each kind of attacker.
+
+    Args:
+        folder: The run folder; nothing that is in it is changed.
+        settings: How.
+        progress: Called with what is measured and the share done so far.
+
+    Returns:
+        What was added under ``folder/certificates``: a JSON file and its page.
+
+    Raises:
+        FileNotFoundError: If there is no such run.
+        MissingExtraError: If a package that draws is not installed.
+        ValueError: If it is no single run, its data has changed, or a setting is out of range.
+    """
+    settings = settings or CertificationSettings()
+    report.check_extras()
+    changes = {} if settings.data_dir is None else {"data_dir": settings.data_dir}
+    about, immunized, problem = reopen(folder, "certify", **changes)
+    seed = about.seed if settings.seed is None else settings.seed
+    count = len(problem.harmful)
+    certificates = []
+    for index, task in enumerate(problem.harmful):
+
+        def part(text: str, share: float, index: int = index) -> None:
+            if progress is not None:
+                progress(text, (index + share) / count)
+
+        found = certify(
+            immunized,
+            problem.primary,
+            task,
+            ridge=about.ridge,
+            draws=settings.draws,
+            seed=seed,
+            progress=part,
+        )
+        certificates.append({"harmful": task.name, **found.to_dict()})
+    record = to_json(
+        {
+            "schema": SCHEMA,
+            "kind": KIND,
+            "method": immunized.method,
+            "primary": problem.primary.name,
+            "draws": settings.draws,
+            "seed": seed,
+            "certificates": certificates,
+            "environment": environment(),
+        }
+    )
+    path = write_numbered(Path(folder) / "certificates", record)
+    page = report.render(record)
+    path.with_suffix(".html").write_text(page, encoding="utf-8")
+    return CertifiedRun(record, path)
