@@ -35,7 +35,7 @@ from typing import Any
 COMPILED = {".cpp", ".h", ".inl"}
 # What a copy of the checkout does without.
 LEFT_OUT = (
-    *(".git", ".venv*", ".mutants", ".nightly", "__pycache__", "*.egg-info", ".*_cache"),
+    *(".git", ".venv*", ".mutants*", ".nightly", "__pycache__", "*.egg-info", ".*_cache"),
     *("runs", "dist"),
 )
 

@@ -10,7 +10,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from . import counts
+from . import counts, page
 
 ROOT = Path(__file__).resolve().parents[2]
 COUNTS = ROOT / ".nightly" / "counts.json"
@@ -80,7 +80,9 @@ def _tell(name: str, count: counts.Count) -> None:
 def main(arguments: list[str] | None = None) -> int:
     """Run the parts; 1 where something was lost."""
     parser = argparse.ArgumentParser(prog="nightly", description=__doc__)
-    parser.add_argument("part", nargs="*", help=f"of {', '.join(PARTS)}; all when omitted")
+    parser.add_argument(
+        "part", nargs="*", help=f"of {', '.join(PARTS)}, or page; all but the page when omitted"
+    )
     parser.add_argument("--only", nargs="+", help="operators, commands, kinds of files or tests")
     parser.add_argument("--cases", type=int, default=20_000, help="fuzzed cases, of all operators")
     parser.add_argument("--trials", type=int, default=20, help="kills of each command")
@@ -90,6 +92,9 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--build", default=".nightly/sanitized", help="folder of the ASan build")
     parser.add_argument("--out", type=Path, default=COUNTS, help="JSON of the counts")
     options = parser.parse_args(arguments)
+    if options.part == ["page"]:
+        page.write(options.out, ROOT / ".mutants" / "results.json")
+        return 0
     if unknown := set(options.part) - set(PARTS):
         parser.error(f"part must be of {', '.join(PARTS)}, got {', '.join(sorted(unknown))}")
     parts: dict[str, Callable[[argparse.Namespace], dict[str, Any]]] = {
