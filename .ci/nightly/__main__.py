@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import importlib
 import sys
 import tempfile
 import time
@@ -29,20 +30,15 @@ def _fuzz(options: argparse.Namespace) -> dict[str, Any]:
 
 
 def _kills(options: argparse.Namespace) -> dict[str, Any]:
-    # What the children would otherwise import each for themselves; no thread runs before the fork.
-    import diffusers  # noqa: F401
-    import matplotlib.pyplot  # noqa: F401
-    import sklearn.datasets  # noqa: F401
     import torch
-    import transformers  # noqa: F401
 
-    import immunize_ext.cli  # noqa: F401
-    import immunize_ext.probing.run  # noqa: F401
-    import immunize_ext.text_to_image.run  # noqa: F401
-
-    from .kills import COMMANDS, kills
+    from .kills import COMMANDS, MODULES, TEXT_TO_IMAGE, kills
 
     torch.set_num_threads(1)
+    # What the children would otherwise import each for themselves; no thread runs before the fork.
+    for name in options.only or COMMANDS:
+        for module in MODULES[name in TEXT_TO_IMAGE]:
+            importlib.import_module(module)
     found: dict[str, Any] = {}
     end = time.monotonic() + options.minutes * 60
     with tempfile.TemporaryDirectory() as work:

@@ -203,11 +203,17 @@ def _read_config(path: Path) -> Any:
 
 
 def _make_concepts(folder: Path) -> Path:
-    (folder / "cat").mkdir()
-    _make_png(folder / "cat")
+    from PIL import Image
+
+    for number, split in enumerate(("attack", "immunize")):
+        (folder / split).mkdir()
+        Image.new("RGB", (8, 8), (40 * number, 0, 0)).save(folder / split / "cat.png")
     path = folder / "concepts.yaml"
     path.write_text(
-        "concepts:\n  - {name: cat, images: cat, prompts: [a photo of a cat, cat], anchor: animal}\n"
+        "concepts:\n"
+        "  - {name: cat, prompts: [a photo of a cat, cat], anchor: animal,\n"
+        "     images: {attack: attack, immunize: immunize}}\n"
+        "captions: [a house, two boats]\n"
     )
     return path
 
@@ -215,7 +221,8 @@ def _make_concepts(folder: Path) -> Path:
 def _read_concepts(path: Path) -> Any:
     from immunize_ext.text_to_image.concepts import load_concepts
 
-    return repr(load_concepts(path, size=8))
+    found = load_concepts(path, size=8)
+    return repr((found.concepts, found.retain, found.captions))
 
 
 def _make_pipeline(folder: Path) -> Path:

@@ -39,6 +39,12 @@ COMMANDS: dict[str, tuple[str, ...]] = {
     "attack": ("attack",),
     "demo": ("demo", "--skip-mima"),
 }
+TEXT_TO_IMAGE = ("mima", "imma", "erase")
+# What a command imports: of probes, and of text-to-image models.
+MODULES = (
+    ("matplotlib.pyplot", "sklearn.datasets", "immunize_ext.cli", "immunize_ext.probing.run"),
+    ("matplotlib.pyplot", "diffusers", "immunize_ext.cli", "immunize_ext.text_to_image.run"),
+)
 
 
 def run(arguments: Sequence[str], folder: Path, seconds: float | None) -> tuple[int | None, str]:
