@@ -121,6 +121,12 @@ def _make_npz(folder: Path) -> Path:
     return path
 
 
+def _make_packed_npz(folder: Path) -> Path:
+    path = folder / "features.npz"
+    np.savez_compressed(path, x=_tensors()["theta"].numpy(), y=np.arange(6) % 2)
+    return path
+
+
 def _read_features(path: Path) -> Any:
     from immunize_ext.probing.data.features import load_features
 
@@ -251,6 +257,7 @@ KINDS = {
     "pipeline folder, every file": Kind(_make_pipeline, _read_pipeline, True),
     "MNIST (gzip)": Kind(_make_mnist, _read_mnist, True),
     "features (.npz)": Kind(_make_npz, _read_features, True),
+    "features (.npz, compressed)": Kind(_make_packed_npz, _read_features, True),
     "features (.safetensors)": Kind(_make_safetensors, _read_features, False),
     "image (PNG)": Kind(_make_png, _read_png, True),
     "results.json": Kind(_make_results, _read_results, False),
