@@ -105,6 +105,18 @@ def test_lbfgs_follows_the_secants_it_remembers() -> None:
         assert float(move @ direction / (move.norm() * direction.norm())) == pytest.approx(1.0)
 
 
+def test_lbfgs_steps_as_far_as_the_slope_says() -> None:
+    """Wolfe: less loss in proportion to the slope, of which at most nine tenths are left."""
+    z, y = problem(9)
+    w = take(lbfgs(z, y, LOGISTIC), 6)
+    for before, after in itertools.pairwise(w):
+        move = after - before
+        g, renewed = (z.mT @ LOGISTIC.slope(z @ each, y) for each in (before, after))
+        assert float(renewed @ move) >= 0.9 * float(g @ move)
+        less = LOGISTIC.total(z @ before, y) - LOGISTIC.total(z @ after, y)
+        assert float(less) >= -1e-4 * float(g @ move)
+
+
 @given(seed=seeds)
 def test_nesterov_keeps_to_its_bound(seed: int) -> None:
     z, y = problem(seed)
