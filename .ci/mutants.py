@@ -166,12 +166,12 @@ for line in sys.stdin:
             sys.stdout.flush(), sys.stderr.flush()
             os._exit(code)
     end = time.monotonic() + job["limit"] if job["limit"] else float("inf")
-    status = None
+    parent, status = os.getppid(), None
     while status is None:
         found, state = os.waitpid(child, os.WNOHANG)
         if found:
             status = os.waitstatus_to_exitcode(state)
-        elif time.monotonic() > end:
+        elif time.monotonic() > end or os.getppid() != parent:
             os.killpg(child, signal.SIGKILL)
             os.waitpid(child, 0)
             status = "late"

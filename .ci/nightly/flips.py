@@ -12,7 +12,6 @@ only crashes and foreign exceptions are losses.
 from __future__ import annotations
 
 import gzip
-import json
 import random
 import shutil
 import struct

@@ -58,6 +58,7 @@ class Matrices:
 
     @property
     def options(self) -> dict[str, Any]:
+        """Keyword arguments of operator and reference."""
         return {
             "rank": self.rank,
             "rank_rtol": self.rank_rtol,
@@ -115,6 +116,7 @@ class Truth:
 
     @property
     def top(self) -> float:
+        """The largest singular value."""
         return float(self.sigma[0])
 
     @property
@@ -227,7 +229,7 @@ def gram(case: Matrices) -> None:
         with np.errstate(all="ignore"):
             wanted = float(np.sum(truth.sigma**2 * truth.sigma**2))
         norm = float(found.squared_frobenius.detach().reshape(-1)[index])
-        if wanted == 0 or 1e-290 < wanted:
+        if wanted == 0 or wanted > 1e-290:
             bound = 64 * max(truth.matrix.shape) * EPS * wanted if np.isfinite(wanted) else 0.0
             if wanted < torch.finfo(case.a.dtype).tiny:
                 bound = torch.finfo(case.a.dtype).tiny
@@ -450,7 +452,7 @@ def _ill_truth(of_gram: bool) -> Callable[[Truth, int], Any]:
         vectors = VECTOR_UNITS * max(truth.matrix.shape) * EPS / max(gap, 1e-300)
         size = float(np.linalg.norm(right))
         power = 3 if of_gram else 1
-        # d (sigma^4 / 2) = 2 sigma^3 u v^T and d (sigma^2 / 2) = sigma u v^T, anywhere in a cluster.
+        # d(sigma^4 / 2) = 2 sigma^3 u v^T, d(sigma^2 / 2) = sigma u v^T, anywhere in a cluster.
         size_min = float(truth.sigma[rank - 1]) ** (3 if of_gram else 1)
         spread = 4 * width * truth.top * (smallest if of_gram else 1.0)
         slack = (vectors * size_min + spread) / denominator**2
@@ -522,9 +524,7 @@ def tracker(case: Matrices) -> None:
                 values = np.linalg.eigvalsh(h.numpy() / scale)
                 bound = VALUE_UNITS * side * EPS * float(np.abs(values).max())
                 for place, wanted in ((0, values[-1]), (1, values[0])):
-                    _close(
-                        f"eigenvalue {place}", float(got[place]) / scale, wanted, bound, h.dtype
-                    )
+                    _close(f"eigenvalue {place}", float(got[place]) / scale, wanted, bound, h.dtype)
                 noise = torch.randn(side, side, generator=generator, dtype=h.dtype)
                 h = h + 1e-3 * scale * (noise + noise.mT)
 

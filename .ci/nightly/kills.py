@@ -123,12 +123,12 @@ class Trials:
 
     def __init__(self, command: str, work: Path, generator: random.Random) -> None:
         self.command, self.work, self.random = command, work, generator
+        # Into a folder that stands already, file by file.
+        self.adds = command in ("attack", "sweep")
         self.base = work / "base"
         if command == "attack":
             self.base.mkdir(parents=True)
-            status, said = run(
-                (*COMMANDS["kappa"], "--out", "run"), self.base, None
-            )
+            status, said = run((*COMMANDS["kappa"], "--out", "run"), self.base, None)
             if status != 0:
                 raise RuntimeError(f"kappa: exit status {status}: {said[-500:]}")
         whole = self._folder("whole")
@@ -157,7 +157,7 @@ class Trials:
     def trial(self) -> tuple[str, str]:
         """Kill once or twice, go on, compare: what happened, and what was lost."""
         folder = self._folder("killed")
-        force = self.command not in ("attack", "sweep") and self.random.random() < 0.3
+        force = not self.adds and self.random.random() < 0.3
         old = None
         if force:
             shutil.copytree(self.work / "whole" / "run", folder / "run")
@@ -179,7 +179,7 @@ class Trials:
         if not done:
             if force and not (folder / "run" / "old").exists():
                 done = True  # the kill came after the new run had taken its place
-            elif (folder / "run").exists() and not force and self.command not in ("attack", "sweep"):
+            elif (folder / "run").exists() and not (force or self.adds):
                 done = True
         words = f"killed after {', '.join(f'{m:.3f}' for m in moments)} s{' --force' * force}"
         if not done:

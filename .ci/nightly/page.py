@@ -39,9 +39,9 @@ PARTS = {
     "flips": (
         "One flipped bit in a file that is read",
         "file",
-        "Refused by name, or harmless (the same content is read). Text, JSON and weights without a\n"
-        "checksum are written by users and other programs: there a flip may leave another valid\n"
-        "file, which is counted beside.",
+        "Refused by name, or harmless (the same content is read). Text, JSON and weights without\n"
+        "a checksum are written by users and other programs: there a flip may leave another\n"
+        "valid file, which is counted beside.",
     ),
     "sanitizers": (
         "AddressSanitizer and UndefinedBehaviorSanitizer",
