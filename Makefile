@@ -19,6 +19,7 @@ CUDA_ARGS ?=
 SANITIZER_TOOLS ?= memcheck racecheck initcheck synccheck
 DEMO_ARGS ?=
 MUTANTS ?=
+NIGHTLY ?=
 SHELL := /bin/bash
 .SHELLFLAGS := -eu -o pipefail -c
 .DEFAULT_GOAL := help
@@ -39,7 +40,11 @@ NATIVE := setup.py pyproject.toml immunize_ext/_version.py \
 PYTHON_SOURCES := immunize_ext python_tests benchmarks csrc setup.py .ci
 CPP_SOURCES := $(sort $(shell find csrc -name '*.h' -o -name '*.inl' -o -name '*.cpp' -o -name '*.cu*'))
 
+<<<<<<< HEAD
 .PHONY: help build test test-fallback mutants simt ptx cuda gpu sanitizer lint format docs demo bench doctor sdist clean distclean
+=======
+.PHONY: help build test test-fallback mutants nightly simt cuda gpu sanitizer lint format docs demo bench doctor sdist clean distclean
+>>>>>>> h-nightly
 
 help:  ## this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-14s %s\n", $$1, $$2 }' Makefile
@@ -55,6 +60,9 @@ test-fallback: $(STAMPS)/build $(STAMPS)/test  ## operator tests without the com
 
 mutants: $(STAMPS)/build $(STAMPS)/test  ## do the tests notice planted faults? (hours; resumes)
 	$(BIN)/python .ci/mutants.py $(MUTANTS)
+
+nightly: $(STAMPS)/build $(STAMPS)/test  ## sanitizers, fuzz, kill and resume, bit flips (hours)
+	PYTHONPATH=.ci $(BIN)/python -W ignore -m nightly $(NIGHTLY)
 
 lint: $(STAMPS)/build $(STAMPS)/test $(STAMPS)/lint  ## style, types, import direction
 	$(BIN)/ruff check $(PYTHON_SOURCES)

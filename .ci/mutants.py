@@ -11,8 +11,8 @@ The checkout is copied once to .mutants/tree and only the copy is changed. Verdi
 goes on where it stopped and a changed file is judged again.
 
 Verdicts: killed (a test failed, or ran ten times as long as without the fault), survived, broken
-(it does not compile). Exit status 1 for a survivor that ``reason`` does not explain, for a fault
-that can no longer be planted, and for tests that fail without any fault.
+(it does not compile), unjudged (its tests fail without any fault). Exit status 1 for anything but
+killed that ``reason`` does not explain, and for a fault that can no longer be planted.
 """
 
 from __future__ import annotations
@@ -34,7 +34,10 @@ from typing import Any
 
 COMPILED = {".cpp", ".h", ".inl"}
 # What a copy of the checkout does without.
-LEFT_OUT = (".git", ".venv*", ".mutants", "__pycache__", "*.egg-info", ".*_cache", "runs", "dist")
+LEFT_OUT = (
+    *(".git", ".venv*", ".mutants*", ".nightly", "__pycache__", "*.egg-info", ".*_cache"),
+    *("runs", "dist"),
+)
 
 
 @dataclass(frozen=True)
@@ -106,17 +109,15 @@ def planted(mutant: Mutant, root: Path) -> Iterator[Path]:
         path.write_text(before, encoding="utf-8")
 
 
-def copy_of(root: Path, work: Path, *, compiled: bool) -> Path:
-    """A copy of the checkout with today's files; for C++, what was compiled there before stays."""
+def copy_of(root: Path, work: Path) -> Path:
+    """A copy of the checkout with today's files; objects compiled there before stay."""
     tree = work / "tree"
     for old in ("immunize_ext", "python_tests", "csrc"):
         for path in (tree / old).rglob("*"):
             gone = not (root / path.relative_to(tree)).exists()
             if gone and path.is_file() and path.suffix != ".so":
                 path.unlink()
-    ignore = shutil.ignore_patterns(
-        *LEFT_OUT, *(["*.so", "build"] if compiled and tree.is_dir() else [])
-    )
+    ignore = shutil.ignore_patterns(*LEFT_OUT, "build")
     shutil.copytree(root, tree, ignore=ignore, dirs_exist_ok=True)
     return tree
 
@@ -136,58 +137,132 @@ def compile_in(tree: Path) -> str:
     return "" if done.returncode == 0 else (done.stdout + done.stderr)[-2000:]
 
 
-def run_tests(tree: Path, tests: Sequence[str], limit: float | None) -> tuple[str, str]:
-    """Passed, failed or unusable, and the first line that says so."""
-    command = [sys.executable, "-m", "pytest", "-q", "-x", "-p", "no:cacheprovider", *tests]
-    environment = {**os.environ, "PYTHONPATH": str(tree), "PYTHONDONTWRITEBYTECODE": "1"}
+# Importing torch and diffusers takes longer than most tests: one process does it, and a fork of it
+# runs the tests of each mutant. It imports nothing of the package.
+SERVER = """
+import importlib, json, os, pathlib, signal, sys, time
+import pytest
+
+for name in json.loads(sys.argv[1]):
     try:
-        done = subprocess.run(
-            command,
-            cwd=tree,
-            env=environment,
-            capture_output=True,
-            text=True,
-            check=False,
-            timeout=limit,
-        )
-    except subprocess.TimeoutExpired:
-        return "failed", f"no end within {limit:.0f} s"
-    lines = [line for line in done.stdout.splitlines() if line.startswith(("FAILED", "ERROR"))]
-    first = lines[0] if lines else (done.stdout + done.stderr)[-500:]
-    if done.returncode == 0:
-        return "passed", ""
-    # Python that the fault keeps from being imported is noticed as well.
-    return ("failed" if done.returncode in (1, 2) else "unusable"), first
+        importlib.import_module(name)
+    except ImportError:
+        pass
+for line in sys.stdin:
+    job = json.loads(line)
+    child = os.fork()
+    if child == 0:
+        os.setsid()
+        output = os.open(job["output"], os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
+        os.dup2(output, 1), os.dup2(output, 2), os.dup2(os.open(os.devnull, os.O_RDONLY), 0)
+        os.chdir(job["tree"])
+        os.environ.update(PYTHONPATH=job["tree"], PYTHONDONTWRITEBYTECODE="1")
+        sys.dont_write_bytecode = True
+        sys.path.insert(0, job["tree"])
+        code = 70
+        try:
+            code = int(pytest.main(["-q", "-x", "-p", "no:cacheprovider", *job["tests"]]))
+        finally:
+            sys.stdout.flush(), sys.stderr.flush()
+            os._exit(code)
+    end = time.monotonic() + job["limit"] if job["limit"] else float("inf")
+    parent, status = os.getppid(), None
+    while status is None:
+        found, state = os.waitpid(child, os.WNOHANG)
+        if found:
+            status = os.waitstatus_to_exitcode(state)
+        elif time.monotonic() > end or os.getppid() != parent:
+            os.killpg(child, signal.SIGKILL)
+            os.waitpid(child, 0)
+            status = "late"
+        else:
+            time.sleep(0.02)
+    print(json.dumps(status), flush=True)
+"""
+WARM = (
+    *("torch", "numpy", "scipy.linalg", "mpmath", "hypothesis", "xdist", "sklearn.datasets"),
+    *("matplotlib.pyplot", "jinja2", "diffusers", "transformers", "peft", "accelerate"),
+    *("diffusers.models", "transformers.models.clip.modeling_clip", "safetensors.torch"),
+)
+
+
+class TestRunner:
+    """Runs pytest on a tree, in a fork of a process that has the large imports behind it."""
+
+    def __init__(self, work: Path) -> None:
+        self._output = work / "output.txt"
+        self._server: subprocess.Popen[str] | None = None
+
+    def __call__(self, tree: Path, tests: Sequence[str], limit: float | None) -> tuple[str, str]:
+        """Passed, failed or unusable, and the first line that says so."""
+        if self._server is None:
+            warm = WARM if (tree / "immunize_ext").is_dir() else ()
+            self._server = subprocess.Popen(
+                [sys.executable, "-c", SERVER, json.dumps(warm)],
+                stdin=subprocess.PIPE,
+                stdout=subprocess.PIPE,
+                stderr=subprocess.DEVNULL,
+                text=True,
+            )
+        assert self._server.stdin is not None
+        assert self._server.stdout is not None
+        job = {"tree": str(tree), "tests": tests, "limit": limit, "output": str(self._output)}
+        self._server.stdin.write(json.dumps(job) + "\n")
+        self._server.stdin.flush()
+        status = json.loads(self._server.stdout.readline())
+        if status == "late":
+            return "failed", f"no end within {limit:.0f} s"
+        if status == 0:
+            return "passed", ""
+        output = self._output.read_text(encoding="utf-8", errors="replace")
+        lines = [line for line in output.splitlines() if line.startswith(("FAILED", "ERROR"))]
+        # Python that the fault keeps from being imported is noticed as well, and so is a crash.
+        noticed = status in (1, 2) or status < 0
+        return ("failed" if noticed else "unusable"), lines[0] if lines else output[-500:]
+
+    def close(self) -> None:
+        """End the process."""
+        if self._server is not None:
+            self._server.communicate()
+            self._server = None
 
 
 class Run:
     """Verdicts of a list of mutants, kept in a file as they come."""
 
-    def __init__(self, root: Path, work: Path, *, compiled: bool) -> None:
+    def __init__(self, root: Path, work: Path) -> None:
         work.mkdir(exist_ok=True)
         self.root, self.results = root, work / "results.json"
-        self.tree = copy_of(root, work, compiled=compiled)
-        if compiled and (trouble := compile_in(self.tree)):
-            raise SystemExit(f"mutants: the copy does not compile\n{trouble}")
+        self.tree = copy_of(root, work)
+        self._compiled = False
+        self.run_tests = TestRunner(work)
         self.verdicts: dict[str, Any] = {}
         if self.results.is_file():
             self.verdicts = json.loads(self.results.read_text(encoding="utf-8"))
-        self._seconds: dict[tuple[str, ...], float] = {}
+        self._baseline: dict[tuple[str, ...], tuple[float, str]] = {}
 
     def judge(self, mutant: Mutant, *, again: bool = False) -> dict[str, Any]:
-        """The verdict on one mutant, from the file where it is known."""
-        digest = mutant.digest(self.root)
+        """The verdict on one mutant, from the file where it is known; "unjudged" is not kept."""
+        digest = mutant.digest(self.tree)
         known = self.verdicts.get(mutant.name)
         if known and known["digest"] == digest and not again:
             return known
-        limit = 10 * self._without(mutant.tests) + 60
+        compiled = mutant.place(self.tree).suffix in COMPILED
+        if compiled and not self._compiled:
+            if trouble := compile_in(self.tree):
+                raise SystemExit(f"mutants: the copy does not compile\n{trouble}")
+            self._compiled = True
+        seconds, trouble = self._without(mutant.tests)
+        if trouble:
+            by = f"fails without a fault: {trouble}"
+            return {"digest": digest, "verdict": "unjudged", "by": by, "file": mutant.where}
+        limit = 10 * seconds + 60
         with planted(mutant, self.tree) as path:
-            compiled = path.suffix in COMPILED
             trouble = compile_in(self.tree) if compiled else ""
             if trouble:
                 verdict, by = "broken", trouble
             else:
-                outcome, by = run_tests(self.tree, mutant.tests, limit)
+                outcome, by = self.run_tests(self.tree, mutant.tests, limit)
                 verdict = {"passed": "survived", "failed": "killed"}.get(outcome, "broken")
         if compiled:
             compile_in(self.tree)  # ours again, for the tests of the next one
@@ -203,15 +278,13 @@ class Run:
         part.replace(self.results)
         return found
 
-    def _without(self, tests: tuple[str, ...]) -> float:
+    def _without(self, tests: tuple[str, ...]) -> tuple[float, str]:
         """Seconds of the tests without a fault; they must pass, or a kill says nothing."""
-        if tests not in self._seconds:
+        if tests not in self._baseline:
             started = time.monotonic()
-            outcome, first = run_tests(self.tree, tests, None)
-            if outcome != "passed":
-                raise SystemExit(f"mutants: {' '.join(tests)} fails without a fault: {first}")
-            self._seconds[tests] = time.monotonic() - started
-        return self._seconds[tests]
+            _, first = self.run_tests(self.tree, tests, None)
+            self._baseline[tests] = time.monotonic() - started, first
+        return self._baseline[tests]
 
 
 def report(mutants: Sequence[Mutant], verdicts: dict[str, Any]) -> str:
@@ -254,15 +327,16 @@ def main(arguments: Sequence[str] | None = None, root: Path | None = None) -> in
     print("\n".join([*stale, f"{len(usable)} of {len(mutants)} faults can be planted"]))
     if options.check:
         return int(bool(stale))
-    compiled = any(mutant.place(root).suffix in COMPILED for mutant in usable)
-    run = Run(root, root / ".mutants", compiled=compiled)
+    # Python first: its faults need no compiler.
+    usable.sort(key=lambda mutant: mutant.place(root).suffix in COMPILED)
+    run, unexplained = Run(root, root / ".mutants"), 0
     for number, mutant in enumerate(usable, 1):
         found = run.judge(mutant, again=options.again)
-        print(f"[{number}/{len(usable)}] {found['verdict']:8} {mutant.name}", flush=True)
+        unexplained += found["verdict"] != "killed" and not mutant.reason
+        why = f": {found['by']}" if found["verdict"] == "unjudged" else ""
+        print(f"[{number}/{len(usable)}] {found['verdict']:8} {mutant.name}{why}", flush=True)
+    run.run_tests.close()
     print(report(usable, run.verdicts))
-    unexplained = [
-        m for m in usable if run.verdicts[m.name]["verdict"] != "killed" and not m.reason
-    ]
     return int(bool(stale or unexplained))
 
 

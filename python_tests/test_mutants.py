@@ -102,10 +102,15 @@ def test_verdicts_are_kept_and_explained(
     assert verdicts["the other order of a product"]["digest"] != "of another file"
 
 
-def test_tests_that_fail_without_a_fault_are_refused(mutants: ModuleType, checkout: Path) -> None:
+def test_tests_that_fail_without_a_fault_judge_nothing(
+    mutants: ModuleType, checkout: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     (checkout / "python_tests" / "test_toy.py").write_text("def test_bad():\n    assert False\n")
-    with pytest.raises(SystemExit, match="fails without a fault"):
-        mutants.main(["--only", "adds"], checkout)
+    assert mutants.main(["--only", "adds"], checkout) == 1
+    said = capsys.readouterr().out
+    assert "unjudged adds in place of multiplying: fails without a fault: FAILED" in said
+    assert "0 of 0 killed" in said
+    assert not (checkout / ".mutants" / "results.json").exists()
 
 
 def test_the_list_of_this_checkout_is_readable(mutants: ModuleType) -> None:

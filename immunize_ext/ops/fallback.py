@@ -27,8 +27,9 @@ from torch import Tensor
 from immunize_ext.ops.arguments import SpectrumPolicy, require_finite, require_floating_matrix
 
 # A Gram matrix gives sigma_min with a relative error of eps * kappa^2 / 2, so sigma itself to
-# eps * sigma_max * kappa / 2. Beyond this kappa the singular values of x are taken directly.
-GRAM_SAFE_CONDITION = 1e4
+# eps * sigma_max * kappa / 2. Beyond this kappa that is more than a decomposition of x itself
+# loses, and the singular values are taken of x.
+GRAM_SAFE_CONDITION = 16.0
 
 _EPS = torch.finfo(torch.float64).eps
 

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import math
+
 import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
 from sample_inputs import EPS, diagonal, fewer_examples, gaussian, taking_route
 
+from immunize_ext import reference
 from immunize_ext.errors import EqualSingularValuesError
 from immunize_ext.ops import (
     condition_number,
@@ -134,3 +137,32 @@ def test_the_same_of_symmetric_matrices(route, gap, seed):
         assert gap > 64 - 16
         truth, allowed = torch.outer(v[:, 0], v[:, 0]), 16 / gap
     assert float((grad - truth).norm()) <= allowed
+
+
+@pytest.mark.parametrize("scale", [1.0, 1e-9, 1e9])
+def test_a_cluster_is_relative_to_sigma_max(route, scale):
+    """Entries of 1/64 to 1/32 and sigma_max 1: neither is the unit of the tolerance."""
+    n = 64
+    hadamard = torch.ones(1, 1, dtype=torch.float64)
+    while hadamard.shape[0] < n:
+        hadamard = torch.cat([torch.cat([hadamard, hadamard]), torch.cat([hadamard, -hadamard])], 1)
+    sigma = torch.full((n,), 1e-3, dtype=torch.float64)
+    sigma[0], sigma[1] = 1.0, 1.0 - 5e-7
+    a = scale * (hadamard * sigma / n) @ hadamard.mT
+    with taking_route(route):
+        for rtol, count in ((1e-6, 2), (2.5e-7, 1)):
+            assert int(extremal_singular_values(a, cluster_rtol=rtol).multiplicity_max) == count
+            assert int(gram_extremes(a, cluster_rtol=rtol).multiplicity_max) == count
+
+
+@pytest.mark.parametrize("kappa", [1e1, 1e2, 1e3, 1e5])
+@pytest.mark.parametrize("shape", [(6, 9), (9, 6)])
+def test_a_gram_matrix_has_the_accuracy_of_its_features(route, kappa, shape):
+    """K itself knows sigma_min to eps sigma_max kappa / 2 only; promised is a few eps sigma_max."""
+    u, _ = torch.linalg.qr(gaussian(shape[0], 6, seed=1))
+    v, _ = torch.linalg.qr(gaussian(shape[1], 6, seed=2))
+    x = (u * torch.logspace(0.0, -math.log10(kappa), 6, dtype=torch.float64)) @ v.mT
+    with taking_route(route):
+        found = gram_extremes(x)
+    truth = float(reference.singular_values(x.numpy())[-1])
+    assert abs(math.sqrt(float(found.lambda_min)) - truth) <= 8 * max(shape) * EPS

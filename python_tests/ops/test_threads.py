@@ -52,7 +52,23 @@ def deficient() -> Tensor:
 LOSSES: dict[str, tuple[Callable[[Tensor], Tensor], Callable[[], Tensor]]] = {
     "r_well, 64 x 784": (r_well, lambda: gaussian(64, 784)),
     "r_ill, 64 x 784": (r_ill, lambda: gaussian(64, 784)),
+    # Vectors longer than what torch adds up on one thread.
     "r_well, 40000 rows": (r_well, lambda: gaussian(40000, 3)),
+    "r_ill, 40000 columns": (r_ill, lambda: gaussian(3, 40000)),
+    "gram_r_ill, 40000 rows": (gram_r_ill, lambda: gaussian(40000, 3)),
+    "gram_r_well, 40000 columns, rank deficient": (
+        gram_r_well,
+        lambda: gaussian(4, 2, seed=9) @ gaussian(2, 40000, seed=10),
+    ),
+    "condition number, one row of 70000": (ops.condition_number, lambda: gaussian(1, 70000)),
+    "log condition number, 40000 rows, kappa 1e9": (
+        ops.log_condition_number,
+        lambda: gaussian(40000, 3) * torch.tensor([1.0, 1e-4, 1e-9], dtype=torch.float64),
+    ),
+    "singular cluster, 40000 rows": (
+        lambda a: ops.extremal_singular_values(a).sigma_max,
+        lambda: with_singular_cluster(40000, 3, 2),
+    ),
     "gram_r_well, 64 x 784": (gram_r_well, lambda: gaussian(64, 784)),
     "gram_r_ill, 784 x 64": (gram_r_ill, lambda: gaussian(784, 64)),
     "gram_r_ill, rank deficient": (gram_r_ill, deficient),

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import zipfile
+import zlib
 from pathlib import Path
 
 import numpy as np
@@ -22,6 +23,13 @@ _WHOLE = ("x", "y")
 # What a file of features ends in.
 FILES = (".npz", ".safetensors")
 
+# What reading a damaged archive raises: by zipfile (other versions and methods, a password that it
+# takes a bit for), by zlib, and by numpy where a header asks for another array.
+_DAMAGED = (
+    *(zipfile.BadZipFile, zlib.error, NotImplementedError, RuntimeError, EOFError, OSError),
+    *(ValueError, TypeError, AttributeError, KeyError, OverflowError, MemoryError),
+)
+
 
 def _read_npz(path: Path) -> dict[str, Tensor]:
     found = {}
@@ -31,7 +39,7 @@ def _read_npz(path: Path) -> dict[str, Tensor]:
             for name in arrays.files:
                 if name in _PARTS + _WHOLE:
                     found[name] = torch.from_numpy(np.ascontiguousarray(arrays[name]))
-    except (zipfile.BadZipFile, ValueError, TypeError, EOFError, AttributeError) as error:
+    except _DAMAGED as error:
         raise ValueError(
             f"features_task: path must name an .npz file of numeric arrays, got {path}: {error}"
         ) from error

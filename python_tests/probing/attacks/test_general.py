@@ -55,6 +55,68 @@ def test_squared_loss_gives_the_special_forms(seed: int) -> None:
     torch.testing.assert_close(found, take(conjugate_gradients(z, y), 5), rtol=1e-5, atol=1e-7)
 
 
+@pytest.mark.parametrize("loss", [SQUARED, LOGISTIC], ids=["squared", "logistic"])
+def test_nesterov_is_its_recurrence(loss: Any) -> None:
+    """w' = v - g(v) / L, v' = w' + t / (t + 3) (w' - w), written down from the paper."""
+    z, y = problem(3)
+    step = 1.0 / (loss.curvature * float(torch.linalg.matrix_norm(z, 2)) ** 2)
+    w = v = torch.zeros(z.shape[1], dtype=torch.float64)
+    expected = [w]
+    for t in range(6):
+        following = v - step * (z.mT @ loss.slope(z @ v, y))
+        v = following + t / (t + 3) * (following - w)
+        w = following
+        expected.append(w)
+    torch.testing.assert_close(take(nesterov(z, y, loss), 7), torch.stack(expected))
+
+
+def test_directions_of_nonlinear_conjugate_gradients() -> None:
+    """d' = -g' + max(0, g'.(g' - g) / g.g) d, of Polak and Ribiere: other than on a parabola, where
+    every formula gives the same."""
+    z, y = problem(5)
+    w = take(nonlinear_conjugate_gradients(z, y, LOGISTIC), 5)
+    g = [z.mT @ LOGISTIC.slope(z @ each, y) for each in w]
+    direction = -g[0]
+    for k in range(4):
+        move = w[k + 1] - w[k]
+        cosine = float(move @ direction / (move.norm() * direction.norm()))
+        assert cosine == pytest.approx(1.0, abs=1e-9), k
+        beta = max(0.0, float(g[k + 1] @ (g[k + 1] - g[k]) / (g[k] @ g[k])))
+        direction = -g[k + 1] + beta * direction
+
+
+def test_lbfgs_follows_the_secants_it_remembers() -> None:
+    """Its second step is along -H g with H the BFGS matrix of one pair and Barzilai and Borwein's
+    scale, its third along that of two pairs; the matrices are formed here."""
+    z, y = problem(7)
+    w = take(lbfgs(z, y, LOGISTIC), 4)
+    g = [z.mT @ LOGISTIC.slope(z @ each, y) for each in w]
+    identity = torch.eye(z.shape[1], dtype=torch.float64)
+    for k in (1, 2):
+        pairs = [(w[i + 1] - w[i], g[i + 1] - g[i]) for i in range(k)]
+        s, change = pairs[-1]
+        h = (s @ change) / (change @ change) * identity
+        for s, change in pairs:
+            rho = 1.0 / (s @ change)
+            v = identity - rho * torch.outer(change, s)
+            h = v.mT @ h @ v + rho * torch.outer(s, s)
+        move = w[k + 1] - w[k]
+        direction = -h @ g[k]
+        assert float(move @ direction / (move.norm() * direction.norm())) == pytest.approx(1.0)
+
+
+def test_lbfgs_steps_as_far_as_the_slope_says() -> None:
+    """Wolfe: less loss in proportion to the slope, of which at most nine tenths are left."""
+    z, y = problem(9)
+    w = take(lbfgs(z, y, LOGISTIC), 6)
+    for before, after in itertools.pairwise(w):
+        move = after - before
+        g, renewed = (z.mT @ LOGISTIC.slope(z @ each, y) for each in (before, after))
+        assert float(renewed @ move) >= 0.9 * float(g @ move)
+        less = LOGISTIC.total(z @ before, y) - LOGISTIC.total(z @ after, y)
+        assert float(less) >= -1e-4 * float(g @ move)
+
+
 @given(seed=seeds)
 def test_nesterov_keeps_to_its_bound(seed: int) -> None:
     z, y = problem(seed)

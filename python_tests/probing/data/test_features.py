@@ -2,6 +2,7 @@
 
 import math
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -88,6 +89,25 @@ def test_bad_files(tmp_path: Path) -> None:
         (tmp_path / name).write_bytes(b"PK\x03\x04 not a file")
         with pytest.raises(ValueError, match="path must name"):
             features_task(tmp_path / name)
+
+
+@pytest.mark.parametrize("save", [np.savez, np.savez_compressed])
+def test_no_flipped_bit_of_an_archive_is_a_traceback(tmp_path: Path, save: Any) -> None:
+    """Some of every header and array."""
+    x, y = arrays(4)
+    path = tmp_path / "whole.npz"
+    save(path, x=x, y=y)
+    content = bytearray(path.read_bytes())
+    refused = 0
+    for position in (*range(0, 8 * 32, 3), *range(8 * 32, 8 * len(content), 37)):
+        content[position // 8] ^= 1 << position % 8
+        path.write_bytes(content)
+        try:
+            features_task(path)
+        except ValueError:
+            refused += 1
+        content[position // 8] ^= 1 << position % 8
+    assert refused > 40
 
 
 def test_no_code_in_a_file_is_run(tmp_path: Path) -> None:
