@@ -40,11 +40,7 @@ NATIVE := setup.py pyproject.toml immunize_ext/_version.py \
 PYTHON_SOURCES := immunize_ext python_tests benchmarks csrc setup.py .ci
 CPP_SOURCES := $(sort $(shell find csrc -name '*.h' -o -name '*.inl' -o -name '*.cpp' -o -name '*.cu*'))
 
-<<<<<<< HEAD
-.PHONY: help build test test-fallback mutants simt ptx cuda gpu sanitizer lint format docs demo bench doctor sdist clean distclean
-=======
-.PHONY: help build test test-fallback mutants nightly simt cuda gpu sanitizer lint format docs demo bench doctor sdist clean distclean
->>>>>>> h-nightly
+.PHONY: help build test test-fallback mutants nightly simt ptx cuda gpu sanitizer lint format docs demo bench doctor sdist clean distclean
 
 help:  ## this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-14s %s\n", $$1, $$2 }' Makefile

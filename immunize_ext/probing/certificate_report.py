@@ -75,8 +75,8 @@ def sentences(one: Certificate) -> list[str]:
     if gone["kernel_after"] is not None:
         found.append(
             f"A Gaussian kernel probe is right on {percent(gone['kernel_after'], 1)} of the "
-            f"harmful test samples, on {percent(gone['kernel_before'], 1)} before: no theta of this kind "
-            "stops probes that are not linear, or probes of an earlier layer."
+            f"harmful test samples, on {percent(gone['kernel_before'], 1)} before: no theta of "
+            "this kind stops probes that are not linear, or probes of an earlier layer."
         )
     return found
 
