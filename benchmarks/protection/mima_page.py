@@ -10,7 +10,7 @@ import argparse
 import json
 import math
 import sys
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -179,26 +179,30 @@ def methods() -> str:
     rows: dict[str, Any] = load("mima_digits")["methods"]
     step = rows["mima"]["evaluation"]["summary"]["lora"]["delay"]["unprotected"]
     outside = rows.get(NEVER)
-    lines = [
-        f"| method | MSGR at step {step} | at steps 20, 40 | useful at {step}, 20, 40 "
-        "| any digit at step 0 | what is kept | control | new word |",
-        "|---|---|---|---|---|---|---|---|",
+    header = [
+        *("method", f"MSGR at step {step}", "at steps 20, 40"),
+        *(() if outside is None else (f"useful at {step}, 20, 40",)),
+        *("any digit at step 0", "what is kept", "control", "new word"),
     ]
+    lines = [_line(header), "|" + "---|" * len(header)]
     for name, row in rows.items():
         evaluation = row["evaluation"]
         found = evaluation["summary"]["lora"]
-        later = ", ".join(_spread(found["msgr"]["at"][after]) for after in ("20", "40"))
         kept = evaluation["retained_change"]
-        drawn = Measured({"evaluation": evaluation, "config": {}}).beside(
-            "any digit", "immunized", "lora"
-        )
-        useful = "" if outside is None or name == NEVER else _useful(evaluation, outside)
-        lines.append(
-            f"| {NAMES[name]} | {_spread(found['msgr']['at'][str(step)])} | {later} | {useful} | "
-            f"{drawn[0]:.2f} | {kept['mean']:+.3f} (least {kept['min']:+.3f}) | "
-            f"{found['control_sgr']['at'][str(step)]['mean']:+.2f} | "
-            f"{found['new_word_sgr']['at'][str(step)]['mean']:+.2f} |"
-        )
+        measured = Measured({"evaluation": evaluation, "config": {}})
+        cells = [
+            NAMES[name],
+            _spread(found["msgr"]["at"][str(step)]),
+            ", ".join(_spread(found["msgr"]["at"][after]) for after in ("20", "40")),
+            *(() if outside is None else ("" if name == NEVER else _useful(evaluation, outside),)),
+            f"{measured.beside('any digit', 'immunized', 'lora')[0]:.2f}",
+            f"{kept['mean']:+.3f} (least {kept['min']:+.3f})",
+            *(
+                f"{found[gap]['at'][str(step)]['mean']:+.2f}"
+                for gap in ("control_sgr", "new_word_sgr")
+            ),
+        ]
+        lines.append(_line(cells))
     shares = rows["mima"]["merge_share"]
     seeds = len(rows["mima"]["evaluation"]["seeds"])
     lines += [
@@ -207,6 +211,10 @@ def methods() -> str:
         f"to {max(shares):.1%} of MIMA's time (forward pass).",
     ]
     return "\n".join(lines)
+
+
+def _line(cells: Iterable[str]) -> str:
+    return "| " + " | ".join(cells) + " |"
 
 
 def _useful(evaluation: Row, outside: Row) -> str:
