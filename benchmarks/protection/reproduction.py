@@ -164,8 +164,8 @@ def table_2(files: Mapping[str, Any]) -> list[str]:
         "",
         f"By the closed form all 90 pairs took {closed['cpu_seconds']:.0f} CPU seconds, from the "
         f"image files to the numbers: {closed['seconds']:.0f} s on {closed['processes']} processes "
-        f"(load of the machine at the end: {closed['load']:.1f}). In the same run the released procedure, "
-        "re-implemented, took "
+        f"(load of the machine at the end: {closed['load']:.1f}). In the same run the "
+        "released procedure, re-implemented, took "
         + " and ".join(f"{entry['seconds_per_iteration']:.3g}" for entry in sampled)
         + f" CPU seconds per iteration ({sampled[0]['iterations']} iterations of the pairs "
         + " and ".join(f"{a}→{b}" for a, b in (entry["pair"] for entry in sampled))
