@@ -18,6 +18,7 @@ from typing import Literal
 import torch
 from torch import Tensor, nn
 
+from immunize_ext.ops import Preconditioner, gram_extremes
 from immunize_ext.probing.data import Task
 
 FLOOR = 1e-6
@@ -45,6 +46,8 @@ class Published:
         loss: Mean squared residual, or logistic loss of a label -1 or +1.
         precondition_loss: Whether K^{-1} multiplies the gradient of the loss as well.
         metric_bias: Whether the metric sees the bias.
+        operators: Whether extremes and K^{-1} are those of this package's operators instead of
+            eigenvalues and inverses of p x p matrices. What they stand for is the same.
     """
 
     epochs: int = 100
@@ -62,6 +65,7 @@ class Published:
     loss: Literal["squared", "logistic"] = "squared"
     precondition_loss: bool = False
     metric_bias: bool = True
+    operators: bool = False
 
 
 @dataclass(frozen=True)
@@ -89,32 +93,52 @@ class _Preconditioned(torch.autograd.Function):
     """A linear layer whose weight gradient is multiplied by K^{-1}, K = X^T X + ridge I."""
 
     @staticmethod
-    def forward(ctx, x, weight, bias, ridge, side):  # type: ignore[no-untyped-def]
+    def forward(ctx, x, weight, bias, ridge, settings):  # type: ignore[no-untyped-def]
         ctx.save_for_backward(x)
-        ctx.ridge, ctx.side, ctx.has_bias = ridge, side, bias is not None
+        ctx.ridge, ctx.settings, ctx.has_bias = ridge, settings, bias is not None
         return nn.functional.linear(x, weight, bias)
 
     @staticmethod
     def backward(ctx, grad):  # type: ignore[no-untyped-def]
         (x,) = ctx.saved_tensors
+        side = ctx.settings.side
+        if side == "left" and ctx.settings.operators:
+            # K^{-1} (dY^T X) = (dY K^{-1})^T X: as many right-hand sides as there are samples.
+            factor = Preconditioner.from_features(x, ridge=ctx.ridge, relative=False)
+            grad_left = factor.apply(grad)
+            return None, grad_left.mT @ x, grad.sum(0) if ctx.has_bias else None, None, None
         gradient = grad.mT @ x  # (out, in)
-        if ctx.side != "none":
+        if side != "none":
             # In float64: with a ridge of 1e-7 a batch K of MNIST is singular in float32.
             rows = x.to(torch.float64)
             k = rows.mT @ rows + ctx.ridge * torch.eye(x.shape[1], dtype=torch.float64)
             wide = gradient.to(torch.float64)
-            left = ctx.side == "left"
+            left = side == "left"
             solved = torch.linalg.solve(k, wide if left else wide.mT)
             gradient = (solved if left else solved.mT).to(x.dtype)
         return None, gradient, grad.sum(0) if ctx.has_bias else None, None, None
 
 
-def extremes(gram: Tensor) -> tuple[Tensor, Tensor]:
-    """Largest eigenvalue, and the smallest above the floor, as the released code takes them."""
+def extremes(features: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Largest and smallest eigenvalue above the floor, and |S|_F^2, as the released code has them.
+
+    Of S = features^T features, float64 but for the last.
+    """
+    gram = features.mT @ features
     eye = torch.eye(gram.shape[0], dtype=torch.float64)
     eigenvalues = torch.linalg.eigvalsh(gram.to(torch.float64) + FLOOR * eye)
     counted = eigenvalues[eigenvalues > FLOOR]
-    return eigenvalues[-1], counted[0] if len(counted) else eigenvalues[-1]
+    smallest = counted[0] if len(counted) else eigenvalues[-1]
+    return eigenvalues[-1], smallest, gram.square().sum()
+
+
+def extremes_by_operators(features: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """The same on the thin side; an eigenvalue of 0 counts as the floor, with gradient 0.
+
+    The released code counts whichever zeros rounding puts above the floor, 1e-6 all the same.
+    """
+    found = gram_extremes(features.to(torch.float64), rank="full")
+    return found.lambda_max + FLOOR, found.lambda_min + FLOOR, found.squared_frobenius
 
 
 def train(
@@ -163,14 +187,13 @@ def train(
                 break
             rows = x[chosen], x_harmful[chosen_harmful]
             both = [
-                _Preconditioned.apply(part, weight, bias, ridge, settings.side)
+                _Preconditioned.apply(part, weight, bias, ridge, settings)
                 for part, ridge in zip(rows, settings.ridges, strict=True)
             ]
-            grams = [features.mT @ features for features in both]
-            largest, _ = extremes(grams[0])
-            _, smallest = extremes(grams[1])
-            well = largest.square() / 2 - grams[0].square().sum() / (2 * width)
-            ill = 1.0 / (grams[1].square().sum() / (2 * width) - smallest.square() / 2)
+            look = extremes_by_operators if settings.operators else extremes
+            (largest, _, square), (_, smallest, harmful_square) = map(look, both)
+            well = largest.square() / 2 - square / (2 * width)
+            ill = 1.0 / (harmful_square / (2 * width) - smallest.square() / 2)
             if done == 0:
                 first_well = float(well.detach())
             plain = nn.functional.linear(rows[0], weight, bias)

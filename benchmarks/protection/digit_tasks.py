@@ -46,8 +46,8 @@ def measure(primary_text: str, harmful_text: str, seed: int) -> dict[str, Any]:
     primary, harmful = (digits_task(*side, seed=seed) for side in sides)
     immunized = ClosedFormImmunizer(seed=seed).fit(None, Problem.of(primary, harmful))
     row: dict[str, Any] = {
-        "primary": primary_text,
-        "harmful": harmful_text,
+        "primary_task": primary_text,
+        "harmful_task": harmful_text,
         "seed": seed,
         "strength": immunized.config["strength"],
     }
