@@ -63,7 +63,12 @@ def chunk(kind: bytes, data: bytes) -> bytes:
     return len(data).to_bytes(4, "big") + body + zlib.crc32(body).to_bytes(4, "big")
 
 
-def test_a_small_file_that_claims_30000_x_30000_pixels_is_refused(tmp_path: Path) -> None:
+@pytest.mark.parametrize("limit", [None, Image.MAX_IMAGE_PIXELS])
+def test_a_small_file_that_claims_30000_x_30000_pixels_is_refused(
+    limit: int | None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Also where another library has taken Pillow's own limit away."""
+    monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", limit)
     side = (30000).to_bytes(4, "big")
     header = chunk(b"IHDR", side + side + bytes([8, 2, 0, 0, 0]))
     data = chunk(b"IDAT", zlib.compress(b"\0" * 1000))
