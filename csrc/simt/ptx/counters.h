@@ -1,9 +1,9 @@
 // What the memory accesses of a launch cost: 32-byte sectors of global memory and wavefronts of
 // shared memory, beside the least that the same data could have cost.
 //
-// The lanes of a warp reach an instruction one after the other here. The n-th time that one lane
-// reaches it is taken for the same access as the n-th time of the others: what a warp does where
-// its lanes do not diverge inside of a loop.
+// The lanes of a warp reach an instruction one after the other here. Between two barriers or shuffles,
+// the n-th time that one lane reaches it is taken for the same access as the n-th time of the others:
+// what a warp does where its lanes do not diverge inside of a loop.
 #pragma once
 
 #include <algorithm>
@@ -12,9 +12,11 @@
 #include <map>
 #include <set>
 #include <string>
+#include <tuple>
 #include <utility>
 #include <vector>
 
+#include "../launch_bounds.h"
 #include "../thread.h"
 
 namespace simt::ptx {
@@ -40,11 +42,12 @@ class Counters {
     if (!enabled) {
       return;
     }
-    if (serial_ != detail::active.serial) {
+    if (serial_ != detail::active.serial || epoch_ != detail::active.epoch) {
       settle_all();
     }
     const detail::Thread& thread = *detail::active.current;
-    Pending& pending = pending_[{instruction, thread.linear / detail::kWarpSize}];
+    const unsigned warp = thread.linear / detail::kWarpSize;
+    Pending& pending = pending_[{instruction, warp, shuffles_[thread.linear]}];
     pending.is_shared = is_shared;
     pending.size = size;
     const std::size_t n = pending.reached[thread.lane()]++ - pending.settled;
@@ -66,9 +69,14 @@ class Counters {
     launch_.barriers = std::max<std::uint64_t>(launch_.barriers, detail::active.epoch);
   }
 
+  void passed_shuffle() {
+    ++shuffles_[detail::active.current->linear];
+  }
+
   // Begins a launch, and ends it.
   void begin(Record launch) {
     pending_.clear();
+    shuffles_.fill(0);
     launch_ = std::move(launch);
   }
   void end() {
@@ -136,11 +144,14 @@ class Counters {
     }
     pending_.clear();
     serial_ = detail::active.serial;
+    epoch_ = detail::active.epoch;
   }
 
   Record launch_;
-  std::uint32_t serial_ = 0;
-  std::map<std::pair<int, unsigned>, Pending> pending_;
+  std::uint32_t serial_ = 0, epoch_ = 0;                       // those of the pending accesses
+  std::array<std::uint32_t, detail::kMaxThreads> shuffles_{};  // of each thread in this launch
+  // By instruction, warp and shuffles.
+  std::map<std::tuple<int, unsigned, std::uint32_t>, Pending> pending_;
 };
 
 inline Counters counters;

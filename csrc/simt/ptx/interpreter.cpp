@@ -455,6 +455,7 @@ void shuffle(Frame& f, const Instruction& i) {
       f, i.slots[0],
       detail::shuffle(in<std::uint32_t>(f, i, 5), value, inside ? source : lane, site(i)));
   put<bool>(f, i.slots[1], inside);
+  counters.passed_shuffle();
 }
 
 // --- The table ------------------------------------------------------------------------------------
