@@ -13,7 +13,10 @@ task too.
 The grades are g_i = (log l_i - log l_min) / (log l_max - log l_min), or the same in l itself, or 1
 for the top direction and 0 for all others. All have the same kappas and RIR. Boosting the top
 direction alone stops gradient descent, but hardly slows conjugate gradients.
-The rotation Q changes no kappa and keeps coordinate-wise optimizers (Adam) from undoing s.
+The rotation Q changes no kappa. In the coordinates of the pencil both Hessians are diagonal, so
+that Adam, Adagrad or standardising would undo s whole; Q makes all diagonal entries of H_H equal,
+and then no scaling of coordinates leaves less than kappa_H / p (module
+``immunize_ext.ops.equal_diagonal``).
 """
 
 from __future__ import annotations
@@ -27,6 +30,7 @@ from typing import ClassVar, Literal, get_args
 import torch
 from torch import Tensor
 
+from immunize_ext.ops.equal_diagonal import equal_diagonal_rotation
 from immunize_ext.probing.attacks.registry import ATTACKS
 from immunize_ext.probing.data.gram_equivalent import gram_rows
 from immunize_ext.probing.data.problem import Problem
@@ -34,6 +38,7 @@ from immunize_ext.probing.data.task import Task
 from immunize_ext.probing.immunizers.immunized import Immunized
 from immunize_ext.probing.immunizers.loop import LinearImmunizer, identity_or
 from immunize_ext.probing.immunizers.registry import METHODS
+from immunize_ext.probing.metrics.hessian import with_ridge
 from immunize_ext.probing.metrics.pencil import Pencil, pencil
 from immunize_ext.probing.metrics.rir import relative_immunization_ratio
 from immunize_ext.seams import Progress
@@ -64,8 +69,8 @@ def closed_form_theta(
         strength: c, the condition number that the primary Hessian gets; at least 1.
         ridge: Ridge on each K, relative to its largest eigenvalue. A larger one stays closer to
             what the data supports; with few samples it keeps the primary task's test error.
-        rotate: Whether to mix the features by a random rotation.
-        seed: Seed of that rotation.
+        rotate: Whether to mix the features so that every coordinate of H_H has the same curvature.
+        seed: Seed of the rotation that goes before.
         grading: How s^2 rises from 1 to c: with log l, with l, or at the top direction alone.
 
     Returns:
@@ -97,8 +102,22 @@ def closed_form_theta(
             f"{grading!r}"
         )
     coordinates = pencil(x_primary, x_harmful, ridge=ridge)
-    rotation = random_rotation(coordinates.basis, seed) if rotate else None
-    return _graded(coordinates, strength, rotation, grading)
+    if not rotate:
+        return _graded(coordinates, strength, None, grading)
+    rotation = random_rotation(coordinates.basis, seed)
+    theta = _graded(coordinates, strength, rotation, grading)
+    return theta @ equal_curvature(with_ridge(x_harmful.detach().to(torch.float64), ridge) @ theta)
+
+
+def equal_curvature(features: Tensor) -> Tensor:
+    """A rotation of features after which each has the same sum of squares, shape ``(p, p)``.
+
+    Example:
+        >>> z = torch.diag(torch.tensor([3.0, 1.0], dtype=torch.float64))
+        >>> [round(v, 9) for v in (z @ equal_curvature(z)).square().sum(0).tolist()]
+        [5.0, 5.0]
+    """
+    return equal_diagonal_rotation(features.mT @ features)
 
 
 def random_rotation(like: Tensor, seed: int) -> Tensor:
@@ -243,8 +262,8 @@ class ClosedFormImmunizer(LinearImmunizer):
         strength: c, the condition number that the primary Hessian gets, or ``"auto"``: the largest
             that leaves the primary task as fast as it was (:func:`calibrate_strength`).
         ridge: Ridge on each K, relative to its largest eigenvalue.
-        rotate: Whether to mix the features by a random rotation.
-        seed: Seed of that rotation.
+        rotate: Whether to mix the features so that every coordinate of H_H has the same curvature.
+        seed: Seed of the random rotation that goes before.
         grading: How s^2 rises from 1 to c: with ``"log"`` l, ``"linear"`` in l, or at the ``"top"``
             direction alone; strength ``"auto"`` is calibrated for ``"log"``.
 

@@ -27,7 +27,12 @@ from torch import Tensor
 from immunize_ext.probing.data.gram_equivalent import gram_rows
 from immunize_ext.probing.data.problem import Problem
 from immunize_ext.probing.data.task import Task
-from immunize_ext.probing.immunizers.closed_form import STRENGTHS, grades, random_rotation
+from immunize_ext.probing.immunizers.closed_form import (
+    STRENGTHS,
+    equal_curvature,
+    grades,
+    random_rotation,
+)
 from immunize_ext.probing.immunizers.immunized import Immunized
 from immunize_ext.probing.immunizers.loop import LinearImmunizer, identity_or
 from immunize_ext.probing.immunizers.registry import METHODS
@@ -58,7 +63,8 @@ def several_harms_theta(
         strength: c, the condition number that the primary Hessian gets; at least 1.
         ridge: Ridge on each K, relative to its largest eigenvalue.
         grading: ``"top"`` or ``"log"`` (module docstring).
-        rotate: Whether to mix the features by a random rotation.
+        rotate: Whether to mix the features so that coordinates have the same curvature, over all
+            harmful tasks together.
         seed: Seed of that rotation.
 
     Returns:
@@ -110,6 +116,10 @@ def several_harms_theta(
     theta = torch.linalg.solve_triangular(triangle, stretched, upper=True)
     if rotate:
         theta = theta @ random_rotation(theta, seed)
+        # Of all harms together: with one for each of them no rotation could be equal.
+        rows = [with_ridge(x.detach().to(torch.float64), ridge) for x in x_harmful]
+        scaled = [x / torch.linalg.matrix_norm(x @ theta) for x in rows]
+        theta = theta @ equal_curvature(torch.cat(scaled) @ theta)
     return theta * (math.sqrt(len(theta)) / torch.linalg.matrix_norm(theta))
 
 
@@ -138,7 +148,8 @@ class SeveralHarmsImmunizer(LinearImmunizer):
         strength: c, the condition number that the primary Hessian gets.
         ridge: Ridge on each K, relative to its largest eigenvalue.
         grading: ``"top"`` or ``"log"`` (module docstring).
-        rotate: Whether to mix the features by a random rotation.
+        rotate: Whether to mix the features so that coordinates have the same curvature, over all
+            harmful tasks together.
         seed: Seed of that rotation.
 
     Example:
