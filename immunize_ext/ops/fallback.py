@@ -571,7 +571,7 @@ def regularizer_backward(
 def condition_number(
     a: Tensor, logarithm: bool, rank_rtol: float, cluster_rtol: float, full_rank: bool
 ) -> tuple[Tensor, ...]:
-    """kappa or log kappa, and what its gradient is made of."""
+    """Condition number or its logarithm, and what its gradient is made of."""
     wide, scale = a, None
     if a.dtype == torch.float64:
         # kappa has no scale; singular values near the ends of the range have lost their digits.

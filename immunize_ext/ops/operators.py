@@ -335,8 +335,8 @@ OPERATORS: dict[str, Operator] = {
         None,
         composed=True,
     ),
-    # kappa or log kappa: value [*] in the dtype of a; coefficients [*, 2] float64 of d sigma_max and
-    # d sigma_min, zero where kappa is infinite.
+    # kappa or log kappa: value [*] in the dtype of a; coefficients [*, 2] float64 of d sigma_max
+    # and d sigma_min, zero where kappa is infinite.
     "condition_number": Operator(
         f"(Tensor a, bool logarithm, {_POLICY}) -> "
         f"(Tensor value, Tensor coefficients, {_MULTIPLICITIES}, {_VECTORS})",
