@@ -536,8 +536,8 @@ inline void singular_group(
     const int64_t rank = t - missing;
     const bool full = rank == policy.full_side || !policy.full_rank;
     const bool has_min = batch.wanted.min && full;
-    const bool settled = good[l] != 0 && (!batch.wanted.max || accurate[0][l] != 0) &&
-                         accurate[0][l] != 0 && (!has_min || (missing == 0 && accurate[1][l] != 0));
+    const bool settled =
+        good[l] != 0 && accurate[0][l] != 0 && (!has_min || (missing == 0 && accurate[1][l] != 0));
     batch.settled[b] = settled;
     if (!settled)
       continue;
