@@ -94,6 +94,30 @@ def log_condition_number(eigenvalues: Array, vectors: Array) -> Expected:
     return Expected([np.asarray(value)], [gradient])
 
 
+def log_condition_numbers(x: Array) -> Expected:
+    """Log kappa of each of x (*, n, p) from its singular values, and its gradient."""
+    u, s, vt = np.linalg.svd(x, full_matrices=False)
+    top, bottom = s[..., 0, None, None], s[..., -1, None, None]
+    gradient = u[..., :, :1] * vt[..., :1, :] / top - u[..., :, -1:] * vt[..., -1:, :] / bottom
+    return Expected([np.asarray(np.log(s[..., 0]) - np.log(s[..., -1]))], [gradient])
+
+
+def r_well(x: Array) -> Expected:
+    """R_well(S) = sigma_1^2/2 - |S|_F^2/(2 min(n, p)) of S = x (n, p) itself."""
+    u, s, vt = np.linalg.svd(x, full_matrices=False)
+    p = min(x.shape)
+    value = s[0] ** 2 / 2 - (s**2).sum() / (2 * p)
+    return Expected([np.asarray(value)], [s[0] * np.outer(u[:, 0], vt[0]) - x / p])
+
+
+def spread(h: Array) -> Expected:
+    """lambda_max - lambda_min of a symmetric h (p, p)."""
+    eigenvalues, vectors = np.linalg.eigh(h)
+    top, bottom = vectors[:, -1], vectors[:, 0]
+    gradient = np.outer(top, top) - np.outer(bottom, bottom)
+    return Expected([np.asarray(eigenvalues[-1] - eigenvalues[0])], [gradient])
+
+
 class Merge(NamedTuple):
     """The merge and the gradients of sum_l <G_l, W_l>."""
 

@@ -2,8 +2,9 @@
 
 ``python -m benchmarks.spectrum [--quick] [--threads 2] [--out benchmarks/results]``
 
-Rows: R_well and R_ill of features at the sizes of the published experiments, and log kappa of a
-square Hessian. Sweeps: samples, number of matrices, side of the Hessian, condition number.
+Rows: R_well and R_ill of features at the sizes of the published experiments, log kappa of a square
+Hessian, and tiny matrices, one or many (``_tiny``). Sweeps: samples, number of matrices, side of
+the Hessian, condition number.
 """
 
 from __future__ import annotations
@@ -24,6 +25,7 @@ from immunize_ext.ops.regularizers import gram_r_ill, gram_r_well
 
 from . import _baselines as baselines
 from . import _expected as expected
+from . import _tiny
 from ._results import Target
 from ._session import Case, Options, run
 from ._timing import Budget, Contender, Tensors
@@ -505,6 +507,7 @@ def cases(options: Options) -> list[Case]:
             (Target("faster", "published", 1.0),),
         ),
         *(_hessian_case(options, side) for side in ((24, 32) if quick else (768, 2048))),
+        *_tiny.cases(options),
     ]
     return [*rows, *sweep_cases(options)]
 

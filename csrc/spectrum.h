@@ -34,11 +34,7 @@ struct ExtremesBatch {
   ExtremesBatch(const MatrixBatch& a, Wanted wanted, bool of_gram) {
     const auto numbers = a.matrices.options().dtype(at::kDouble);
     const auto counts = numbers.dtype(at::kLong);
-    // The kernels for CUDA write all of their vectors, those for the CPU only what is not zero.
-    const auto vectors = [&](int64_t side) {
-      return numbers.device().is_cpu() ? at::zeros({a.batch, side}, numbers)
-                                       : at::empty({a.batch, side}, numbers);
-    };
+    const auto vectors = [&](int64_t side) { return at::empty({a.batch, side}, numbers); };
     value_max = at::empty({a.batch}, numbers);
     value_min = at::empty({a.batch}, numbers);
     rank = at::empty({a.batch}, counts);

@@ -163,6 +163,24 @@ def _regularizer_backward(device: str) -> list[Sample]:
     return samples
 
 
+def _condition_number(device: str) -> list[Sample]:
+    return [
+        Sample(f"{'log, ' if logarithm else ''}{name}", (a, logarithm, *policy))
+        for logarithm in (False, True)
+        for name, (a, *policy) in _spectrum(device)
+    ]
+
+
+def _condition_number_backward(device: str) -> list[Sample]:
+    samples = []
+    for name, arguments in _condition_number(device):
+        a, _, *policy = arguments
+        value, *saved = torch.ops.immunize_ext.condition_number(*arguments)
+        grad = gaussian(*value.shape, seed=24).to(value)
+        samples.append(Sample(name, (grad, a, *saved, *policy)))
+    return samples
+
+
 def symmetric(*shape: int, seed: int = 0, dtype: torch.dtype = torch.float64) -> Tensor:
     """Random symmetric, in general indefinite matrices (*, p, p)."""
     a = gaussian(*shape, shape[-1], seed=seed)
@@ -391,7 +409,10 @@ _BUILDERS: dict[str, Callable[[str], list[Sample]]] = {
     "gram_extremes_double_backward": _gram_double_backward,
     "regularizer": _regularizer,
     "regularizer_backward": _regularizer_backward,
+    "condition_number": _condition_number,
+    "condition_number_backward": _condition_number_backward,
     "symmetric_extremes": _symmetric,
+    "symmetric_pair": _symmetric,
     "symmetric_extremes_backward": _symmetric_backward,
     "symmetric_extremes_double_backward": _symmetric_double_backward,
     "symmetric_reference": _symmetric_reference,
@@ -412,7 +433,9 @@ DIFFERENTIABLE = (
     "extremal_singular_values",
     "gram_extremes",
     "regularizer",
+    "condition_number",
     "symmetric_extremes",
+    "symmetric_pair",
     "merge_apply",
 )
 # Gradients are differentiable in grad and matrix together, as a part of their operator; the

@@ -12,6 +12,7 @@
 
 #include "../extremes.h"
 #include "../tensors.h"
+#include "lanes.h"
 
 namespace immunize_ext {
 
@@ -40,6 +41,17 @@ void for_each_matrix(int64_t batch, int64_t cost, const F& f) {
     at::parallel_for(0, batch, std::max<int64_t>(1, kWorthAThread / cost), range);
   else
     range(0, batch);
+}
+
+// The same in slices of whole vectors of lanes: f(begin, end).
+template <typename F>
+void for_each_lanes(int64_t batch, int64_t cost, const F& f) {
+  const int64_t width = lanes::width(), groups = (batch + width - 1) / width;
+  // A tiny matrix costs more than its products.
+  const int64_t grain = std::max<int64_t>(1, kWorthAThread / (width * (cost + 100)));
+  at::parallel_for(0, groups, grain, [&](int64_t begin, int64_t end) {
+    f(begin * width, std::min(end * width, batch));
+  });
 }
 
 // Index ranges [begin, end) into descending singular values; empty where the gradient is zero.

@@ -1,8 +1,9 @@
 // Extremes of a batch on the CPU, and their gradient; the formulas stand in ../spectrum.cpp.
 //
-// Routes: the thin Gram matrix, reduced (gram_route.inl) or searched (gram_krylov.inl), the singular
-// values that it cannot see from the matrix itself (small_end.h), and a singular value decomposition
-// for what these refuse. Which one a matrix takes depends on this matrix alone.
+// Routes: many tiny matrices at once (lanes.h); the thin Gram matrix, reduced (gram_route.inl) or
+// searched (gram_krylov.inl); the singular values that it cannot see from the matrix itself
+// (small_end.h); and a singular value decomposition for what these refuse. Which one a matrix takes
+// depends on this matrix alone.
 //
 // Rows of the thin side that hold nothing but zeros, pixels that are never set, have singular value
 // zero and add nothing to the others or to any vector: they are left out from the start.
@@ -19,6 +20,7 @@
 
 #include "../tensors.h"
 #include "full_decomposition.h"
+#include "lanes.h"
 #include "small_end.h"
 #include "spectrum_kernels.h"
 
@@ -229,6 +231,45 @@ int64_t cost_of(const MatrixBatch& a) {
   return a.n * a.p * a.thin();
 }
 
+double* data_of(const Tensor& t) {
+  return t.defined() ? t.mutable_data_ptr<double>() : nullptr;
+}
+
+// Writes what the lanes settle, and returns the matrices that are left.
+template <typename T>
+std::vector<int64_t> left_by_lanes(
+    const MatrixBatch& a, const Policy& policy, Wanted wanted, const ExtremesBatch& out) {
+  std::vector<char> settled(a.batch, 0);
+  if (lanes::serves(a.n, a.p)) {
+    const lanes::SingularBatch<T> batch{
+        a.matrices.const_data_ptr<T>(),
+        a.n,
+        a.p,
+        policy,
+        wanted,
+        data_of(out.value_max),
+        data_of(out.value_min),
+        out.rank.mutable_data_ptr<int64_t>(),
+        out.multiplicity_max.mutable_data_ptr<int64_t>(),
+        out.multiplicity_min.mutable_data_ptr<int64_t>(),
+        data_of(out.thin_max),
+        data_of(out.thin_min),
+        data_of(out.long_max),
+        data_of(out.long_min),
+        data_of(out.squared_frobenius),
+        data_of(out.thin_gram),
+        settled.data()};
+    for_each_lanes(a.batch, cost_of(a), [&](int64_t begin, int64_t end) {
+      lanes::extremes(batch, begin, end);
+    });
+  }
+  std::vector<int64_t> left;
+  for (int64_t b = 0; b < a.batch; ++b)
+    if (!settled[b])
+      left.push_back(b);
+  return left;
+}
+
 ExtremesBatch extremes_of(
     const char* op,
     const char* name,
@@ -238,14 +279,25 @@ ExtremesBatch extremes_of(
     bool of_gram) {
   const int64_t n = a.n, p = a.p, t = a.thin();
   ExtremesBatch out(a, wanted, of_gram);
-  std::vector<Outcome> outcomes(a.batch);
-  const auto settle_one = [&](int64_t b) {
-    Outcome& outcome = outcomes[b];
+  const std::vector<int64_t> left = a.matrices.scalar_type() == at::kDouble
+                                        ? left_by_lanes<double>(a, policy, wanted, out)
+                                        : left_by_lanes<float>(a, policy, wanted, out);
+  const int64_t count = static_cast<int64_t>(left.size());
+  std::vector<Outcome> outcomes(count);
+  const auto settle_one = [&](int64_t index) {
+    const int64_t b = left[index];
+    Outcome& outcome = outcomes[index];
     outcome = {};
-    outcome.extremes.thin_max = row_of(out.thin_max, b);
-    outcome.extremes.thin_min = row_of(out.thin_min, b);
-    outcome.extremes.long_max = row_of(out.long_max, b);
-    outcome.extremes.long_min = row_of(out.long_min, b);
+    const auto zeroed = [b](const Tensor& rows) {
+      double* row = row_of(rows, b);
+      if (row != nullptr)
+        std::fill(row, row + rows.size(1), 0.0);
+      return row;
+    };
+    outcome.extremes.thin_max = zeroed(out.thin_max);
+    outcome.extremes.thin_min = zeroed(out.thin_min);
+    outcome.extremes.long_max = zeroed(out.long_max);
+    outcome.extremes.long_min = zeroed(out.long_min);
     double* gram = of_gram ? out.thin_gram.mutable_data_ptr<double>() + b * t * t : nullptr;
     const auto run = [&](auto* data) {
       settle<std::remove_const_t<std::remove_pointer_t<decltype(data)>>>(
@@ -256,16 +308,17 @@ ExtremesBatch extremes_of(
     else
       run(a.matrices.const_data_ptr<float>());
   };
-  for_each_matrix(a.batch, cost_of(a), settle_one);
+  for_each_matrix(count, cost_of(a), settle_one);
 
-  for (int64_t b = 0; b < a.batch; ++b) {
-    Outcome& outcome = outcomes[b];
+  for (int64_t index = 0; index < count; ++index) {
+    const int64_t b = left[index];
+    Outcome& outcome = outcomes[index];
     TORCH_CHECK_VALUE(
         outcome.route != Route::not_finite, op, ": ", name,
         " must be finite, got NaN or infinity at batch index ", b,
         "; look for an overflow upstream, float16 features for instance");
     if (outcome.postponed)
-      settle_one(b);
+      settle_one(index);
     if (outcome.route == Route::decompose)
       decompose(a.matrices[b], policy, wanted, outcome);
     const Extremes& x = outcome.extremes;
@@ -378,46 +431,56 @@ Tensor gradient_of(
   const int64_t n = a.n, p = a.p, t = a.thin();
   const bool of_gram = in.of_gram();
   const Tensor grad = at::empty_like(a.matrices);
-  const auto at_index = [](const Tensor& x, int64_t b) { return x.const_data_ptr<double>()[b]; };
+  // Once: for a tiny matrix as much time as its gradient.
+  const auto numbers = [](const Tensor& x) {
+    return x.defined() ? x.const_data_ptr<double>() : nullptr;
+  };
+  const double *grad_max = numbers(in.grad_max), *grad_min = numbers(in.grad_min);
+  const double* grad_frobenius = numbers(in.grad_squared_frobenius);
+  const double *lambda_max = numbers(in.lambda_max), *lambda_min = numbers(in.lambda_min);
+  const double *thin_max = numbers(in.thin_max), *thin_min = numbers(in.thin_min);
+  const double *long_max = numbers(in.long_max), *long_min = numbers(in.long_min);
+  const double* thin_gram = numbers(in.thin_gram);
+  const int64_t* multiplicity_max = in.multiplicity_max.const_data_ptr<int64_t>();
+  const int64_t* multiplicity_min = in.multiplicity_min.const_data_ptr<int64_t>();
+  const int64_t length = std::max(n, p);
   const auto weights_of = [&](int64_t b) {
-    return Weights{
-        at_index(in.grad_max, b), at_index(in.grad_min, b),
-        of_gram ? at_index(in.grad_squared_frobenius, b) : 0.0};
+    return Weights{grad_max[b], grad_min[b], of_gram ? grad_frobenius[b] : 0.0};
   };
   const auto is_cluster = [&](int64_t b) {
     const Weights w = weights_of(b);
-    return (in.multiplicity_max.const_data_ptr<int64_t>()[b] > 1 && w.max != 0.0) ||
-           (in.multiplicity_min.const_data_ptr<int64_t>()[b] > 1 && w.min != 0.0);
+    return (multiplicity_max[b] > 1 && w.max != 0.0) || (multiplicity_min[b] > 1 && w.min != 0.0);
   };
   // Whether u v^T can be had from the vectors kept: lambda = sigma^2 leaves the range before sigma.
   const auto is_whole = [&](int64_t b) {
-    return in.long_max.defined() && (!of_gram || (std::isnormal(at_index(in.lambda_max, b)) &&
-                                                  std::isnormal(at_index(in.lambda_min, b))));
+    return long_max != nullptr &&
+           (!of_gram || (std::isnormal(lambda_max[b]) && std::isnormal(lambda_min[b])));
   };
   const auto fill = [&](int64_t b, auto* x, auto* out) {
     using T = std::remove_pointer_t<decltype(out)>;
     const Weights w = weights_of(b);
-    const double* thin[2] = {row_of(in.thin_max, b), row_of(in.thin_min, b)};
+    const double* thin[2] = {thin_max + b * t, thin_min + b * t};
     if (w.frobenius == 0.0 && is_whole(b)) {
       const double weight[2] = {
-          of_gram ? 2.0 * std::sqrt(at_index(in.lambda_max, b)) * w.max : w.max,
-          of_gram ? 2.0 * std::sqrt(at_index(in.lambda_min, b)) * w.min : w.min};
-      const double* along[2] = {row_of(in.long_max, b), row_of(in.long_min, b)};
+          of_gram ? 2.0 * std::sqrt(lambda_max[b]) * w.max : w.max,
+          of_gram ? 2.0 * std::sqrt(lambda_min[b]) * w.min : w.min};
+      const double* along[2] = {long_max + b * length, long_min + b * length};
       rank_two<T>(n, p, weight, a.wide() ? thin : along, a.wide() ? along : thin, out + b * n * p);
       return;
     }
     thin_product<T>(
-        {x + b * n * p, n, p}, w, in.thin_gram.const_data_ptr<double>() + b * t * t, thin[0],
-        thin[1], out + b * n * p);
+        {x + b * n * p, n, p}, w, thin_gram + b * t * t, thin[0], thin[1], out + b * n * p);
   };
-  for_each_matrix(a.batch, cost_of(a), [&](int64_t b) {
-    if (is_cluster(b))
-      return;
-    if (a.matrices.scalar_type() == at::kDouble)
-      fill(b, a.matrices.const_data_ptr<double>(), grad.mutable_data_ptr<double>());
-    else
-      fill(b, a.matrices.const_data_ptr<float>(), grad.mutable_data_ptr<float>());
-  });
+  const auto fill_all = [&](auto* x, auto* out) {
+    for_each_matrix(a.batch, cost_of(a), [&](int64_t b) {
+      if (!is_cluster(b))
+        fill(b, x, out);
+    });
+  };
+  if (a.matrices.scalar_type() == at::kDouble)
+    fill_all(a.matrices.const_data_ptr<double>(), grad.mutable_data_ptr<double>());
+  else
+    fill_all(a.matrices.const_data_ptr<float>(), grad.mutable_data_ptr<float>());
   for (int64_t b = 0; b < a.batch; ++b)
     if (is_cluster(b))
       grad[b].copy_(cluster_gradient(

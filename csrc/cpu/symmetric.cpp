@@ -1,5 +1,5 @@
-// Algebraic extremes of symmetric matrices on the CPU, reduced (symmetric_route.inl) or searched
-// (krylov.inl), and along a trajectory: warm-started and proven.
+// Algebraic extremes of symmetric matrices on the CPU, many tiny ones at once (lanes.h), reduced
+// (symmetric_route.inl) or searched (krylov.inl), and along a trajectory: warm-started and proven.
 //
 // A trajectory. A cold call reduces H_ref = Q T Q^T and keeps Q, T, and at each end the extreme and
 // the eigenvalue next to it. A warm call for H
@@ -28,6 +28,7 @@
 #include "../checks.h"
 #include "../tensors.h"
 #include "full_decomposition.h"
+#include "lanes.h"
 #include "spectrum_kernels.h"
 
 namespace immunize_ext {
@@ -122,6 +123,35 @@ void check_loaded(const char* op, double allowed, const Loaded& loaded, int64_t 
     refuse_asymmetric(op, loaded.asymmetry, b);
 }
 
+// Writes what the lanes settle, and returns the matrices that are left.
+template <typename T>
+std::vector<int64_t> left_by_lanes(
+    const Tensor& h, double allowed, double cluster_rtol, const SymmetricBatch& out) {
+  const int64_t t = h.size(-1), batch = h.size(0);
+  std::vector<char> settled(batch, 0);
+  if (lanes::serves(t, t)) {
+    const lanes::SymmetricBatch<T> all{
+        h.const_data_ptr<T>(),
+        t,
+        allowed,
+        cluster_rtol,
+        out.lambda_max.mutable_data_ptr<double>(),
+        out.lambda_min.mutable_data_ptr<double>(),
+        out.multiplicity_max.mutable_data_ptr<int64_t>(),
+        out.multiplicity_min.mutable_data_ptr<int64_t>(),
+        out.v_max.mutable_data_ptr<double>(),
+        out.v_min.mutable_data_ptr<double>(),
+        settled.data()};
+    for_each_lanes(
+        batch, t * t * t, [&](int64_t begin, int64_t end) { lanes::extremes(all, begin, end); });
+  }
+  std::vector<int64_t> left;
+  for (int64_t b = 0; b < batch; ++b)
+    if (!settled[b])
+      left.push_back(b);
+  return left;
+}
+
 SymmetricBatch extremes_of(const char* op, const Tensor& h, double allowed, double cluster_rtol) {
   const int64_t t = h.size(-1), ld = padded(t), batch = h.size(0);
   const auto options = h.options().dtype(at::kDouble);
@@ -130,38 +160,46 @@ SymmetricBatch extremes_of(const char* op, const Tensor& h, double allowed, doub
       at::empty({batch}, options),
       at::empty({batch}, options.dtype(at::kLong)),
       at::empty({batch}, options.dtype(at::kLong)),
-      at::zeros({batch, t}, options),
-      at::zeros({batch, t}, options)};
-  std::vector<Loaded> loaded(batch);
-  std::vector<SymmetricPair> pairs(batch);
-  std::vector<char> settled(batch, 0);
-  for_each_matrix(batch, t * t * t, [&](int64_t b) {
+      at::empty({batch, t}, options),
+      at::empty({batch, t}, options)};
+  const std::vector<int64_t> left = h.scalar_type() == at::kDouble
+                                        ? left_by_lanes<double>(h, allowed, cluster_rtol, out)
+                                        : left_by_lanes<float>(h, allowed, cluster_rtol, out);
+  const int64_t count = static_cast<int64_t>(left.size());
+  std::vector<Loaded> loaded(count);
+  std::vector<SymmetricPair> pairs(count);
+  std::vector<char> settled(count, 0);
+  for_each_matrix(count, t * t * t, [&](int64_t index) {
+    const int64_t b = left[index];
     std::vector<double> g(ld * ld);
-    loaded[b] = load_symmetric(h, b, ld, g.data());
-    if (!loaded[b].finite)
+    loaded[index] = load_symmetric(h, b, ld, g.data());
+    if (!loaded[index].finite)
       return;
-    SymmetricPair& pair = pairs[b];
+    SymmetricPair& pair = pairs[index];
     pair.v_max = out.v_max.mutable_data_ptr<double>() + b * t;
     pair.v_min = out.v_min.mutable_data_ptr<double>() + b * t;
-    if (loaded[b].largest == 0.0) {
+    std::fill(pair.v_max, pair.v_max + t, 0.0);
+    std::fill(pair.v_min, pair.v_min + t, 0.0);
+    if (loaded[index].largest == 0.0) {
       // The zero matrix: one cluster, whose mean gradient is I / p.
       pair.multiplicity_max = pair.multiplicity_min = t;
       pair.v_max[t - 1] = pair.v_min[0] = 1.0;
-      settled[b] = 1;
+      settled[index] = 1;
       return;
     }
-    settled[b] = t >= kKrylovSide && IMMUNIZE_EXT_SPECTRUM(large_symmetric_extremes(
-                                         g.data(), t, cluster_rtol, Threads{}, pair));
-    if (settled[b])
+    settled[index] = t >= kKrylovSide && IMMUNIZE_EXT_SPECTRUM(large_symmetric_extremes(
+                                             g.data(), t, cluster_rtol, Threads{}, pair));
+    if (settled[index])
       return;
     Workspace work(t, t);
-    settled[b] =
+    settled[index] =
         IMMUNIZE_EXT_SPECTRUM(symmetric_extremes(g.data(), t, cluster_rtol, work, Threads{}, pair));
   });
-  for (int64_t b = 0; b < batch; ++b) {
-    check_loaded(op, allowed, loaded[b], b);
-    SymmetricPair& pair = pairs[b];
-    if (!settled[b]) {
+  for (int64_t index = 0; index < count; ++index) {
+    const int64_t b = left[index];
+    check_loaded(op, allowed, loaded[index], b);
+    SymmetricPair& pair = pairs[index];
+    if (!settled[index]) {
       const Tensor g = at::empty({1, t, t}, options);
       load_symmetric(h, b, t, g.mutable_data_ptr<double>());
       const SymmetricBatch whole = decomposed_extremes(g, cluster_rtol);
@@ -172,8 +210,8 @@ SymmetricBatch extremes_of(const char* op, const Tensor& h, double allowed, doub
       out.v_max[b].copy_(whole.v_max[0]);
       out.v_min[b].copy_(whole.v_min[0]);
     }
-    out.lambda_max.mutable_data_ptr<double>()[b] = pair.lambda_max * loaded[b].scale;
-    out.lambda_min.mutable_data_ptr<double>()[b] = pair.lambda_min * loaded[b].scale;
+    out.lambda_max.mutable_data_ptr<double>()[b] = pair.lambda_max * loaded[index].scale;
+    out.lambda_min.mutable_data_ptr<double>()[b] = pair.lambda_min * loaded[index].scale;
     out.multiplicity_max.mutable_data_ptr<int64_t>()[b] = pair.multiplicity_max;
     out.multiplicity_min.mutable_data_ptr<int64_t>()[b] = pair.multiplicity_min;
   }
@@ -196,22 +234,31 @@ Tensor gradient_of(
     const char* /*op*/, const Tensor& h, const SymmetricGradient& in, double cluster_rtol) {
   const int64_t t = h.size(-1);
   const Tensor grad = at::empty_like(h);
-  for (int64_t b = 0; b < h.size(0); ++b) {
-    const double first = in.grad_max.const_data_ptr<double>()[b];
-    const double second = in.grad_min.const_data_ptr<double>()[b];
-    if ((first != 0.0 && in.multiplicity_max.const_data_ptr<int64_t>()[b] > 1) ||
-        (second != 0.0 && in.multiplicity_min.const_data_ptr<int64_t>()[b] > 1)) {
-      const auto one = [b](const Tensor& x) { return x.narrow(0, b, 1); };
+  const double* first = in.grad_max.const_data_ptr<double>();
+  const double* second = in.grad_min.const_data_ptr<double>();
+  const double* x = in.v_max.const_data_ptr<double>();
+  const double* y = in.v_min.const_data_ptr<double>();
+  const int64_t* multiplicity_max = in.multiplicity_max.const_data_ptr<int64_t>();
+  const int64_t* multiplicity_min = in.multiplicity_min.const_data_ptr<int64_t>();
+  const auto is_cluster = [&](int64_t b) {
+    return (first[b] != 0.0 && multiplicity_max[b] > 1) ||
+           (second[b] != 0.0 && multiplicity_min[b] > 1);
+  };
+  const auto fill = [&](auto* out) {
+    for_each_matrix(h.size(0), t * t, [&](int64_t b) {
+      if (!is_cluster(b))
+        rank_two(t, first[b], x + b * t, second[b], y + b * t, out + b * t * t);
+    });
+  };
+  if (h.scalar_type() == at::kDouble)
+    fill(grad.mutable_data_ptr<double>());
+  else
+    fill(grad.mutable_data_ptr<float>());
+  for (int64_t b = 0; b < h.size(0); ++b)
+    if (is_cluster(b)) {
+      const auto one = [b](const Tensor& all) { return all.narrow(0, b, 1); };
       one(grad).copy_(cluster_gradient(one(h), one(in.grad_max), one(in.grad_min), cluster_rtol));
-      continue;
     }
-    const double* x = in.v_max.const_data_ptr<double>() + b * t;
-    const double* y = in.v_min.const_data_ptr<double>() + b * t;
-    if (h.scalar_type() == at::kDouble)
-      rank_two(t, first, x, second, y, grad.mutable_data_ptr<double>() + b * t * t);
-    else
-      rank_two(t, first, x, second, y, grad.mutable_data_ptr<float>() + b * t * t);
-  }
   return grad;
 }
 

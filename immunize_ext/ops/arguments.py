@@ -81,13 +81,17 @@ def require_same_device(operator: str, named: Sequence[tuple[str, Tensor]]) -> N
             )
 
 
+_EPS64 = float(torch.finfo(torch.float64).eps)
+_EPS32 = float(torch.finfo(torch.float32).eps)
+
+
 def resolution(dtype: torch.dtype) -> float:
     """Unit roundoff that default tolerances use; narrower types count as exact float32 numbers.
 
     ``max(n, p) * eps(bfloat16)`` exceeds 1 from 128 columns on and would leave no singular value;
     so would that of the 8-bit types from 4 on.
     """
-    return float(torch.finfo(torch.float64 if dtype == torch.float64 else torch.float32).eps)
+    return _EPS64 if dtype == torch.float64 else _EPS32
 
 
 def cluster_resolution(side: int, dtype: torch.dtype) -> float:
@@ -113,7 +117,7 @@ def spectrum_policy(
     require_floating_matrix(operator, name, value)
     if rank not in ("numerical", "full"):
         raise ValueError(f"{operator}: rank must be 'numerical' or 'full', got {rank!r}")
-    default = max(value.shape[-2:]) * resolution(value.dtype)
+    side, dtype = max(value.shape[-2:]), value.dtype
     for tolerance_name, tolerance in (("rank_rtol", rank_rtol), ("cluster_rtol", cluster_rtol)):
         if tolerance is not None and not (math.isfinite(tolerance) and 0.0 <= tolerance < 1.0):
             raise ValueError(
@@ -122,13 +126,9 @@ def spectrum_policy(
             )
     # A tolerance of 1 or more would drop sigma_max itself; only huge sides in float32 get there.
     return SpectrumPolicy(
-        rank_rtol=min(default, 0.5) if rank_rtol is None else float(rank_rtol),
-        cluster_rtol=(
-            cluster_resolution(max(value.shape[-2:]), value.dtype)
-            if cluster_rtol is None
-            else float(cluster_rtol)
-        ),
-        full_rank=rank == "full",
+        min(side * resolution(dtype), 0.5) if rank_rtol is None else float(rank_rtol),
+        cluster_resolution(side, dtype) if cluster_rtol is None else float(cluster_rtol),
+        rank == "full",
     )
 
 

@@ -565,6 +565,60 @@ def regularizer_backward(
     return _like(total + _frobenius_gradient(weights[..., 2], x, companion), x)
 
 
+# --- condition numbers ----------------------------------------------------------------------------
+
+
+def condition_number(
+    a: Tensor, logarithm: bool, rank_rtol: float, cluster_rtol: float, full_rank: bool
+) -> tuple[Tensor, ...]:
+    """Condition number or its logarithm, and what its gradient is made of."""
+    wide, scale = a, None
+    if a.dtype == torch.float64:
+        # kappa has no scale; singular values near the ends of the range have lost their digits.
+        scale = (1.0 / _scale_of(a)).clamp(2.0**-1000, 2.0**1000)
+        wide = a * scale
+    largest, smallest, _, *saved = torch.ops.immunize_ext.extremal_singular_values(
+        wide, rank_rtol, cluster_rtol, full_rank
+    )
+    singular = smallest == 0
+    below, above = torch.where(singular, 1.0, smallest), torch.where(singular, 1.0, largest)
+    if logarithm:
+        value, first, second = above.log() - below.log(), 1.0 / above, -1.0 / below
+    else:
+        value, first, second = above / below, 1.0 / below, -above / below / below
+    coefficients = torch.stack([first, second], -1)
+    if scale is not None:
+        coefficients = coefficients * scale[..., 0]
+    return (
+        torch.where(singular, torch.inf, value).to(a.dtype),
+        torch.where(singular.unsqueeze(-1), 0.0, coefficients),
+        *saved,
+    )
+
+
+def condition_number_backward(
+    grad: Tensor,
+    a: Tensor,
+    coefficients: Tensor,
+    multiplicity_max: Tensor,
+    multiplicity_min: Tensor,
+    u_max: Tensor,
+    v_max: Tensor,
+    u_min: Tensor,
+    v_min: Tensor,
+    rank_rtol: float,
+    cluster_rtol: float,
+    full_rank: bool,
+) -> Tensor:
+    """Gradient from the coefficients of d sigma_max and d sigma_min."""
+    g = _batch_like("condition_number_backward", "grad", grad, a)
+    of_max, of_min = (coefficients * g.unsqueeze(-1)).unbind(-1)
+    vectors = (multiplicity_max, multiplicity_min, u_max, v_max, u_min, v_min)
+    return extremal_singular_values_backward(
+        of_max, of_min, a, *vectors, rank_rtol, cluster_rtol, full_rank
+    )
+
+
 # --- symmetric matrices ---------------------------------------------------------------------------
 
 
@@ -617,6 +671,12 @@ def symmetric_extremes(h: Tensor, cluster_rtol: float) -> tuple[Tensor, ...]:
         _column(e.vectors, e.top),
         _column(e.vectors, e.bottom),
     )
+
+
+def symmetric_pair(h: Tensor, cluster_rtol: float) -> tuple[Tensor, ...]:
+    """:func:`symmetric_extremes` with values in the dtype of h."""
+    largest, smallest, *rest = torch.ops.immunize_ext.symmetric_extremes(h, cluster_rtol)
+    return (largest.to(h.dtype), smallest.to(h.dtype), *rest)
 
 
 def symmetric_extremes_backward(

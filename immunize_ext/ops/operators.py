@@ -29,6 +29,7 @@ from immunize_ext.ops.derivatives import (
     Linear,
     SecondDerivative,
     Values,
+    carries_tangent,
     differentiable,
     fold_batch,
     refusing,
@@ -153,6 +154,21 @@ def _regularizer(x: Tensor, gram: bool, *rest: Any) -> tuple[Tensor, ...]:
         x.new_empty((*batch, side), dtype=torch.float64),
         x.new_empty((*batch, side, side) if gram else (*batch, longer), dtype=torch.float64),
     )
+
+
+def _condition_number(a: Tensor, *rest: Any) -> tuple[Tensor, ...]:
+    batch, (n, p) = a.shape[:-2], a.shape[-2:]
+    return (
+        a.new_empty(batch),
+        a.new_empty((*batch, 2), dtype=torch.float64),
+        *(a.new_empty(batch, dtype=torch.int64) for _ in range(2)),
+        *(a.new_empty((*batch, side), dtype=torch.float64) for side in (n, p, n, p)),
+    )
+
+
+def _symmetric_pair(h: Tensor, cluster_rtol: float) -> tuple[Tensor, ...]:
+    batch = h.shape[:-2]
+    return (h.new_empty(batch), h.new_empty(batch), *_symmetric(h, cluster_rtol)[2:])
 
 
 def _symmetric_reference(h: Tensor, cluster_rtol: float) -> tuple[Tensor, ...]:
@@ -319,6 +335,25 @@ OPERATORS: dict[str, Operator] = {
         None,
         composed=True,
     ),
+    # kappa or log kappa: value [*] in the dtype of a; coefficients [*, 2] float64 of d sigma_max
+    # and d sigma_min, zero where kappa is infinite.
+    "condition_number": Operator(
+        f"(Tensor a, bool logarithm, {_POLICY}) -> "
+        f"(Tensor value, Tensor coefficients, {_MULTIPLICITIES}, {_VECTORS})",
+        fallback.condition_number,
+        _condition_number,
+        None,
+        autocast=True,
+        composed=True,
+    ),
+    "condition_number_backward": Operator(
+        f"(Tensor grad, Tensor a, Tensor coefficients, {_MULTIPLICITIES}, {_VECTORS}, {_POLICY})"
+        " -> Tensor",
+        fallback.condition_number_backward,
+        _gradient_of(1),
+        _no_derivative("condition_number_backward", "condition_number"),
+        composed=True,
+    ),
     # Algebraic extremes of symmetric matrices h [*, p, p], possibly indefinite; vectors [*, p].
     "symmetric_extremes": Operator(
         "(Tensor h, float cluster_rtol) -> (Tensor lambda_max, Tensor lambda_min, "
@@ -344,6 +379,16 @@ OPERATORS: dict[str, Operator] = {
         _double_backward_of(2),
         (SecondDerivative, SYMMETRIC),
         vmap="all",
+        composed=True,
+    ),
+    # symmetric_extremes with values in the dtype of h, differentiated without Python.
+    "symmetric_pair": Operator(
+        "(Tensor h, float cluster_rtol) -> (Tensor lambda_max, Tensor lambda_min, "
+        f"{_MULTIPLICITIES}, Tensor v_max, Tensor v_min)",
+        fallback.symmetric_pair,
+        _symmetric_pair,
+        None,
+        autocast=True,
         composed=True,
     ),
     # A trajectory of symmetric matrices [p, p]: what a cold call leaves behind, all float64.
@@ -461,6 +506,15 @@ OPERATORS: dict[str, Operator] = {
 }
 
 
+# Operators whose derivatives are in csrc, and what to differentiate where that is not compiled.
+_PUBLIC = {
+    "regularizer": "regularizers.r_well",
+    "regularizer_backward": "regularizers.r_well",
+    "condition_number": "condition_number",
+    "symmetric_pair": "symmetric_extremes",
+}
+
+
 # --- registration ---------------------------------------------------------------------------------
 
 
@@ -519,8 +573,8 @@ def _register() -> None:
             _LIBRARY.impl(name, refusing(op, operator.derivative), "Autograd")
         elif operator.derivative is not None:
             _LIBRARY.impl(name, differentiable(op, *operator.derivative), "Autograd")
-        elif name.startswith("regularizer") and not _load.available():
-            text = _no_derivative(name, "regularizers.r_well")
+        elif not _load.available():
+            text = _no_derivative(name, _PUBLIC[name])
             _LIBRARY.impl(name, refusing(op, text), "Autograd")
         if operator.vmap is not None:
             rule = _folding(op) if operator.vmap == "all" else _leading(name, op)
@@ -554,3 +608,20 @@ def has_kernel(name: str, device: str) -> bool:
 
 
 _register()
+
+_FUSED = frozenset(name for name in _PUBLIC if has_kernel(name, "cpu"))
+
+
+def is_fused(name: str, matrix: Tensor) -> bool:
+    """Whether an operator that is differentiated in C++ can serve in place of a composition.
+
+    It is differentiated in reverse mode alone, by no transform, and has a kernel for the CPU alone;
+    a graph that is traced here may later be run under any transform.
+    """
+    return (
+        name in _FUSED
+        and not torch.compiler.is_compiling()
+        and matrix.device.type == "cpu"
+        and not torch._C._are_functorch_transforms_active()
+        and not carries_tangent(matrix)
+    )

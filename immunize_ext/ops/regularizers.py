@@ -33,8 +33,8 @@ from immunize_ext.ops.arguments import (
     require_positive,
     spectrum_policy,
 )
-from immunize_ext.ops.derivatives import carries_tangent, payload
-from immunize_ext.ops.operators import has_kernel
+from immunize_ext.ops.derivatives import payload
+from immunize_ext.ops.operators import is_fused
 from immunize_ext.ops.spectrum import (
     GramExtremes,
     SingularExtremes,
@@ -71,19 +71,8 @@ def _require_floor(function: str, floor: float | None) -> None:
 
 
 def _has_fused(x: Tensor, normaliser: float | Tensor | None) -> bool:
-    """Whether the operator ``regularizer`` can serve; the composition does everything.
-
-    It has a kernel for the CPU alone, takes numbers as normalisers, and is differentiated in
-    reverse mode alone, by no transform. A graph may later be run under any of them.
-    """
-    return not (
-        torch.compiler.is_compiling()
-        or isinstance(normaliser, Tensor)
-        or torch._C._are_functorch_transforms_active()
-        or carries_tangent(x)
-        or x.device.type != "cpu"
-        or not has_kernel("regularizer", "cpu")
-    )
+    """Whether the operator ``regularizer`` can serve, which takes numbers as normalisers."""
+    return not isinstance(normaliser, Tensor) and is_fused("regularizer", x)
 
 
 def _fused(

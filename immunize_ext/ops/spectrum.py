@@ -26,6 +26,7 @@ from immunize_ext.ops.arguments import (
     require_floating_matrix,
     spectrum_policy,
 )
+from immunize_ext.ops.operators import is_fused
 
 __all__ = [
     "GramExtremes",
@@ -313,6 +314,10 @@ def symmetric_extremes(h: Tensor, *, cluster_rtol: float | None = None) -> Symme
         (4.0, -5.0)
     """
     tolerance = cluster_tolerance("symmetric_extremes", h, cluster_rtol)
+    if is_fused("symmetric_pair", h):
+        largest, smallest, most, least, _, _ = torch.ops.immunize_ext.symmetric_pair(h, tolerance)
+        # Autocast may have widened them.
+        return SymmetricExtremes(largest.to(h.dtype), smallest.to(h.dtype), most, least)
     largest, smallest, *counts = torch.ops.immunize_ext.symmetric_extremes(h, tolerance)[:4]
     return SymmetricExtremes(largest.to(h.dtype), smallest.to(h.dtype), *counts)
 
@@ -330,6 +335,9 @@ def _inverse_scale(a: Tensor) -> Tensor:
 
 
 def _condition(a: Tensor, policy: SpectrumPolicy, logarithm: bool) -> Tensor:
+    if is_fused("condition_number", a):
+        fused: Tensor = torch.ops.immunize_ext.condition_number(a, logarithm, *policy)[0]
+        return fused.to(a.dtype)  # autocast may have widened it
     extremes = singular_extremes_float64(a, policy)
     if a.dtype == torch.float64 and any_true(_out_of_range(extremes.sigma_max)):
         # kappa has no scale. The factor is exact, the singular values are then in range.
@@ -340,7 +348,7 @@ def _condition(a: Tensor, policy: SpectrumPolicy, logarithm: bool) -> Tensor:
     denominator = torch.where(singular, 1.0, extremes.sigma_min)
     numerator = torch.where(singular, 1.0, extremes.sigma_max)
     kappa = numerator.log() - denominator.log() if logarithm else numerator / denominator
-    return torch.where(singular, torch.inf, kappa)
+    return torch.where(singular, torch.inf, kappa).to(a.dtype)
 
 
 def condition_number(
@@ -383,7 +391,7 @@ def condition_number(
         tensor(3.7321)
     """
     policy = spectrum_policy("condition_number", "a", a, rank, rank_rtol, cluster_rtol)
-    return _condition(a, policy, logarithm=False).to(a.dtype)
+    return _condition(a, policy, logarithm=False)
 
 
 def log_condition_number(
@@ -423,7 +431,7 @@ def log_condition_number(
         tensor(2.3026)
     """
     policy = spectrum_policy("log_condition_number", "a", a, rank, rank_rtol, cluster_rtol)
-    return _condition(a, policy, logarithm=True).to(a.dtype)
+    return _condition(a, policy, logarithm=True)
 
 
 def gram_log_condition_number(

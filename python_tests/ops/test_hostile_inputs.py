@@ -62,6 +62,18 @@ def regularizer_backward() -> dict[str, Tensor]:
     return {"grad": gaussian(3), "x": x, **dict(zip(names, out[1:], strict=True))}
 
 
+def condition_backward() -> dict[str, Tensor]:
+    a = gaussian(3, 4, 5)
+    out = ops.condition_number(a, False, *POLICY)
+    names = ("multiplicity_max", "multiplicity_min", "u_max", "v_max", "u_min", "v_min")
+    return {
+        "grad": gaussian(3),
+        "a": a,
+        "coefficients": out[1],
+        **dict(zip(names, out[2:], strict=True)),
+    }
+
+
 def symmetric_backward() -> dict[str, Tensor]:
     h = gram_of(3, 4, 4)
     out = ops.symmetric_extremes(h, 1e-12)
@@ -106,6 +118,11 @@ CASES: dict[str, tuple[Callable[[], dict[str, Tensor]], Callable[..., object], s
         regularizer_backward,
         with_policy(ops.regularizer_backward, True, True, None),
         "x",
+    ),
+    "condition_number_backward": (
+        condition_backward,
+        with_policy(ops.condition_number_backward),
+        "a",
     ),
     "symmetric_extremes_backward": (
         symmetric_backward,

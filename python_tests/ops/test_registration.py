@@ -141,7 +141,7 @@ def test_raw_operators_with_a_derivative(operator):
     keep = [t for t in tensors if t.dtype == torch.float64]
 
     def function(*leaves: Tensor):
-        if operator == "symmetric_extremes":
+        if operator in ("symmetric_extremes", "symmetric_pair"):
             leaves = tuple((h + h.mT) / 2 for h in leaves)
         rest = iter(leaves)
         swapped = [
@@ -162,7 +162,9 @@ def test_auxiliary_outputs_carry_no_graph(operator):
         "extremal_singular_values": 2,
         "gram_extremes": 3,
         "regularizer": 1,
+        "condition_number": 1,
         "symmetric_extremes": 2,
+        "symmetric_pair": 2,
     }
     if operator == "merge_apply":
         merged, residual, status = outputs

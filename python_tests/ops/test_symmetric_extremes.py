@@ -41,7 +41,7 @@ class TestContract(SpectralContract):
     }
     kinks = {"clusters": (diagonal(1, 1, 2, 3, 3),)}
     degenerate = {"zero": (torch.zeros(3, 3).double(),), "negative": (diagonal(-2, -2, 1),)}
-    node = "Values"
+    node = "SymmetricPair"
     large = (symmetric(3, 30, seed=10),)
     which = ("max", "min")
     degree = 1
