@@ -332,12 +332,14 @@ void thin_product(
   const int64_t t = static_cast<int64_t>(kept.size()), ld = padded(t);
   if (t < side)
     std::fill(out, out + x.n * x.p, T(0));
+  if (t == 0)
+    return;
   std::vector<double> m(ld * ld);
   for (int64_t i = 0; i < t; ++i)
     for (int64_t j = 0; j < t; ++j)
       m[i * ld + j] = full[kept[i] * side + kept[j]];
   if (x.left()) {
-    const int64_t grain = std::max<int64_t>(1, 100000 / std::max<int64_t>(1, t * t));
+    const int64_t grain = std::max<int64_t>(1, 100000 / (t * t));
     at::parallel_for(0, panels_of(x.p), grain, [&](int64_t begin, int64_t end) {
       IMMUNIZE_EXT_SPECTRUM(multiply_left(m.data(), ld, x.a, kept.data(), t, x.p, begin, end, out));
     });
@@ -346,7 +348,7 @@ void thin_product(
   std::vector<double> packed(panels_of(t) * kPanel * t);
   pack_columns(m.data(), ld, t, packed.data());
   const int64_t blocks = (x.n + kRowBlock - 1) / kRowBlock;
-  const int64_t grain = std::max<int64_t>(1, 1000000 / std::max<int64_t>(1, t * t * kRowBlock));
+  const int64_t grain = std::max<int64_t>(1, 1000000 / (t * t * kRowBlock));
   at::parallel_for(0, blocks, grain, [&](int64_t begin, int64_t end) {
     IMMUNIZE_EXT_SPECTRUM(multiply_right(
         x.a, x.p, packed.data(), kept.data(), t, begin * kRowBlock, std::min(end * kRowBlock, x.n),
