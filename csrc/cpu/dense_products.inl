@@ -14,7 +14,7 @@
 // Every tile is summed over the whole depth in a fixed order, whoever computes it. So a result
 // depends neither on the number of threads nor on what else stands in a batch.
 
-// c (4 x 12, row stride ldc) += a b with a[r * a_row + k * a_step] and b[k * 12 + j].
+// c (4 x 12, row stride ldc) += a b with a[r * a_row + k * a_step] and b[k * b_step + j].
 inline void tile(
     const double* a,
     int64_t a_row,
@@ -22,13 +22,14 @@ inline void tile(
     const double* b,
     int64_t depth,
     double* c,
-    int64_t ldc) {
+    int64_t ldc,
+    int64_t b_step = kPanel) {
   Vec4 acc[kRows][3] = {};
   for (int64_t k = 0; k < depth; ++k) {
     Vec4 right[3];
 #pragma GCC unroll 4
     for (int j = 0; j < 3; ++j)
-      load(right[j], b + k * kPanel + 4 * j);
+      load(right[j], b + k * b_step + 4 * j);
 #pragma GCC unroll 4
     for (int r = 0; r < kRows; ++r) {
       const double left = a[r * a_row + k * a_step];
@@ -57,14 +58,15 @@ inline void two_tiles(
     const double* next,
     int64_t depth,
     double* c,
-    int64_t ldc) {
+    int64_t ldc,
+    int64_t b_step = kPanel) {
 #if defined(IMMUNIZE_EXT_VEC8)
   Vec8 acc[kRows][3] = {};
   for (int64_t k = 0; k < depth; ++k) {
     Vec8 right[3];
-    load(right[0], b + k * kPanel);
-    load(right[1], b + k * kPanel + 8, next + k * kPanel);
-    load(right[2], next + k * kPanel + 4);
+    load(right[0], b + k * b_step);
+    load(right[1], b + k * b_step + 8, next + k * b_step);
+    load(right[2], next + k * b_step + 4);
 #pragma GCC unroll 4
     for (int r = 0; r < kRows; ++r) {
       const double left = a[r * a_row + k * a_step];
@@ -83,8 +85,8 @@ inline void two_tiles(
     }
   }
 #else
-  tile(a, a_row, a_step, b, depth, c, ldc);
-  tile(a, a_row, a_step, next, depth, c + kPanel, ldc);
+  tile(a, a_row, a_step, b, depth, c, ldc, b_step);
+  tile(a, a_row, a_step, next, depth, c + kPanel, ldc, b_step);
 #endif
 }
 
@@ -181,6 +183,17 @@ inline void multiply_left(
     const bool two = panel + 1 < end;
     const int64_t first = panel * kPanel;
     const int64_t used = std::min(two ? width : kPanel, p - first);
+    if constexpr (std::is_same_v<T, double>) {
+      // Nothing to widen, to leave out or to pad: without copies.
+      if (used == width && kept[t - 1] == t - 1 && t % kRows == 0) {
+        for (int64_t i = 0; i < t; ++i)
+          std::memset(out + i * p + first, 0, sizeof(double) * width);
+        for (int64_t i = 0; i < t; i += kRows)
+          two_tiles(
+              m + i * ldm, ldm, 1, x + first, x + first + kPanel, t, out + i * p + first, p, p);
+        continue;
+      }
+    }
     if (used < width)
       std::memset(packed, 0, sizeof(double) * width * t);
     std::memset(result, 0, sizeof(double) * width * padded(t));

@@ -84,29 +84,38 @@ inline Clusters find_clusters(const double* sigma, int64_t side, const Policy& p
 
 // One matrix decomposed again in the backward pass.
 struct Decomposition {
-  Tensor u, sigma, v;  // [n, t], [t], [p, t]
+  Tensor u, sigma, v;  // [n, t], [t], [p, t]; undefined on the long side unless wanted
   Clusters clusters;
 };
 
-inline Decomposition decompose_one(const Tensor& scaled, const Policy& policy) {
+inline Decomposition decompose_one(
+    const Tensor& scaled, const Policy& policy, bool long_vectors = true) {
   Decomposition d;
-  auto [u, sigma, vh] = at::linalg_svd(scaled, /*full_matrices=*/false);
-  d.u = u;
-  d.sigma = sigma.contiguous();
-  d.v = vh.mH();
+  const bool left = scaled.size(0) <= scaled.size(1);
+  if (long_vectors || scaled.size(0) == scaled.size(1)) {
+    const auto [u, sigma, vh] = at::linalg_svd(scaled, /*full_matrices=*/false);
+    d.u = u;
+    d.sigma = sigma.contiguous();
+    d.v = vh.mH();
+  } else {
+    // Thin vectors alone: those of R, for S^T = Q R. What costs most, Q, is not formed.
+    const Tensor r = std::get<1>(at::linalg_qr(left ? scaled.mT() : scaled, "r"));
+    const auto [_, sigma, vh] = at::linalg_svd(r);
+    d.sigma = sigma.contiguous();
+    (left ? d.u : d.v) = vh.mH();
+  }
   d.clusters = find_clusters(d.sigma.const_data_ptr<double>(), d.sigma.size(0), policy);
   return d;
 }
 
-// weight * mean over [begin, end) of f(sigma_i) u_i v_i^T, with f = 1 or f = sigma.
+// weight * mean over [begin, end) of u_i v_i^T.
 inline Tensor cluster_mean(
-    const Decomposition& d, int64_t begin, int64_t end, double weight, bool times_sigma) {
+    const Tensor& u, const Tensor& v, int64_t begin, int64_t end, double weight) {
   if (end <= begin)
-    return at::zeros({d.u.size(0), d.v.size(0)}, d.u.options());
-  Tensor left = d.u.slice(1, begin, end);
-  if (times_sigma)
-    left = left * d.sigma.slice(0, begin, end);
-  return left.mm(d.v.slice(1, begin, end).mT()).mul_(weight / static_cast<double>(end - begin));
+    return at::zeros({u.size(0), v.size(0)}, u.options());
+  return u.slice(1, begin, end)
+      .mm(v.slice(1, begin, end).mT())
+      .mul_(weight / static_cast<double>(end - begin));
 }
 
 }  // namespace immunize_ext

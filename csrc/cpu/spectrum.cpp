@@ -196,7 +196,8 @@ void settle(
 // The same by a full decomposition.
 void decompose(const Tensor& matrix, const Policy& policy, Wanted wanted, Outcome& out) {
   const OneThread one;
-  const Decomposition d = decompose_one(matrix.to(at::kDouble) / out.scale, policy);
+  const Decomposition d =
+      decompose_one(matrix.to(at::kDouble) / out.scale, policy, wanted.long_vectors);
   const Clusters& found = d.clusters;
   const bool has_min = found.min_end > found.min_begin;
   Extremes& x = out.extremes;
@@ -357,40 +358,27 @@ void rank_two(
   }
 }
 
-// out = m x or x m with m = 4 g_F gram + 2 g_max z z^T + 2 g_min z z^T, z the thin vectors.
+// out = m x or x m for a symmetric m on the thin side, [t, t].
 template <typename T>
-void thin_product(
-    const Thin<T>& x,
-    Weights weights,
-    const double* gram,
-    const double* z_max,
-    const double* z_min,
-    T* out) {
+void thin_product(const Thin<T>& x, const double* full, T* out) {
   const int64_t side = x.side();
-  const double factor = 4.0 * weights.frobenius;
-  std::vector<double> full(side * side);
   std::vector<int64_t> kept;  // rows of m that are not zero
   for (int64_t i = 0; i < side; ++i) {
-    const double first = 2.0 * weights.max * z_max[i], second = 2.0 * weights.min * z_min[i];
-    double* row = full.data() + i * side;
-    for (int64_t j = 0; j < side; ++j)
-      row[j] = first * z_max[j] + second * z_min[j];
-    // A Gram matrix that overflows is no part of a gradient that does not ask for its norm.
-    if (factor != 0.0)
-      for (int64_t j = 0; j < side; ++j)
-        row[j] += factor * gram[i * side + j];
+    const double* row = full + i * side;
     if (std::any_of(row, row + side, [](double entry) { return entry != 0.0; }))
       kept.push_back(i);
   }
   const int64_t t = static_cast<int64_t>(kept.size()), ld = padded(t);
   if (t < side)
     std::fill(out, out + x.n * x.p, T(0));
+  if (t == 0)
+    return;
   std::vector<double> m(ld * ld);
   for (int64_t i = 0; i < t; ++i)
     for (int64_t j = 0; j < t; ++j)
       m[i * ld + j] = full[kept[i] * side + kept[j]];
   if (x.left()) {
-    const int64_t grain = std::max<int64_t>(1, 100000 / std::max<int64_t>(1, t * t));
+    const int64_t grain = std::max<int64_t>(1, 100000 / (t * t));
     at::parallel_for(0, panels_of(x.p), grain, [&](int64_t begin, int64_t end) {
       IMMUNIZE_EXT_SPECTRUM(multiply_left(m.data(), ld, x.a, kept.data(), t, x.p, begin, end, out));
     });
@@ -399,7 +387,7 @@ void thin_product(
   std::vector<double> packed(panels_of(t) * kPanel * t);
   pack_columns(m.data(), ld, t, packed.data());
   const int64_t blocks = (x.n + kRowBlock - 1) / kRowBlock;
-  const int64_t grain = std::max<int64_t>(1, 1000000 / std::max<int64_t>(1, t * t * kRowBlock));
+  const int64_t grain = std::max<int64_t>(1, 1000000 / (t * t * kRowBlock));
   at::parallel_for(0, blocks, grain, [&](int64_t begin, int64_t end) {
     IMMUNIZE_EXT_SPECTRUM(multiply_right(
         x.a, x.p, packed.data(), kept.data(), t, begin * kRowBlock, std::min(end * kRowBlock, x.n),
@@ -407,23 +395,57 @@ void thin_product(
   });
 }
 
-// A cluster: the mean over it, from a full decomposition.
-Tensor cluster_gradient(
-    const Tensor& matrix, Weights weights, const Tensor& gram, bool of_gram, const Policy& policy) {
+// m = 4 g_F gram + 2 g_max z z^T + 2 g_min z z^T, z the thin vectors: the gradient is m x or x m.
+std::vector<double> thin_weights(
+    int64_t side, Weights weights, const double* gram, const double* z_max, const double* z_min) {
+  const double factor = 4.0 * weights.frobenius;
+  std::vector<double> m(side * side);
+  for (int64_t i = 0; i < side; ++i) {
+    const double first = 2.0 * weights.max * z_max[i], second = 2.0 * weights.min * z_min[i];
+    double* row = m.data() + i * side;
+    for (int64_t j = 0; j < side; ++j)
+      row[j] = first * z_max[j] + second * z_min[j];
+    // A Gram matrix that overflows is no part of a gradient that does not ask for its norm.
+    if (factor != 0.0)
+      for (int64_t j = 0; j < side; ++j)
+        row[j] += factor * gram[i * side + j];
+  }
+  return m;
+}
+
+// The same m where an extreme of K is a cluster: with the mean of z z^T over it.
+Tensor cluster_weights(
+    const Tensor& matrix, Weights weights, const Tensor& gram, const Policy& policy) {
+  const OneThread one;
+  const bool left = matrix.size(0) <= matrix.size(1);
+  const Tensor wide = matrix.to(at::kDouble);
+  const Tensor kept = at::nonzero(wide.ne(0.0).any(left ? 1 : 0)).squeeze(1);
+  Tensor m = at::zeros_like(gram);
+  if (kept.size(0) > 0) {
+    const Tensor rows = wide.index_select(left ? 0 : 1, kept);
+    const double scale = power_of_two_scale(rows.abs().max().item<double>());
+    const Decomposition d = decompose_one(rows / scale, policy, /*long_vectors=*/false);
+    const Clusters& found = d.clusters;
+    const Tensor some = left ? d.u : d.v;
+    const Tensor z = at::zeros({gram.size(0), some.size(1)}, some.options());
+    z.index_copy_(0, kept, some);
+    m = cluster_mean(z, z, 0, found.max_end, 2.0 * weights.max) +
+        cluster_mean(z, z, found.min_begin, found.min_end, 2.0 * weights.min);
+  }
+  if (weights.frobenius != 0.0)
+    m.add_(gram, 4.0 * weights.frobenius);
+  return m.contiguous();
+}
+
+// A cluster of singular values: the mean over it, from a full decomposition.
+Tensor cluster_gradient(const Tensor& matrix, Weights weights, const Policy& policy) {
   const OneThread one;
   const Tensor wide = matrix.to(at::kDouble);
-  const int64_t n = wide.size(0), p = wide.size(1);
   const double scale = power_of_two_scale(wide.abs().max().item<double>());
   const Decomposition d = decompose_one(wide / scale, policy);
   const Clusters& found = d.clusters;
-  const double factor = of_gram ? 2.0 * scale : 1.0;
-  Tensor grad = cluster_mean(d, 0, found.max_end, weights.max * factor, of_gram) +
-                cluster_mean(d, found.min_begin, found.min_end, weights.min * factor, of_gram);
-  if (weights.frobenius != 0.0) {
-    const Tensor weighted = gram * (4.0 * weights.frobenius);
-    grad.add_(n <= p ? weighted.mm(wide) : wide.mm(weighted));
-  }
-  return grad;
+  return cluster_mean(d.u, d.v, 0, found.max_end, weights.max) +
+         cluster_mean(d.u, d.v, found.min_begin, found.min_end, weights.min);
 }
 
 Tensor gradient_of(
@@ -468,23 +490,30 @@ Tensor gradient_of(
       rank_two<T>(n, p, weight, a.wide() ? thin : along, a.wide() ? along : thin, out + b * n * p);
       return;
     }
-    thin_product<T>(
-        {x + b * n * p, n, p}, w, thin_gram + b * t * t, thin[0], thin[1], out + b * n * p);
+    const std::vector<double> m = thin_weights(t, w, thin_gram + b * t * t, thin[0], thin[1]);
+    thin_product<T>({x + b * n * p, n, p}, m.data(), out + b * n * p);
   };
   const auto fill_all = [&](auto* x, auto* out) {
+    using T = std::remove_pointer_t<decltype(out)>;
     for_each_matrix(a.batch, cost_of(a), [&](int64_t b) {
       if (!is_cluster(b))
         fill(b, x, out);
     });
+    for (int64_t b = 0; b < a.batch; ++b) {
+      if (!is_cluster(b))
+        continue;
+      if (!of_gram) {
+        grad[b].copy_(cluster_gradient(a.matrices[b], weights_of(b), policy));
+        continue;
+      }
+      const Tensor m = cluster_weights(a.matrices[b], weights_of(b), in.thin_gram[b], policy);
+      thin_product<T>({x + b * n * p, n, p}, m.const_data_ptr<double>(), out + b * n * p);
+    }
   };
   if (a.matrices.scalar_type() == at::kDouble)
     fill_all(a.matrices.const_data_ptr<double>(), grad.mutable_data_ptr<double>());
   else
     fill_all(a.matrices.const_data_ptr<float>(), grad.mutable_data_ptr<float>());
-  for (int64_t b = 0; b < a.batch; ++b)
-    if (is_cluster(b))
-      grad[b].copy_(cluster_gradient(
-          a.matrices[b], weights_of(b), of_gram ? in.thin_gram[b] : Tensor(), of_gram, policy));
   return grad;
 }
 
