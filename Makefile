@@ -84,8 +84,9 @@ simt: $(STAMPS)/build $(STAMPS)/test  ## CUDA kernels on the CPU, under the SIMT
 # of what it costs.
 ptx: $(STAMPS)/build $(STAMPS)/test  ## nvcc's code for the CUDA kernels on the CPU (needs nvcc)
 	$(BIN)/python csrc/simt/ptx/build.py
-	IMMUNIZE_EXT_SIMT=ptx $(BIN)/python -m pytest -n $(JOBS) --dist worksteal python_tests/simt \
-	  -m "not slow" --ignore-glob "*/test_simt_executor.py" --ignore-glob "*/test_ptx.py" $(PYTEST_ARGS)
+	IMMUNIZE_EXT_SIMT=ptx $(BIN)/python -m pytest -n $(JOBS) --dist worksteal -m "not slow" \
+	  --ignore-glob "*/test_simt_executor.py" --ignore-glob "*/test_ptx.py" $(PYTEST_ARGS) \
+	  python_tests/simt
 	$(BIN)/python csrc/simt/ptx/costs.py $(filter --check,$(CUDA_ARGS))
 
 cuda: ptx  ## compile and link the CUDA part (environment of its own, .venv-cuda)
