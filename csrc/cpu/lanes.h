@@ -27,8 +27,8 @@ int64_t width();
 
 // Extremes of a [batch, n, p], row-major, of no scale in particular. Outputs are flat over the
 // batch, vectors [batch, side]. `settled` [batch]: 1 where everything was written; 0 where nothing
-// was: zero, not finite, beyond 2^+-900, short of the rank that the smallest value needs, or not
-// within the accuracy of the class.
+// was: zero, not finite, beyond 2^+-900, short of full rank where the smallest value is wanted, or
+// not within the accuracy of the class.
 template <typename T>
 struct SingularBatch {
   const T* a;

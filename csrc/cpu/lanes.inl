@@ -536,9 +536,9 @@ inline void singular_group(
     const int64_t rank = t - missing;
     const bool full = rank == policy.full_side || !policy.full_rank;
     const bool has_min = batch.wanted.min && full;
-    // A matrix short of rank takes one route under both policies, so that sigma_max is the same.
-    const bool settled =
-        good[l] != 0 && accurate[0][l] != 0 && missing == 0 && (!has_min || accurate[1][l] != 0);
+    // One route under both policies, so that what they share has the same bits.
+    const bool settled = good[l] != 0 && accurate[0][l] != 0 &&
+                         (!batch.wanted.min || (missing == 0 && accurate[1][l] != 0));
     batch.settled[b] = settled;
     if (!settled)
       continue;
