@@ -69,7 +69,8 @@ def _table(part: str, record: Mapping[str, Any]) -> list[str]:
         shown = name if name.startswith("**") else f"`{name}`"
         lines.append(f"| {shown} | {tried:,} | {tried - lost:,} | {lost:,} |{more}")
     told = [f"- `{name}`: {words}" for name, c in counts.items() for words in c["losses"]]
-    return [*lines, *(["\nLost:\n", *told] if told else []), f"\nSeed {record['seed']}."]
+    lines += ["\nLost:\n", *told] if told else []
+    return lines if part == "sanitizers" else [*lines, f"\nSeed {record['seed']}."]
 
 
 def _mutants(record: Mapping[str, Any]) -> list[str]:
