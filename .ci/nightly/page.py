@@ -34,7 +34,7 @@ PARTS = {
         "`kill -9` after a random part of the work, once or twice, a third of the time with\n"
         "`--force` over an earlier run; then the same command again. What stands in the place\n"
         "after the kill must be whole, and the end equal to the uninterrupted run in every file,\n"
-        "seconds aside.",
+        "seconds and peak memory aside.",
     ),
     "flips": (
         "One flipped bit in a file that is read",
