@@ -95,6 +95,7 @@ def test_reports_of_sanitizers_are_found() -> None:
 def test_the_page_is_what_the_counts_say() -> None:
     record = json.loads(page.RECORD.read_text(encoding="utf-8"))
     assert page.PAGE.read_text(encoding="utf-8") == page.page(record)
+    assert sum(c["tried"] for c in record["fuzz"]["counts"].values()) >= 20_000
     for part in page.PARTS:
         for name, count in record.get(part, {"counts": {}})["counts"].items():
             assert count["lost"] == len(count["losses"]) == 0, name

@@ -82,10 +82,15 @@ def run(arguments: Sequence[str], folder: Path, seconds: float | None) -> tuple[
     return None, said.read_text(errors="replace") if said.exists() else ""
 
 
+# What no two runs share, and the truncation last asked for, which transformers writes into the
+# settings of a tokenizer where they were read from a folder: all of it defaults.
+VOLATILE = {"created", "peak_memory", "stride", "truncation_side", "truncation_strategy"}
+
+
 def _plain(value: Any) -> Any:
-    """Without seconds, which no two runs share."""
+    """Without seconds, memory and the like."""
     if isinstance(value, dict):
-        return {k: _plain(v) for k, v in value.items() if "seconds" not in k and k != "created"}
+        return {k: _plain(v) for k, v in value.items() if "seconds" not in k and k not in VOLATILE}
     return [_plain(v) for v in value] if isinstance(value, list) else value
 
 

@@ -34,7 +34,7 @@ PARTS = {
         "`kill -9` after a random part of the work, once or twice, a third of the time with\n"
         "`--force` over an earlier run; then the same command again. What stands in the place\n"
         "after the kill must be whole, and the end equal to the uninterrupted run in every file,\n"
-        "seconds aside.",
+        "seconds and peak memory aside.",
     ),
     "flips": (
         "One flipped bit in a file that is read",
@@ -69,7 +69,8 @@ def _table(part: str, record: Mapping[str, Any]) -> list[str]:
         shown = name if name.startswith("**") else f"`{name}`"
         lines.append(f"| {shown} | {tried:,} | {tried - lost:,} | {lost:,} |{more}")
     told = [f"- `{name}`: {words}" for name, c in counts.items() for words in c["losses"]]
-    return [*lines, *(["\nLost:\n", *told] if told else []), f"\nSeed {record['seed']}."]
+    lines += ["\nLost:\n", *told] if told else []
+    return lines if part == "sanitizers" else [*lines, f"\nSeed {record['seed']}."]
 
 
 def _mutants(record: Mapping[str, Any]) -> list[str]:

@@ -116,3 +116,13 @@ def test_angle_refusals() -> None:
         leading_subspace_angles(x, h, theta, count=6)
     with pytest.raises(ValueError, match=r"second must have the shape \(p, k\)"):
         principal_angles(torch.eye(3), torch.eye(2))
+
+
+def test_gaps_are_of_eigenvalues() -> None:
+    """Singular values 4, 3, 1 of the features: eigenvalues 16, 9, 1 of what is learned from."""
+    primary = torch.diag(torch.tensor([4.0, 3.0, 1.0], dtype=torch.float64))
+    harmful = torch.diag(torch.tensor([1.0, 4.0, 2.0], dtype=torch.float64))
+    found = leading_subspace_angles(primary, harmful, torch.eye(3, dtype=torch.float64), count=1)
+    assert found.gap_before == found.gap_after == pytest.approx(16.0 / 9.0)
+    found = leading_subspace_angles(primary, harmful, 2.0 * torch.eye(3).double(), count=2)
+    assert found.gap_after == pytest.approx(4.0)
