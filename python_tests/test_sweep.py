@@ -119,6 +119,15 @@ def test_what_a_job_raises_in_another_process_reaches_the_caller(tmp_path: Path)
     assert not (tmp_path / "job-2.json").exists()
 
 
+def _runs(pid: int) -> bool:
+    """Whether there is a process; one that the pool itself has waited for leaves no exit code."""
+    try:
+        os.kill(pid, 0)
+    except ProcessLookupError:
+        return False
+    return True
+
+
 @pytest.mark.slow
 def test_an_interruption_ends_the_workers(tmp_path: Path) -> None:
     started = tmp_path / "started"
@@ -138,7 +147,7 @@ def test_an_interruption_ends_the_workers(tmp_path: Path) -> None:
     assert caught.value.signal == signal.SIGTERM
     for child in set(multiprocessing.active_children()) - before:
         child.join(60)
-        assert child.exitcode is not None
+        assert child.exitcode is not None or not _runs(child.pid)
 
 
 @pytest.mark.parametrize("count", [0, 100_000])

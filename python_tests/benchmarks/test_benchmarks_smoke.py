@@ -564,6 +564,9 @@ def any_route(monkeypatch):
     monkeypatch.setattr(_session, "refuse_fallback", lambda what, device: None)
 
 
+_USUAL = {"composite", "floor"}
+
+
 @pytest.mark.usefixtures("any_route")
 @pytest.mark.parametrize(("script", "name"), [(spectrum, "spectrum"), (merge, "merge")])
 def test_quick_run(script, name, tmp_path, capsys):
@@ -578,7 +581,9 @@ def test_quick_run(script, name, tmp_path, capsys):
     for row in content["rows"]:
         timed = {entry["name"]: entry for entry in row["contenders"] if entry["both"]}
         assert timed["ours"]["relative_error"] < 1e-3
-        assert {"composite", "floor"} <= timed.keys()
+        # Tiny matrices are compared with what one would write instead, and have no other floor.
+        tiny = row["id"].startswith(("tiny-", "one-"))
+        assert ({"eigvalsh", "svdvals"} & timed.keys()) if tiny else timed.keys() >= _USUAL
         assert all(target["met"] is None for target in row["targets"])
         assert all(target["measured"] is not None for target in row["targets"])
     printed = capsys.readouterr().out
