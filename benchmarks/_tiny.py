@@ -171,8 +171,8 @@ def cases(options: Options) -> list[Case]:
     log_kappa, values = _log_condition_contenders, _values_contenders
     rows: list[tuple[str, str, tuple[int, ...], Build, str, float]] = [
         ("tiny-2x2", "extreme singular values", (many, 2, 2), values, "svdvals", 5.0),
-        ("tiny-8x8", "log kappa", (count, 8, 8), log_kappa, "bare", 10.0),
-        ("tiny-32x32", "log kappa", (count, 32, 32), log_kappa, "bare", 12.0),
+        ("tiny-8x8", "log kappa", (count, 8, 8), log_kappa, "svdvals", 10.0),
+        ("tiny-32x32", "log kappa", (count, 32, 32), log_kappa, "svdvals", 12.0),
         ("one-4x8", "log kappa", (4, 8), log_kappa, "svdvals", 1.0),
         ("one-8x8", "log kappa", (8, 8), log_kappa, "svdvals", 1.0),
         ("one-10x10", "R_well", (10, 10), _r_well_contenders, "svdvals", 1.0),
