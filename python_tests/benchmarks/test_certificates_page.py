@@ -43,4 +43,4 @@ def test_what_the_page_claims() -> None:
     for row in by_method["closed-form"]:
         assert abs(row["r2_harm"][1] - row["r2_harm"][0]) < 0.1
     locked = sorted(row["r2_harm"][1] for row in by_method["lock"])
-    assert locked[len(locked) // 2] < 0.05
+    assert locked[len(locked) // 2] < 0.1
