@@ -124,8 +124,8 @@ py::list take_counts() {
 
 PYBIND11_MODULE(immunize_ext_ptx, m) {
   m.doc() = "Runs the PTX of the CUDA kernels of immunize_ext on the CPU, with checks.";
-  py::register_exception<simt::Error>(m, "SimtError", PyExc_RuntimeError);
-  py::register_exception<simt::LaunchError>(m, "LaunchError", PyExc_RuntimeError);
+  py::register_local_exception<simt::Error>(m, "SimtError", PyExc_RuntimeError);
+  py::register_local_exception<simt::LaunchError>(m, "LaunchError", PyExc_RuntimeError);
   m.def("load", &load, arg("programs"), "Add programs of parse.py to those that can be launched.");
   m.def(
       "launch", &launch, arg("kernel"), arg("grid"), arg("block"), arg("shared_bytes"),
