@@ -702,8 +702,9 @@ def results(tmp_path):
         "ours_cached",
         "floor",
         "floor_cached",
+        "svdvals",
     )
-    medians = dict(zip(names, (200.0, 8.0, 5.0, 6.0, 2.0, 1.5, 1.6, 1.0), strict=True))
+    medians = dict(zip(names, (200.0, 8.0, 5.0, 6.0, 2.0, 1.5, 1.6, 1.0, 3.0), strict=True))
     for benchmark in ("spectrum", "merge"):
         rows = dict.fromkeys(line.row for line in readme_table.LINES if line.benchmark == benchmark)
         content = result(benchmark, [record(row, medians) for row in rows])
@@ -717,7 +718,8 @@ def test_readme_table(results, capsys):
     assert lines[2] == (
         "| R_well or R_ill of features, 64 x 784, per matrix | 2 | 100x | 4.0x | 2.5x | 1.2x |"
     )
-    assert "| 1.5 |  |  | 4.0x | 1.5x |" in lines[10]
+    assert "log kappa, one 8 x 8 | 2 |  |  | 1.5x |  |" in lines[9]
+    assert "| 1.5 |  |  | 4.0x | 1.5x |" in lines[13]
     assert "`python -m benchmarks.spectrum --x`" in lines[-2]
 
 
