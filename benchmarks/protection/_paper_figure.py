@@ -1,8 +1,8 @@
 """Log RIR of every pair of digits as figure 2 of the condition-number paper prints it.
 
-Rows: harmful digit 0 to 9; columns: primary digit 0 to 9. The orientation is a reading of the figure,
-and in doubt: docs/reproduction.md has what speaks for the other one. Means over all pairs do not
-depend on it.
+Rows: harmful digit 0 to 9; columns: primary digit 0 to 9. The orientation is a reading of the
+figure, and in doubt: docs/reproduction.md has what speaks for the other one. Means over all pairs
+do not depend on it.
 """
 
 from __future__ import annotations
