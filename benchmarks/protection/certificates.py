@@ -4,8 +4,9 @@
     python -m benchmarks.protection.certificates --write docs/certificates.md   # the page's table
 
 Random pairs of digit tasks over seeds, and pairs of MNIST digits at 14 x 14 pixels. The owner has
-one half of the harmful samples, the attacker the other. Finished certificates are kept in
-``--work``, so that an interrupted run goes on.
+one half of the harmful samples, the attacker the other. Beside them, what the rotation at the end
+of the closed form does against coordinate-wise attackers. What is finished is kept in ``--work``,
+so that an interrupted run goes on.
 """
 
 from __future__ import annotations
@@ -14,15 +15,19 @@ import argparse
 import json
 import math
 import statistics
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
+from torch import Tensor
 
+from immunize_ext.probing.attacks import compare_attack
 from immunize_ext.probing.certificates import certify
-from immunize_ext.probing.data import Problem, Task, digits_task, load_problem
-from immunize_ext.probing.immunizers import METHODS
+from immunize_ext.probing.data import Problem, Task, digits_task, gram_equivalent, load_problem
+from immunize_ext.probing.immunizers import METHODS, closed_form_theta
+from immunize_ext.probing.immunizers.closed_form import random_rotation
 from immunize_ext.storage import environment, to_json
 
 from .digit_tasks import random_tasks
@@ -30,7 +35,11 @@ from .digit_tasks import random_tasks
 OUT = Path(__file__).with_name("certificates.json")
 METHOD_NAMES = ("whitening", "closed-form", "label-direction", "lock", "pencil-lock")
 MNIST_PAIRS = (("3:8", "4:9"), ("0:1", "3:5"), ("2:6", "7:9"), ("1:7", "5:8"))
-BEGIN, END = "<!-- certificates:begin -->", "<!-- certificates:end -->"
+MARKS = ("certificates", "rotation")
+ROTATIONS = ("none", "random", "equal curvature")
+COORDINATE_WISE = ("gradient_descent", "adam", "adagrad", "standardised")
+ROTATION_SEEDS = 3
+ROTATION_LIMIT = 32.0
 
 
 def half(task: Task, which: int) -> Task:
@@ -39,8 +48,9 @@ def half(task: Task, which: int) -> Task:
     return Task(task.name, x, y, task.x_test, task.y_test)
 
 
-def problems(mnist: Path | None, pairs: int, seeds: int) -> Iterator[tuple[str, Problem[Task]]]:
+def problems(arguments: argparse.Namespace) -> Iterator[tuple[str, Problem[Task]]]:
     """Name and tasks."""
+    pairs, seeds = arguments.pairs, arguments.seeds
     for primary, harmful in random_tasks(pairs, seed=0):
         sides = [
             [[int(digit) for digit in side.split(",")] for side in text.split(":")]
@@ -49,9 +59,13 @@ def problems(mnist: Path | None, pairs: int, seeds: int) -> Iterator[tuple[str, 
         for seed in range(seeds):
             tasks = [digits_task(*side, seed=seed) for side in sides]
             yield f"digits {primary} {harmful} {seed}", Problem.of(*tasks)
-    for primary, harmful in MNIST_PAIRS if mnist is not None else ():
-        found = load_problem("mnist", primary, (harmful,), data_dir=str(mnist), size=14)
-        yield f"mnist {primary} {harmful} 0", found
+    for primary, harmful in MNIST_PAIRS if arguments.mnist is not None else ():
+        yield f"mnist {primary} {harmful} 0", mnist_pair(arguments.mnist, primary, harmful)
+
+
+def mnist_pair(folder: Path, primary: str, harmful: str) -> Problem[Task]:
+    """Two pairs of digits at 14 x 14 pixels."""
+    return load_problem("mnist", primary, (harmful,), data_dir=str(folder), size=14)
 
 
 def row_of(name: str, method: str, problem: Problem[Task]) -> dict[str, Any]:
@@ -80,19 +94,53 @@ def row_of(name: str, method: str, problem: Problem[Task]) -> dict[str, Any]:
     }
 
 
+def rotated(problem: Problem[Task], rotation: str, seed: int) -> Tensor:
+    """The closed form at strength 30 with another last rotation."""
+    x_primary, x_harmful = problem.primary.x_train, problem.harmful[0].x_train
+    theta = closed_form_theta(
+        x_primary, x_harmful, strength=30.0, rotate=rotation == "equal curvature", seed=seed
+    )
+    return theta @ random_rotation(theta, seed) if rotation == "random" else theta
+
+
+def rotation_row(name: str, problem: Problem[Task], rotation: str, seed: int) -> dict[str, Any]:
+    """Slow-downs of the harmful task."""
+    theta = rotated(problem, rotation, seed)
+    task = gram_equivalent(problem.harmful[0])
+    row: dict[str, Any] = {"problem": name, "rotation": rotation, "seed": seed}
+    for attacker in COORDINATE_WISE:
+        done = compare_attack(
+            task, theta, attacker=attacker, base_budget=1000, limit=ROTATION_LIMIT
+        )
+        row[attacker] = math.inf if done.slowdown.censored else done.slowdown.ratio
+    return row
+
+
 def measure(arguments: argparse.Namespace) -> dict[str, Any]:
     """All rows, taken from ``--work`` where they stand there."""
     arguments.work.mkdir(parents=True, exist_ok=True)
-    rows = []
-    for name, problem in problems(arguments.mnist, arguments.pairs, arguments.seeds):
-        for method in METHOD_NAMES:
-            path = arguments.work / f"{name} {method}.json".replace(":", "-").replace(",", "")
-            if not path.is_file():
-                row = to_json(row_of(name, method, problem))
-                path.write_text(json.dumps(row), encoding="utf-8")
-                print(f"{name} {method}: {row['seconds']:.1f} s", flush=True)
-            rows.append(json.loads(path.read_text(encoding="utf-8")))
-    return {"rows": rows, "draws": 4, "environment": environment()}
+
+    def kept(name: str, row: Callable[[], dict[str, Any]]) -> dict[str, Any]:
+        path = arguments.work / f"{name}.json".replace(":", "-").replace(",", "")
+        if not path.is_file():
+            path.write_text(json.dumps(to_json(row())), encoding="utf-8")
+            print(name, flush=True)
+        found: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
+        return found
+
+    rows = [
+        kept(f"{name} {method}", partial(row_of, name, method, problem))
+        for name, problem in problems(arguments)
+        for method in METHOD_NAMES
+    ]
+    turned = []
+    for primary, harmful in MNIST_PAIRS if arguments.mnist is not None else ():
+        problem = mnist_pair(arguments.mnist, primary, harmful)
+        for rotation in ROTATIONS:
+            for seed in range(1 if rotation == "none" else ROTATION_SEEDS):
+                name = f"rotation {primary} {harmful} {rotation} {seed}"
+                turned.append(kept(name, partial(rotation_row, name, problem, rotation, seed)))
+    return {"rows": rows, "rotations": turned, "draws": 4, "environment": environment()}
 
 
 # --- the page -------------------------------------------------------------------------------------
@@ -129,7 +177,8 @@ def _median(rows: list[dict[str, Any]], key: str, place: int | None = None, digi
 def table(results: dict[str, Any]) -> str:
     """The table of the page."""
     lines = []
-    for data, title in (("digits", "8 x 8 digits"), ("mnist", "MNIST, 14 x 14")):
+    titles = {"digits": "8 x 8 digits", "mnist": "MNIST, 14 x 14"}
+    for data, title in titles.items():
         chosen = [row for row in results["rows"] if row["problem"].startswith(data)]
         if not chosen:
             continue
@@ -169,16 +218,40 @@ _FACTORS = ("descent", "diagonal", "samples_harm", "samples_own")
 _SHARES = ("r2_harm", "accuracy_harm", "accuracy_own", "kernel_harm")
 
 
+def rotation_table(results: dict[str, Any]) -> str:
+    """Slow-downs by last rotation: median, least and largest over pairs and seeds."""
+    lines = [
+        "| last rotation | gradient descent | Adam | Adagrad | standardised features |",
+        "|---|---|---|---|---|",
+    ]
+    for rotation in ROTATIONS:
+        rows = [row for row in results["rotations"] if row["rotation"] == rotation]
+        cells = []
+        for attacker in COORDINATE_WISE:
+            values = _values(rows, attacker)
+            ends = f"{_times(values[0])} to {_times(values[-1])}"
+            cells.append(f"{_times(statistics.median(values))} ({ends})")
+        lines.append(f"| {rotation} | {' | '.join(cells)} |")
+    return "\n".join(lines)
+
+
+def _times(value: float) -> str:
+    return f">{ROTATION_LIMIT:.0f}" if math.isinf(value) else f"{value:.2g}"
+
+
 def filled(page: str, results: dict[str, Any]) -> str:
-    """The page with the table between its marks.
+    """The page with both tables between their marks.
 
     Raises:
-        ValueError: If the marks are missing.
+        ValueError: If marks are missing.
     """
-    if BEGIN not in page or END not in page:
-        raise ValueError(f"page must have the marks {BEGIN} and {END}, got none")
-    before, rest = page.split(BEGIN, 1)
-    return f"{before}{BEGIN}\n{table(results)}\n{END}{rest.split(END, 1)[1]}"
+    for name, content in zip(MARKS, (table(results), rotation_table(results)), strict=True):
+        begin, end = f"<!-- {name}:begin -->", f"<!-- {name}:end -->"
+        if begin not in page or end not in page:
+            raise ValueError(f"page must have the marks {begin} and {end}, got none")
+        before, rest = page.split(begin, 1)
+        page = f"{before}{begin}\n{content}\n{end}{rest.split(end, 1)[1]}"
+    return page
 
 
 def main() -> None:

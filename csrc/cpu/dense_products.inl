@@ -60,7 +60,7 @@ inline void two_tiles(
     double* c,
     int64_t ldc,
     int64_t b_step = kPanel) {
-#if defined(IMMUNIZE_EXT_VEC8)
+#if IMMUNIZE_EXT_VEC8
   Vec8 acc[kRows][3] = {};
   for (int64_t k = 0; k < depth; ++k) {
     Vec8 right[3];
@@ -108,7 +108,7 @@ inline void pack_panel(const Thin<T>& thin, int64_t first, int64_t k0, int64_t d
   for (; r + 4 <= used; r += 4) {
     const T* from = thin.a + (first + r) * thin.p + k0;
     int64_t k = 0;
-#if defined(IMMUNIZE_EXT_SHUFFLES)
+#if IMMUNIZE_EXT_SHUFFLES
     for (; k + 4 <= depth; k += 4) {
       Vec4 row[4];
       for (int64_t s = 0; s < 4; ++s)

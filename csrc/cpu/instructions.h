@@ -1,8 +1,8 @@
 // Which instruction set the kernels of this process use: the best that the processor has, or a
 // lesser one that IMMUNIZE_EXT_INSTRUCTIONS names (baseline, avx2, avx512). Torch-free.
 //
-// A kernel that wants vectors is written once, in an .inl file, and included once for each set inside
-// a namespace of its own and under that set's target pragma (row_kernels.h shows the pattern).
+// A kernel that wants vectors is written once, in an .inl file that every_set.inl includes for each
+// set; IMMUNIZE_EXT_CHOSEN(call) calls the one of this process.
 
 #pragma once
 
@@ -61,3 +61,13 @@ inline Instructions instructions() {
 }
 
 }  // namespace immunize_ext
+
+#if defined(IMMUNIZE_EXT_X86)
+#define IMMUNIZE_EXT_CHOSEN(call)                                                       \
+  (immunize_ext::instructions() == immunize_ext::Instructions::avx512                   \
+       ? avx512::call                                                                   \
+       : (immunize_ext::instructions() == immunize_ext::Instructions::avx2 ? avx2::call \
+                                                                           : baseline::call))
+#else
+#define IMMUNIZE_EXT_CHOSEN(call) (baseline::call)
+#endif

@@ -16,55 +16,9 @@
 
 namespace immunize_ext::lanes {
 
-#define IMMUNIZE_EXT_LANES 2
-namespace baseline {
-#include "lanes.inl"
-}  // namespace baseline
-#undef IMMUNIZE_EXT_LANES
-
-#if defined(IMMUNIZE_EXT_X86)
-#define IMMUNIZE_EXT_LANES 4
-#if defined(__clang__)
-#pragma clang attribute push(__attribute__((target("avx2,fma"))), apply_to = function)
-#else
-#pragma GCC push_options
-#pragma GCC target("avx2,fma")
-#endif
-namespace avx2 {
-#include "lanes.inl"
-}  // namespace avx2
-#if defined(__clang__)
-#pragma clang attribute pop
-#else
-#pragma GCC pop_options
-#endif
-#undef IMMUNIZE_EXT_LANES
-
-#define IMMUNIZE_EXT_LANES 8
-#if defined(__clang__)
-#pragma clang attribute push( \
-    __attribute__((target("avx2,fma,avx512f,avx512dq,avx512bw,avx512vl"))), apply_to = function)
-#else
-#pragma GCC push_options
-#pragma GCC target("avx2,fma,avx512f,avx512dq,avx512bw,avx512vl")
-#endif
-namespace avx512 {
-#include "lanes.inl"
-}  // namespace avx512
-#if defined(__clang__)
-#pragma clang attribute pop
-#else
-#pragma GCC pop_options
-#endif
-#undef IMMUNIZE_EXT_LANES
-
-#define IMMUNIZE_EXT_CHOSEN(what)         \
-  (instructions() == Instructions::avx512 \
-       ? avx512::what                     \
-       : (instructions() == Instructions::avx2 ? avx2::what : baseline::what))
-#else
-#define IMMUNIZE_EXT_CHOSEN(what) (baseline::what)
-#endif
+#define IMMUNIZE_EXT_LANES (IMMUNIZE_EXT_REGISTER_BYTES / 8)
+#define IMMUNIZE_EXT_KERNELS "lanes.inl"
+#include "every_set.inl"
 
 int64_t width() {
   return IMMUNIZE_EXT_CHOSEN(kWidth);

@@ -1,5 +1,4 @@
-// The body of lanes.h, included once for each instruction set inside a namespace of its own and
-// under its target pragma, with IMMUNIZE_EXT_LANES doubles a vector. No include guard, on purpose.
+// The body of lanes.h, by every_set.inl, with IMMUNIZE_EXT_LANES doubles a vector.
 //
 // Lower case letters are vectors with one matrix a lane; k >= t are the sides of each.
 //

@@ -27,7 +27,7 @@ void fill_gram(const T* rows, int64_t m, int64_t d, double* g) {
   const int64_t grain = std::max<int64_t>(1, 10000 / std::max<int64_t>(m, 1));
   at::parallel_for(0, symmetric_units(d), grain, [&](int64_t begin, int64_t end) {
     std::vector<double> packed(padded(d) * kDepth);
-    IMMUNIZE_EXT_SPECTRUM(add_symmetric_product(thin, begin, end, packed.data(), g));
+    IMMUNIZE_EXT_CHOSEN(add_symmetric_product(thin, begin, end, packed.data(), g));
   });
 }
 

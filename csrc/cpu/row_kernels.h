@@ -20,57 +20,13 @@
 
 #define IMMUNIZE_EXT_INLINE inline __attribute__((always_inline))
 
-#define IMMUNIZE_EXT_ROW_BYTES 32
-namespace immunize_ext::rows::baseline {
-#include "row_kernels.inl"
-}  // namespace immunize_ext::rows::baseline
-
-#if defined(IMMUNIZE_EXT_X86)
-#if defined(__clang__)
-#pragma clang attribute push(__attribute__((target("avx2,fma"))), apply_to = function)
-#else
-#pragma GCC push_options
-#pragma GCC target("avx2,fma")
-#endif
-namespace immunize_ext::rows::avx2 {
-#include "row_kernels.inl"
-}  // namespace immunize_ext::rows::avx2
-#if defined(__clang__)
-#pragma clang attribute pop
-#else
-#pragma GCC pop_options
-#endif
-
-#undef IMMUNIZE_EXT_ROW_BYTES
-#define IMMUNIZE_EXT_ROW_BYTES 64
-#if defined(__clang__)
-#pragma clang attribute push( \
-    __attribute__((target("avx2,fma,avx512f,avx512dq,avx512bw,avx512vl"))), apply_to = function)
-#else
-#pragma GCC push_options
-#pragma GCC target("avx2,fma,avx512f,avx512dq,avx512bw,avx512vl")
-#endif
-namespace immunize_ext::rows::avx512 {
-#include "row_kernels.inl"
-}  // namespace immunize_ext::rows::avx512
-#if defined(__clang__)
-#pragma clang attribute pop
-#else
-#pragma GCC pop_options
-#endif
-#endif
-#undef IMMUNIZE_EXT_ROW_BYTES
+// Two registers where they hold 16 bytes: the compiler splits what does not fit.
+#define IMMUNIZE_EXT_ROW_BYTES (IMMUNIZE_EXT_REGISTER_BYTES == 64 ? 64 : 32)
 
 namespace immunize_ext::rows {
 
-#if defined(IMMUNIZE_EXT_X86)
-#define IMMUNIZE_EXT_DISPATCH(call)       \
-  (instructions() == Instructions::avx512 \
-       ? avx512::call                     \
-       : (instructions() == Instructions::avx2 ? avx2::call : baseline::call))
-#else
-#define IMMUNIZE_EXT_DISPATCH(call) baseline::call
-#endif
+#define IMMUNIZE_EXT_KERNELS "row_kernels.inl"
+#include "every_set.inl"
 
 template <typename T>
 void multiply_transposed(
@@ -82,7 +38,7 @@ void multiply_transposed(
     int64_t d,
     T* out,
     int64_t out_stride) {
-  IMMUNIZE_EXT_DISPATCH(multiply_transposed<T>(x, less, m, y, q, d, out, out_stride));
+  IMMUNIZE_EXT_CHOSEN(multiply_transposed<T>(x, less, m, y, q, d, out, out_stride));
 }
 
 // `past_caches`: write around them, where that can be done; finish_writes() before another thread
@@ -99,13 +55,13 @@ void add_product(
     int64_t d,
     T* out,
     bool past_caches) {
-  IMMUNIZE_EXT_DISPATCH(add_product<T>(base, sign, c, c_stride, m, q, y, d, out, past_caches));
+  IMMUNIZE_EXT_CHOSEN(add_product<T>(base, sign, c, c_stride, m, q, y, d, out, past_caches));
 }
 
 template <typename T>
 void accumulate_product(
     const T* c, int64_t c_stride, int64_t m, int64_t q, const T* x, int64_t d, double* sum) {
-  IMMUNIZE_EXT_DISPATCH(accumulate_product<T>(c, c_stride, m, q, x, d, sum));
+  IMMUNIZE_EXT_CHOSEN(accumulate_product<T>(c, c_stride, m, q, x, d, sum));
 }
 
 // Writes past the caches become visible to other threads.
@@ -115,6 +71,6 @@ inline void finish_writes() {
 #endif
 }
 
-#undef IMMUNIZE_EXT_DISPATCH
+#undef IMMUNIZE_EXT_ROW_BYTES
 
 }  // namespace immunize_ext::rows

@@ -1,7 +1,4 @@
-// The body of row_kernels.h, included once for each instruction set, inside a namespace of its own
-// and under that instruction set's target pragma. No include guard, on purpose. The pragma has to
-// stand around the definitions: a vector type that is lowered for the baseline before it is inlined
-// into a function with a target attribute stays lowered, which costs a factor of three [measured].
+// The body of row_kernels.h, by every_set.inl.
 
 // IMMUNIZE_EXT_ROW_BYTES: one register of AVX-512 or AVX, two of SSE or NEON.
 template <typename T>

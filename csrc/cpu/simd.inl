@@ -23,7 +23,7 @@ __attribute__((always_inline)) inline double horizontal_sum(const Vec4& v) {
   return (v[0] + v[1]) + (v[2] + v[3]);
 }
 
-#if defined(IMMUNIZE_EXT_SHUFFLES)
+#if IMMUNIZE_EXT_SHUFFLES
 // Rows become columns.
 __attribute__((always_inline)) inline void transpose(Vec4& a, Vec4& b, Vec4& c, Vec4& d) {
   const Vec4 even = __builtin_shufflevector(a, b, 0, 4, 2, 6);
@@ -37,7 +37,7 @@ __attribute__((always_inline)) inline void transpose(Vec4& a, Vec4& b, Vec4& c, 
 }
 #endif
 
-#if defined(IMMUNIZE_EXT_VEC8)
+#if IMMUNIZE_EXT_VEC8
 typedef double Vec8 __attribute__((vector_size(64)));
 typedef double Unaligned8 __attribute__((vector_size(64), aligned(8), may_alias));
 

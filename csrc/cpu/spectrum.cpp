@@ -45,7 +45,7 @@ void thin_gram(const Thin<T>& thin, double* g) {
   const int64_t grain = std::max<int64_t>(1, 10000 / thin.length());
   at::parallel_for(0, units, grain, [&](int64_t begin, int64_t end) {
     std::vector<double> packed(ld * kDepth);
-    IMMUNIZE_EXT_SPECTRUM(add_symmetric_product(thin, begin, end, packed.data(), g));
+    IMMUNIZE_EXT_CHOSEN(add_symmetric_product(thin, begin, end, packed.data(), g));
   });
   mirror(g, t, ld);
 }
@@ -110,7 +110,7 @@ void settle_occupied(
     for (int64_t i = 0; i < t; ++i)
       std::copy(g.data() + i * ld, g.data() + i * ld + t, thin_gram_out + i * t);
   const auto searched = [&] {
-    return t >= kKrylovSide && IMMUNIZE_EXT_SPECTRUM(large_extremes(
+    return t >= kKrylovSide && IMMUNIZE_EXT_CHOSEN(large_extremes(
                                    thin, g.data(), policy, wanted, Threads{}, out.extremes));
   };
   const auto reduced = [&] {
@@ -121,7 +121,7 @@ void settle_occupied(
       out.postponed = at::in_parallel_region();
       return !out.postponed && resolve_small_end(thin, g.data(), ld, policy, end, out.extremes);
     };
-    return IMMUNIZE_EXT_SPECTRUM(
+    return IMMUNIZE_EXT_CHOSEN(
         extremes(thin, g.data(), policy, wanted, work, Threads{}, resolve, out.extremes));
   };
   out.route = searched() || reduced() ? Route::settled : Route::decompose;
@@ -380,7 +380,7 @@ void thin_product(const Thin<T>& x, const double* full, T* out) {
   if (x.left()) {
     const int64_t grain = std::max<int64_t>(1, 100000 / (t * t));
     at::parallel_for(0, panels_of(x.p), grain, [&](int64_t begin, int64_t end) {
-      IMMUNIZE_EXT_SPECTRUM(multiply_left(m.data(), ld, x.a, kept.data(), t, x.p, begin, end, out));
+      IMMUNIZE_EXT_CHOSEN(multiply_left(m.data(), ld, x.a, kept.data(), t, x.p, begin, end, out));
     });
     return;
   }
@@ -389,7 +389,7 @@ void thin_product(const Thin<T>& x, const double* full, T* out) {
   const int64_t blocks = (x.n + kRowBlock - 1) / kRowBlock;
   const int64_t grain = std::max<int64_t>(1, 1000000 / (t * t * kRowBlock));
   at::parallel_for(0, blocks, grain, [&](int64_t begin, int64_t end) {
-    IMMUNIZE_EXT_SPECTRUM(multiply_right(
+    IMMUNIZE_EXT_CHOSEN(multiply_right(
         x.a, x.p, packed.data(), kept.data(), t, begin * kRowBlock, std::min(end * kRowBlock, x.n),
         out));
   });

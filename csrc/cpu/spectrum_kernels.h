@@ -1,8 +1,6 @@
-// The torch-free numerical core of the spectrum operators, compiled for the baseline instruction
-// set, for AVX2 with FMA and for AVX-512, and chosen at run time: the build names no architecture, so
-// one binary serves every machine. The bodies are .inl files, included once for each instruction set inside a
-// namespace of its own and under its target pragma. The pragma has to stand around the definitions:
-// a vector type that is lowered for the baseline before it is inlined stays lowered.
+// The torch-free numerical core of the spectrum operators, compiled for every instruction set
+// (every_set.inl) and chosen at run time: the build names no architecture, so one binary serves
+// every machine.
 
 #pragma once
 
@@ -161,55 +159,13 @@ struct Reference {
 
 // In gcc from version 12 on.
 #if __has_builtin(__builtin_shufflevector)
-#define IMMUNIZE_EXT_SHUFFLES
+#define IMMUNIZE_EXT_SHUFFLES 1
+#else
+#define IMMUNIZE_EXT_SHUFFLES 0
 #endif
+#define IMMUNIZE_EXT_VEC8 (IMMUNIZE_EXT_SHUFFLES && IMMUNIZE_EXT_REGISTER_BYTES == 64)
 
-namespace baseline {
-#include "spectrum_bodies.inl"
-}  // namespace baseline
-
-#if defined(IMMUNIZE_EXT_X86)
-#if defined(__clang__)
-#pragma clang attribute push(__attribute__((target("avx2,fma"))), apply_to = function)
-#else
-#pragma GCC push_options
-#pragma GCC target("avx2,fma")
-#endif
-namespace avx2 {
-#include "spectrum_bodies.inl"
-}  // namespace avx2
-#if defined(__clang__)
-#pragma clang attribute pop
-#else
-#pragma GCC pop_options
-#endif
-
-#if defined(IMMUNIZE_EXT_SHUFFLES)
-#define IMMUNIZE_EXT_VEC8
-#endif
-#if defined(__clang__)
-#pragma clang attribute push( \
-    __attribute__((target("avx2,fma,avx512f,avx512dq,avx512bw,avx512vl"))), apply_to = function)
-#else
-#pragma GCC push_options
-#pragma GCC target("avx2,fma,avx512f,avx512dq,avx512bw,avx512vl")
-#endif
-namespace avx512 {
-#include "spectrum_bodies.inl"
-}  // namespace avx512
-#if defined(__clang__)
-#pragma clang attribute pop
-#else
-#pragma GCC pop_options
-#endif
-#undef IMMUNIZE_EXT_VEC8
-
-#define IMMUNIZE_EXT_SPECTRUM(call)       \
-  (instructions() == Instructions::avx512 \
-       ? avx512::call                     \
-       : (instructions() == Instructions::avx2 ? avx2::call : baseline::call))
-#else
-#define IMMUNIZE_EXT_SPECTRUM(call) (baseline::call)
-#endif
+#define IMMUNIZE_EXT_KERNELS "spectrum_bodies.inl"
+#include "every_set.inl"
 
 }  // namespace immunize_ext::spectrum

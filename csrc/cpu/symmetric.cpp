@@ -51,9 +51,11 @@ Loaded load_symmetric(const T* h, int64_t t, int64_t ld, double* g) {
   std::vector<double> of_block(blocks, 0.0);
   const auto largest_of = [&of_block] {
     double largest = 0.0;
-    for (const double x : of_block)
-      if (!(x <= largest))  // NaN gets in, and stays
-        largest = x;
+    for (const double x : of_block) {
+      if (std::isnan(x))
+        return x;
+      largest = std::max(largest, x);
+    }
     return largest;
   };
   const int64_t grain = std::max<int64_t>(1, 50000 / (block * t));
@@ -187,13 +189,13 @@ SymmetricBatch extremes_of(const char* op, const Tensor& h, double allowed, doub
       settled[index] = 1;
       return;
     }
-    settled[index] = t >= kKrylovSide && IMMUNIZE_EXT_SPECTRUM(large_symmetric_extremes(
+    settled[index] = t >= kKrylovSide && IMMUNIZE_EXT_CHOSEN(large_symmetric_extremes(
                                              g.data(), t, cluster_rtol, Threads{}, pair));
     if (settled[index])
       return;
     Workspace work(t, t);
     settled[index] =
-        IMMUNIZE_EXT_SPECTRUM(symmetric_extremes(g.data(), t, cluster_rtol, work, Threads{}, pair));
+        IMMUNIZE_EXT_CHOSEN(symmetric_extremes(g.data(), t, cluster_rtol, work, Threads{}, pair));
   });
   for (int64_t index = 0; index < count; ++index) {
     const int64_t b = left[index];
@@ -316,7 +318,7 @@ Cold symmetric_reference(const Tensor& h, double cluster_rtol) {
     pair.v_max = vectors.mutable_data_ptr<double>();
     pair.v_min = pair.v_max + t;
     TORCH_CHECK_LINALG(
-        IMMUNIZE_EXT_SPECTRUM(make_reference(g.data(), r, cluster_rtol, Threads{}, pair)), op,
+        IMMUNIZE_EXT_CHOSEN(make_reference(g.data(), r, cluster_rtol, Threads{}, pair)), op,
         ": the extremes of h did not reach the accuracy of their class");
     values.mutable_data_ptr<double>()[0] = pair.lambda_max;
     values.mutable_data_ptr<double>()[1] = pair.lambda_min;
@@ -385,7 +387,7 @@ std::tuple<Tensor, Tensor, bool> symmetric_track(
   for (int end = 0; end < 2; ++end) {
     double theta = 0.0;
     double* x = found.mutable_data_ptr<double>() + end * t;
-    const double residual = IMMUNIZE_EXT_SPECTRUM(follow(from, r, end, size, Threads{}, x, theta));
+    const double residual = IMMUNIZE_EXT_CHOSEN(follow(from, r, end, size, Threads{}, x, theta));
     if (!std::isfinite(residual))
       return {values, found, false};
     const double sign = end == 0 ? 1.0 : -1.0;

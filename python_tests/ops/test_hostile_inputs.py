@@ -12,6 +12,8 @@ import pytest
 import torch
 from torch import Tensor
 
+from immunize_ext import ops as public
+
 ops = torch.ops.immunize_ext
 POLICY = (1e-12, 1e-12, False)
 
@@ -259,3 +261,18 @@ def test_precondition_checks_every_tensor(name, planted, message, samples):
     }
     with pytest.raises(ValueError, match=rf"^precondition: {message}"):
         ops.precondition(*{**good, name: planted}.values(), 1.0)
+
+
+@pytest.mark.parametrize("bad", [float("nan"), float("inf"), -float("inf")])
+@pytest.mark.parametrize("side", [3, 16, 17, 25, 33, 64, 200])
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32])
+def test_one_entry_that_is_not_finite_is_found_wherever_it_stands(dtype, side, bad):
+    """Entries are looked at in blocks of rows: neither the first nor the last may hide it."""
+    for place in {0, side // 2, side - 1}:
+        h = torch.eye(side, dtype=dtype)
+        h[place, place] = bad
+        with pytest.raises(ValueError, match="h must be finite"):
+            public.symmetric_extremes(h)
+        for function in (public.extremal_singular_values, public.gram_extremes):
+            with pytest.raises(ValueError, match="must be finite"):
+                function(h)
