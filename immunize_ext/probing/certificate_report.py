@@ -23,6 +23,11 @@ _OPTIMIZERS = {
     "whitening": "whitening, Newton, K-FAC, closed form",
 }
 
+# A lock leaves nothing in the samples that it was made of.
+_OWN_SAMPLES = (
+    " These are the samples that the lock was made of; in others up to about {} can be left."
+)
+
 _ROLES = {"harmful": "harmful task", "primary": "task to keep"}
 
 
@@ -30,7 +35,7 @@ def headline(one: Certificate) -> str:
     """The strongest true sentence about what holds against whom."""
     if not one["invertible"]:
         gone = one["linear"][0]
-        if gone["r2_after"] < max(0.05, 2.0 * gone["leak"]):
+        if gone["r2_after"] < 0.05:
             return "Locked for linear probes, open to others"
         return "Directions are gone, the harm is not"
     factor = real(one["few_samples"][0]["factor_best"])
@@ -63,27 +68,32 @@ def sentences(one: Certificate) -> list[str]:
     harm, own = one["few_samples"]
     found.append(
         f"For what 40 labelled samples gave without immunization, the better of two attackers "
-        f"needs {_samples(harm['factor_best'])} as many on the harmful task, and its owner "
-        f"{_samples(own['factor_best'])} as many on the task to keep."
+        f"needs {_samples(harm)} as many on the harmful task, and its owner {_samples(own)} as "
+        "many on the task to keep."
     )
     gone, kept = one["linear"]
+    said = "" if one["invertible"] else _OWN_SAMPLES.format(percent(gone["leak"]))
     found.append(
         f"With all data, the best linear probe explains {percent(gone['r2_after'])} of the harmful "
         f"labels' variance, {percent(gone['r2_before'])} before; of the task to keep "
-        f"{percent(kept['r2_after'])}, {percent(kept['r2_before'])} before."
+        f"{percent(kept['r2_after'])}, {percent(kept['r2_before'])} before.{said}"
     )
     if gone["kernel_after"] is not None:
+        stopped = gone["kernel_after"] < gone["kernel_before"] - 0.1
+        more = "" if stopped else ": a probe that is not linear gets round it"
         found.append(
             f"A Gaussian kernel probe is right on {percent(gone['kernel_after'], 1)} of the "
-            f"harmful test samples, on {percent(gone['kernel_before'], 1)} before: no theta of "
-            "this kind stops probes that are not linear, or probes of an earlier layer."
+            f"harmful test samples, on {percent(gone['kernel_before'], 1)} before{more}. "
+            "Probes of an earlier layer see none of it."
         )
     return found
 
 
-def _samples(factor: Any) -> str:
-    value = real(factor)
-    return "more than 16 times" if value == float("inf") else f"{number(value)} times"
+def _samples(task: Mapping[str, Any]) -> str:
+    value = real(task["factor_best"])
+    if value != float("inf"):
+        return f"{number(value)} times"
+    return f"more than {number(max(map(int, task['given'])) / 40)} times"
 
 
 def _delay_rows(one: Certificate) -> list[list[str]]:

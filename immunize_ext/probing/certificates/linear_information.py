@@ -7,7 +7,7 @@ With infinite data the best linear probe of features z explains the share
 of the targets' variance. No invertible theta changes it. A theta that takes the direction
 Sigma_zy away makes it 0, and then, for every convex loss, the best linear probe is the constant:
 at it the population gradient is zero, so no optimizer moves. If that direction was estimated from
-n_d labelled samples, what leaks is about p / n_d.
+n_d labelled samples, an attacker with others finds at most about p / n_d.
 """
 
 from __future__ import annotations

@@ -29,7 +29,8 @@ UNIT_ROUNDOFF: Mapping[str, float] = {
     "bfloat16": 2.0**-8,
     "int8": 2.0**-7,
 }
-"""u of each format; that of int8 is the half step of a feature whose largest value is 1 or so."""
+"""u of each format; that of int8 is half a step over the rms of a feature whose largest value is
+twice its rms, as of an evenly spread one."""
 
 _DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
 

@@ -50,7 +50,9 @@ def gaussian_kappa_left(inputs: int, features: int) -> float:
     return ((1 + root) / (1 - root)) ** 2
 
 
-def whitening_map(unlabelled: Tensor, *, ridge: float = 1e-9, power: float = 1.0) -> Tensor:
+def whitening_map(
+    unlabelled: Tensor, *, ridge: float = 1e-9, power: float = 1.0, centre: bool = True
+) -> Tensor:
     r"""(C + ridge tr(C)/q I)^(-power/2) for the scatter C of unlabelled features.
 
     Power 1 whitens; a smaller one keeps a part of what the variances say.
@@ -59,6 +61,8 @@ def whitening_map(unlabelled: Tensor, *, ridge: float = 1e-9, power: float = 1.0
         unlabelled: Features, shape ``(m, q)``.
         ridge: Relative to the mean eigenvalue of C.
         power: Between 0, which changes nothing, and 1.
+        centre: Whether their mean is taken off, as for a probe with an intercept; a probe without
+            one sees second moments.
 
     Returns:
         The map, symmetric, shape ``(q, q)``, float64.
@@ -67,7 +71,8 @@ def whitening_map(unlabelled: Tensor, *, ridge: float = 1e-9, power: float = 1.0
         ValueError: If all features are constant.
     """
     z = unlabelled.detach().to(torch.float64)
-    z = z - z.mean(0)
+    if centre:
+        z = z - z.mean(0)
     scatter = z.mT @ z / len(z)
     values, vectors = torch.linalg.eigh(scatter)
     mean = float(values.clamp(min=0.0).mean())
@@ -78,7 +83,12 @@ def whitening_map(unlabelled: Tensor, *, ridge: float = 1e-9, power: float = 1.0
 
 
 def rewhitened(
-    theta: Tensor, unlabelled: Tensor, *, ridge: float = 1e-9, power: float = 1.0
+    theta: Tensor,
+    unlabelled: Tensor,
+    *,
+    ridge: float = 1e-9,
+    power: float = 1.0,
+    centre: bool = True,
 ) -> Tensor:
     """An extractor followed by the whitening of what it makes of unlabelled inputs.
 
@@ -89,6 +99,7 @@ def rewhitened(
         unlabelled: Inputs, shape ``(m, p)``.
         ridge: As in :func:`whitening_map`.
         power: As in :func:`whitening_map`.
+        centre: As in :func:`whitening_map`.
 
     Returns:
         theta times the map, shape ``(p, q)``, float64.
@@ -101,4 +112,5 @@ def rewhitened(
         True
     """
     wide = theta.detach().to(torch.float64)
-    return wide @ whitening_map(unlabelled.to(torch.float64) @ wide, ridge=ridge, power=power)
+    features = unlabelled.to(torch.float64) @ wide
+    return wide @ whitening_map(features, ridge=ridge, power=power, centre=centre)
