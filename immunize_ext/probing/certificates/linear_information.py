@@ -70,7 +70,9 @@ def probe(
     heads = right.mT @ (sigma[:, None] / damped * (left.mT @ (y - mean))[:, None])
     predicted = (z_test - middle) @ heads + mean
     residual = (predicted - y_test[:, None]).square().mean(0)
-    r2 = 1.0 - float(residual.min()) / float((y_test - y_test.mean()).square().mean())
+    variance = float((y_test - y_test.mean()).square().mean())
+    # Labels that do not vary hold nothing to explain.
+    r2 = 1.0 - float(residual.min()) / variance if variance > 0.0 else 0.0
     accuracy = None
     if classify:
         accuracy = float((predicted * y_test[:, None] > 0).to(torch.float64).mean(0).max())

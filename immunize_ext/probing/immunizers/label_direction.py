@@ -94,7 +94,10 @@ class LabelDirectionImmunizer(LinearImmunizer):
         covariance = centred.mT @ centred / len(x)
         ridge = self.ridge * torch.linalg.eigvalsh(covariance)[-1]
         s = cross_covariance(x, harmful.y_train)
-        v = torch.linalg.solve(covariance + ridge * torch.eye(len(s)).to(covariance), s)
+        # Features that do not vary have no direction to solve for.
+        v = s
+        if float(ridge) > 0.0:
+            v = torch.linalg.solve(covariance + ridge * torch.eye(len(s)).to(covariance), s)
         reach = float(s @ v)
         if not reach > 0.0:
             raise ValueError(

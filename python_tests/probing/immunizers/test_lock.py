@@ -159,6 +159,9 @@ def test_label_direction_is_invertible_and_keeps_the_primary_function(
 def test_refusals(problem: Problem[Task]) -> None:
     x = problem.primary.x_train
     constant = Task("one class", x, torch.ones(len(x)).to(x), x, torch.ones(len(x)).to(x))
+    still = Task("still", torch.ones_like(x), problem.primary.y_train, x, torch.ones(len(x)).to(x))
+    with pytest.raises(ValueError, match="still must have labels that vary"):
+        LabelDirectionImmunizer().fit(None, Problem.of(problem.primary, still))
     for method in (LinearLock(), LabelDirectionImmunizer()):
         with pytest.raises(ValueError, match="one class must have labels that vary"):
             method.fit(None, Problem.of(problem.primary, constant))
