@@ -141,7 +141,10 @@ std::vector<int64_t> occupied_rows(const Thin<T>& thin) {
   if (thin.left() || empty.empty())
     return kept;
   for (int64_t i = 1; i < thin.n && !empty.empty(); ++i)
-    std::erase_if(empty, [&](int64_t j) { return is_set(thin.a[i * thin.p + j]); });
+    empty.erase(
+        std::remove_if(
+            empty.begin(), empty.end(), [&](int64_t j) { return is_set(thin.a[i * thin.p + j]); }),
+        empty.end());
   kept.clear();
   for (int64_t i = 0, next = 0; i < thin.side(); ++i) {
     if (next < static_cast<int64_t>(empty.size()) && empty[next] == i)
