@@ -46,9 +46,9 @@ Where the package launches no kernel of its own on CUDA, a library has the bette
 preconditioned gradient beyond a side of 128 or in Woodbury form (cuBLAS: triangular solves and
 products with many right-hand sides; up to 128 `small_precondition` fuses them), the eigenvectors of
 symmetric, possibly indefinite matrices and the second derivatives (cuSOLVER), the solve with the
-factor of Q for d > 128 (cuBLAS). From a side of 1024 on, block Krylov spaces with a proof find the
-extremes of symmetric matrices and of features from products and factorisations of the libraries
-(`csrc/krylov.h`). These compositions are run on CPU tensors in the same step.
+factor of Q for d > 128 (cuBLAS), and up to 16 features at a time whose thin side is beyond the shared
+memory of a block (`csrc/thin_gram.h`: cuSOLVER's eigenvectors, proven on the features; what they
+cannot prove starts Jacobi's method). These compositions are run on CPU tensors in the same step.
 
 """
 

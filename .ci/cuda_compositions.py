@@ -1,7 +1,8 @@
 """What only the CUDA build composes of torch operators, run on CPU tensors.
 
-The search of large features holds no kernel of ours, so the function registered for CUDA can
-be called on any tensor: no GPU is needed. What every build registers for CUDA is tested by
+The decomposition of large features by the library holds no kernel of ours, so the function
+registered for CUDA can be called on any tensor: no GPU is needed. Whatever it cannot prove would go
+on to a kernel, and fails here. What every build registers for CUDA is tested by
 python_tests/ops/test_compositions.py. Run by cuda_build.py with the Python of the CUDA environment
 and the built package in its path.
 """
@@ -36,38 +37,49 @@ def refused(what: str, operator: str, *arguments: object) -> None:
     print(f"  {operator}: {what}: refused alike")
 
 
-def large_features() -> None:
-    """Sides where the thin Gram matrix is searched: simple extremes, proven without a kernel."""
-    t, k, eps = 1030, 1060, torch.finfo(torch.float64).eps
+def spectra(t: int) -> list[Tensor]:
+    """Singular values that the thin Gram matrix can be trusted with, to kappa 1e6."""
+    wide = {"dtype": torch.float64}
+    return [
+        torch.linspace(1.0, 0.1, t, **wide),
+        torch.logspace(0, -3, t, **wide),
+        torch.logspace(0, -6, t, **wide),
+        torch.cat([torch.logspace(0, -2, t - 1, **wide), torch.tensor([1e-6], **wide)]),
+        # Clusters beyond its resolution of 4 t eps in units of the largest squared.
+        torch.cat([torch.full((3,), 1.0), torch.linspace(0.9, 0.2, t - 5), torch.full((2,), 0.1)]),
+    ]
+
+
+def large_features(t: int, k: int) -> None:
+    """Sides beyond the kernels': extremes proven by the library's eigenvectors, and refined."""
+    eps = torch.finfo(torch.float64).eps
+    tolerance = 100 * t * eps  # of clusters and of the rank
     u, _ = torch.linalg.qr(normal(t, t, seed=5))
     v, _ = torch.linalg.qr(normal(k, t, seed=6))
-    spectra = [
-        torch.linspace(1.0, 0.1, t, dtype=torch.float64),
-        torch.logspace(0, -3, t, dtype=torch.float64),
-        # Kappa 1e5; graded all the way down, the Gram matrix could not tell the last two apart.
-        torch.cat([torch.logspace(0, -3, t - 1, dtype=torch.float64), torch.tensor([1e-5])]),
-    ]
-    scales = [1.0, 2.0**-300, 2.0**300]
-    a = torch.stack([(u * sigma) @ v.mT * c for sigma, c in zip(spectra, scales, strict=True)])
+    known = [sigma.double() for sigma in spectra(t)]
+    scales = [1.0, 2.0**100, 2.0**-300, 2.0**300, 1.0]
+    a = torch.stack([(u * sigma) @ v.mT * c for sigma, c in zip(known, scales, strict=True)])
     bound = 8 * (t + k) ** 0.5 * eps
     for tall in (False, True):
         for gram in (False, True):
             x = (a.mT if tall else a).contiguous()
             if gram:
-                x = x[:2]  # the square of 2^300 squared would overflow in |K|_F^2
+                x = x[:2]  # the square of 2^300 squared would overflow in |K|_F^2, 2^-300 vanish
             name = "gram_extremes" if gram else "extremal_singular_values"
             call = getattr(torch.ops.immunize_ext, name).default.redispatch
-            found = list(call(CUDA, x, k * eps, k * eps, False))
+            found = list(call(CUDA, x, tolerance, tolerance, False))
             if gram:
-                thin = x @ x.mT if not tall else x.mT @ x
+                thin = x @ x.mT if x.shape[1] <= x.shape[2] else x.mT @ x
                 for field, right in ((10, thin), (2, thin.square().sum((1, 2)))):
                     if not torch.allclose(found[field], right, rtol=1e-12, atol=0):
                         sys.exit(f"cuda_compositions: {name}, output {field} is off")
                 found = [found[0].sqrt(), found[1].sqrt(), *found[3:10]]
             for number in range(len(x)):
-                sigma, c = spectra[number], scales[number]
+                sigma, c = known[number], scales[number]
+                most = int((sigma[0] - sigma <= tolerance).sum())
+                least = int((sigma - sigma[-1] <= tolerance).sum())
                 what = f"{name}, tall {tall}, matrix {number}"
-                if [int(f[number]) for f in found[2:5]] != [t, 1, 1]:
+                if [int(f[number]) for f in found[2:5]] != [t, most, least]:
                     sys.exit(f"cuda_compositions: {what}: rank or multiplicities")
                 for value, left, right, truth in (
                     (found[0], found[5], found[6], sigma[0]),
@@ -82,17 +94,19 @@ def large_features() -> None:
                     ]
                     if not max(errors) <= bound:
                         sys.exit(f"cuda_compositions: {what}: {errors} beyond {bound:.1e}")
-            print(f"  {name}, {'1060 x 1030' if tall else '1030 x 1060'}: proven and refined")
-    short = torch.ops.immunize_ext.gram_extremes.default.redispatch(
-        CUDA, a[:1], k * eps, k * eps, True
-    )
-    if float(short[1]) != 0.0 or int(short[5]) != k - t or bool(short[8].any()):
-        sys.exit("cuda_compositions: gram_extremes, full rank of fewer samples than features")
+            print(f"  {name}, {tuple(x.shape[1:])}: proven and refined")
+    if k > t:
+        short = torch.ops.immunize_ext.gram_extremes.default.redispatch(
+            CUDA, a[:1], tolerance, tolerance, True
+        )
+        if float(short[1]) != 0.0 or int(short[5]) != k - t or bool(short[8].any()):
+            sys.exit("cuda_compositions: gram_extremes, full rank of fewer samples than features")
     bad = torch.stack([a[0], a[0]])
     bad[1, 3, 4] = torch.nan
-    refused("NaN in large features", "extremal_singular_values", bad, k * eps, k * eps, False)
+    refused("NaN in large features", "extremal_singular_values", bad, tolerance, tolerance, False)
 
 
 if __name__ == "__main__":
     torch.set_num_threads(1)
-    large_features()
+    for shape in ((150, 170), (200, 200), (300, 900)):
+        large_features(*shape)

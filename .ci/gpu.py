@@ -140,7 +140,7 @@ def phases(architecture: str | None, staging: Path) -> list[Phase]:
         build["TORCH_CUDA_ARCH_LIST"] = os.environ.get("TORCH_CUDA_ARCH_LIST", architecture)
     # Freed memory goes back to CUDA, so that what is read from it is seen.
     uncached = {"PYTORCH_NO_CUDA_MEMORY_CACHING": "1"}
-    suite, small = "python_tests/gpu", "python_tests/gpu/test_gpu_sanitizer.py"
+    small = "python_tests/gpu/test_gpu_sanitizer.py"
 
     def complete(printed: str) -> str:
         missing = [name for name in KERNELS if name not in printed.splitlines()[-1].split()]
@@ -165,7 +165,11 @@ def phases(architecture: str | None, staging: Path) -> list[Phase]:
         Phase("memcheck", sanitized("memcheck", "-x", small), 90, uncached),
         bench("spectrum", "spectrum", 60, "pair-64x784", "batch-90x64x784"),
         bench("merge", "merge", 50, "sd14-weights"),
-        Phase("suite", pytest(suite, "--deselect", small), 150),
+        # A process each: one that crashes takes no other tests along.
+        *(
+            Phase(f"{part}-suite", pytest(f"python_tests/gpu/test_gpu_{part}.py"), 60)
+            for part in ("spectrum", "merge", "symmetric", "precondition")
+        ),
         Phase("racecheck", sanitized("racecheck", "-x", small, "-k", "float64"), 60, uncached),
         bench("spectrum-more", "spectrum", 60, "side-32-33", "hessian-2048", "groups-20x100x768"),
         bench("merge-more", "merge", 60, "sd14-embeddings", "sdxl-weights"),

@@ -10,7 +10,7 @@
 //
 // A sweep in which no pair of columns was further from orthogonal than sqrt(m) eps |b_i| |b_j| ends
 // the work: the device remembers that, and the launches of later sweeps return at once. So the host
-// need not know; a caller that may wait (Watch) looks now and then, and saves these launches. Every
+// need not know; a caller that may wait (Watch) looks after each, and saves these launches. Every
 // product is backward stable, the test is relative to both columns, so sigma_i = |b_i| has the
 // accuracy of the small route (with de Rijk, "A one-sided Jacobi algorithm for computing the
 // singular value decomposition on a vector computer", SIAM J. Sci. Stat. Comput. 10, 1989).
@@ -429,8 +429,6 @@ struct Watch {
   bool (*rotated)(const void* context, int sweep) = nullptr;
   const void* context = nullptr;
 };
-constexpr int kFirstLook = 6;  // sweeps before the first look, fewer are hardly ever enough
-constexpr int kLookStep = 2;
 
 // B with orthogonal columns, the product of the rotations and sigma, for the matrices that flags
 // ask for.
@@ -463,8 +461,8 @@ void launch_large_decomposition(
   const std::int64_t pairs = batch * plan.pairs();
   const double tolerance = plan.tolerance();
   for (int sweep = 0; sweep < kLargeSweeps; ++sweep) {
-    const bool looks = sweep >= kFirstLook && (sweep - kFirstLook) % kLookStep == 0;
-    if (looks && watch.rotated != nullptr && !watch.rotated(watch.context, sweep - 1)) {
+    // A look costs less than the launches of a sweep, and after a good start one or two are enough.
+    if (sweep > 0 && watch.rotated != nullptr && !watch.rotated(watch.context, sweep - 1)) {
       break;
     }
     for (int round = 0; round < plan.rounds(); ++round) {
