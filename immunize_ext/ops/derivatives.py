@@ -186,18 +186,23 @@ class Values(_SingleLevelFunction):
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
+        ctx.set_materialize_grads(False)  # of vectors and counts: a launch for each on a device
         ctx.family, a, *ctx.policy = inputs
         ctx.save_for_backward(a, *output)
         ctx.save_for_forward(a, *output)
         ctx.mark_non_differentiable(*output[ctx.family.values :])
 
     @staticmethod
-    def backward(ctx: Any, *grads: Tensor) -> tuple[Any, ...]:
+    def backward(ctx: Any, *incoming: Tensor | None) -> tuple[Any, ...]:
         a, *outputs = ctx.saved_tensors
         family: Family = ctx.family
+        grads = [
+            torch.zeros_like(value) if grad is None else grad
+            for grad, value in zip(incoming, outputs[: family.values], strict=False)
+        ]
         # The differentiable outputs are saved as numbers: their derivative is the whole formula's.
         saved = [outputs[k].detach() if k < family.values else outputs[k] for k in family.saved]
-        grad = family.call("_backward", *grads[: family.values], a, *saved, *ctx.policy)
+        grad = family.call("_backward", *grads, a, *saved, *ctx.policy)
         return None, grad, *(None,) * len(ctx.policy)
 
     @staticmethod
