@@ -10,10 +10,17 @@
 // itself a matrix of rank one and a multiple of x. As R_well does not ask for the smallest value nor
 // R_ill for the vector of the largest, neither is computed. Second derivatives are in
 // regularizer_autograd.cpp.
+//
+// R_ill is of degree -2 in S, its gradient of -3 and for K = x^T x of -5 in x, so that D^2 leaves the
+// range of float64 long before x or the gradient does. There all of it is that of y = f x, f the
+// power of two that brings the largest entry of x near 1. With R of degree d,
+//   R(x) = f^-d R(y),   dR/dx = f^(1-d) dR/dy,   d2R/dx2 = f^(2-d) d2R/dy2,
+// exactly, and infinite or zero only where the numbers themselves are.
 
 #include <ATen/ATen.h>
 #include <torch/library.h>
 
+#include <algorithm>
 #include <cmath>
 #include <limits>
 #include <optional>
@@ -51,6 +58,68 @@ void squared_norms(const MatrixBatch& m, double* out) {
   }
 }
 
+// Between these squares of |S|_F no power of it that a derivative is made of leaves the range.
+struct Range {
+  double least, most;
+  bool holds(double squared_frobenius) const {  // not of NaN
+    return squared_frobenius >= least && squared_frobenius <= most;
+  }
+};
+constexpr Range kWithin{0x1p-256, 0x1p256};
+// The gradient of S is a sum of two parts in the type of S: neither may overflow on its own.
+constexpr Range kWithinFloat{0x1p-64, 0x1p64};
+
+// What R is made of: the extremes of S and |S|_F^2 [batch].
+struct Parts {
+  ExtremesBatch extremes;
+  Tensor squared_frobenius;
+};
+
+Parts parts_of(
+    const char* op, const MatrixBatch& m, const Policy& policy, const Wanted& wanted, bool gram) {
+  ExtremesBatch e = cpu_spectrum.extremes(op, gram ? "x" : "s", m, policy, wanted, gram);
+  if (gram)
+    return {e, e.squared_frobenius};
+  const Tensor squares = at::empty({m.batch}, e.value_max.options());
+  if (m.matrices.scalar_type() == at::kDouble)
+    squared_norms<double>(m, squares.mutable_data_ptr<double>());
+  else
+    squared_norms<float>(m, squares.mutable_data_ptr<double>());
+  return {e, squares};
+}
+
+// The factors f [batch], 1 for matrices within the range and for zero; undefined if all are.
+Tensor factors_of(const MatrixBatch& m, const Parts& parts, bool gram) {
+  const bool narrow = !gram && m.matrices.scalar_type() == at::kFloat;
+  const Range& range = narrow ? kWithinFloat : kWithin;
+  const double* squares = parts.squared_frobenius.const_data_ptr<double>();
+  Tensor factors;
+  for (int64_t b = 0; b < m.batch; ++b) {
+    if (range.holds(squares[b]))
+      continue;
+    const double largest = m.matrices[b].abs().max().item<double>();
+    if (largest == 0.0)
+      continue;
+    if (!factors.defined())
+      factors = at::ones({m.batch}, parts.squared_frobenius.options());
+    int exponent = 0;
+    std::frexp(largest, &exponent);
+    // Within the range of normal numbers, where products with it are exact.
+    factors.mutable_data_ptr<double>()[b] = std::ldexp(1.0, std::clamp(-exponent, -1000, 1000));
+  }
+  return factors;
+}
+
+MatrixBatch rescaled(const MatrixBatch& m, const Tensor& factors) {
+  MatrixBatch y = m;
+  y.matrices = m.matrices.to(at::kDouble) * factors.view({m.batch, 1, 1});
+  return y;
+}
+
+int degree_of(bool gram, bool ill) {
+  return (ill ? -2 : 2) * (gram ? 2 : 1);
+}
+
 std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> regularizer(
     const Tensor& x,  // [*, n, p]
     bool gram,
@@ -68,35 +137,32 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> regularizer(
   wanted.max = !ill;
   wanted.min = ill;
   wanted.long_vectors = !gram;
-  const ExtremesBatch e = cpu_spectrum.extremes(
-      op, name, m, {rank_rtol, cluster_rtol, full_rank, full_side}, wanted, gram);
-  const auto options = e.value_max.options();
-  const Tensor squares = gram ? e.squared_frobenius : at::empty({m.batch}, options);
-  if (!gram && m.matrices.scalar_type() == at::kDouble)
-    squared_norms<double>(m, squares.mutable_data_ptr<double>());
-  else if (!gram)
-    squared_norms<float>(m, squares.mutable_data_ptr<double>());
+  const Policy policy{rank_rtol, cluster_rtol, full_rank, full_side};
+  Parts parts = parts_of(op, m, policy, wanted, gram);
+  const Tensor factors = factors_of(m, parts, gram);
+  if (factors.defined())
+    parts = parts_of(op, rescaled(m, factors), policy, wanted, gram);
+  const ExtremesBatch& e = parts.extremes;
+  const Tensor& squares = parts.squared_frobenius;
+  const auto options = squares.options();
   const double vanishing =
       (gram ? 1.0 : 0.5) * kVanishing * static_cast<double>(std::max(m.n, m.p));
   const Tensor value = at::empty({m.batch}, options);
-  const Tensor coefficients = at::zeros({m.batch, 3}, options);
+  const Tensor coefficients = at::zeros({m.batch, 4}, options);
   const Tensor multiplicity = ill ? e.multiplicity_min : e.multiplicity_max;
   for (int64_t b = 0; b < m.batch; ++b) {
-    double* c = coefficients.mutable_data_ptr<double>() + 3 * b;
+    double* c = coefficients.mutable_data_ptr<double>() + 4 * b;
     double& result = value.mutable_data_ptr<double>()[b];
     const double squared_frobenius = squares.const_data_ptr<double>()[b];
     const int64_t rank = e.rank.const_data_ptr<int64_t>()[b];
-    // F leaves the range of float64 first, of degree 4 in x for K: R_well is then infinite or zero,
-    // R_ill the other way round, both with gradient 0.
-    const bool overflows = std::isinf(squared_frobenius);
-    if (overflows || (squared_frobenius == 0.0 && rank > 0 && (gram || ill))) {
-      result = overflows != ill ? std::numeric_limits<double>::infinity() : 0.0;
-      continue;
-    }
+    c[3] = factors.defined() ? factors.const_data_ptr<double>()[b] : 1.0;
+    const auto in_units_of_x = [&](double of_y) {
+      return std::ldexp(of_y, -degree_of(gram, ill) * std::ilogb(c[3]));
+    };
     if (!ill) {
       const double width = 2.0 * normaliser.value_or(static_cast<double>(full_side));
       const double largest = e.value_max.const_data_ptr<double>()[b];
-      result = largest * largest / 2.0 - squared_frobenius / width;
+      result = in_units_of_x(largest * largest / 2.0 - squared_frobenius / width);
       c[0] = largest;
       c[2] = -1.0 / width;
       continue;
@@ -114,17 +180,18 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> regularizer(
       // tells the caller.
       if (!floor)
         multiplicity.mutable_data_ptr<int64_t>()[b] = 0;
-      result = 1.0 / least;
+      result = in_units_of_x(1.0 / least);
       continue;
     }
-    result = 1.0 / denominator;
-    c[1] = smallest * result * result;
-    c[2] = -result * result / width;
+    const double inverse = 1.0 / denominator;
+    result = in_units_of_x(inverse);
+    c[1] = smallest * inverse * inverse;
+    c[2] = -inverse * inverse / width;
   }
   const auto shape = batch_shape(x);
   const int64_t longer = std::max(m.n, m.p);
   return {
-      value.view(shape).to(x.scalar_type()), coefficients.view(with_sides(shape, {3})),
+      value.view(shape).to(x.scalar_type()), coefficients.view(with_sides(shape, {4})),
       multiplicity.view(shape), (ill ? e.thin_min : e.thin_max).view(with_sides(shape, {m.thin()})),
       gram ? e.thin_gram.view(with_sides(shape, {m.thin(), m.thin()}))
            : (ill ? e.long_min : e.long_max).view(with_sides(shape, {longer}))};
@@ -138,33 +205,41 @@ Tensor regularizer_backward(
     const Tensor& thin_vector,
     const Tensor& companion,
     bool gram,
-    bool /*ill*/,
+    bool ill,
     std::optional<double> /*normaliser*/,
     double rank_rtol,
     double cluster_rtol,
     bool full_rank) {
   constexpr const char* op = "regularizer_backward";
-  const MatrixBatch m = as_batch(op, "x", x);
-  const Tensor weights = saved_numbers(op, "coefficients", coefficients, x, {3}) *
-                         incoming_gradient(op, "grad", grad, x).unsqueeze(1);
+  MatrixBatch m = as_batch(op, "x", x);
+  const Tensor saved = saved_numbers(op, "coefficients", coefficients, x, {4});
+  const Tensor weights = saved * incoming_gradient(op, "grad", grad, x).unsqueeze(1);
+  const double* factor = saved.const_data_ptr<double>() + 3;
+  Tensor factors;
+  for (int64_t b = 0; b < m.batch && !factors.defined(); ++b)
+    if (factor[4 * b] != 1.0)
+      factors = saved.select(1, 3);
+  if (factors.defined())
+    m = rescaled(m, factors);
   GradientInputs in;
   in.grad_max = weights.select(1, 0).contiguous();
   in.grad_min = weights.select(1, 1).contiguous();
   // The extreme that is not asked for has weight 0, so that its vector and multiplicity are moot.
   in.multiplicity_max = in.multiplicity_min = saved_counts(op, "multiplicity", multiplicity, x);
   in.thin_max = in.thin_min = saved_numbers(op, "thin_vector", thin_vector, x, {m.thin()});
-  const Policy policy{rank_rtol, cluster_rtol, full_rank, gram ? m.p : m.thin()};
   if (gram) {
     in.grad_squared_frobenius = weights.select(1, 2).contiguous();
     in.thin_gram = saved_numbers(op, "companion", companion, x, {m.thin(), m.thin()});
-    return cpu_spectrum.gradient(op, m, in, policy).view(x.sizes()).to(x.scalar_type());
+  } else {
+    in.long_max = in.long_min = saved_numbers(op, "companion", companion, x, {std::max(m.n, m.p)});
   }
-  in.long_max = in.long_min = saved_numbers(op, "companion", companion, x, {std::max(m.n, m.p)});
-  const Tensor grad_norm = m.matrices * (2.0 * weights.select(1, 2)).view({-1, 1, 1});
-  return cpu_spectrum.gradient(op, m, in, policy)
-      .add_(grad_norm)
-      .view(x.sizes())
-      .to(x.scalar_type());
+  const Policy policy{rank_rtol, cluster_rtol, full_rank, gram ? m.p : m.thin()};
+  Tensor out = cpu_spectrum.gradient(op, m, in, policy);
+  if (!gram)
+    out.add_(m.matrices * (2.0 * weights.select(1, 2)).view({-1, 1, 1}));
+  if (factors.defined())
+    out = times_powers(out, factors.view({m.batch, 1, 1}), 1 - degree_of(gram, ill));
+  return out.view(x.sizes()).to(x.scalar_type());
 }
 
 }  // namespace

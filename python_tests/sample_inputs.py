@@ -400,6 +400,33 @@ def _precondition(device: str) -> list[Sample]:
     ]
 
 
+def _few_rows(device: str, *constants: str) -> list[Sample]:
+    """Of x, or with a weight; ``constants`` after it, by name."""
+    cases: list[tuple[str, tuple[int, ...], torch.dtype]] = [
+        ("matrix", (), torch.float64),
+        ("batch", (2, 3), torch.float64),
+        ("empty", (0,), torch.float64),
+        ("float32", (), torch.float32),
+        ("float16", (), torch.float16),
+    ]
+    samples = []
+    for name, batch, dtype in cases:
+        x = gaussian(*batch, 2, 4, seed=110, dtype=dtype)
+        s = x.double() @ x.double().mT + 0.3 * torch.eye(2)
+        given = {
+            "x": x,
+            "samples": x.clone(),
+            "weight": gaussian(*batch, 3, 4, seed=111, dtype=dtype),
+            # Fewer outputs than rows, and more of them: the order of the product.
+            "grad": gaussian(*batch, 2, 3 if batch else 1, seed=113, dtype=dtype),
+            "bias": gaussian(*batch, 3, seed=112, dtype=dtype) if name != "float32" else None,
+            "factor": torch.linalg.cholesky(s),
+        }
+        arguments = [None if given[c] is None else given[c].to(device) for c in constants]
+        samples.append(Sample(name, (*arguments, 0.3)))
+    return samples
+
+
 _BUILDERS: dict[str, Callable[[str], list[Sample]]] = {
     "extremal_singular_values": _spectrum,
     "extremal_singular_values_backward": _extremal_backward,
@@ -426,6 +453,11 @@ _BUILDERS: dict[str, Callable[[str], list[Sample]]] = {
     "merge_apply_backward": _merge_apply_backward,
     "precondition": _precondition,
     "precondition_gradient": _precondition,
+    "few_rows_linear": lambda device: _few_rows(device, "x", "weight", "bias", "factor"),
+    "few_rows_product": lambda device: _few_rows(device, "grad", "x", "factor", "samples"),
+    "few_rows_solve": lambda device: _few_rows(device, "x", "factor", "samples"),
+    "few_rows_weight": lambda device: _few_rows(device, "weight", "samples"),
+    "few_rows_precondition": lambda device: _few_rows(device, "weight", "samples"),
 }
 
 RAW_OPERATORS = tuple(_BUILDERS)
@@ -446,6 +478,11 @@ HALF_DIFFERENTIABLE = (
     "regularizer_backward",
     "precondition",
     "precondition_gradient",
+    "few_rows_linear",
+    "few_rows_product",
+    "few_rows_solve",
+    "few_rows_weight",
+    "few_rows_precondition",
     "symmetric_extremes_backward",
     # With C, Q and the right-hand side; the rest of their arguments follows from these.
     "merge_constraint_map",

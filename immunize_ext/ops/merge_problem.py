@@ -80,6 +80,11 @@ def faults_of_layers(
     faults = {
         layer: _fault_of_layer(problem, layer, one) for layer, one in enumerate(statuses) if one
     }
+    if some_dropped and any_true((rank == 0) & (problem.c != 0).any(-1).any(-1)):
+        raise ValueError(
+            "merge_kv: C Q^-1 C^T must be larger than zero, got a product that float64 rounds to "
+            "zero; scale the embeddings up or C_reg down"
+        )
     if some_dropped and not average:
         for layer, missed_rows in enumerate(_missed_rows(problem, defect, residual)):
             rows = [row for row, missed in enumerate(_largest(missed_rows) or []) if missed]

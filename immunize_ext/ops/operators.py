@@ -22,7 +22,7 @@ from torch import Tensor
 from torch.utils import _pytree as pytree
 
 from immunize_ext import _load
-from immunize_ext.ops import fallback, merge_fallback
+from immunize_ext.ops import fallback, few_rows, merge_fallback
 from immunize_ext.ops.derivatives import (
     Family,
     Gradient,
@@ -149,7 +149,7 @@ def _regularizer(x: Tensor, gram: bool, *rest: Any) -> tuple[Tensor, ...]:
     batch, side, longer = x.shape[:-2], min(x.shape[-2:]), max(x.shape[-2:])
     return (
         x.new_empty(batch),
-        x.new_empty((*batch, 3), dtype=torch.float64),
+        x.new_empty((*batch, 4), dtype=torch.float64),
         x.new_empty(batch, dtype=torch.int64),
         x.new_empty((*batch, side), dtype=torch.float64),
         x.new_empty((*batch, side, side) if gram else (*batch, longer), dtype=torch.float64),
@@ -238,6 +238,10 @@ def _merge_apply_backward(
     )
 
 
+def _few_rows_linear(x: Tensor, weight: Tensor, *rest: Any) -> Tensor:
+    return x.new_empty((*x.shape[:-1], weight.shape[-2]))
+
+
 # --- the table ------------------------------------------------------------------------------------
 
 # Policy arguments, the same in every spectrum operator:
@@ -312,11 +316,11 @@ OPERATORS: dict[str, Operator] = {
     ),
     # R_well (ill = false) or R_ill of S = x or, with gram, of S = K = x^T x. normaliser: p or k, by
     # default the side or the rank of S; floor: of the denominator of R_ill. value [*] in the dtype
-    # of x; coefficients [*, 3] float64 of d largest, d smallest, d |S|_F^2; multiplicity [*] of the
-    # extreme that enters, 0 where the denominator of R_ill vanishes and no floor is given: the
-    # value is then held at a floor of a few max(n, p) eps; thin_vector [*, t] its vector on the
-    # thin side, companion that on the other one [*, max(n, p)], or with gram the thin Gram matrix
-    # [*, t, t].
+    # of x; coefficients [*, 4] float64: of d largest, d smallest and d |S|_F^2, and a factor f, a
+    # power of two, if not 1 they are those of f x; multiplicity [*] of the extreme that enters, 0
+    # where the denominator of R_ill vanishes and no floor is given: the value is then held at a
+    # floor of a few max(n, p) eps; thin_vector [*, t] its vector on the thin side, companion that
+    # on the other one [*, max(n, p)], or with gram the thin Gram matrix of f x [*, t, t].
     "regularizer": Operator(
         f"(Tensor x, bool gram, bool ill, float? normaliser, float? floor, {_POLICY}) -> "
         "(Tensor value, Tensor coefficients, Tensor multiplicity, Tensor thin_vector, "
@@ -501,6 +505,52 @@ OPERATORS: dict[str, Operator] = {
         _gradient_of(0),
         (Linear, "precondition_gradient", "precondition"),
         vmap="first",
+        composed=True,
+    ),
+    # x [*, n, p] times weight [*, o, p]^T, plus bias [*, o], for n < p; derivatives by the weight
+    # are multiplied by K^-1, K = x^T x + ridge I a constant. factor [*, n, n] float64: the lower
+    # Cholesky factor of x x^T + ridge I.
+    "few_rows_linear": Operator(
+        "(Tensor x, Tensor weight, Tensor? bias, Tensor factor, float ridge) -> Tensor",
+        few_rows.few_rows_linear,
+        _few_rows_linear,
+        (few_rows.LINEAR_RULE,),
+        vmap="all",
+        composed=True,
+    ),
+    # grad [*, n, o]^T x K^-1 for x = samples.
+    "few_rows_product": Operator(
+        "(Tensor grad, Tensor x, Tensor factor, Tensor samples, float ridge) -> Tensor",
+        few_rows.few_rows_product,
+        lambda grad, x, *_: x.new_empty((*x.shape[:-2], grad.shape[-1], x.shape[-1])),
+        (few_rows.PRODUCT_RULE,),
+        vmap="all",
+        composed=True,
+    ),
+    # x K^-1 in float64 for x = samples, the weight itself, and any grad [*, o, p] times K^-1, which
+    # is the derivative of all three.
+    "few_rows_solve": Operator(
+        "(Tensor x, Tensor factor, Tensor samples, float ridge) -> Tensor",
+        few_rows.few_rows_solve,
+        lambda x, *_: x.new_empty(x.shape, dtype=torch.float64),
+        (Linear, "few_rows_solve", "few_rows_precondition"),
+        vmap="all",
+        composed=True,
+    ),
+    "few_rows_weight": Operator(
+        "(Tensor weight, Tensor samples, float ridge) -> Tensor",
+        few_rows.few_rows_weight,
+        _like_first,
+        (Linear, "few_rows_weight", "few_rows_precondition"),
+        vmap="all",
+        composed=True,
+    ),
+    "few_rows_precondition": Operator(
+        "(Tensor grad, Tensor samples, float ridge) -> Tensor",
+        few_rows.few_rows_precondition,
+        _like_first,
+        (Linear, "few_rows_precondition", "few_rows_precondition"),
+        vmap="all",
         composed=True,
     ),
 }
