@@ -587,8 +587,8 @@ def regularizer_backward(
 ) -> Tensor:
     """Gradient from the coefficients of the largest and smallest value and of |S|_F^2."""
     g = _batch_like("regularizer_backward", "grad", grad, x)
-    *coefficients, factor = coefficients.unbind(-1)
-    of_max, of_min, of_norm = (c * g for c in coefficients)
+    *shares, factor = coefficients.unbind(-1)
+    of_max, of_min, of_norm = (share * g for share in shares)
     sides = factor[..., None, None]
     y = x.to(torch.float64) * sides
     wider = x.shape[-2] <= x.shape[-1]

@@ -75,10 +75,12 @@ class Preconditioner:
 
         Raises:
             NotPositiveDefiniteError: If K is numerically singular.
-            ValueError: If x is not a finite (n, p) tensor or ridge is negative.
+            ValueError: If x is not a finite (n, p) tensor, if its squares leave the range of
+                float64, or if ridge is negative.
 
         Note:
-            Deterministic.
+            Deterministic; another number of threads may change the last bits of the factor, which
+            LAPACK computes.
 
         Source:
             Zheng et al., ICML 2025, Algorithm 1, theorem 4.3. The released code multiplies on the
@@ -99,7 +101,7 @@ class Preconditioner:
                 q, r = torch.linalg.qr(x.mT)
                 k, basis = r @ r.mT, q.mT.contiguous()
             else:
-                k, basis = x.mT @ x, x.new_empty(0, p)
+                k, basis = torch.ops.immunize_ext.merge_gram(x), x.new_empty(0, p)
             return cls(_factor_of(function, name, k, absolute), basis, ridge=absolute)
 
     def apply(self, grad: Tensor) -> Tensor:
@@ -171,8 +173,8 @@ class Preconditioner:
                 )
 
 
-# Squares of larger numbers, and sums of many, may overflow; those of smaller ones have lost digits.
-_LARGEST, _SMALLEST = 1e150, 1e-145
+# Sums of squares beyond these are about to overflow, or have lost digits.
+_MOST_SQUARES, _LEAST_SQUARES = 1e300, 1e-290
 
 
 def _checked_features(
@@ -188,14 +190,17 @@ def _checked_features(
     x = x.detach().to(torch.float64, copy=True)
     n, p = x.shape
     squares = float(x.square().sum())
-    largest = float(x.abs().max())
     absolute = ridge * squares / p if relative else ridge
-    if largest > _LARGEST or (0.0 < largest < _SMALLEST and absolute < _SMALLEST**2):
-        raise ValueError(
-            f"{function}: the largest entry of {name} must be between {_SMALLEST:.0e} and "
-            f"{_LARGEST:.0e}, so that float64 holds K = {name}^T {name}, got {largest:.3g}; divide "
-            f"{name} by it, which multiplies the preconditioned gradient by its square"
-        )
+    # Beside an absolute ridge it does not matter how small they are.
+    if squares > _MOST_SQUARES or max(squares, absolute) < _LEAST_SQUARES:
+        largest = float(x.abs().max())
+        if largest > 0.0:
+            raise ValueError(
+                f"{function}: {name} must have squares that float64 holds, between "
+                f"{_LEAST_SQUARES:.0e} and {_MOST_SQUARES:.0e} in all, got entries as large as "
+                f"{largest:.3g}; divide {name} by that, which multiplies what is preconditioned by "
+                "its square"
+            )
     if squares == 0.0 and absolute == 0.0:
         raise NotPositiveDefiniteError(
             f"{function}: K = {name}^T {name} must be positive definite, got zero: {name} holds "
@@ -412,7 +417,13 @@ class PreconditionedLinear(nn.Linear):
 
         Raises:
             NotPositiveDefiniteError: If K of the batch is numerically singular.
-            ValueError: If ``ridge`` is given although a preconditioner is set, which has its own.
+            ValueError: If ``ridge`` is given although a preconditioner is set, which has its own;
+                if K of the batch is wanted and it has no rows, or none that float64 can square.
+            NotImplementedError: If K of the batch is wanted under a ``vmap`` over it.
+
+        Note:
+            Derivatives of every order and mode by input, weight and bias; whatever is one by the
+            weight is multiplied by K^-1, K a constant.
         """
         preconditioner = self.preconditioner
         if ridge is not None and preconditioner is not None:
@@ -436,7 +447,8 @@ class PreconditionedLinear(nn.Linear):
         """The output with the inverse on the side of the samples, where nothing cancels."""
         with torch.inference_mode(False), torch.no_grad():
             x, absolute = _checked_features(function, "input", features, ridge, self.relative)
-            factor = _factor_of(function, "input", x @ x.mT, absolute)
+            s = torch.ops.immunize_ext.merge_gram(x.mT)
+            factor = _factor_of(function, "input", s, absolute)
         rows = input.reshape(-1, self.in_features)
         rows, weight, bias = _autocast(rows, self.weight, self.bias)
         outputs: Tensor = torch.ops.immunize_ext.few_rows_linear(

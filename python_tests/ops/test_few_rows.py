@@ -216,7 +216,7 @@ def test_refusals_of_shapes_speak_of_the_input(shape, message, side):
 @pytest.mark.parametrize("rows", [2, 9])
 def test_refusals_of_numbers_speak_of_the_input(rows):
     for scale in (1e200, 1e-200):
-        with pytest.raises(ValueError, match=r"PreconditionedLinear: the largest entry of input"):
+        with pytest.raises(ValueError, match=r"PreconditionedLinear: input must have squares"):
             layer_of()(scale * gaussian(rows, P))
     with pytest.raises(ValueError, match="PreconditionedLinear: input must be finite"):
         layer_of()(torch.full((rows, P), math.nan, dtype=torch.float64))
