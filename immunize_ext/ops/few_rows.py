@@ -54,7 +54,9 @@ def few_rows_product(
         solved = torch.cholesky_solve(grad.to(torch.float64), factor)
         product = solved.mT @ x.to(torch.float64)
     else:
-        product = grad.mT @ torch.cholesky_solve(x.to(torch.float64), factor).to(grad.dtype)
+        working = torch.promote_types(grad.dtype, torch.float32)
+        solved = torch.cholesky_solve(x.to(torch.float64), factor).to(working)
+        product = grad.to(working).mT @ solved
     return product.to(x.dtype).contiguous()
 
 
