@@ -362,7 +362,7 @@ def gram_extremes(
         top.multiplicity,
         bottom.multiplicity,
         *pairs,
-        (thin * squared[..., None, None]).contiguous(),
+        (thin * scale * scale).contiguous(),  # the square may be infinite, and an entry 0
     )
 
 

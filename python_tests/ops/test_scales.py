@@ -10,6 +10,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
 
+from immunize_ext import _load
 from immunize_ext.ops import (
     condition_number,
     extremal_singular_values,
@@ -166,6 +167,10 @@ def test_values_and_gradients_at_every_scale(route, name, matrix, dtype):
         # A difference of two logarithms as large as 700.
         rounding = 2e-13 if name == "log_condition_number" else 0.0
         assert_scaled(found[0], value, degree * exponent, rounding)
+        overflows = math.isinf(times_power(float(value), degree * exponent))
+        if name.endswith("r_well") and overflows and not _load.available():
+            assert not found[1].any()  # a composition, as the module of the regularizers says
+            continue
         assert_scaled(found[1], gradient, (degree - 1) * exponent)
 
 
