@@ -223,7 +223,8 @@ def _compose(
     exponent = _exponent(s)
     power = torch.ldexp(torch.ones_like(exponent, dtype=torch.float64), exponent)[..., None, None]
     # A matrix product, as torch cannot trace forward mode twice through a product by entries.
-    y = (s.to(torch.float64).reshape(*s.shape[:-2], -1, 1) @ power).reshape(s.shape)
+    entries = s.to(torch.float64).reshape(*s.shape[:-2], s.shape[-2] * s.shape[-1], 1)
+    y = (entries @ power).reshape(s.shape)
     of_y, _, smallest, square = _parts(gram, y, policy)
     counts = (of_y.rank, of_y.multiplicity_min)
     value = _ill(function, smallest, square, counts, normaliser, floor, vanishing)

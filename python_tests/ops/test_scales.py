@@ -219,6 +219,7 @@ def test_transforms_and_compiled_code_at_every_scale(fresh_compiler, name, expon
     assert_scaled(mapped, unit, (degree - 1) * exponent)
     compiled = torch.compile(function, fullgraph=True, backend="aot_eager")
     assert_scaled(value_and_gradient(compiled, x)[1], unit, (degree - 1) * exponent)
+    assert compiled(x.expand(0, 2, 3)).shape == (0,)
 
 
 def test_the_gradient_of_a_loss_of_r_ill_that_is_moderate_again():
