@@ -16,9 +16,9 @@
 //
 // The rows of K are kept in shared memory between the steps, in the weights' type, so every row of
 // W0, W_n and G is read once, every row of the results written once, and R, dR and the update make
-// no trip through memory. Only where that would leave a multiprocessor less than three blocks (d
-// beyond 896 in float32 on an H100) is K read a second time: a block alone waits at its barriers,
-// and one in its products leaves the memory idle, which costs more than a read of four or five.
+// no trip through memory. Only where that would leave a multiprocessor too few blocks (in float32 on
+// an H100 less than three, d beyond 896) is K read a second time: a block alone waits at its
+// barriers, and one in its products leaves the memory idle, which costs more than another read.
 // All layers go in one launch: a block finds its layer in a table.
 //
 // project takes two tiles of 16 tokens in one pass over the columns, so that for two concepts W0 is
@@ -346,20 +346,30 @@ std::size_t workspace_bytes(const Plan& plan) {
          static_cast<std::size_t>(kept) * sizeof(Kept<T, kPacks>);
 }
 
-// Blocks of a row kernel that a multiprocessor shall hold at the same time. The kernels whose loads
-// are single elements, or which need norms in float64, have too many registers for three.
+// Blocks of a row kernel that a multiprocessor shall hold at the same time, as far as registers go:
+// three take 80 of them, which is enough for float32 weights read in packs, with the code that nvcc
+// makes from sm_90 on.
 template <typename T, bool kLean>
-constexpr int kBlocks = sizeof(Accumulate<T>) == 8 ? 1 : (kLean ? 3 : 2);
+struct Blocks {
+#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ < 900
+  static constexpr bool kThree = false;
+#else
+  static constexpr bool kThree = kLean && std::is_same_v<T, float>;
+#endif
+  static constexpr int kCount = sizeof(Accumulate<T>) == 8 ? 1 : (kThree ? 3 : 2);
+};
 
 // Room for the coefficients of all tokens comes first, then room for the kept rows, if that leaves
 // room for the other blocks. A multiprocessor has 1 KiB more than a block can have, and takes 1 KiB
-// for each.
+// for each; 227 KiB for a block is sm_90 or more.
 template <typename T, bool kPacks>
 Plan make_plan(std::int64_t s, std::int64_t d, std::size_t largest) {
   constexpr std::size_t kReserved = 1024;
   constexpr std::size_t kPlace = kPlaceWords * sizeof(std::int64_t);
+  const std::size_t blocks =
+      largest < 227 * 1024 ? std::min(Blocks<T, kPacks>::kCount, 2) : Blocks<T, kPacks>::kCount;
   const std::size_t limit = largest - kPlace;
-  const std::size_t share = (largest + kReserved) / kBlocks<T, kPacks> - kReserved - kPlace;
+  const std::size_t share = (largest + kReserved) / blocks - kReserved - kPlace;
   Plan plan{s, 0};
   while (plan.panel > kTileTokens && workspace_bytes<T, kPacks>(plan) > limit) {
     plan.panel = (plan.panel - 1) / kTileTokens * kTileTokens;
@@ -719,7 +729,7 @@ struct ApplyProblem {
 };
 
 template <typename T, bool kPacks, bool kValues>
-__global__ void __launch_bounds__(kThreads, kBlocks<T, kPacks && !kValues>)
+__global__ void __launch_bounds__(kThreads, (Blocks<T, kPacks && !kValues>::kCount))
     merge_apply_rows(const ApplyProblem<T> p, const Plan plan) {
   using A = Accumulate<T>;
   SIMT_DYNAMIC_SHARED(A, memory);
@@ -827,7 +837,7 @@ struct BackwardProblem {
 };
 
 template <typename T, bool kPacks>
-__global__ void __launch_bounds__(kThreads, kBlocks<T, kPacks>)
+__global__ void __launch_bounds__(kThreads, (Blocks<T, kPacks>::kCount))
     merge_backward_rows(const BackwardProblem<T> p, const Plan plan) {
   using A = Accumulate<T>;
   SIMT_DYNAMIC_SHARED(A, memory);

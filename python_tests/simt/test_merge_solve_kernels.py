@@ -5,8 +5,11 @@ from typing import Any, NamedTuple
 
 import numpy as np
 import pytest
+import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+
+import immunize_ext.ops  # noqa: F401  registers the operators
 
 PROFILE = settings(max_examples=15, deadline=None, derandomize=True)
 RTOL = 1e-12
@@ -187,3 +190,31 @@ def test_root_has_the_same_bits_under_every_schedule(solve: Any) -> None:
         again = solve_few(solve, z, np.full((2, 7), 0.5), seed=seed)
         for one, other in zip(first, again, strict=True):
             np.testing.assert_array_equal(one, other)
+
+
+@pytest.mark.parametrize(("batch", "s", "d"), [(1, 5, 40), (2, 9, 70)])
+@pytest.mark.parametrize("repeated", [False, True])
+def test_the_kernels_together_equal_the_operator(
+    simt: ModuleType, batch: int, s: int, d: int, repeated: bool
+) -> None:
+    """In the layouts in which merge.cpp hands them on, against merge_solve on the CPU."""
+    random = np.random.default_rng(s)
+    x = random.standard_normal((batch, 3 * d, d))
+    chol = np.linalg.cholesky(gram(x.swapaxes(1, 2)))
+    c = random.standard_normal((batch, s, d))
+    if repeated:
+        c[:, 3] = c[:, 1]
+    soft = random.uniform(0, 1, (batch, s)) * (not repeated)
+    z = simt.triangular.solve(chol, c, False, False)
+    found = solve_few(simt.merge_solve, z, soft)
+    basis = (found.correction @ found.first)[:, :, :d].swapaxes(1, 2).copy()
+    b = found.root @ simt.triangular.solve(chol, basis, True, True)
+    expected = torch.ops.immunize_ext.merge_solve(
+        *(torch.from_numpy(array) for array in (chol, c, soft)), RTOL, False
+    )
+    for one, other in zip(
+        (b, found.root, basis, found.defect, found.final_rank), expected, strict=True
+    ):
+        np.testing.assert_allclose(
+            one, other.numpy(), rtol=1e-9, atol=1e-11 * float(other.abs().max())
+        )

@@ -29,7 +29,9 @@ def solved(factor: Any, rhs: Any, transposed: bool) -> Any:
     return scipy.linalg.solve_triangular(lower, rhs.T, lower=True, trans=int(transposed)).T
 
 
-def solve(triangular: Any, factor: Any, rhs: Any, transposed: bool, columns: bool, seed: int) -> Any:
+def solve(
+    triangular: Any, factor: Any, rhs: Any, transposed: bool, columns: bool, seed: int
+) -> Any:
     given = np.ascontiguousarray(rhs.swapaxes(1, 2)) if columns else rhs
     return triangular.solve(factor, given, transposed, columns, seed)
 
@@ -86,7 +88,11 @@ def test_solve_has_the_same_bits_under_every_schedule_and_in_any_company(
 
 
 def test_nothing_to_solve(triangular: Any) -> None:
-    assert triangular.solve(np.zeros((0, 3, 3)), np.zeros((0, 2, 3)), False, False).shape == (0, 2, 3)
+    assert triangular.solve(np.zeros((0, 3, 3)), np.zeros((0, 2, 3)), False, False).shape == (
+        0,
+        2,
+        3,
+    )
     assert triangular.solve(np.ones((1, 3, 3)), np.zeros((1, 0, 3)), True, False).shape == (1, 0, 3)
 
 
