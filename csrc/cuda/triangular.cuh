@@ -83,13 +83,16 @@ __device__ __forceinline__ Step step_at(SharedPtr<double> memory, int which) {
 __device__ __forceinline__ double fold(double (&values)[16]) {
   const int lane = static_cast<int>(threadIdx.x) % 32;
   IMMUNIZE_EXT_UNROLL
-  for (int half = 8; half > 0; half /= 2) {
+  for (int level = 0; level < 4; ++level) {
+    const int half = 8 >> level;
     const bool upper = (lane & 2 * half) != 0;
     IMMUNIZE_EXT_UNROLL
-    for (int i = 0; i < half; ++i) {
-      const double sent = upper ? values[i] : values[i + half];
-      const double kept = upper ? values[i + half] : values[i];
-      values[i] = kept + __shfl_xor_sync(0xFFFFFFFF, sent, 2 * half);
+    for (int i = 0; i < 8; ++i) {
+      if (i < half) {
+        const double sent = upper ? values[i] : values[i + half];
+        const double kept = upper ? values[i + half] : values[i];
+        values[i] = kept + __shfl_xor_sync(0xFFFFFFFF, sent, 2 * half);
+      }
     }
   }
   return values[0] + __shfl_xor_sync(0xFFFFFFFF, values[0], 1);
