@@ -120,39 +120,56 @@ __device__ __forceinline__ double element(SharedPtr<const double> tile, int row,
   return kTransposed ? tile[column * kStride + row] : tile[row * kStride + column];
 }
 
-// The two tiles of a step, by the streamers.
+// A streamer's part of the two tiles of a step, on its way from memory to shared memory: rows
+// kRowsOfWarp w and on of warp w, a column a lane.
+struct Staged {
+  double diagonal[kRowsOfWarp], pivots[kRowsOfWarp], near[kRowsOfWarp];
+  double pivot;  // of row `lane`
+};
+
 template <bool kTransposed>
-__device__ __forceinline__ void stage(const Walk<kTransposed>& w, int t, const Step& to) {
+__device__ __forceinline__ Staged load_tiles(const Walk<kTransposed>& w, int t) {
   const int lane = static_cast<int>(threadIdx.x) % 32;
   const int warp = static_cast<int>(threadIdx.x) / 32 - kSolvers;
   const std::int64_t first = std::int64_t{w.tile(t)} * kTile;
   const std::int64_t before = t > 0 ? std::int64_t{w.tile(t - 1)} * kTile : 0;
   const std::int64_t near_row = kTransposed ? before : first;
   const std::int64_t near_column = kTransposed ? first : before;
+  Staged staged;
   IMMUNIZE_EXT_UNROLL
   for (int i = 0; i < kRowsOfWarp; ++i) {
     const int r = warp * kRowsOfWarp + i;
     const std::int64_t row = first + r, column = first + lane;
-    double entry = 0;
+    staged.diagonal[i] = 0;
+    staged.pivots[i] = 1;
     if (row < w.d && lane < r) {
       const std::int64_t pivot = kTransposed ? row : column;
-      const double value = w.factor[row * w.d + column];
-      const double divisor = w.factor[pivot * w.d + pivot];
-      entry = value / divisor;
+      staged.diagonal[i] = w.factor[row * w.d + column];
+      staged.pivots[i] = w.factor[pivot * (w.d + 1)];
     }
-    to.diagonal[r * kStride + lane] = entry;
-    double beside = 0;
+    staged.near[i] = 0;
     if (t > 0 && near_row + r < w.d) {
-      beside = w.factor[(near_row + r) * w.d + near_column + lane];
+      staged.near[i] = w.factor[(near_row + r) * w.d + near_column + lane];
     }
-    to.near[r * kStride + lane] = beside;
+  }
+  staged.pivot = 1;  // beyond the last row
+  if (first + lane < w.d) {
+    staged.pivot = w.factor[(first + lane) * (w.d + 1)];
+  }
+  return staged;
+}
+
+__device__ __forceinline__ void store_tiles(const Staged& staged, const Step& to) {
+  const int lane = static_cast<int>(threadIdx.x) % 32;
+  const int warp = static_cast<int>(threadIdx.x) / 32 - kSolvers;
+  IMMUNIZE_EXT_UNROLL
+  for (int i = 0; i < kRowsOfWarp; ++i) {
+    const int at = (warp * kRowsOfWarp + i) * kStride + lane;
+    to.diagonal[at] = staged.diagonal[i] / staged.pivots[i];
+    to.near[at] = staged.near[i];
   }
   if (warp == 0) {
-    double pivot = 1;  // beyond the last row
-    if (first + lane < w.d) {
-      pivot = w.factor[(first + lane) * (w.d + 1)];
-    }
-    to.pivots[lane] = pivot;
+    to.pivots[lane] = staged.pivot;
   }
 }
 
@@ -281,15 +298,17 @@ __global__ void __launch_bounds__(kThreads, 1) solve_triangular(const Problem p)
       w.y[i] = value;
     }
     if (!solver) {
-      stage(w, 0, step_at(steps, 0));
+      store_tiles(load_tiles(w, 0), step_at(steps, 0));
     }
     __syncthreads();
     for (int step = 0; step < w.tiles; ++step) {
       if (solver) {
         solve_tile(w, step, step_at(steps, step % 2));
       } else if (step + 1 < w.tiles) {
-        stage(w, step + 1, step_at(steps, (step + 1) % 2));
-        sum_far(w, step + 1, step_at(steps, (step + 1) % 2));
+        const Step next = step_at(steps, (step + 1) % 2);
+        const Staged staged = load_tiles(w, step + 1);  // on its way during the sums
+        sum_far(w, step + 1, next);
+        store_tiles(staged, next);
       }
       __syncthreads();
     }
