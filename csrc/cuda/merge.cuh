@@ -22,7 +22,7 @@
 // All layers go in one launch: a block finds its layer in a table.
 //
 // project takes two tiles of 16 tokens in one pass over the columns, so that for two concepts W0 is
-// read once. It splits the columns of a chunk among the warps and lets each lane hold 2 rows x 2 or
+// read once. It splits the columns of a chunk among the warps and lets each lane hold 2 rows x 2 to
 // 4 tokens; the warps' sums are then added in a fixed order. In combine every thread owns 2 columns
 // of all 16 rows, so Z is read once by a block, straight into registers: no other thread wants it.
 //
@@ -492,10 +492,13 @@ __device__ __forceinline__ void project(
         load_kept(column + kChunk);
         load_tile(0, true, column + kChunk);
       }
-      if (tile(i).count <= kTileTokens / 2) {
-        multiply_chunk<kTileTokens / 8>(w, sums[i]);
+      const int count = tile(i).count;
+      if (count <= 8) {
+        multiply_chunk<2>(w, sums[i]);
+      } else if (count <= 12) {
+        multiply_chunk<3>(w, sums[i]);
       } else {
-        multiply_chunk<kTileTokens / 4>(w, sums[i]);
+        multiply_chunk<4>(w, sums[i]);
       }
       if (kNorm && i == 0) {
         IMMUNIZE_EXT_UNROLL
