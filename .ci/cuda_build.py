@@ -46,8 +46,8 @@ Where the package launches no kernel of its own on CUDA, a library has the bette
 preconditioned gradient beyond a side of 128 or in Woodbury form (cuBLAS: triangular solves and
 products with many right-hand sides; up to 128 `small_precondition` fuses them), the eigenvectors of
 symmetric, possibly indefinite matrices and the second derivatives (cuSOLVER), the solves with the
-factor of Q for more than 128 tokens (cuBLAS; for fewer `solve_triangular`), and up to 16 features at
-a time whose thin side is beyond the shared memory of a block (`csrc/thin_gram.h`: cuSOLVER's
+factor of Q for more than 128 tokens (cuBLAS; for fewer `solve_triangular`), and up to 16 features
+at a time whose thin side is beyond the shared memory of a block (`csrc/thin_gram.h`: cuSOLVER's
 eigenvectors, proven on the features; what they cannot prove starts Jacobi's method). These
 compositions are run on CPU tensors in the same step.
 
@@ -78,10 +78,10 @@ Changed since, and **not measured yet**; what follows are estimates from counts:
 - The two solves are a launch each, no longer 24 triangular kernels and their products; what lies
   between them is seven launches, no longer some seventy. `solve_triangular` streams the factor from
   L2 (2.4 MB at d = 768, at 48 bytes a cycle and multiprocessor) beside a chain of 32 shuffles and
-  products a tile: about 40 us a solve at d = 768, 230 us at d = 2048.
+  products a tile: about 40 to 50 us a solve at d = 768, 230 us at d = 2048.
 - The row kernels run 24 warps a multiprocessor for float32. Shared memory is now what bounds them
   together with DRAM: a block of 16 rows and 768 columns takes the wavefronts of the second table,
-  at one a cycle about 110 us for SD 1.4, beside 108 us for DRAM; as the two overlap only in part,
+  at one a cycle 105 to 140 us for SD 1.4, beside 108 us for DRAM; as the two overlap only in part,
   140 to 160 us are expected. At SDXL the rows of W0 and of G are read twice: 2.4 ms for DRAM,
   and 3.5 to 4 ms expected.
 - To reach the bandwidth of DRAM would need tensor cores: for 1024 products of 16 x 8 x 8, in TF32
