@@ -58,34 +58,31 @@ def faults_of_layers(
     accepts contradictions.
     """
     defect, rank = solved
-    dropped = (defect != 0).any(-1).any(-1)
-    shared = torch.stack([(rank < 0).to(status.dtype), dropped.to(status.dtype)], -1)
     if torch.compiler.is_compiling():
         missed = [rows.any() for rows in _missed_rows(problem, defect, residual)]
-        bad = (
-            shared[..., 0].any() | (status != 0).any() | (torch.stack(missed).any() & (not average))
-        )
+        bad = (rank < 0).any() | (status != 0).any() | (torch.stack(missed).any() & (not average))
         torch._assert_async(
             ~bad,
             "merge_kv: a layer cannot be merged: an argument is not finite, targets contradict "
             "each other or a result overflows; the same call without torch.compile says which",
         )
         return {}
-    found = _largest(torch.cat([shared, status], -1))
+    # One tensor and one copy: on a GPU every operation here is waited for.
+    found = _largest(torch.cat([-rank.unsqueeze(-1).to(status.dtype), status], -1))
     if found is None:  # nothing to read: meta tensors, or a graph that is being traced
         return {}
-    not_solved, some_dropped, *statuses = found
-    if not_solved:
+    least_rank, *statuses = -found[0], *found[1:]
+    if least_rank < 0:
         raise _fault_of_shared_part(problem, factor)
     faults = {
         layer: _fault_of_layer(problem, layer, one) for layer, one in enumerate(statuses) if one
     }
-    if some_dropped and any_true((rank == 0) & (problem.c != 0).any(-1).any(-1)):
+    if least_rank == 0 and any_true((rank == 0) & (problem.c != 0).any(-1).any(-1)):
         raise ValueError(
             "merge_kv: C Q^-1 C^T must be larger than zero, got a product that float64 rounds to "
             "zero; scale the embeddings up or C_reg down"
         )
-    if some_dropped and not average:
+    if least_rank < len(problem.c) and not average:
         for layer, missed_rows in enumerate(_missed_rows(problem, defect, residual)):
             rows = [row for row, missed in enumerate(_largest(missed_rows) or []) if missed]
             if rows and layer not in faults:
@@ -99,7 +96,9 @@ def _largest(status: Tensor) -> list[int] | None:
     if numbers is None:
         return None
     columns = numbers.reshape(-1, status.shape[-1])
-    return columns.amax(0).tolist() if len(columns) else [0] * status.shape[-1]
+    if len(columns) > 1:
+        columns = columns.amax(0, keepdim=True)
+    return columns[0].tolist() if len(columns) else [0] * status.shape[-1]
 
 
 def _fault_of_shared_part(problem: MergeProblem, factor: RegularizationFactor) -> ValueError:

@@ -254,6 +254,7 @@ SIMT_BINDINGS(huge, m) {
   m.def("large_launches", &large_launches);
   m.def("pivoted_launch", [](std::int64_t batch, std::int64_t s, std::size_t shared_limit) {
     mg::launch_pivoted_cholesky(
-        {nullptr, nullptr, nullptr, nullptr, nullptr, batch, s, 0}, last_blocks(0, shared_limit));
+        {nullptr, nullptr, nullptr, nullptr, nullptr, nullptr, batch, s, 0},
+        last_blocks(0, shared_limit));
   });
 }
