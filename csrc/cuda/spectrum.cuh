@@ -24,10 +24,13 @@
 // It also gives u_min to eps sigma_max / gap, as a bidiagonal SVD does: M v_min / sigma_min would
 // carry the error eps kappa of the product, while here the columns of B are orthogonal.
 //
+// Before any of that the block tries the tridiagonal form of the same G (spectrum_tridiagonal.cuh),
+// which finds two triplets and no more, and proves or refuses them.
+//
 // No decision is taken on the host, and nothing depends on the schedule.
 #pragma once
 
-#include "spectrum_jacobi.cuh"
+#include "spectrum_tridiagonal.cuh"
 
 namespace immunize_ext::spectrum {
 
@@ -47,6 +50,7 @@ struct SmallPlan {
   int multiply_rows;
   int gram_region, v_region;  // doubles of shared memory
   unsigned threads;
+  bool tridiagonal;  // there is room to try the tridiagonal form first
 
   __host__ __device__ int side() const {
     return gram.side;
@@ -87,6 +91,14 @@ inline SmallPlan small_plan(std::int64_t n, std::int64_t p) {
   return plan;
 }
 
+// The same with room for the tridiagonal form, where a block can have that much.
+inline SmallPlan with_tridiagonal(SmallPlan plan, std::size_t shared_limit) {
+  SmallPlan other = plan;
+  other.v_region = larger(plan.v_region, tridiagonal_doubles(plan.t, plan.threads));
+  other.tridiagonal = true;
+  return other.shared_bytes() <= shared_limit ? other : plan;
+}
+
 // The device can run the small route: its blocks have enough shared memory.
 inline bool is_small(std::int64_t n, std::int64_t p, Stream stream) {
   constexpr std::int64_t kIndexLimit = 4096;  // the plan is computed in int
@@ -122,6 +134,7 @@ struct Outputs {
   SharedPtr<double> squared_frobenius;                               // [batch], of_gram
   SharedPtr<double> thin_gram;                                       // [batch, t, t], of_gram
   bool of_gram;                                                      // values are lambda = sigma^2
+  SharedPtr<int> by_jacobi{};  // [batch], for tests: the tridiagonal form was refused
 };
 
 // The shared memory of a block. `gram` is free while B V is computed, `v` while G is.
@@ -136,6 +149,27 @@ struct SmallSpace {
         sigma(norms + plan.side()),
         scratch(sigma + plan.side()) {}
 };
+
+__device__ __forceinline__ TridiagonalSpace
+tridiagonal_space(const SmallPlan& plan, const SmallSpace& space) {
+  const int t = plan.t;
+  const int stride = tridiagonal_stride(t);
+  const SharedPtr<double> pivots = space.v + t * stride;
+  return TridiagonalSpace{
+      t,
+      stride,
+      space.v,
+      space.rotation,
+      space.rotation + plan.side(),
+      space.sigma,
+      space.norms,
+      pivots,
+      pivots + 4 * t,
+      pivots + 6 * t,
+      pivots + 8 * t,
+      pivots + 10 * t,
+      space.scratch};
+}
 
 template <typename T>
 __device__ __forceinline__ Bits
@@ -170,7 +204,7 @@ __device__ __forceinline__ void write_gram(
   }
 }
 
-// The method above. Leaves sigma (scaled) and the last V in shared memory; returns how often B was
+// The method above, from G of M in space.gram. Leaves sigma (scaled) and the last V in shared memory; returns how often B was
 // multiplied: 0 means that V belongs to M, otherwise it belongs to B = rows [0, m) of work, and the
 // product of the earlier V is rows [m, m + side). With multiply_last, B is multiplied by the last V
 // as well, and has orthogonal columns.
@@ -179,20 +213,12 @@ __device__ __forceinline__ int decompose_small(
     const InputRows<T>& matrix,
     const SmallPlan& plan,
     const SmallSpace& space,
-    SharedPtr<double> work,
-    const Outputs& out,
-    std::int64_t b,
-    double scale) {
+    SharedPtr<double> work) {
   const int thread = static_cast<int>(threadIdx.x);
   const int threads = static_cast<int>(blockDim.x);
   const int side = plan.side();
   for (int iteration = 0;; ++iteration) {
-    if (iteration == 0) {
-      accumulate_gram(plan.gram, matrix, 0, plan.m, space.v, space.gram);
-      if (out.of_gram) {
-        write_gram(out, plan, space, b, scale);
-      }
-    } else {
+    if (iteration > 0) {
       accumulate_gram(plan.gram, all_columns(work, side), 0, plan.m, space.v, space.gram);
     }
     for (int i = thread; i < side; i += threads) {
@@ -362,12 +388,38 @@ __global__ void __launch_bounds__(kMaxThreads) small_extremes(
     const int exponent = scale_exponent(largest);
     const double scale = ldexp(1.0, exponent);
     const InputRows<T> rows = tall_rows<T>(matrix, m, t, plan.transposed, exponent);
-    const int products = decompose_small<false>(rows, plan, space, work, out, b, scale);
-    const ClusterBounds found = find_extremes(space.sigma, t, policy);
+    accumulate_gram(plan.gram, rows, 0, m, space.v, space.gram);
+    if (out.of_gram) {
+      write_gram(out, plan, space, b, scale);
+    }
     const SharedPtr<double> long_max = out.long_max + b * m;
     const SharedPtr<double> long_min = out.long_min + b * m;
     const SharedPtr<double> short_max = out.short_max + b * t;
     const SharedPtr<double> short_min = out.short_min + b * t;
+    if (plan.tridiagonal) {
+      const Triplets ends = extremes_by_tridiagonal(
+          rows, m, tridiagonal_space(plan, space), space.gram, policy, long_max, long_min,
+          short_max, short_min);
+      if (out.by_jacobi != nullptr && threadIdx.x == 0) {
+        out.by_jacobi[b] = ends.proven ? 0 : 1;
+      }
+      if (ends.proven) {
+        if (threadIdx.x == 0) {
+          ClusterBounds found{};
+          found.largest = ends.largest;
+          found.smallest = ends.smallest;
+          found.rank = ends.rank;
+          found.multiplicity_max = ends.multiplicity_max;
+          found.multiplicity_min = ends.multiplicity_min;
+          write_values(out, b, found, scale);
+        }
+        __syncthreads();
+        continue;
+      }
+      __syncthreads();
+    }
+    const int products = decompose_small<false>(rows, plan, space, work);
+    const ClusterBounds found = find_extremes(space.sigma, t, policy);
     const int first = found.largest_index;
     const int second = found.smallest_index;
     if (products == 0) {
@@ -402,9 +454,10 @@ void launch_small_extremes(
     unsigned grid,
     GlobalPtr<int> first_bad,
     Stream stream) {
+  const SmallPlan used = with_tridiagonal(plan, simt::shared_limit(stream));
   simt::launch(
-      SIMT_KERNEL(small_extremes<T>), dim3(grid), dim3(plan.threads), plan.shared_bytes(), stream,
-      a, batch, plan, policy, out, work, first_bad);
+      SIMT_KERNEL(small_extremes<T>), dim3(grid), dim3(plan.threads), used.shared_bytes(), stream,
+      a, batch, used, policy, out, work, first_bad);
 }
 
 // --- Gradient ------------------------------------------------------------------------------------
@@ -740,7 +793,8 @@ __global__ void __launch_bounds__(kMaxThreads) small_cluster_gradient(
     const int exponent = scale_exponent(largest);
     const double scale = ldexp(1.0, exponent);
     const InputRows<T> rows = tall_rows<T>(matrix, m, t, plan.transposed, exponent);
-    decompose_small<true>(rows, plan, space, work, Outputs{}, b, scale);
+    accumulate_gram(plan.gram, rows, 0, m, space.v, space.gram);
+    decompose_small<true>(rows, plan, space, work);
     const ClusterBounds found = find_extremes(space.sigma, t, policy);
     for (int i = static_cast<int>(threadIdx.x); i < t; i += static_cast<int>(blockDim.x)) {
       const double sigma = space.sigma[i];

@@ -27,7 +27,7 @@ struct Results {
   bool of_gram;
   Buffer<double> value_max, value_min, u_max, v_max, u_min, v_min, squared_frobenius, thin_gram;
   Buffer<std::int64_t> rank, multiplicity_max, multiplicity_min;
-  Buffer<int> first_bad;
+  Buffer<int> first_bad, by_jacobi;
 
   Results(std::int64_t batch, std::int64_t n, std::int64_t p, bool of_gram)
       : batch(batch),
@@ -46,8 +46,10 @@ struct Results {
         rank("rank", batch),
         multiplicity_max("multiplicity_max", batch),
         multiplicity_min("multiplicity_min", batch),
-        first_bad("first_bad", 1) {
+        first_bad("first_bad", 1),
+        by_jacobi("by_jacobi", batch) {
     first_bad.fill(INT_MAX);
+    by_jacobi.fill(1);
   }
 
   Outputs outputs() const {
@@ -64,7 +66,8 @@ struct Results {
         (transposed ? u_min : v_min).ptr(),
         squared_frobenius.ptr(),
         thin_gram.ptr(),
-        of_gram};
+        of_gram,
+        by_jacobi.ptr()};
   }
 
   simt::py::dict to_dict() const {
@@ -82,6 +85,7 @@ struct Results {
       out["squared_frobenius"] = simt::to_numpy(squared_frobenius, {batch});
       out["thin_gram"] = simt::to_numpy(thin_gram, {batch, t, t});
     }
+    out["by_jacobi"] = simt::to_numpy(by_jacobi, {batch});
     out["first_bad"] = first_bad.data()[0];
     return out;
   }
