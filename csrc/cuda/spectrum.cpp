@@ -245,9 +245,14 @@ void decompose_by_kernels(
     const Tensor first_bad = at::full({1}, INT_MAX, flag);
     dispatch(a.matrices, [&](auto type) {
       using T = decltype(type);
+      const T* matrices = a.matrices.const_data_ptr<T>();
+      const Outputs out = outputs(results, a, 0);
+      int* bad = first_bad.mutable_data_ptr<int>();
+      const bool tried = spectrum::launch_small_ends<T>(
+          matrices, a.batch, spectrum::ends_plan(a.n, a.p), policy, out, bad, stream);
       spectrum::launch_small_extremes<T>(
-          a.matrices.const_data_ptr<T>(), a.batch, plan, policy, outputs(results, a, 0),
-          work.mutable_data_ptr<double>(), grid, first_bad.mutable_data_ptr<int>(), stream);
+          matrices, a.batch, plan, policy, out, /*refused_only=*/tried,
+          work.mutable_data_ptr<double>(), grid, bad, stream);
     });
     check_finite_batch(op, name, first_bad, a.batch);
     return;

@@ -24,8 +24,9 @@
 // It also gives u_min to eps sigma_max / gap, as a bidiagonal SVD does: M v_min / sigma_min would
 // carry the error eps kappa of the product, while here the columns of B are orthogonal.
 //
-// Before any of that the block tries the tridiagonal form of the same G (spectrum_tridiagonal.cuh),
-// which finds two triplets and no more, and proves or refuses them.
+// That decomposes M, of which two triplets are asked for. So another kernel comes first, small_ends,
+// which finds those through the tridiagonal form of G and proves or refuses them
+// (spectrum_tridiagonal.cuh); Jacobi takes what was refused, marked by a rank of -1.
 //
 // No decision is taken on the host, and nothing depends on the schedule.
 #pragma once
@@ -50,7 +51,6 @@ struct SmallPlan {
   int multiply_rows;
   int gram_region, v_region;  // doubles of shared memory
   unsigned threads;
-  bool tridiagonal;  // there is room to try the tridiagonal form first
 
   __host__ __device__ int side() const {
     return gram.side;
@@ -91,12 +91,11 @@ inline SmallPlan small_plan(std::int64_t n, std::int64_t p) {
   return plan;
 }
 
-// The same with room for the tridiagonal form, where a block can have that much.
-inline SmallPlan with_tridiagonal(SmallPlan plan, std::size_t shared_limit) {
-  SmallPlan other = plan;
-  other.v_region = larger(plan.v_region, tridiagonal_doubles(plan.t, plan.threads));
-  other.tridiagonal = true;
-  return other.shared_bytes() <= shared_limit ? other : plan;
+// The same for small_ends, which puts the tridiagonal form in place of V.
+inline SmallPlan ends_plan(std::int64_t n, std::int64_t p) {
+  SmallPlan plan = small_plan(n, p);
+  plan.v_region = larger(plan.v_region, tridiagonal_doubles(plan.t, plan.threads));
+  return plan;
 }
 
 // The device can run the small route: its blocks have enough shared memory.
@@ -134,7 +133,6 @@ struct Outputs {
   SharedPtr<double> squared_frobenius;                               // [batch], of_gram
   SharedPtr<double> thin_gram;                                       // [batch, t, t], of_gram
   bool of_gram;                                                      // values are lambda = sigma^2
-  SharedPtr<int> by_jacobi{};  // [batch], for tests: the tridiagonal form was refused
 };
 
 // The shared memory of a block. `gram` is free while B V is computed, `v` while G is.
@@ -364,12 +362,55 @@ __device__ __forceinline__ void write_not_finite(
 
 // first_bad: the smallest batch index of a matrix that is not finite; starts at a large number.
 template <typename T>
+__global__ void __launch_bounds__(kMaxThreads) small_ends(
+    GlobalPtr<const T> a,  // [batch, n, p]
+    std::int64_t batch,
+    SmallPlan plan,
+    Policy policy,
+    Outputs out,
+    GlobalPtr<int> first_bad) {
+  SIMT_DYNAMIC_SHARED(double, shared);
+  const SmallSpace space(shared, plan);
+  const std::int64_t m = plan.m;
+  const int t = plan.t;
+  for (std::int64_t b = blockIdx.x; b < batch; b += gridDim.x) {
+    const SharedPtr<const T> matrix = a + b * m * t;
+    const Bits largest = largest_magnitude<T>(matrix, m * t, space.scratch);
+    if (largest >= kInfinityBits) {
+      write_not_finite(out, b, m, t, first_bad);
+      continue;
+    }
+    const int exponent = scale_exponent(largest);
+    const double scale = ldexp(1.0, exponent);
+    const InputRows<T> rows = tall_rows<T>(matrix, m, t, plan.transposed, exponent);
+    accumulate_gram(plan.gram, rows, 0, m, space.v, space.gram);
+    if (out.of_gram) {
+      write_gram(out, plan, space, b, scale);
+    }
+    const Triplets ends = extremes_by_tridiagonal(
+        rows, m, tridiagonal_space(plan, space), space.gram, policy, out.long_max + b * m,
+        out.long_min + b * m, out.short_max + b * t, out.short_min + b * t);
+    if (threadIdx.x == 0) {
+      ClusterBounds found{};
+      found.largest = ends.largest;
+      found.smallest = ends.smallest;
+      found.rank = ends.proven ? ends.rank : -1;
+      found.multiplicity_max = ends.multiplicity_max;
+      found.multiplicity_min = ends.multiplicity_min;
+      write_values(out, b, found, scale);
+    }
+    __syncthreads();
+  }
+}
+
+template <typename T>
 __global__ void __launch_bounds__(kMaxThreads) small_extremes(
     GlobalPtr<const T> a,  // [batch, n, p]
     std::int64_t batch,
     SmallPlan plan,
     Policy policy,
     Outputs out,
+    bool refused_only,
     SharedPtr<double> work,  // [grid, work_doubles()]
     GlobalPtr<int> first_bad) {
   SIMT_DYNAMIC_SHARED(double, shared);
@@ -379,6 +420,10 @@ __global__ void __launch_bounds__(kMaxThreads) small_extremes(
   const int side = plan.side();
   work += blockIdx.x * plan.work_doubles();
   for (std::int64_t b = blockIdx.x; b < batch; b += gridDim.x) {
+    const std::int64_t rank = refused_only ? out.rank[b] : -1;
+    if (rank >= 0) {
+      continue;
+    }
     const SharedPtr<const T> matrix = a + b * m * t;
     const Bits largest = largest_magnitude<T>(matrix, m * t, space.scratch);
     if (largest >= kInfinityBits) {
@@ -396,28 +441,6 @@ __global__ void __launch_bounds__(kMaxThreads) small_extremes(
     const SharedPtr<double> long_min = out.long_min + b * m;
     const SharedPtr<double> short_max = out.short_max + b * t;
     const SharedPtr<double> short_min = out.short_min + b * t;
-    if (plan.tridiagonal) {
-      const Triplets ends = extremes_by_tridiagonal(
-          rows, m, tridiagonal_space(plan, space), space.gram, policy, long_max, long_min,
-          short_max, short_min);
-      if (out.by_jacobi != nullptr && threadIdx.x == 0) {
-        out.by_jacobi[b] = ends.proven ? 0 : 1;
-      }
-      if (ends.proven) {
-        if (threadIdx.x == 0) {
-          ClusterBounds found{};
-          found.largest = ends.largest;
-          found.smallest = ends.smallest;
-          found.rank = ends.rank;
-          found.multiplicity_max = ends.multiplicity_max;
-          found.multiplicity_min = ends.multiplicity_min;
-          write_values(out, b, found, scale);
-        }
-        __syncthreads();
-        continue;
-      }
-      __syncthreads();
-    }
     const int products = decompose_small<false>(rows, plan, space, work);
     const ClusterBounds found = find_extremes(space.sigma, t, policy);
     const int first = found.largest_index;
@@ -443,6 +466,28 @@ __global__ void __launch_bounds__(kMaxThreads) small_extremes(
   }
 }
 
+// What the tridiagonal form proves; the rest gets rank -1. False, and nothing is launched, where a
+// block has no room for it.
+template <typename T>
+bool launch_small_ends(
+    GlobalPtr<const T> a,
+    std::int64_t batch,
+    const SmallPlan& plan,
+    const Policy& policy,
+    const Outputs& out,
+    GlobalPtr<int> first_bad,
+    Stream stream) {
+  constexpr std::int64_t kMostBlocks = std::int64_t{1} << 30;
+  if (plan.shared_bytes() > simt::shared_limit(stream)) {
+    return false;
+  }
+  const auto grid = static_cast<unsigned>(batch < kMostBlocks ? batch : kMostBlocks);
+  simt::launch(
+      SIMT_KERNEL(small_ends<T>), dim3(grid), dim3(plan.threads), plan.shared_bytes(), stream, a,
+      batch, plan, policy, out, first_bad);
+  return true;
+}
+
 template <typename T>
 void launch_small_extremes(
     GlobalPtr<const T> a,
@@ -450,14 +495,14 @@ void launch_small_extremes(
     const SmallPlan& plan,
     const Policy& policy,
     const Outputs& out,
+    bool refused_only,  // those with rank -1
     SharedPtr<double> work,
     unsigned grid,
     GlobalPtr<int> first_bad,
     Stream stream) {
-  const SmallPlan used = with_tridiagonal(plan, simt::shared_limit(stream));
   simt::launch(
-      SIMT_KERNEL(small_extremes<T>), dim3(grid), dim3(plan.threads), used.shared_bytes(), stream,
-      a, batch, used, policy, out, work, first_bad);
+      SIMT_KERNEL(small_extremes<T>), dim3(grid), dim3(plan.threads), plan.shared_bytes(), stream,
+      a, batch, plan, policy, out, refused_only, work, first_bad);
 }
 
 // --- Gradient ------------------------------------------------------------------------------------

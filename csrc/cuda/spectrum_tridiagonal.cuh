@@ -246,7 +246,8 @@ find_ends(const TridiagonalSpace& q, double norm, int top, int bottom) {
     const double step[2] = {
         (high[0] - low[0]) / (points + 1), (high[1] - low[1]) / (points + 1)};
     if (thread / kWarp * kWarp < 2 * points) {
-      const double x = upper ? fma(step[0], s + 1, low[0]) : fma(step[1], s + 1, low[1]);
+      const double number = s + 1;
+      const double x = fma(upper ? step[0] : step[1], number, upper ? low[0] : low[1]);
       const int below = counts ? count_below(q, x) : 0;
       broken = broken || below < 0;
       const unsigned at_most = __ballot_sync(kFullMask, below <= (upper ? top : bottom) ? 1 : 0);
@@ -792,7 +793,7 @@ __device__ __forceinline__ Triplets extremes_by_tridiagonal(
   }
 
   // Eigenvalues and counts.
-  const double terms = fmax(fmax(t, 16.0), sqrt(static_cast<double>(m) / 8.0));
+  const double terms = fmax(static_cast<double>(larger(t, 16)), sqrt(static_cast<double>(m) / 8.0));
   Ends ends{};
   Counts counts{};
   int missing = 0;

@@ -27,7 +27,7 @@ struct Results {
   bool of_gram;
   Buffer<double> value_max, value_min, u_max, v_max, u_min, v_min, squared_frobenius, thin_gram;
   Buffer<std::int64_t> rank, multiplicity_max, multiplicity_min;
-  Buffer<int> first_bad, by_jacobi;
+  Buffer<int> first_bad;
 
   Results(std::int64_t batch, std::int64_t n, std::int64_t p, bool of_gram)
       : batch(batch),
@@ -46,10 +46,8 @@ struct Results {
         rank("rank", batch),
         multiplicity_max("multiplicity_max", batch),
         multiplicity_min("multiplicity_min", batch),
-        first_bad("first_bad", 1),
-        by_jacobi("by_jacobi", batch) {
+        first_bad("first_bad", 1) {
     first_bad.fill(INT_MAX);
-    by_jacobi.fill(1);
   }
 
   Outputs outputs() const {
@@ -66,8 +64,7 @@ struct Results {
         (transposed ? u_min : v_min).ptr(),
         squared_frobenius.ptr(),
         thin_gram.ptr(),
-        of_gram,
-        by_jacobi.ptr()};
+        of_gram};
   }
 
   simt::py::dict to_dict() const {
@@ -85,7 +82,6 @@ struct Results {
       out["squared_frobenius"] = simt::to_numpy(squared_frobenius, {batch});
       out["thin_gram"] = simt::to_numpy(thin_gram, {batch, t, t});
     }
-    out["by_jacobi"] = simt::to_numpy(by_jacobi, {batch});
     out["first_bad"] = first_bad.data()[0];
     return out;
   }
@@ -235,7 +231,7 @@ void define_small(simt::py::module_& m) {
   m.def(
       "small_extremes",
       [](const Array<T>& a, double rank_rtol, double cluster_rtol, bool full_rank, bool of_gram,
-         unsigned most_blocks, std::uint64_t seed) {
+         unsigned most_blocks, std::uint64_t seed, bool by_ends) {
         const std::int64_t batch = a.shape(0), n = a.shape(1), p = a.shape(2);
         const Stream stream = simt::on({seed});
         const SmallPlan plan = small_plan(n, p);
@@ -244,13 +240,24 @@ void define_small(simt::py::module_& m) {
         const Buffer<const T> in = simt::input("a", a);
         Buffer<double> work("work", grid * plan.work_doubles());
         const Results results(batch, n, p, of_gram);
+        const Policy policy = policy_for(n, p, rank_rtol, cluster_rtol, full_rank, of_gram);
+        const bool tried =
+            by_ends && launch_small_ends<T>(
+                           in.ptr(), batch, ends_plan(n, p), policy, results.outputs(),
+                           results.first_bad.ptr(), stream);
+        Array<bool> refused(batch);
+        for (std::int64_t b = 0; b < batch; ++b)
+          refused.mutable_data()[b] = !tried || results.rank.data()[b] < 0;
         launch_small_extremes<T>(
-            in.ptr(), batch, plan, policy_for(n, p, rank_rtol, cluster_rtol, full_rank, of_gram),
-            results.outputs(), work.ptr(), grid, results.first_bad.ptr(), stream);
-        return results.to_dict();
+            in.ptr(), batch, plan, policy, results.outputs(), tried, work.ptr(), grid,
+            results.first_bad.ptr(), stream);
+        simt::py::dict out = results.to_dict();
+        out["refused"] = refused;
+        return out;
       },
       arg("a").noconvert(), arg("rank_rtol"), arg("cluster_rtol"), arg("full_rank") = false,
-      arg("of_gram") = false, arg("most_blocks") = UINT_MAX, arg("seed") = 0);
+      arg("of_gram") = false, arg("most_blocks") = UINT_MAX, arg("seed") = 0,
+      arg("by_ends") = true);
   m.def(
       "small_gradient",
       [](const Array<T>& a, const simt::py::dict& forward, const simt::py::dict& grads,
