@@ -589,7 +589,7 @@ __device__ __forceinline__ void long_products(
   for (std::int64_t base = thread; base < m; base += std::int64_t{kRows} * threads) {
     double to_max[kRows] = {};
     double to_min[kRows] = {};
-    IMMUNIZE_EXT_UNROLL_BY(4)
+    IMMUNIZE_EXT_UNROLL_BY(2)
     for (int j = 0; j < t; ++j) {
       const double x_max = x[j];
       const double x_min = x[t + j];
@@ -611,49 +611,38 @@ __device__ __forceinline__ void long_products(
   }
 }
 
-// w_c = M u_c. Returns |w_c|.
+// w_c = M u_c or, where it `corrects`, w_c -= M r_c. Returns |w_c|, and |M r_c| in steps.
 template <typename T>
 __device__ __forceinline__ Two measure(
     const InputRows<T>& rows,
     std::int64_t m,
     const TridiagonalSpace& q,
-    SharedPtr<double> w_max,
-    SharedPtr<double> w_min) {
-  Two squares{0.0, 0.0};
-  long_products(rows, m, q.t, q.u, [&](std::int64_t row, double to_max, double to_min) {
-    w_max[row] = to_max;
-    w_min[row] = to_min;
-    squares.max = fma(to_max, to_max, squares.max);
-    squares.min = fma(to_min, to_min, squares.min);
-  });
-  return block_length(squares, q.scratch);
-}
-
-// w_c -= M r_c. Returns |M r_c|, and |w_c| in lengths.
-template <typename T>
-__device__ __forceinline__ Two correct_long(
-    const InputRows<T>& rows,
-    std::int64_t m,
-    const TridiagonalSpace& q,
+    bool corrects,
     SharedPtr<double> w_max,
     SharedPtr<double> w_min,
-    Two& lengths) {
-  Two steps{0.0, 0.0};
+    Two& steps) {
+  Two step_squares{0.0, 0.0};
   Two squares{0.0, 0.0};
-  long_products(rows, m, q.t, q.r, [&](std::int64_t row, double to_max, double to_min) {
-    const double old_max = w_max[row];
-    const double old_min = w_min[row];
-    const double max = old_max - to_max;
-    const double min = old_min - to_min;
+  const auto put = [&](std::int64_t row, double max, double min) {
+    if (corrects) {
+      step_squares.max = fma(max, max, step_squares.max);
+      step_squares.min = fma(min, min, step_squares.min);
+      const double old_max = w_max[row];
+      const double old_min = w_min[row];
+      max = old_max - max;
+      min = old_min - min;
+    }
     w_max[row] = max;
     w_min[row] = min;
-    steps.max = fma(to_max, to_max, steps.max);
-    steps.min = fma(to_min, to_min, steps.min);
     squares.max = fma(max, max, squares.max);
     squares.min = fma(min, min, squares.min);
-  });
-  lengths = block_length(squares, q.scratch);
-  return block_length(steps, q.scratch);
+  };
+  long_products(rows, m, q.t, corrects ? q.r : q.u, put);
+  const Two lengths = block_length(squares, q.scratch);
+  if (corrects) {
+    steps = block_length(step_squares, q.scratch);
+  }
+  return lengths;
 }
 
 // r_c = M^T w_c / sigma_c - sigma_c u_c for both. Returns |r_c|.
@@ -685,7 +674,7 @@ __device__ __forceinline__ Two residuals(
     double to_max = 0.0;
     double to_min = 0.0;
     if (group < groups) {
-      IMMUNIZE_EXT_UNROLL_BY(8)
+      IMMUNIZE_EXT_UNROLL_BY(4)
       for (std::int64_t row = group; row < m; row += groups) {
         const double value = rows.at(row, j);
         const double max = w_max[row];
@@ -713,7 +702,7 @@ __device__ __forceinline__ Two residuals(
     for (int base = thread / kWarp * kColumns; base < t; base += threads / kWarp * kColumns) {
       double to_max[kColumns] = {};
       double to_min[kColumns] = {};
-      IMMUNIZE_EXT_UNROLL_BY(4)
+      IMMUNIZE_EXT_UNROLL_BY(2)
       for (std::int64_t row = lane; row < m; row += kWarp) {
         const double max = w_max[row];
         const double min = w_min[row];
@@ -849,98 +838,85 @@ __device__ __forceinline__ Triplets extremes_by_tridiagonal(
   int twist_max = 0;
   int twist_min = 0;
   for (int c = warp; c < 2; c += warps) {
-    const SharedPtr<double> u = q.u + c * t;
     const int r = twisted_vector(q, c, c == 0 ? ends.top : ends.bottom);
     twist_max = c == 0 ? r : twist_max;
     twist_min = c == 1 ? r : twist_min;
     const bool wanted = c == 0 || out.has_min;
     for (int k = lane; k < t; k += kWarp) {
       const double value = q.z[c * t + k];
-      u[k] = wanted ? value : 0.0;
+      q.u[c * t + k] = wanted ? value : 0.0;
     }
     __syncwarp();
-    apply_reflectors(q, false, u);
   }
-  __syncthreads();
+
+  // Three phases in turn: u from T or with Newton's step, u with Newton's step, v.
   const double tolerance =
       4.0 * sqrt(static_cast<double>(m) + static_cast<double>(t)) * kEps * sigma_max;
-  // Not >, or a NaN would pass.
-  const auto passes = [&](double error, double sigma, double lambda) {
-    return error <= tolerance && fabs(sigma * sigma - lambda) <= noise;
-  };
   Two lengths{};
   Two sigma{};
+  bool max_passes = false;
+  bool min_passes = !out.has_min;
+  IMMUNIZE_EXT_UNROLL_BY(1)
   for (int step = 0;; ++step) {
-    sigma = measure(rows, m, q, long_max, long_min);
-    lengths = sigma;
-    Two error = residuals(rows, m, q, lengths, sigma, long_max, long_min);
-    bool max_passes = passes(error.max, sigma.max, ends.top);
-    bool min_passes = !out.has_min || passes(error.min, sigma.min, ends.bottom);
+    const bool corrects = step % 3 == 2;
+    const bool again = step > 0 && step % 3 == 0;  // v did not help: the residual is that of u
+    IMMUNIZE_EXT_UNROLL_BY(1)
+    for (int c = warp; c < 2 && !again; c += warps) {
+      const SharedPtr<double> u = q.u + c * t;
+      const SharedPtr<double> r = q.r + c * t;
+      const double lambda = c == 0 ? ends.top : ends.bottom;
+      const bool idle = c == 0 ? max_passes : min_passes;
+      if (step > 0) {
+        const double length = c == 0 ? sigma.max : sigma.min;
+        const double factor = idle ? 0.0 : corrects ? length : -length;
+        for (int k = lane; k < t; k += kWarp) {
+          r[k] *= factor;
+        }
+        __syncwarp();
+      }
+      if (idle) {
+        continue;
+      }
+      IMMUNIZE_EXT_UNROLL_BY(1)
+      for (int side = step > 0 ? 0 : 1; side < 2; ++side) {
+        if (side == 1 && corrects) {
+          solve_shifted(q, lambda, q.partial + c * threads, r);
+        } else if (side == 1 && step > 0) {
+          solve_beside(q, c, c == 0 ? twist_max : twist_min, q.partial + c * threads, r);
+        }
+        apply_reflectors(q, side == 0, step > 0 ? r : u);
+      }
+      if (step > 0 && !corrects) {
+        for (int k = lane; k < t; k += kWarp) {
+          const double change = r[k];
+          u[k] += change;
+        }
+        __syncwarp();
+        const double square = sum_by_warp(t, [&](int k) {
+          const double value = u[k];
+          return value * value;
+        });
+        const double inverse = 1.0 / sqrt(square);
+        for (int k = lane; k < t; k += kWarp) {
+          u[k] *= inverse;
+        }
+      }
+    }
+    __syncthreads();
+    Two change{0.0, 0.0};
+    lengths = measure(rows, m, q, corrects, long_max, long_min, change);
+    sigma = corrects ? sigma : lengths;
+    const Two error = residuals(rows, m, q, lengths, sigma, long_max, long_min);
+    // Not >, or a NaN would pass.
+    max_passes = fmax(error.max, change.max) <= tolerance &&
+                 fabs(sigma.max * sigma.max - ends.top) <= noise;
+    min_passes = !out.has_min || (fmax(error.min, change.min) <= tolerance &&
+                                  fabs(sigma.min * sigma.min - ends.bottom) <= noise);
     if (max_passes && min_passes) {
       break;
     }
-    __syncthreads();
-    if (step > 0) {
-      for (int c = warp; c < 2; c += warps) {
-        const SharedPtr<double> change = q.r + c * t;
-        const bool done = c == 0 ? max_passes : min_passes;
-        const double factor = done ? 0.0 : c == 0 ? sigma.max : sigma.min;
-        for (int k = lane; k < t; k += kWarp) {
-          change[k] *= factor;
-        }
-        __syncwarp();
-        if (!done) {
-          apply_reflectors(q, true, change);
-          solve_shifted(q, c == 0 ? ends.top : ends.bottom, q.partial + c * threads, change);
-          apply_reflectors(q, false, change);
-        }
-      }
-      __syncthreads();
-      const Two change = correct_long(rows, m, q, long_max, long_min, lengths);
-      error = residuals(rows, m, q, lengths, sigma, long_max, long_min);
-      max_passes = passes(fmax(error.max, change.max), sigma.max, ends.top);
-      min_passes =
-          !out.has_min || passes(fmax(error.min, change.min), sigma.min, ends.bottom);
-      if (max_passes && min_passes) {
-        break;
-      }
-      if (step == kRefinements) {
-        return out;
-      }
-      __syncthreads();
-      sigma = measure(rows, m, q, long_max, long_min);
-      error = residuals(rows, m, q, sigma, sigma, long_max, long_min);
-      max_passes = passes(error.max, sigma.max, ends.top);
-      min_passes = !out.has_min || passes(error.min, sigma.min, ends.bottom);
-      __syncthreads();
-    }
-    for (int c = warp; c < 2; c += warps) {
-      if (c == 0 ? max_passes : min_passes) {
-        continue;
-      }
-      const SharedPtr<double> u = q.u + c * t;
-      const SharedPtr<double> delta = q.r + c * t;
-      const double factor = c == 0 ? -sigma.max : -sigma.min;
-      for (int k = lane; k < t; k += kWarp) {
-        delta[k] *= factor;
-      }
-      __syncwarp();
-      apply_reflectors(q, true, delta);
-      solve_beside(q, c, c == 0 ? twist_max : twist_min, q.partial + c * threads, delta);
-      apply_reflectors(q, false, delta);
-      for (int k = lane; k < t; k += kWarp) {
-        const double change = delta[k];
-        u[k] += change;
-      }
-      __syncwarp();
-      const double square = sum_by_warp(t, [&](int k) {
-        const double value = u[k];
-        return value * value;
-      });
-      const double inverse = 1.0 / sqrt(square);
-      for (int k = lane; k < t; k += kWarp) {
-        u[k] *= inverse;
-      }
+    if (step == 3 * kRefinements - 1) {
+      return out;
     }
     __syncthreads();
   }
