@@ -364,7 +364,6 @@ __device__ __forceinline__ void write_not_finite(
 template <typename T>
 __global__ void __launch_bounds__(kMaxThreads) small_ends(
     GlobalPtr<const T> a,  // [batch, n, p]
-    std::int64_t batch,
     SmallPlan plan,
     Policy policy,
     Outputs out,
@@ -373,33 +372,31 @@ __global__ void __launch_bounds__(kMaxThreads) small_ends(
   const SmallSpace space(shared, plan);
   const std::int64_t m = plan.m;
   const int t = plan.t;
-  for (std::int64_t b = blockIdx.x; b < batch; b += gridDim.x) {
-    const SharedPtr<const T> matrix = a + b * m * t;
-    const Bits largest = largest_magnitude<T>(matrix, m * t, space.scratch);
-    if (largest >= kInfinityBits) {
-      write_not_finite(out, b, m, t, first_bad);
-      continue;
-    }
-    const int exponent = scale_exponent(largest);
-    const double scale = ldexp(1.0, exponent);
-    const InputRows<T> rows = tall_rows<T>(matrix, m, t, plan.transposed, exponent);
-    accumulate_gram(plan.gram, rows, 0, m, space.v, space.gram);
-    if (out.of_gram) {
-      write_gram(out, plan, space, b, scale);
-    }
-    const Triplets ends = extremes_by_tridiagonal(
-        rows, m, tridiagonal_space(plan, space), space.gram, policy, out.long_max + b * m,
-        out.long_min + b * m, out.short_max + b * t, out.short_min + b * t);
-    if (threadIdx.x == 0) {
-      ClusterBounds found{};
-      found.largest = ends.largest;
-      found.smallest = ends.smallest;
-      found.rank = ends.proven ? ends.rank : -1;
-      found.multiplicity_max = ends.multiplicity_max;
-      found.multiplicity_min = ends.multiplicity_min;
-      write_values(out, b, found, scale);
-    }
-    __syncthreads();
+  const std::int64_t b = blockIdx.x;
+  const SharedPtr<const T> matrix = a + b * m * t;
+  const Bits largest = largest_magnitude<T>(matrix, m * t, space.scratch);
+  if (largest >= kInfinityBits) {
+    write_not_finite(out, b, m, t, first_bad);
+    return;
+  }
+  const int exponent = scale_exponent(largest);
+  const double scale = ldexp(1.0, exponent);
+  const InputRows<T> rows = tall_rows<T>(matrix, m, t, plan.transposed, exponent);
+  accumulate_gram(plan.gram, rows, 0, m, space.v, space.gram);
+  if (out.of_gram) {
+    write_gram(out, plan, space, b, scale);
+  }
+  const Triplets ends = extremes_by_tridiagonal(
+      rows, m, tridiagonal_space(plan, space), space.gram, policy, out.long_max + b * m,
+      out.long_min + b * m, out.short_max + b * t, out.short_min + b * t);
+  if (threadIdx.x == 0) {
+    ClusterBounds found{};
+    found.largest = ends.largest;
+    found.smallest = ends.smallest;
+    found.rank = ends.proven ? ends.rank : -1;
+    found.multiplicity_max = ends.multiplicity_max;
+    found.multiplicity_min = ends.has_min ? ends.multiplicity_min : policy.full_side - ends.rank;
+    write_values(out, b, found, scale);
   }
 }
 
@@ -471,20 +468,18 @@ __global__ void __launch_bounds__(kMaxThreads) small_extremes(
 template <typename T>
 bool launch_small_ends(
     GlobalPtr<const T> a,
-    std::int64_t batch,
+    std::int64_t batch,  // below 2^31, a block each
     const SmallPlan& plan,
     const Policy& policy,
     const Outputs& out,
     GlobalPtr<int> first_bad,
     Stream stream) {
-  constexpr std::int64_t kMostBlocks = std::int64_t{1} << 30;
-  if (plan.shared_bytes() > simt::shared_limit(stream)) {
+  if (plan.t > kMostEnds || plan.shared_bytes() > simt::shared_limit(stream)) {
     return false;
   }
-  const auto grid = static_cast<unsigned>(batch < kMostBlocks ? batch : kMostBlocks);
   simt::launch(
-      SIMT_KERNEL(small_ends<T>), dim3(grid), dim3(plan.threads), plan.shared_bytes(), stream, a,
-      batch, plan, policy, out, first_bad);
+      SIMT_KERNEL(small_ends<T>), dim3(static_cast<unsigned>(batch)), dim3(plan.threads),
+      plan.shared_bytes(), stream, a, plan, policy, out, first_bad);
   return true;
 }
 

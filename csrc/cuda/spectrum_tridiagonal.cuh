@@ -35,7 +35,8 @@
 namespace immunize_ext::spectrum {
 
 constexpr int kSections = 256;  // points at which a block counts, half of them for either end
-constexpr int kChunks = 5;      // a lane holds entries lane + 32 c of a vector: t <= 160
+constexpr int kChunks = 4;      // a lane holds entries lane + 32 c of a vector
+constexpr int kMostEnds = kWarp * kChunks;
 constexpr int kRefinements = 3;
 // Off-diagonal parts whose squares sum to less are zero: far below eps lambda_max, and far above
 // where the squares lose digits.
@@ -674,7 +675,7 @@ __device__ __forceinline__ Two residuals(
     double to_max = 0.0;
     double to_min = 0.0;
     if (group < groups) {
-      IMMUNIZE_EXT_UNROLL_BY(4)
+      IMMUNIZE_EXT_UNROLL_BY(2)
       for (std::int64_t row = group; row < m; row += groups) {
         const double value = rows.at(row, j);
         const double max = w_max[row];
@@ -742,7 +743,7 @@ __device__ __forceinline__ Two residuals(
 struct Triplets {
   double largest, smallest;
   bool proven, has_min;
-  std::int64_t rank, multiplicity_max, multiplicity_min;
+  int rank, multiplicity_max, multiplicity_min;  // the last only if has_min
 };
 
 // The extremes of M from its packed Gram matrix, which is kept. short_* (t) and long_* (m) get the
@@ -816,14 +817,13 @@ __device__ __forceinline__ Triplets extremes_by_tridiagonal(
       return out;
     }
   }
-  const std::int64_t most = larger(1, t - counts.below[2]);
+  const int most = larger(1, t - counts.below[2]);
   if (most != larger(1, t - counts.below[3])) {
     return out;
   }
   out.rank = t - missing;
-  out.multiplicity_max = most < out.rank ? most : out.rank;
+  out.multiplicity_max = smaller(most, out.rank);
   out.has_min = !(policy.full_rank && out.rank < policy.full_side);
-  out.multiplicity_min = policy.full_side - out.rank;
   if (out.has_min) {
     const int least = larger(1, counts.below[5] - missing);
     if (least != larger(1, counts.below[4] - missing)) {
