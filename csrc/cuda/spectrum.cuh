@@ -64,21 +64,14 @@ struct SmallPlan {
   }
 };
 
-// For a matrix n x p.
-inline SmallPlan small_plan(std::int64_t n, std::int64_t p) {
-  SmallPlan plan{};
-  plan.transposed = n <= p;  // M^T M is then the Gram matrix x x^T that the gradient expects
-  plan.m = plan.transposed ? p : n;
-  plan.t = static_cast<int>(plan.transposed ? n : p);
+// Threads and tiles for sides and rows of M.
+inline void set_shape(SmallPlan& plan, unsigned threads, int tile_rows) {
   const int t = plan.t;
   const int rows = plan.m < 512 ? static_cast<int>(plan.m) : 512;
-  plan.threads = t <= 4 ? 32 : t <= 16 ? 64 : t <= 32 ? 128 : t <= 64 ? 256 : kMaxThreads;
-  if (rows == 512 && plan.threads < 128) {
-    plan.threads = 128;
-  }
+  plan.threads = rows == 512 && threads < 128 ? 128 : threads;
   plan.gram.side = 2 * ceil_div(t, 2);
   plan.gram.quarter = ceil_div(plan.gram.side, kRegisters);
-  plan.gram.tile_rows = smaller(rows, t <= 8 ? 256 : t <= 32 ? 64 : 32);
+  plan.gram.tile_rows = smaller(rows, tile_rows);
   const int blocks = packed_size(plan.gram.quarter);
   const int most_groups = t <= 4 ? 32 : 8;
   plan.gram.groups = larger(
@@ -88,13 +81,31 @@ inline SmallPlan small_plan(std::int64_t n, std::int64_t p) {
   const int stride = plan.gram.side + 1;
   plan.gram_region = larger(plan.gram.gram_doubles(), smaller(rows, 16) * stride);
   plan.multiply_rows = smaller(rows, plan.gram_region / stride);
+}
+
+// For a matrix n x p.
+inline SmallPlan small_plan(std::int64_t n, std::int64_t p) {
+  SmallPlan plan{};
+  plan.transposed = n <= p;  // M^T M is then the Gram matrix x x^T that the gradient expects
+  plan.m = plan.transposed ? p : n;
+  plan.t = static_cast<int>(plan.transposed ? n : p);
+  const int t = plan.t;
+  const unsigned threads = t <= 4 ? 32 : t <= 16 ? 64 : t <= 32 ? 128 : t <= 64 ? 256 : kMaxThreads;
+  set_shape(plan, threads, t <= 8 ? 256 : t <= 32 ? 64 : 32);
   return plan;
 }
 
-// The same for small_ends, which puts the tridiagonal form in place of V.
+// The same for small_ends, which puts the tridiagonal form in place of V. Four threads a row suffice
+// it but for the Gram matrix, which has 136 blocks of 4 x 4 at a side of 64.
 inline SmallPlan ends_plan(std::int64_t n, std::int64_t p) {
   SmallPlan plan = small_plan(n, p);
-  plan.v_region = larger(plan.v_region, tridiagonal_doubles(plan.t, plan.threads));
+  const int t = plan.t;
+  const unsigned threads = t <= 8    ? 32
+                           : t <= 16 ? 64
+                           : t <= 32 ? 128
+                                     : static_cast<unsigned>(kMaxThreads);
+  set_shape(plan, threads, t <= 8 ? 256 : t <= 64 ? 64 : 32);
+  plan.v_region = larger(plan.v_region, tridiagonal_doubles(t, plan.threads));
   return plan;
 }
 
@@ -322,13 +333,16 @@ __device__ __forceinline__ void unit_products(
   }
 }
 
+__device__ __forceinline__ void write_extremes(
+    const Outputs& out, std::int64_t b, double largest, double smallest) {
+  out.value_max[b] = out.of_gram ? largest * largest : largest;
+  out.value_min[b] = out.of_gram ? smallest * smallest : smallest;
+}
+
 // What the operators return for matrix b, from the extremes of M.
 __device__ __forceinline__ void write_values(
     const Outputs& out, std::int64_t b, const ClusterBounds& found, double scale) {
-  const double largest = found.largest * scale;
-  const double smallest = found.smallest * scale;
-  out.value_max[b] = out.of_gram ? largest * largest : largest;
-  out.value_min[b] = out.of_gram ? smallest * smallest : smallest;
+  write_extremes(out, b, found.largest * scale, found.smallest * scale);
   out.rank[b] = found.rank;
   out.multiplicity_max[b] = found.multiplicity_max;
   out.multiplicity_min[b] = found.multiplicity_min;
@@ -388,15 +402,19 @@ __global__ void __launch_bounds__(kMaxThreads) small_ends(
   }
   const Triplets ends = extremes_by_tridiagonal(
       rows, m, tridiagonal_space(plan, space), space.gram, policy, out.long_max + b * m,
-      out.long_min + b * m, out.short_max + b * t, out.short_min + b * t);
+      out.long_min + b * m, out.short_max + b * t, out.short_min + b * t,
+      [&](int rank, int multiplicity_max, std::int64_t multiplicity_min) {
+        if (threadIdx.x == 0) {
+          out.rank[b] = rank;
+          out.multiplicity_max[b] = multiplicity_max;
+          out.multiplicity_min[b] = multiplicity_min;
+        }
+      });
   if (threadIdx.x == 0) {
-    ClusterBounds found{};
-    found.largest = ends.largest;
-    found.smallest = ends.smallest;
-    found.rank = ends.proven ? ends.rank : -1;
-    found.multiplicity_max = ends.multiplicity_max;
-    found.multiplicity_min = ends.has_min ? ends.multiplicity_min : policy.full_side - ends.rank;
-    write_values(out, b, found, scale);
+    write_extremes(out, b, ends.largest * scale, ends.smallest * scale);
+    if (!ends.proven) {
+      out.rank[b] = -1;
+    }
   }
 }
 

@@ -55,13 +55,13 @@ __host__ __device__ constexpr int tridiagonal_doubles(int t, unsigned threads) {
 // tau[i].
 struct TridiagonalSpace {
   int t, stride;
-  SharedPtr<double> a;                  // [t, stride]
-  SharedPtr<double> d, e, e_square;     // T: [t], [t - 1], [t - 1]
-  SharedPtr<double> tau;                // [t]
-  SharedPtr<double> pivots;             // [4, t]; v and A v of two reflectors while T is formed
-  SharedPtr<double> z, u, r;            // [2, t]: vectors of T and of G, residuals
-  SharedPtr<double> partial;            // [2, threads]
-  SharedPtr<double> scratch;            // [32]
+  SharedPtr<double> a;               // [t, stride]
+  SharedPtr<double> d, e, e_square;  // T: [t], [t - 1], [t - 1]
+  SharedPtr<double> tau;             // [t]
+  SharedPtr<double> pivots;          // [4, t]; v and A v of two reflectors while T is formed
+  SharedPtr<double> z, u, r;         // [2, t]: vectors of T and of G, residuals
+  SharedPtr<double> partial;         // [2, threads]
+  SharedPtr<double> scratch;         // [32]
 };
 
 // The sum of x over k in [0, count), at every lane of every warp.
@@ -89,6 +89,7 @@ __device__ __forceinline__ void tridiagonalise(
   const int row_in_warp = lane / 4;
   const int sub = lane % 4;
   const int t = q.t;
+  constexpr int kStep = 2;
   for (int j = first_row + row_in_warp; j < t; j += quads) {
     for (int k = sub; k < t; k += 4) {
       q.a[j * q.stride + k] = gram[packed_index(j, k)];
@@ -106,69 +107,89 @@ __device__ __forceinline__ void tridiagonalise(
   SharedPtr<double> next_y = q.pivots + 3 * t;
   for (int row = t - 1; row >= 1; --row) {
     const SharedPtr<double> x = q.a + row * q.stride;
-    const double v_row = v[row];
-    const double y_row = y[row];
-    const double along_y = tau * v_row;
-    const double along_v = fma(twice, v_row, tau * y_row);
-    const auto updated = [&](int k) {
-      const double value = x[k];
-      const double from_y = y[k];
-      const double from_v = v[k];
-      return fma(-along_v, from_v, fma(-along_y, from_y, value));
-    };
-    const double alpha = updated(row - 1);
-    const double square = sum_by_warp(row - 1, [&](int k) {
-      const double value = updated(k);
-      if (thread < kWarp) {
-        next_v[k] = value;
-      }
-      return value * value;
-    });
-    const bool reflects = square > kTinySquare;
-    const double beta = reflects ? -copysign(sqrt(fma(alpha, alpha, square)), alpha) : alpha;
-    const double head = alpha - beta;
-    const double next_tau = reflects ? -1.0 / (beta * head) : 0.0;
-    if (thread == 0) {
-      next_v[row - 1] = head;
-      q.d[row] = updated(row);
-      q.e[row - 1] = beta;
-      q.e_square[row - 1] = beta * beta;
-      q.tau[row] = next_tau;
-    }
-    for (int base = first_row; base < row; base += quads) {
-      const int j = base + row_in_warp;
-      const int end = j < row ? row : 0;
-      const double v_j = j < row ? v[j] : 0.0;
-      const double y_j = j < row ? y[j] : 0.0;
-      const double left_y = tau * v_j;
-      const double left_v = fma(twice, v_j, tau * y_j);
-      const SharedPtr<double> own = q.a + j * q.stride;
-      double sum = 0.0;
-      IMMUNIZE_EXT_UNROLL_BY(4)
-      for (int k = sub; k < end; k += 4) {
+    double next_tau = 0.0;
+    // A warp without rows left has nothing to do but to wait.
+    if (first_row < row) {
+      const double v_row = v[row];
+      const double y_row = y[row];
+      const double along_y = tau * v_row;
+      const double along_v = fma(twice, v_row, tau * y_row);
+      const auto updated = [&](int k) {
+        const double value = x[k];
         const double from_y = y[k];
         const double from_v = v[k];
-        const double before = own[k];
-        const double above = x[k];
-        const double value = fma(-left_v, from_v, fma(-left_y, from_y, before));
-        const double with = fma(-along_v, from_v, fma(-along_y, from_y, above));
-        own[k] = value;
-        sum = fma(value, k == row - 1 ? head : with, sum);
+        return fma(-along_v, from_v, fma(-along_y, from_y, value));
+      };
+      const double alpha = updated(row - 1);
+      const double square = sum_by_warp(row - 1, [&](int k) {
+        const double value = updated(k);
+        if (thread < kWarp) {
+          next_v[k] = value;
+        }
+        return value * value;
+      });
+      const bool reflects = square > kTinySquare;
+      const double beta = reflects ? -copysign(sqrt(fma(alpha, alpha, square)), alpha) : alpha;
+      const double head = alpha - beta;
+      next_tau = reflects ? -1.0 / (beta * head) : 0.0;
+      if (thread == 0) {
+        next_v[row - 1] = head;
+        q.d[row] = updated(row);
+        q.e[row - 1] = beta;
+        q.e_square[row - 1] = beta * beta;
+        q.tau[row] = next_tau;
       }
-      sum += __shfl_xor_sync(kFullMask, sum, 1);
-      sum += __shfl_xor_sync(kFullMask, sum, 2);
-      if (sub == 0 && j < row) {
-        next_y[j] = sum;
+      for (int base = first_row; base < row; base += quads) {
+        const int j = base + row_in_warp;
+        const int end = j < row ? row : 0;
+        const double v_j = j < row ? v[j] : 0.0;
+        const double y_j = j < row ? y[j] : 0.0;
+        const double left_y = tau * v_j;
+        const double left_v = fma(twice, v_j, tau * y_j);
+        const SharedPtr<double> own = q.a + j * q.stride;
+        double sum = 0.0;
+        // All reads of a step before its writes: the compiler cannot know that they are apart.
+        for (int first = sub; first < end; first += 4 * kStep) {
+          double from_y[kStep];
+          double from_v[kStep];
+          double value[kStep];
+          double with[kStep];
+          IMMUNIZE_EXT_UNROLL
+          for (int c = 0; c < kStep; ++c) {
+            const int k = smaller(first + 4 * c, row - 1);
+            from_y[c] = y[k];
+            from_v[c] = v[k];
+            value[c] = first + 4 * c < end ? own[k] : 0.0;
+            with[c] = x[k];
+          }
+          IMMUNIZE_EXT_UNROLL
+          for (int c = 0; c < kStep; ++c) {
+            const int k = first + 4 * c;
+            value[c] = fma(-left_v, from_v[c], fma(-left_y, from_y[c], value[c]));
+            with[c] = fma(-along_v, from_v[c], fma(-along_y, from_y[c], with[c]));
+            if (k < end) {
+              own[k] = value[c];
+              sum = fma(value[c], k == row - 1 ? head : with[c], sum);
+            }
+          }
+        }
+        sum += __shfl_xor_sync(kFullMask, sum, 1);
+        sum += __shfl_xor_sync(kFullMask, sum, 2);
+        if (sub == 0 && j < row) {
+          next_y[j] = sum;
+        }
       }
     }
     __syncthreads();
-    const double along = sum_by_warp(row, [&](int k) {
-      const double value = next_v[k];
-      const double product = next_y[k];
-      return value * product;
-    });
     tau = next_tau;
-    twice = -tau * (tau * along);
+    if (first_row < row) {
+      const double along = sum_by_warp(row, [&](int k) {
+        const double value = next_v[k];
+        const double product = next_y[k];
+        return value * product;
+      });
+      twice = -tau * (tau * along);
+    }
     for (int k = thread; k < row; k += static_cast<int>(blockDim.x)) {
       const double value = next_v[k];
       x[k] = value;
@@ -244,8 +265,7 @@ find_ends(const TridiagonalSpace& q, double norm, int top, int bottom) {
     if (!(widest > 0.5 * kEps * norm)) {
       break;
     }
-    const double step[2] = {
-        (high[0] - low[0]) / (points + 1), (high[1] - low[1]) / (points + 1)};
+    const double step[2] = {(high[0] - low[0]) / (points + 1), (high[1] - low[1]) / (points + 1)};
     if (thread / kWarp * kWarp < 2 * points) {
       const double number = s + 1;
       const double x = fma(upper ? step[0] : step[1], number, upper ? low[0] : low[1]);
@@ -297,21 +317,27 @@ __device__ __forceinline__ Counts count_at(const TridiagonalSpace& q, double poi
 
 // The pivots of T - x from the top and from the bottom, for two x: four chains of divisions in four
 // lanes. pivots: rows top and bottom for x_max, then for x_min.
-__device__ __forceinline__ void
-factor_twisted(const TridiagonalSpace& q, double x_max, double x_min, double pivot_min) {
+__device__ __forceinline__ void factor_twisted(
+    const TridiagonalSpace& q, double x_max, double x_min, double pivot_min) {
   const int chain = static_cast<int>(threadIdx.x);
   if (chain < 4) {
     const double x = chain < 2 ? x_max : x_min;
     const bool down = chain % 2 == 0;
     const int t = q.t;
+    const SharedPtr<double> pivots = q.pivots + chain * t;
     double pivot = 1.0;
+    double coupling = 0.0;
+    double diagonal = q.d[down ? 0 : t - 1];
     for (int step = 0; step < t; ++step) {
       const int i = down ? step : t - 1 - step;
-      const double diagonal = q.d[i];
-      const double coupling = step == 0 ? 0.0 : q.e_square[down ? i - 1 : i];
       pivot = diagonal - x - coupling / pivot;
       pivot = fabs(pivot) < pivot_min ? -pivot_min : pivot;
-      q.pivots[chain * t + i] = pivot;
+      if (step + 1 <
+          t) {  // read before the write, for the compiler cannot know that they are apart
+        coupling = q.e_square[down ? i : i - 1];
+        diagonal = q.d[down ? i + 1 : i - 1];
+      }
+      pivots[i] = pivot;
     }
   }
 }
@@ -357,11 +383,16 @@ __device__ __forceinline__ int twisted_vector(const TridiagonalSpace& q, int c, 
   }
   __syncwarp();
   if (lane < 2) {
+    const int count = lane == 0 ? r : t - 1 - r;
+    const int step = lane == 0 ? -1 : 1;
     double value = 1.0;
-    for (int step = 1; lane == 0 ? step <= r : r + step < t; ++step) {
-      const int i = lane == 0 ? r - step : r + step;
-      const double ratio = z[i];
+    double ratio = count > 0 ? z[r + step] : 1.0;
+    for (int s = 1; s <= count; ++s) {
+      const int i = r + s * step;
       value *= ratio;
+      if (s < count) {
+        ratio = z[i + step];
+      }
       z[i] = value;
     }
   }
@@ -382,8 +413,8 @@ __device__ __forceinline__ int twisted_vector(const TridiagonalSpace& q, int c, 
 // that their sums travel through the warp together:
 //     (I - tau_2 v_2 v_2^T)(I - tau_1 v_1 v_1^T) x = x - f_1 v_1 - f_2 v_2,
 //     f_1 = tau_1 v_1^T x,   f_2 = tau_2 (v_2^T x - f_1 v_2^T v_1).
-__device__ __forceinline__ void
-apply_reflectors(const TridiagonalSpace& q, bool transposed, SharedPtr<double> x) {
+__device__ __forceinline__ void apply_reflectors(
+    const TridiagonalSpace& q, bool transposed, SharedPtr<double> x) {
   const int t = q.t;
   const int lane = static_cast<int>(threadIdx.x) % kWarp;
   double mine[kChunks];
@@ -550,11 +581,7 @@ __device__ __forceinline__ Two block_length(const Two& squares, SharedPtr<double
 // put(row, products of row with x_max, with x_min) for all rows of M; x (2 x t) in shared memory.
 template <typename T, typename Put>
 __device__ __forceinline__ void long_products(
-    const InputRows<T>& rows,
-    std::int64_t m,
-    int t,
-    SharedPtr<const double> x,
-    const Put& put) {
+    const InputRows<T>& rows, std::int64_t m, int t, SharedPtr<const double> x, const Put& put) {
   const int thread = static_cast<int>(threadIdx.x);
   const int threads = static_cast<int>(blockDim.x);
   if (rows.is_contiguous()) {
@@ -742,13 +769,13 @@ __device__ __forceinline__ Two residuals(
 // What was found, in scaled units; `proven` as above.
 struct Triplets {
   double largest, smallest;
-  bool proven, has_min;
-  int rank, multiplicity_max, multiplicity_min;  // the last only if has_min
+  bool proven;
 };
 
 // The extremes of M from its packed Gram matrix, which is kept. short_* (t) and long_* (m) get the
-// vectors, which mean nothing unless proven; those of a missing smallest value are zero.
-template <typename T>
+// vectors, which mean nothing unless proven; those of a missing smallest value are zero. Calls
+// put_counts(rank, multiplicity_max, multiplicity_min) as soon as they are known.
+template <typename T, typename PutCounts>
 __device__ __forceinline__ Triplets extremes_by_tridiagonal(
     const InputRows<T>& rows,
     std::int64_t m,
@@ -758,7 +785,8 @@ __device__ __forceinline__ Triplets extremes_by_tridiagonal(
     SharedPtr<double> long_max,
     SharedPtr<double> long_min,
     SharedPtr<double> short_max,
-    SharedPtr<double> short_min) {
+    SharedPtr<double> short_min,
+    const PutCounts& put_counts) {
   const int thread = static_cast<int>(threadIdx.x);
   const int threads = static_cast<int>(blockDim.x);
   const int warp = thread / kWarp;
@@ -821,16 +849,13 @@ __device__ __forceinline__ Triplets extremes_by_tridiagonal(
   if (most != larger(1, t - counts.below[3])) {
     return out;
   }
-  out.rank = t - missing;
-  out.multiplicity_max = smaller(most, out.rank);
-  out.has_min = !(policy.full_rank && out.rank < policy.full_side);
-  if (out.has_min) {
-    const int least = larger(1, counts.below[5] - missing);
-    if (least != larger(1, counts.below[4] - missing)) {
-      return out;
-    }
-    out.multiplicity_min = least;
+  const int rank = t - missing;
+  const bool has_min = !(policy.full_rank && rank < policy.full_side);
+  const int least = larger(1, counts.below[5] - missing);
+  if (has_min && least != larger(1, counts.below[4] - missing)) {
+    return out;
   }
+  put_counts(rank, smaller(most, rank), has_min ? least : policy.full_side - rank);
 
   // Vectors.
   factor_twisted(q, ends.top, ends.bottom, 1e-30 * norm);
@@ -841,7 +866,7 @@ __device__ __forceinline__ Triplets extremes_by_tridiagonal(
     const int r = twisted_vector(q, c, c == 0 ? ends.top : ends.bottom);
     twist_max = c == 0 ? r : twist_max;
     twist_min = c == 1 ? r : twist_min;
-    const bool wanted = c == 0 || out.has_min;
+    const bool wanted = c == 0 || has_min;
     for (int k = lane; k < t; k += kWarp) {
       const double value = q.z[c * t + k];
       q.u[c * t + k] = wanted ? value : 0.0;
@@ -855,7 +880,7 @@ __device__ __forceinline__ Triplets extremes_by_tridiagonal(
   Two lengths{};
   Two sigma{};
   bool max_passes = false;
-  bool min_passes = !out.has_min;
+  bool min_passes = !has_min;
   IMMUNIZE_EXT_UNROLL_BY(1)
   for (int step = 0;; ++step) {
     const bool corrects = step % 3 == 2;
@@ -908,10 +933,10 @@ __device__ __forceinline__ Triplets extremes_by_tridiagonal(
     sigma = corrects ? sigma : lengths;
     const Two error = residuals(rows, m, q, lengths, sigma, long_max, long_min);
     // Not >, or a NaN would pass.
-    max_passes = fmax(error.max, change.max) <= tolerance &&
-                 fabs(sigma.max * sigma.max - ends.top) <= noise;
-    min_passes = !out.has_min || (fmax(error.min, change.min) <= tolerance &&
-                                  fabs(sigma.min * sigma.min - ends.bottom) <= noise);
+    max_passes =
+        fmax(error.max, change.max) <= tolerance && fabs(sigma.max * sigma.max - ends.top) <= noise;
+    min_passes = !has_min || (fmax(error.min, change.min) <= tolerance &&
+                              fabs(sigma.min * sigma.min - ends.bottom) <= noise);
     if (max_passes && min_passes) {
       break;
     }
@@ -933,7 +958,7 @@ __device__ __forceinline__ Triplets extremes_by_tridiagonal(
     short_min[j] = to_min;
   }
   out.largest = sigma.max;
-  out.smallest = out.has_min ? fmin(sigma.min, sigma.max) : 0.0;
+  out.smallest = has_min ? fmin(sigma.min, sigma.max) : 0.0;
   out.proven = true;
   return out;
 }

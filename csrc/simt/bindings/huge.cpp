@@ -190,10 +190,18 @@ py::tuple spectrum(std::int64_t batch, const Array<float>& last, bool of_gram, s
   const immunize_ext::Policy policy{1e-6, 1e-6, false, t};
   const bool transposed = n <= p;
   const sp::Outputs out{
-      value_max.ptr(), value_min.ptr(), rank.ptr(), max_count.ptr(), min_count.ptr(),
-       (transposed ? v_max : u_max).ptr(), (transposed ? u_max : v_max).ptr(),
-       (transposed ? v_min : u_min).ptr(), (transposed ? u_min : v_min).ptr(), squares.ptr(),
-       thin.ptr(), of_gram};
+      value_max.ptr(),
+      value_min.ptr(),
+      rank.ptr(),
+      max_count.ptr(),
+      min_count.ptr(),
+      (transposed ? v_max : u_max).ptr(),
+      (transposed ? u_max : v_max).ptr(),
+      (transposed ? v_min : u_min).ptr(),
+      (transposed ? u_min : v_min).ptr(),
+      squares.ptr(),
+      thin.ptr(),
+      of_gram};
   const bool tried = sp::launch_small_ends<float>(
       a->ptr(), batch, sp::ends_plan(n, p), policy, out, first_bad.ptr(), stream);
   sp::launch_small_extremes<float>(
