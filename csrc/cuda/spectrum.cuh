@@ -109,6 +109,10 @@ inline SmallPlan ends_plan(std::int64_t n, std::int64_t p) {
   return plan;
 }
 
+inline bool ends_fit(const SmallPlan& plan, Stream stream) {
+  return plan.t <= kMostEnds && plan.shared_bytes() <= simt::shared_limit(stream);
+}
+
 // The device can run the small route: its blocks have enough shared memory.
 inline bool is_small(std::int64_t n, std::int64_t p, Stream stream) {
   constexpr std::int64_t kIndexLimit = 4096;  // the plan is computed in int
@@ -492,7 +496,7 @@ bool launch_small_ends(
     const Outputs& out,
     GlobalPtr<int> first_bad,
     Stream stream) {
-  if (plan.t > kMostEnds || plan.shared_bytes() > simt::shared_limit(stream)) {
+  if (!ends_fit(plan, stream)) {
     return false;
   }
   simt::launch(

@@ -288,6 +288,12 @@ SIMT_BINDINGS(spectrum, m) {
   define_large<float>(m);
   define_large<double>(m);
   m.def(
+      "ends_fit",
+      [](std::int64_t n, std::int64_t p, std::size_t device_limit) {
+        return ends_fit(ends_plan(n, p), simt::on({0, device_limit}));
+      },
+      arg("n"), arg("p"), arg("device_limit"));
+  m.def(
       "is_small",
       [](std::int64_t n, std::int64_t p, std::size_t device_limit) {
         return is_small(n, p, simt::on({0, device_limit}));
