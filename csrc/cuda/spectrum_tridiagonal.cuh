@@ -724,13 +724,13 @@ __device__ __forceinline__ Two residuals(
       put(j, to_max, to_min);
     }
   } else {
-    // A warp takes four columns, which lie along memory.
-    constexpr int kColumns = 4;
+    // A warp takes two columns, which lie along memory.
+    constexpr int kColumns = 2;
     const int lane = thread % kWarp;
     for (int base = thread / kWarp * kColumns; base < t; base += threads / kWarp * kColumns) {
       double to_max[kColumns] = {};
       double to_min[kColumns] = {};
-      IMMUNIZE_EXT_UNROLL_BY(2)
+      IMMUNIZE_EXT_UNROLL_BY(4)
       for (std::int64_t row = lane; row < m; row += kWarp) {
         const double max = w_max[row];
         const double min = w_min[row];
