@@ -46,9 +46,10 @@ Where the package launches no kernel of its own on CUDA, a library has the bette
 preconditioned gradient beyond a side of 128 or in Woodbury form (cuBLAS: triangular solves and
 products with many right-hand sides; up to 128 `small_precondition` fuses them), the eigenvectors of
 symmetric, possibly indefinite matrices and the second derivatives (cuSOLVER), the solve with the
-factor of Q for d > 128 (cuBLAS), and up to 16 features at a time whose thin side is beyond the shared
-memory of a block (`csrc/thin_gram.h`: cuSOLVER's eigenvectors, proven on the features; what they
-cannot prove starts Jacobi's method). These compositions are run on CPU tensors in the same step.
+factor of Q for d > 128 (cuBLAS), and up to 16 features at a time whose thin side is beyond the
+shared memory of a block (`csrc/thin_gram.h`: cuSOLVER's eigenvectors, proven on the features; what
+they cannot prove starts Jacobi's method). These compositions are run on CPU tensors in the same
+step.
 
 ## Features with a small thin side
 
@@ -66,12 +67,12 @@ refuses (condition numbers from about 4e6, rank-deficient features, clusters in 
 | 1000 of 8 x 8 | 109 | 15 |
 
 Measured on an NVIDIA H100 80GB HBM3 with torch 2.11.0+cu130, 28 November 2026. The estimates count
-cycles at 1.75 GHz from the code: latencies of 30 cycles for shared memory, 450 for global memory, 35
-for a step of a float64 sum across a warp, 75 for a dependent division, 64 float64 products a clock.
-At 64 x 784 they are, in cycles: magnitude 7000, Gram matrix 34 000 (26 600 if the products alone
-counted), tridiagonal form 60 000 (930 a column: two warp sums, a root and a division, the update,
-one barrier), Sturm counts 14 000 (9 passes of 64 points an end), pivots and vectors of T 8000,
-reflectors 10 000, two products with the matrix 20 000.
+cycles at 1.75 GHz from the code: latencies of 30 cycles for shared memory, 450 for global memory,
+35 for a step of a float64 sum across a warp, 75 for a dependent division, 64 float64 products a
+clock. At 64 x 784 they are, in cycles: magnitude 11 000, Gram matrix 34 000 (26 600 if the products
+alone counted), tridiagonal form 65 000 (1000 a column: two warp sums, a root and a division, the
+update, one barrier), Sturm counts 14 000 (9 passes), pivots and vectors of T 8000, reflectors
+10 000, two products with the matrix 20 000.
 
 ## Registers
 

@@ -1,4 +1,4 @@
-// The two ends of the spectrum of a small Gram matrix through its tridiagonal form, by one block.
+// The two ends of the spectrum of M through the tridiagonal form of its Gram matrix, by one block.
 //
 // Jacobi finds all singular vectors; the operators ask for two. Here G = Q T Q^T (Householder), the
 // ends of T by Sturm counts, two vectors of T by twisted factorisations, back through Q, and then
@@ -14,11 +14,11 @@
 //    threshold plus and minus noise. Where the two differ, or where zero is not told from the
 //    smallest eigenvalue that counts, the block refuses.
 // 2. Triplets. For the thin vector u: w = M u, sigma = |w|, v = w / sigma, r = M^T v - sigma u.
-//    Then M - r u^T ... has the triplet exactly: (sigma, u, v) belongs to a matrix at a distance
-//    |r|, as that of a bidiagonal SVD does. It is accepted if
+//    Since r^T u = v^T M u - sigma = 0, (sigma, u, v) is exactly a triplet of M - v r^T: backward
+//    stable, as a bidiagonal SVD is, if |r| is small. It is accepted if
 //        |r| <= 4 sqrt(n + p) eps sigma_max   and   |sigma^2 - lambda| <= noise,
-//    the second to tie it to the eigenvalue that was counted. sigma is the root of a Rayleigh
-//    quotient, so its own error is only |r|^2 / gap.
+//    the second to tie it to the eigenvalue that was counted. sigma is a Rayleigh quotient, so its
+//    own error is only |r|^2 / gap.
 // 3. Refinement. With u from T alone, |r| = |G u - lambda u| / sigma is about eps kappa sigma_max.
 //    One step of Newton's method with the residual from M,
 //        (G - lambda) delta = -sigma r,   delta orthogonal to u,
@@ -36,7 +36,7 @@ namespace immunize_ext::spectrum {
 
 constexpr int kSections = 256;  // points at which a block counts, half of them for either end
 constexpr int kChunks = 4;      // a lane holds entries lane + 32 c of a vector
-constexpr int kMostEnds = kWarp * kChunks;
+constexpr int kMostEnds = kWarp * kChunks;  // the largest side
 constexpr int kRefinements = 3;
 // Off-diagonal parts whose squares sum to less are zero: far below eps lambda_max, and far above
 // where the squares lose digits.
@@ -874,7 +874,7 @@ __device__ __forceinline__ Triplets extremes_by_tridiagonal(
     __syncwarp();
   }
 
-  // Three phases in turn: u from T or with Newton's step, u with Newton's step, v.
+  // u from T; then, in turn, Newton's step for u, the correction of v, and u measured once more.
   const double tolerance =
       4.0 * sqrt(static_cast<double>(m) + static_cast<double>(t)) * kEps * sigma_max;
   Two lengths{};
