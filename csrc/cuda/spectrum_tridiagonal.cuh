@@ -34,8 +34,9 @@
 
 namespace immunize_ext::spectrum {
 
-constexpr int kSections = 256;  // points at which a block counts, half of them for either end
-constexpr int kChunks = 4;      // a lane holds entries lane + 32 c of a vector
+constexpr int kSections = 256;   // points at which a block counts, half of them for either end
+constexpr int kMostPasses = 20;  // one warp, with 16 points an end, needs 13
+constexpr int kChunks = 4;       // a lane holds entries lane + 32 c of a vector
 constexpr int kMostEnds = kWarp * kChunks;  // the largest side
 constexpr int kRefinements = 3;
 // Off-diagonal parts whose squares sum to less are zero: far below eps lambda_max, and far above
@@ -260,9 +261,9 @@ find_ends(const TridiagonalSpace& q, double norm, int top, int bottom) {
   double high[2] = {norm, norm};
   bool broken = false;
   __syncthreads();
-  for (int pass = 0; pass < 64; ++pass) {
+  for (int pass = 0; pass < kMostPasses; ++pass) {
     const double widest = fmax(high[0] - low[0], high[1] - low[1]);
-    if (!(widest > 0.5 * kEps * norm)) {
+    if (!(widest > 2.0 * kEps * norm)) {  // two numbers may lie eps apart
       break;
     }
     const double step[2] = {(high[0] - low[0]) / (points + 1), (high[1] - low[1]) / (points + 1)};
