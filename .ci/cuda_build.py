@@ -71,7 +71,7 @@ cycles at 1.75 GHz from the code: latencies of 30 cycles for shared memory, 450 
 35 for a step of a float64 sum across a warp, 75 for a dependent division, 64 float64 products a
 clock. At 64 x 784 they are, in cycles: magnitude 11 000, Gram matrix 34 000 (26 600 if the products
 alone counted), tridiagonal form 65 000 (1000 a column: two warp sums, a root and a division, the
-update, one barrier), Sturm counts 14 000 (9 passes), pivots and vectors of T 8000, reflectors
+update, one barrier), Sturm counts 14 000 (8 passes), pivots and vectors of T 8000, reflectors
 10 000, two products with the matrix 20 000.
 
 ## Registers
