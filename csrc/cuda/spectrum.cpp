@@ -1,10 +1,11 @@
 // The engine of the spectrum operators on CUDA; the operators stand in ../spectrum.cpp.
 //
 // Matrices whose thin side fits the shared memory of a block (t <= 116 with 163 KiB, 136 with 227
-// KiB) are decomposed by one block each. A few larger ones go through the library's eigendecomposition
-// of the thin Gram matrix (thin_gram.h), with what it cannot prove, and many of them, by the blocked
-// route. Everything runs on the current stream of the tensor's device and allocates through torch's
-// allocator.
+// KiB) have one block each: up to a side of 128 for their two ends alone (spectrum_tridiagonal.cuh),
+// and for a decomposition where those are not proven. A few larger ones go through the library's
+// eigendecomposition of the thin Gram matrix (thin_gram.h), with what it cannot prove, and many of
+// them, by the blocked route. Everything runs on the current stream of the tensor's device and
+// allocates through torch's allocator.
 //
 // What waits for the GPU. The forward operators read one integer back, to raise for NaN and
 // infinity as the CPU operators do. On the blocked route they also look after each sweep whether the
@@ -245,9 +246,14 @@ void decompose_by_kernels(
     const Tensor first_bad = at::full({1}, INT_MAX, flag);
     dispatch(a.matrices, [&](auto type) {
       using T = decltype(type);
+      const T* matrices = a.matrices.const_data_ptr<T>();
+      const Outputs out = outputs(results, a, 0);
+      int* bad = first_bad.mutable_data_ptr<int>();
+      const bool tried = spectrum::launch_small_ends<T>(
+          matrices, a.batch, spectrum::ends_plan(a.n, a.p), policy, out, bad, stream);
       spectrum::launch_small_extremes<T>(
-          a.matrices.const_data_ptr<T>(), a.batch, plan, policy, outputs(results, a, 0),
-          work.mutable_data_ptr<double>(), grid, first_bad.mutable_data_ptr<int>(), stream);
+          matrices, a.batch, plan, policy, out, /*refused_only=*/tried,
+          work.mutable_data_ptr<double>(), grid, bad, stream);
     });
     check_finite_batch(op, name, first_bad, a.batch);
     return;

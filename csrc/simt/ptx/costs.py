@@ -154,6 +154,15 @@ def small_problem(m: ModuleType, dtype: str, batch: int, n: int, p: int, of_gram
     m.spectrum.small_gradient(a, forward, gradients(batch, of_gram), tolerance, tolerance)
 
 
+def ends_problem(m: ModuleType, dtype: str, n: int, p: int) -> None:
+    """Extremes of features that need no Jacobi."""
+    import numpy as np
+
+    a = np.random.default_rng(0).standard_normal((1, n, p)).astype(dtype)
+    tolerance = max(n, p) * float(np.finfo(a.dtype).eps)
+    m.spectrum.small_extremes(a, tolerance, tolerance)
+
+
 def large_problem(m: ModuleType, dtype: str, n: int, p: int) -> None:
     """Extremes by the blocked route, of columns that are nearly orthogonal: a sweep or two."""
     import numpy as np
@@ -174,6 +183,7 @@ PROBLEMS: Sequence[Problem] = (
     ("8 of 8 x 8", lambda m: small_problem(m, "float32", 8, 8, 8, True)),
     ("32 x 128", lambda m: small_problem(m, "float32", 1, 32, 128, True)),
     ("32 x 128", lambda m: small_problem(m, "float64", 1, 32, 128, False)),
+    ("64 x 784", lambda m: ends_problem(m, "float64", 64, 784)),
     ("64 x 80", lambda m: large_problem(m, "float32", 64, 80)),
 )
 
