@@ -49,6 +49,8 @@ KERNELS = (
     "merge_apply",
     "merge_apply_backward",
     "precondition",
+    "regularizer",
+    "regularizer_backward",
 )
 # Prints the kernels of a device that are registered.
 REGISTERED = """
@@ -168,7 +170,7 @@ def phases(architecture: str | None, staging: Path) -> list[Phase]:
         # A process each: one that crashes takes no other tests along.
         *(
             Phase(f"{part}-suite", pytest(f"python_tests/gpu/test_gpu_{part}.py"), 60)
-            for part in ("spectrum", "merge", "symmetric", "precondition")
+            for part in ("spectrum", "regularizers", "merge", "symmetric", "precondition")
         ),
         Phase("racecheck", sanitized("racecheck", "-x", small, "-k", "float64"), 60, uncached),
         bench("spectrum-more", "spectrum", 60, "side-32-33", "hessian-2048", "groups-20x100x768"),

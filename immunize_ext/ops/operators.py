@@ -665,13 +665,14 @@ _FUSED = frozenset(name for name in _PUBLIC if has_kernel(name, "cpu"))
 def is_fused(name: str, matrix: Tensor) -> bool:
     """Whether an operator that is differentiated in C++ can serve in place of a composition.
 
-    It is differentiated in reverse mode alone, by no transform, and has a kernel for the CPU alone;
+    It is differentiated in reverse mode alone, by no transform, and needs a kernel for the device;
     a graph that is traced here may later be run under any transform.
     """
+    device = matrix.device.type
     return (
         name in _FUSED
         and not torch.compiler.is_compiling()
-        and matrix.device.type == "cpu"
+        and (device == "cpu" or (device == "cuda" and has_kernel(name, device)))
         and not torch._C._are_functorch_transforms_active()
         and not carries_tangent(matrix)
     )

@@ -5,8 +5,8 @@ rest. ``r_well`` and ``r_ill`` take the matrix S itself; ``gram_r_well`` and ``g
 features x and act on K = x^T x without forming it. The Frobenius part never goes through singular
 vectors, so it has no singularity at repeated or zero singular values.
 
-For plain CPU tensors each of them is one fused operator, since the Python of a composition would
-cost more than its arithmetic. Under ``torch.func``, ``vmap``,
+For plain tensors on the CPU or a GPU each of them is one fused operator, since the Python of a
+composition and its launches would cost more than its arithmetic. Under ``torch.func``, ``vmap``,
 ``torch.compile``, forward mode, and with tensors as normalisers they are the composition.
 
 Gradients, with u, v the singular vectors and D the denominator of R_ill:
@@ -94,6 +94,12 @@ def _fused(
     value, _, multiplicity, *_ = torch.ops.immunize_ext.regularizer(
         s, gram, ill, normaliser, floor, *policy
     )
+    if s.is_cuda:
+        if torch.cuda.is_current_stream_capturing():
+            return value.to(s.dtype)  # nothing can be read: held at a floor, as when compiled
+        multiplicity = multiplicity.cpu()
+        if bool((multiplicity < 0).any()):  # squares that leave the range of float64
+            return _compose(function, s, policy, normaliser, floor)[0].to(s.dtype)
     if ill and floor is None and _any_zero(multiplicity):
         _refuse_vanishing(multiplicity == 0, function, "x" if gram else "s")
     return value.to(s.dtype)  # autocast may have widened it
