@@ -27,13 +27,11 @@
 #include <tuple>
 
 #include "checks.h"
-#include "regularizer_values.h"
+#include "regularizer.h"
 #include "spectrum.h"
 #include "tensors.h"
 #ifdef IMMUNIZE_EXT_WITH_CUDA
 #include <c10/core/DeviceGuard.h>
-
-#include "cuda/regularizer.h"
 #endif
 
 namespace immunize_ext {
@@ -163,6 +161,42 @@ struct Call {
   }
 };
 
+RegularizerTensors tensors_of(
+    const ExtremesBatch& e,
+    const Tensor& squares,
+    bool ill,
+    const Tensor& value,
+    const Tensor& coefficients) {
+  return {
+      ill ? e.value_min : e.value_max,
+      squares,
+      e.rank,
+      ill ? e.multiplicity_min : e.multiplicity_max,
+      value,
+      coefficients};
+}
+
+// On the host, in float64.
+void evaluate(const RegularizerRules& rules, const RegularizerTensors& t) {
+  const double* extremes = t.extreme.const_data_ptr<double>();
+  const double* squares = t.squared_frobenius.const_data_ptr<double>();
+  const int64_t* ranks = t.rank.const_data_ptr<int64_t>();
+  int64_t* multiplicities = t.multiplicity.mutable_data_ptr<int64_t>();
+  double* values = t.value.mutable_data_ptr<double>();
+  double* c = t.coefficients.mutable_data_ptr<double>();
+  for (int64_t b = 0; b < t.value.size(0); ++b, c += 4) {
+    const RegularizerValue found =
+        regularizer_of(rules, extremes[b], squares[b], ranks[b], multiplicities[b]);
+    values[b] = found.value;
+    c[0] = rules.ill ? 0.0 : found.extreme_weight;
+    c[1] = rules.ill ? found.extreme_weight : 0.0;
+    c[2] = found.norm_weight;
+    c[3] = 1.0;
+    if (found.vanishes)
+      multiplicities[b] = 0;
+  }
+}
+
 using Outputs = std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor>;
 
 Outputs outputs(
@@ -200,24 +234,11 @@ Outputs regularizer(
   const ExtremesBatch& e = parts.extremes;
   const auto options = parts.squared_frobenius.options();
   const Tensor value = at::empty({m.batch}, options);
-  const Tensor coefficients = at::zeros({m.batch, 4}, options);
-  double* values = value.mutable_data_ptr<double>();
-  double* c = coefficients.mutable_data_ptr<double>();
-  const double* extremes = (ill ? e.value_min : e.value_max).const_data_ptr<double>();
-  const double* squares = parts.squared_frobenius.const_data_ptr<double>();
-  const int64_t* ranks = e.rank.const_data_ptr<int64_t>();
-  int64_t* multiplicities =
-      (ill ? e.multiplicity_min : e.multiplicity_max).mutable_data_ptr<int64_t>();
-  for (int64_t b = 0; b < m.batch; ++b, c += 4) {
-    const RegularizerValue found =
-        regularizer_of(call.rules, extremes[b], squares[b], ranks[b], multiplicities[b]);
-    c[ill ? 1 : 0] = found.extreme_weight;
-    c[2] = found.norm_weight;
-    c[3] = factors.defined() ? factors.const_data_ptr<double>()[b] : 1.0;
-    // In units of x.
-    values[b] = std::ldexp(found.value, -degree_of(gram, ill) * std::ilogb(c[3]));
-    if (found.vanishes)
-      multiplicities[b] = 0;  // which tells the caller
+  const Tensor coefficients = at::empty({m.batch, 4}, options);
+  evaluate(call.rules, tensors_of(e, parts.squared_frobenius, ill, value, coefficients));
+  if (factors.defined()) {
+    coefficients.select(1, 3).copy_(factors);
+    value.copy_(times_powers(value, factors, -degree_of(gram, ill)));
   }
   return outputs(x, m, e, gram, ill, value, coefficients);
 }
@@ -304,13 +325,16 @@ Outputs regularizer_cuda(
   const auto options = e.value_max.options();
   const Tensor squares =
       gram ? e.squared_frobenius : m.matrices.to(at::kDouble).square().sum({1, 2});
-  const Tensor value = at::empty({m.batch}, m.matrices.options());
+  // Tensors on the CPU come from tests of what is composed here.
+  const bool on_card = x.is_cuda();
+  const Tensor value = at::empty({m.batch}, on_card ? m.matrices.options() : options);
   const Tensor coefficients = at::empty({m.batch, 4}, options);
+  const RegularizerTensors t = tensors_of(e, squares, ill, value, coefficients);
   const Range& range = range_of(m, gram);
-  regularizer_on_device(
-      {ill ? e.value_min : e.value_max, squares, e.rank,
-       ill ? e.multiplicity_min : e.multiplicity_max, value, coefficients},
-      call.rules, range.least, range.most);
+  if (on_card)
+    regularizer_on_device(t, call.rules, range.least, range.most);
+  else
+    evaluate(call.rules, t);
   return outputs(x, m, e, gram, ill, value, coefficients);
 }
 

@@ -1,6 +1,6 @@
 // The launch of the kernel of the regularizers; the operators stand in ../regularizer.cpp.
 
-#include "regularizer.h"
+#include "../regularizer.h"
 
 #include <ATen/cuda/CUDAContext.h>
 
@@ -21,7 +21,7 @@ void launch(const RegularizerTensors& t, const RegularizerRules& rules, double l
   const regularizer::Values<T> values{
       t.extreme.const_data_ptr<double>(), t.squared_frobenius.const_data_ptr<double>(),
       t.rank.const_data_ptr<int64_t>(),   t.multiplicity.mutable_data_ptr<int64_t>(),
-      t.value.mutable_data_ptr<T>(),      t.weights.mutable_data_ptr<double>()};
+      t.value.mutable_data_ptr<T>(),      t.coefficients.mutable_data_ptr<double>()};
   regularizer::launch_regularizer_values<T>(
       values, rules, least, most, t.extreme.size(0), at::cuda::getCurrentCUDAStream());
 }

@@ -292,8 +292,11 @@ void go_on_by_kernels(
     const ExtremesBatch& results) {
   const int64_t count = static_cast<int64_t>(unproven.index.size());
   const MatrixBatch rotated{at::stack(unproven.rotated), count, a.thin(), std::max(a.n, a.p)};
-  const ExtremesBatch found(rotated, wanted, /*of_gram=*/false);
-  decompose_by_kernels(op, name, rotated, policy, found);
+  ExtremesBatch found(rotated, wanted, /*of_gram=*/false);
+  if (a.matrices.is_cuda())
+    decompose_by_kernels(op, name, rotated, policy, found);
+  else
+    found = cpu_spectrum.extremes(op, name, rotated, policy, wanted, /*of_gram=*/false);
   const Tensor basis = at::stack(unproven.basis), scale = at::tensor(unproven.scale, float64(a));
   const Tensor index = at::tensor(unproven.index, results.rank.options());
   const auto put = [&index](Tensor to, const Tensor& from) { to.index_copy_(0, index, from); };
@@ -326,7 +329,8 @@ ExtremesBatch extremes_of(
   const ExtremesBatch results(a, wanted, of_gram);
   if (a.batch == 0)
     return results;
-  // What is composed of torch operators runs on any device, and is tested on the CPU.
+  // What is composed of torch operators runs on any device, and is tested on the CPU, whose own
+  // engine then stands in for the kernels.
   const bool on_card = a.matrices.is_cuda();
   if (on_card && (is_capturing() || a.batch > kLibraryBatch ||
                   spectrum::is_small(a.n, a.p, at::cuda::getCurrentCUDAStream()))) {
@@ -371,6 +375,8 @@ Incoming pointers(const GradientInputs& in, const MatrixBatch& a, int64_t first)
 
 Tensor gradient_of(
     const char* op, const MatrixBatch& a, const GradientInputs& in, const Policy& policy) {
+  if (!a.matrices.is_cuda())
+    return cpu_spectrum.gradient(op, a, in, policy);
   check_limits(op, "the matrices", a);
   const Tensor grad = at::empty_like(a.matrices);
   if (a.batch > 0) {
