@@ -170,11 +170,12 @@ def regularizers() -> None:
                         )
                         results.append([*found[:3], grad])
                     for number, (right, ours) in enumerate(zip(*results, strict=True)):
-                        eps = torch.finfo(dtype).eps if number in (0, 3) else 1e-10
-                        scale = float(right.abs().max())
+                        bound = max(4 * torch.finfo(dtype).eps, 1e-10) * float(right.abs().max())
                         same = ours.dtype == right.dtype and ours.shape == right.shape
-                        if not (same and float((ours - right).abs().max()) <= 4 * eps * scale):
-                            sys.exit(f"cuda_compositions: regularizer {arguments}: {number} differs")
+                        if not (same and float((ours - right).abs().max()) <= bound):
+                            sys.exit(
+                                f"cuda_compositions: regularizer {arguments}: {number} differs"
+                            )
     print("  regularizers: as on the CPU")
 
 

@@ -91,8 +91,6 @@ def test_squares_out_of_range_are_marked(kernels: Any, ill: bool) -> None:
 
 
 def test_zero_is_in_range(kernels: Any) -> None:
-    value, _, counts = run(
-        kernels, np.zeros((1, 5)), ill=False, rank=np.zeros(1, dtype=np.int64)
-    )
+    value, _, counts = run(kernels, np.zeros((1, 5)), ill=False, rank=np.zeros(1, dtype=np.int64))
     assert value[0] == 0.0
     assert counts[0] == 1
