@@ -106,6 +106,25 @@ def large_features(t: int, k: int) -> None:
     refused("NaN in large features", "extremal_singular_values", bad, tolerance, tolerance, False)
 
 
+def short_of_rank() -> None:
+    """A tolerance of the rank far above the noise of the Gram matrix, as float32 features have."""
+    t, k, lost = 150, 170, 30
+    u, _ = torch.linalg.qr(normal(t, t, seed=5))
+    v, _ = torch.linalg.qr(normal(k, t, seed=6))
+    known = torch.linspace(1.0, 0.1, t - lost, dtype=torch.float64)
+    sigma = torch.cat([known, torch.zeros(lost, dtype=torch.float64)])
+    x = ((u * sigma) @ v.mT).unsqueeze(0)
+    call = torch.ops.immunize_ext.extremal_singular_values.default.redispatch
+    for full in (False, True):
+        expected, found = (call(keys, x, 1e-4, 1e-9, full) for keys in (CPU, CUDA))
+        for number, (right, ours) in enumerate(zip(expected, found, strict=True)):
+            if number >= 5:  # vectors up to their common sign
+                right, ours = right.abs(), ours.abs()
+            if not torch.allclose(ours.double(), right.double(), rtol=0, atol=1e-10):
+                sys.exit(f"cuda_compositions: short of rank, full {full}: output {number} differs")
+    print("  features short of rank: as on the CPU")
+
+
 def unproven_features() -> None:
     """What the Gram matrix cannot decide goes on from its eigenvectors, and comes back in place."""
     t, k = 150, 170
@@ -183,5 +202,6 @@ if __name__ == "__main__":
     torch.set_num_threads(1)
     for shape in ((150, 170), (200, 200), (300, 900)):
         large_features(*shape)
+    short_of_rank()
     unproven_features()
     regularizers()

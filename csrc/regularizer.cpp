@@ -320,8 +320,9 @@ Outputs regularizer_cuda(
   const MatrixBatch m = as_batch(name_of(gram, ill), gram ? "x" : "s", x);
   const c10::OptionalDeviceGuard guard(x.device());
   const Call call(m, gram, ill, normaliser, floor, rank_rtol, cluster_rtol, full_rank);
-  const ExtremesBatch e =
-      cuda_spectrum.extremes(call.op, call.name, m, call.policy, Wanted{}, gram);
+  Wanted wanted = call.wanted;
+  wanted.long_vectors = true;  // the kernels write them anyway
+  const ExtremesBatch e = cuda_spectrum.extremes(call.op, call.name, m, call.policy, wanted, gram);
   const auto options = e.value_max.options();
   const Tensor squares =
       gram ? e.squared_frobenius : m.matrices.to(at::kDouble).square().sum({1, 2});

@@ -267,6 +267,7 @@ class Regularizer : public Function<Regularizer> {
       double cluster_rtol,
       bool full_rank) {
     at::AutoDispatchBelowADInplaceOrView below;
+    ctx->set_materialize_grads(false);  // of all but the value: a launch for each on a device
     auto [value, coefficients, multiplicity, thin_vector, companion] =
         call_forward(x, gram, ill, normaliser, floor, rank_rtol, cluster_rtol, full_rank);
     ctx->save_for_backward({x, coefficients, multiplicity, thin_vector, companion});
@@ -290,6 +291,8 @@ class Regularizer : public Function<Regularizer> {
           ctx->saved_data["full_rank"].toBool());
     };
     variable_list out(8);
+    if (!grads[0].defined())
+      return out;
     const Tensor moving = grads[0]._fw_grad(/*level=*/0);
     // A dual cotangent: the gradient is linear in it.
     out[0] = moving.defined()

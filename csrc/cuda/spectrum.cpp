@@ -172,6 +172,7 @@ Unproven decompose_by_library(
     const char* name,
     const MatrixBatch& a,
     const Policy& policy,
+    const Wanted& wanted,
     const ExtremesBatch& results) {
   const Tensor wide = a.matrices.to(at::kDouble);
   const Tensor largest = wide.abs().amax({1, 2}).cpu();
@@ -189,16 +190,27 @@ Unproven decompose_by_library(
   auto count = counts.accessor<int64_t, 2>();
   for (int64_t b = 0; b < a.batch; ++b) {
     const double scale = power_of_two_scale(entry[b]);
-    const Tensor s = (a.wide() ? wide[b] : wide[b].mT()) / scale;
+    // In two steps: on a GPU ATen multiplies by the inverse, which may be infinite.
+    const int exponent = std::ilogb(scale);
+    const Tensor s = (a.wide() ? wide[b] : wide[b].mT()) * std::ldexp(1.0, -exponent / 2) *
+                     std::ldexp(1.0, exponent / 2 - exponent);
     const Tensor gram = s.matmul(s.mT());
     if (results.thin_gram.defined())
       results.thin_gram[b].copy_(gram * scale * scale);  // the square of the scale may overflow
-    const thin_gram::Eigenpairs pairs(gram);
-    const thin_gram::Extremes found = thin_gram::extremes(s, pairs, policy);
+    thin_gram::Extremes found;
+    // Descending, as Jacobi's method brings them.
+    Tensor basis;
+    try {
+      const thin_gram::Eigenpairs pairs(gram);
+      found = thin_gram::extremes(s, pairs, policy, wanted);
+      basis = found.proven ? basis : pairs.u.flip(1);
+    } catch (const c10::LinAlgError&) {  // the library did not converge
+      basis = at::eye(s.size(0), s.options());
+    }
     if (!found.proven) {
       out.index.push_back(b);
-      out.rotated.push_back(pairs.u.mT().matmul(s));
-      out.basis.push_back(pairs.u);
+      out.rotated.push_back(basis.mT().matmul(s));
+      out.basis.push_back(basis);
       out.scale.push_back(scale);
       continue;
     }
@@ -337,7 +349,7 @@ ExtremesBatch extremes_of(
     decompose_by_kernels(op, name, a, policy, results);
     return results;
   }
-  const Unproven unproven = decompose_by_library(op, name, a, policy, results);
+  const Unproven unproven = decompose_by_library(op, name, a, policy, wanted, results);
   if (!unproven.index.empty())
     go_on_by_kernels(op, name, a, unproven, policy, wanted, results);
   return results;

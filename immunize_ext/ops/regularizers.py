@@ -94,7 +94,7 @@ def _fused(
     value, _, multiplicity, *_ = torch.ops.immunize_ext.regularizer(
         s, gram, ill, normaliser, floor, *policy
     )
-    if s.is_cuda:
+    if s.is_cuda and type(multiplicity) is Tensor:
         if torch.cuda.is_current_stream_capturing():
             return value.to(s.dtype)  # nothing can be read: held at a floor, as when compiled
         multiplicity = multiplicity.cpu()
