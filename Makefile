@@ -45,7 +45,7 @@ CPP_SOURCES := $(sort $(shell find csrc -name '*.h' -o -name '*.inl' -o -name '*
 help:  ## this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-14s %s\n", $$1, $$2 }' Makefile
 
-build: $(STAMPS)/build  ## environment and compiled operators
+build: $(STAMPS)/build $(STAMPS)/help  ## environment and compiled operators
 
 test: $(STAMPS)/build $(STAMPS)/test  ## all tests, on $(JOBS) processes
 	$(BIN)/python -m pytest -n $(JOBS) --dist worksteal $(PYTEST_ARGS)
@@ -115,7 +115,8 @@ sdist: $(STAMPS)/build $(STAMPS)/lint  ## source package in dist/
 
 clean:  ## remove what was built, keep the environment
 	rm -rf build dist *.egg-info .mypy_cache .ruff_cache .pytest_cache .import_linter_cache
-	rm -f immunize_ext/_C*.so immunize_ext/_build_info.json $(STAMPS)/build
+	rm -f immunize_ext/_C*.so immunize_ext/_build_info.json immunize_ext/_help.json
+	rm -f $(STAMPS)/build $(STAMPS)/help
 	find immunize_ext python_tests benchmarks -name __pycache__ -type d -prune -exec rm -rf {} +
 
 distclean: clean  ## remove the environment as well
@@ -157,6 +158,12 @@ $(STAMPS)/build: $(STAMPS)/package $(NATIVE)
 	$(BIN)/python setup.py --quiet build_ext --inplace
 	@$(BIN)/python -c 'from immunize_ext import _load; _load.require_compiled("make"); \
 	  print("immunize_ext:", _load.status().reason)'
+	touch $@
+
+# What --help shows, ahead of the first time: the flags of every method that can be imported here.
+$(STAMPS)/help: $(wildcard immunize_ext/*.py immunize_ext/*/*.py immunize_ext/*/*/*.py) | \
+  $(STAMPS)/build
+	$(BIN)/python -c 'from immunize_ext import cli; cli.keep_help()'
 	touch $@
 
 # The extras of the package that is installed above. torch is named again so that no dependency

@@ -45,8 +45,31 @@ def suggestion(name: object, known: Iterable[str]) -> str:
         'known are seed, steps'
     """
     names = list(known)
-    near = difflib.get_close_matches(str(name), names, n=1)
-    return f"did you mean {near[0]}" if near else f"known are {', '.join(names)}"
+    return meant(name, names) or f"known are {', '.join(names)}"
+
+
+def meant(name: object, known: Iterable[str]) -> str:
+    """What was probably meant, or nothing.
+
+    Example:
+        >>> meant("sede", ["seed", "steps"]), meant("x", ["seed", "steps"])
+        ('did you mean seed', '')
+    """
+    known = list(known)
+    folded = {word.casefold(): word for word in known}
+    near = difflib.get_close_matches(str(name).casefold(), folded, n=1)
+    return f"did you mean {folded[near[0]]}" if near else ""
+
+
+def hint(name: object, known: Iterable[str]) -> str:
+    """What was probably meant, as the end of a message.
+
+    Example:
+        >>> f"got 'sede'{hint('sede', ['seed', 'steps'])}"
+        "got 'sede'; did you mean seed"
+    """
+    found = meant(name, known)
+    return f"; {found}" if found else ""
 
 
 # --- what a dataclass says about its fields -------------------------------------------------------
@@ -150,6 +173,13 @@ def _words(kind: Any) -> str:
         else:
             found.append(simple.get(option, getattr(option, "__name__", str(option))))
     return " or ".join(found)
+
+
+def literals_of(kind: Any) -> list[str]:
+    """The texts that a type names, also inside a list."""
+    inner = [part for option in options_of(kind) for part in (option, *typing.get_args(option))]
+    named = [part for part in inner if typing.get_origin(part) is Literal]
+    return [str(value) for part in named for value in typing.get_args(part)]
 
 
 def _has_type(value: Any, kind: Any) -> bool:
@@ -307,8 +337,15 @@ def typed(
         try:
             found[name] = _convert(value, known[name].type)
         except _WrongKindError:
+            several = isinstance(value, (tuple, list))
+            near = [
+                hint(one, literals_of(known[name].type))
+                for one in (value if several else [value])
+                if isinstance(one, str)
+            ]
             raise ValueError(
                 f"{said(name)} must be {_words(known[name].type)}, got {value!r}"
+                f"{next(filter(None, near), '')}"
             ) from None
     return found
 

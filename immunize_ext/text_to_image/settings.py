@@ -6,15 +6,16 @@ import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from itertools import product
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
-from immunize_ext.settings import check_types, settings_of
+from immunize_ext.settings import check_types, hint, settings_of
 from immunize_ext.text_to_image.attacks import (
     ATTACKS,
     TextToImageAttack,
     asked_by,
     registered_name,
 )
+from immunize_ext.text_to_image.attacks.prompts import PromptVariant
 from immunize_ext.text_to_image.digits.images import DIGIT_NAMES
 from immunize_ext.text_to_image.immunizers import METHODS, LossAscent, TextToImageImmunizer
 
@@ -33,6 +34,11 @@ def _check_attacks(
         ATTACKS.find(name, "attacks")
     if len(set(prompts)) < len(prompts):
         raise ValueError(f"prompts must be different wordings, got {list(prompts)}")
+    known = get_args(PromptVariant)
+    for prompt in prompts:
+        # A text without a space is a wording misspelt sooner than a prompt.
+        if " " not in prompt and prompt not in known and (near := hint(prompt, known)):
+            raise ValueError(f"prompts must be wordings or texts, got {prompt!r}{near}")
 
 
 @dataclass(frozen=True)

@@ -10,6 +10,7 @@ from typing import Any
 import torch
 
 from immunize_ext._extras import require_extra
+from immunize_ext.settings import hint, suggestion
 from immunize_ext.text_to_image.concepts import Concept, ConceptSet, load_concepts
 from immunize_ext.text_to_image.digits.concepts import digit_concept, digit_concepts
 from immunize_ext.text_to_image.digits.images import DIGIT_NAMES
@@ -91,6 +92,7 @@ def check_model(settings: ModelSettings) -> None:
         raise FileNotFoundError(
             f"model: must be a folder with model_index.json, got {settings.model}; give what "
             "DiffusionPipeline.save_pretrained wrote, or leave it out for the digits"
+            f"{hint(settings.model, [DIGITS])}"
         )
     if settings.concepts is None:
         raise ValueError("concepts: must name a concepts.yaml for a model of your own, got none")
@@ -158,8 +160,10 @@ def _chosen(setting: str, name: str | None, everything: Mapping[str, Concept]) -
     if name is None:
         return None
     if name not in everything:
-        known = ", ".join(everything)
-        raise ValueError(f"{setting}: must be a concept of the model, got {name!r}; {known}")
+        raise ValueError(
+            f"{setting}: must be a concept of the model, got {name!r}; "
+            f"{suggestion(name, everything)}"
+        )
     return everything[name]
 
 

@@ -18,6 +18,7 @@ from immunize_ext.probing.data.house_prices import house_prices_task
 from immunize_ext.probing.data.mnist import load_mnist, mnist_task
 from immunize_ext.probing.data.samples import Samples
 from immunize_ext.probing.data.task import Task
+from immunize_ext.settings import hint
 from immunize_ext.storage import tensor_digest
 
 TaskT = TypeVar("TaskT")
@@ -152,7 +153,7 @@ def check_names(data: str, primary: str | None, harmful: tuple[str, ...]) -> Non
     if not file and data not in _DEFAULTS:
         raise ValueError(
             f"data must be digits, mnist, house or a file ending in {' or '.join(FILES)}, got "
-            f"{data!r}"
+            f"{data!r}{hint(data, (*_DEFAULTS, 'house'))}"
         )
     for text in (data, primary, *harmful):
         if text is not None and text.endswith(FILES) and not Path(text).is_file():
