@@ -647,7 +647,7 @@ def parsers() -> dict[str, CommandParser]:
 
     Those of commands whose optional packages are missing are left out.
     """
-    found = {}
+    found: dict[str, CommandParser] = {}
     inner = {"sweep kappa": _sweep_kappa, "sweep mima": _sweep_mima}
     for words, command in {**COMMANDS, **inner}.items():
         prog = f"immunize {words}"

@@ -17,6 +17,7 @@ from types import FrameType
 from typing import TYPE_CHECKING
 
 from immunize_ext.seams import Progress
+from immunize_ext.settings import hint
 
 if TYPE_CHECKING:
     import torch
@@ -88,6 +89,51 @@ class Meter:
             self.seconds += time.perf_counter() - start
             peak = torch.cuda.max_memory_allocated(self._device) if cuda else _process_peak()
             self.peak_memory = max(self.peak_memory, peak)
+
+
+def named_device(name: str, *, here: bool = True) -> torch.device:
+    """A device by its name, where work can be done on it.
+
+    Args:
+        name: ``cpu``, ``cuda``, ``cuda:1``, ``mps`` or another that torch knows.
+        here: Whether this machine has to have it.
+
+    Returns:
+        The device.
+
+    Raises:
+        ValueError: If there is none of that name; one line says what to do.
+
+    Example:
+        >>> named_device("cpu")
+        device(type='cpu')
+        >>> named_device("cdua")
+        Traceback (most recent call last):
+        ValueError: device must be cpu, cuda, cuda:N, mps or xpu, got 'cdua'; did you mean cuda
+    """
+    import torch
+
+    known = ("cpu", "cuda", "mps", "xpu")
+    try:
+        device = torch.device(name)
+    except RuntimeError:
+        device = None
+    if device is None or device.type not in known:
+        raise ValueError(
+            f"device must be cpu, cuda, cuda:N, mps or xpu, got {name!r}{hint(name, known)}"
+        )
+    if not here or device.type == "cpu":
+        return device
+    module = torch.get_device_module(device.type)
+    if not module.is_available():
+        raise ValueError(
+            f"device must be one of this machine, got {name}, which torch {torch.__version__} does "
+            "not find; use --device cpu, or install a torch for that device"
+        )
+    count = module.device_count()
+    if device.index is not None and device.index >= count:
+        raise ValueError(f"device must be one of {count} here, got {name}; counting starts at 0")
+    return device
 
 
 @contextmanager

@@ -19,6 +19,7 @@ from torch import Tensor, nn
 from torch.func import functional_call
 
 from immunize_ext._extras import require_extra
+from immunize_ext.hub import model_folder
 from immunize_ext.storage import check_sealed, digest, new_folder, seal_folder
 from immunize_ext.text_to_image.pipeline_folder import (
     INDEX,
@@ -99,26 +100,31 @@ class TextToImage:
         *,
         dtype: torch.dtype | None = None,
         variant: str | None = None,
+        device: torch.device | str = "cpu",
     ) -> TextToImage:
-        """Load a pipeline from a folder.
+        """Load a pipeline from a folder, or by its name on huggingface.co.
 
         Args:
-            path: A folder in diffusers' layout with safetensors files. Nothing is downloaded, and
-                no code of it is run: a folder that asks for code is refused.
+            path: A folder in diffusers' layout with safetensors files, or ``owner/model`` (with
+                ``@revision`` where it matters), which is fetched once. No code of it is run: a
+                folder that asks for code is refused.
             dtype: Data type of all parts; the one that the denoiser was saved in when omitted.
             variant: Which files to read, such as ``"fp16"``; the only one there is when omitted.
+            device: Where it shall be.
 
         Returns:
             The view on it.
 
         Raises:
-            FileNotFoundError: If there is no such folder, or it holds no pipeline.
+            FileNotFoundError: If there is no such folder, it holds no pipeline, or what is named
+                can not be fetched.
             ValueError: If it holds code, classes that diffusers and transformers do not have,
                 pickled weights, another kind of pipeline, or a file that was damaged since
                 :meth:`save` wrote it.
         """
         diffusers = require_extra("diffusers", extra="diffusion", purpose="text-to-image models")
-        function, folder = "TextToImage.from_pretrained", Path(path)
+        function = "TextToImage.from_pretrained"
+        folder = model_folder(path, function=function, index=INDEX, variant=variant)
         if not (folder / INDEX).is_file():
             raise FileNotFoundError(
                 f"{function}: {path} must be a folder with model_index.json; "
@@ -132,7 +138,13 @@ class TextToImage:
             pipeline = diffusers.DiffusionPipeline.from_pretrained(
                 folder, local_files_only=True, use_safetensors=True, variant=variant, **options
             )
-        return cls(pipeline)
+        return cls(pipeline).to(device)
+
+    def to(self, device: torch.device | str) -> TextToImage:
+        """Move every part to a device, in place."""
+        if self.device != torch.device(device):
+            self.pipeline.to(device)
+        return self
 
     def clone(self) -> TextToImage:
         """Copy every part, attention processors and hooks included."""

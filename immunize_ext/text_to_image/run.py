@@ -376,7 +376,7 @@ def _immunized(
     key = digest(kind, plain(method), task.model.digest(), task.fitted.digest())[:16]
     folder = work / f"immunized-{key}"
     if (folder / PIPELINE / INDEX).is_file():
-        return ImmunizedPipeline.load(folder / PIPELINE)
+        return ImmunizedPipeline.load(folder / PIPELINE, device=task.model.device)
     made = method.fit(task.model, task.fitted, progress=progress, resume=folder / "checkpoint")
     made.save(folder / PIPELINE)
     return made
@@ -506,6 +506,7 @@ def attack(
         evaluate_at=steps,
         attack_steps=max(steps[-1], 1),
         images=settings.images or about.images,
+        device=settings.device or about.device,
     )
     attacks = about.chosen_attacks()
     check_model(about)
@@ -519,7 +520,7 @@ def attack(
         _erase(task)
     evaluation = evaluate_text_to_image(
         task.model,
-        ImmunizedPipeline.load(Path(folder) / PIPELINE).model,
+        ImmunizedPipeline.load(Path(folder) / PIPELINE, device=task.model.device).model,
         task.judged,
         attacks=attacks,
         measures=measures,

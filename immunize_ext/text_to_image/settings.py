@@ -8,6 +8,7 @@ from dataclasses import dataclass, field, replace
 from itertools import product
 from typing import Any, Literal, get_args
 
+from immunize_ext.runtime import named_device
 from immunize_ext.settings import check_types, hint, settings_of
 from immunize_ext.text_to_image.attacks import (
     ATTACKS,
@@ -46,9 +47,11 @@ class ModelSettings:
     """A model and its concepts.
 
     Attributes:
-        model: Folder of a pipeline, or ``digits`` for the one that comes with the package.
+        model: Folder of a pipeline, its name on huggingface.co (``owner/model``, fetched once), or
+            ``digits`` for the one that comes with the package.
         concepts: A concepts.yaml; for ``digits`` the targets say it.
         targets: Names of concepts, of the file or of digits; all of the file when empty.
+        device: Where to compute: ``cpu``, ``cuda``, ``cuda:1``.
         dtype: Data type of the weights; ``saved`` for the one they were saved in.
         variant: Which files of weights to read, such as ``fp16``; the only one when omitted.
         image_size: Side that images of the concepts are resized to; the model's own when omitted.
@@ -57,12 +60,14 @@ class ModelSettings:
     model: str = DIGITS
     concepts: str | None = None
     targets: tuple[str, ...] = ()
+    device: str = "cpu"
     dtype: Dtype = "saved"
     variant: str | None = None
     image_size: int | None = None
 
     def __post_init__(self) -> None:
         check_types(self)
+        named_device(self.device, here=False)  # a file may come from another machine
         if self.image_size is not None and self.image_size < 1:
             raise ValueError(f"image_size must be at least 1, got {self.image_size}")
         if len(set(self.targets)) < len(self.targets):
@@ -93,8 +98,8 @@ class RunSettings(ModelSettings):
         sampling_steps: Denoising steps of an image.
         guidance: Guidance scale.
         threshold: Score at which a concept counts as taught again.
-        clip: Folder of a CLIP model to judge with, for models without a judge.
-        dino: Folder of a DINO model, likewise.
+        clip: Folder or hub name of a CLIP model to judge with, for models without a judge.
+        dino: Folder or hub name of a DINO model, likewise.
     """
 
     method: str = "mima"
@@ -217,6 +222,7 @@ class AttackSettings:
         budgets: Steps at which they are judged, the last of which ends them; those of the run when
             empty.
         images: Images for each score; as many as the run had when omitted.
+        device: Where to compute; where the run did when omitted.
     """
 
     attacks: tuple[str, ...] = ("all",)
@@ -224,6 +230,7 @@ class AttackSettings:
     prompts: tuple[str, ...] = ()
     budgets: tuple[int, ...] = ()
     images: int | None = None
+    device: str | None = None
 
     def __post_init__(self) -> None:
         check_types(self)

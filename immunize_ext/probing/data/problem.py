@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
-from typing import Generic, TypeVar
+from typing import Any, Generic, TypeVar
 
 import numpy as np
 import torch
@@ -60,6 +60,20 @@ class Problem(Generic[TaskT]):
     def of(cls, primary: TaskT, *harmful: TaskT, head: nn.Module | None = None) -> Problem[TaskT]:
         """One primary task against the others."""
         return cls(primary, harmful, head)
+
+    def to(
+        self, device: torch.device | str | None = None, dtype: torch.dtype | None = None
+    ) -> Problem[TaskT]:
+        """The problem with its tasks on another device or of another dtype.
+
+        Immunizers and attacks work where the tasks are. Samples that are no :class:`Task` are drawn
+        batch by batch, and stay as they are.
+        """
+        moved: list[Any] = [
+            task.to(device, dtype) if isinstance(task, Task) else task
+            for task in (self.primary, *self.harmful)
+        ]
+        return Problem(moved[0], tuple(moved[1:]), self.head)
 
     def only_harm(self, function: str) -> TaskT:
         """The harmful task of a method that takes one.

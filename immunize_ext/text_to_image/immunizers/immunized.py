@@ -7,6 +7,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+import torch
+
 from immunize_ext.text_to_image.model import TextToImage
 
 _KIND = "immunize_ext.ImmunizedPipeline/1"
@@ -74,11 +76,12 @@ class ImmunizedPipeline:
         self.model.save(path, overwrite=overwrite, extra={_FILE: json.dumps(record, indent=1)})
 
     @classmethod
-    def load(cls, path: str | Path) -> ImmunizedPipeline:
+    def load(cls, path: str | Path, *, device: torch.device | str = "cpu") -> ImmunizedPipeline:
         """Read what :meth:`save` wrote. Runs no code from the files.
 
         Args:
             path: The folder.
+            device: Where the pipeline shall be.
 
         Returns:
             The immunized pipeline.
@@ -102,4 +105,4 @@ class ImmunizedPipeline:
                 f"ImmunizedPipeline.load: {file} must hold {_KIND}, got something else"
             )
         record["warnings"] = tuple(record.get("warnings", ()))
-        return cls(model=TextToImage.from_pretrained(path), **record)
+        return cls(model=TextToImage.from_pretrained(path, device=device), **record)

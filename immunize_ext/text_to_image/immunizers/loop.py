@@ -215,6 +215,7 @@ class Run:
 
     Attributes:
         model: The clone.
+        device: Where it runs.
         names: Names of the concepts.
         pools: One a concept.
         merge: The merge, for methods that have one.
@@ -253,7 +254,10 @@ class Run:
                 f"{immunizer.method}: log_with must name a tracker that is installed, got "
                 f"{immunizer.log_with!r}; pip install it, or leave log_with out"
             )
-        model.pipeline.to(self.accelerator.device)
+        # Alone, the run stays where the model is; of several processes each has a device.
+        alone = self.accelerator.num_processes == 1
+        self.device: torch.device = model.device if alone else self.accelerator.device
+        model.pipeline.to(self.device)
         for part in (model.unet, model.vae, *model.text_encoders):
             part.requires_grad_(False).eval()
         # Left on by the caller, it would compute blocks anew with the denoiser's own parameters.
@@ -301,7 +305,7 @@ class Run:
         if precision == "no":
             return nullcontext()
         dtype = torch.bfloat16 if precision == "bf16" else torch.float16
-        return torch.autocast(self.accelerator.device.type, dtype=dtype)
+        return torch.autocast(self.device.type, dtype=dtype)
 
     def config(self) -> dict[str, Any]:
         """Settings and concepts as plain values."""
@@ -315,7 +319,7 @@ class Run:
     def run(self) -> ImmunizedPipeline:
         """Run to the end."""
         settings = self.settings
-        meter = Meter(self.accelerator.device)
+        meter = Meter(self.device)
         with meter.measure():
             # Steps in half precision would be lost in rounding: what moves is float32 or better.
             leaves = {
