@@ -18,6 +18,7 @@ import dataclasses
 import difflib
 import functools
 import math
+import operator
 import re
 import types
 import typing
@@ -128,8 +129,22 @@ def _settings_of(cls: Any) -> dict[str, Setting]:
             default = field.default_factory()
         if field.init:
             text = texts.get(field.name, "")
-            found[field.name] = Setting(field.name, hints[field.name], default, text)
+            found[field.name] = Setting(field.name, _read_as(hints[field.name]), default, text)
     return found
+
+
+def _read_as(kind: Any) -> Any:
+    """A type without the names that it lists beside any text: editors alone want to know them."""
+    options = options_of(kind)
+    if str in options:
+        options = tuple(option for option in options if typing.get_origin(option) is not Literal)
+    options = tuple(
+        tuple[_read_as(typing.get_args(option)[0]), ...]  # type: ignore[misc]
+        if typing.get_origin(option) is tuple
+        else option
+        for option in options
+    )
+    return functools.reduce(operator.or_, options)
 
 
 def plain(value: Any) -> Any:

@@ -28,6 +28,7 @@ from immunize_ext.probing import comparison_report
 from immunize_ext.probing import report as pages
 from immunize_ext.probing.attacks import (
     ATTACKS,
+    AttackName,
     LossName,
     attack_at_budgets,
     compare_attack,
@@ -42,7 +43,7 @@ from immunize_ext.probing.evaluation import (
     needs_samples,
     standard_attacks,
 )
-from immunize_ext.probing.immunizers import METHODS, Immunized, grid_of, knob_of
+from immunize_ext.probing.immunizers import METHODS, Immunized, MethodName, grid_of, knob_of
 from immunize_ext.probing.immunizers import label_of as method_label
 from immunize_ext.probing.results import Alternative, AttackRow
 from immunize_ext.runtime import named_device
@@ -109,7 +110,7 @@ class MeasureSettings:
     rank_rtol: float | None = None
     size: int = 28
     max_train: int | None = None
-    attacks: tuple[str, ...] = ()
+    attacks: tuple[AttackName | Literal["all"] | str, ...] = ()
     attack_settings: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
     loss: LossName = "squared"
     base_budget: int = 1000
@@ -203,8 +204,8 @@ class RunSettings(MeasureSettings):
 
     primary: str | None = None
     harmful: tuple[str, ...] = ()
-    method: str = "closed-form"
-    compare: tuple[str, ...] = ()
+    method: MethodName | str = "closed-form"
+    compare: tuple[MethodName | str, ...] = ()
     seed: int = 0
 
     def __post_init__(self) -> None:
@@ -522,7 +523,7 @@ class AttackSettings:
         device: Where to compute; where the run did when omitted.
     """
 
-    attacks: tuple[str, ...] = ("all",)
+    attacks: tuple[AttackName | Literal["all"] | str, ...] = ("all",)
     attack_settings: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
     tasks: tuple[Literal["harmful", "primary"], ...] = ROLES
     loss: LossName | None = None
@@ -742,7 +743,7 @@ class SweepSettings(MeasureSettings):
     """
 
     pairs: tuple[str, ...] = ("all",)
-    methods: tuple[str, ...] = ("closed-form",)
+    methods: tuple[MethodName | str, ...] = ("closed-form",)
     strengths: Mapping[str, Any] = field(default_factory=dict)
     frontier: bool = False
     seeds: tuple[int, ...] = (0,)

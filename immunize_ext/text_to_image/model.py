@@ -12,7 +12,7 @@ import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any, Literal, NamedTuple
+from typing import Any, Literal, NamedTuple, TypeAlias
 
 import torch
 from torch import Tensor, nn
@@ -52,6 +52,10 @@ class Conditioning(NamedTuple):
         return Conditioning(self.hidden[index], pooled, self.mask[index])
 
 
+ModelLike: TypeAlias = "TextToImage | str | Path | Any"
+"""A model, a diffusers pipeline, a folder or a name: what :meth:`TextToImage.of` takes."""
+
+
 class TextToImage:
     """A thin view on a diffusers text-to-image pipeline (Stable Diffusion 1, 2 or XL).
 
@@ -87,6 +91,31 @@ class TextToImage:
         self.tokenizers: list[Any] = [getattr(pipeline, f"tokenizer{n}") for n in names]
         _check_kind(pipeline, self.unet)
         self.scheduler: Any = diffusers.DDPMScheduler.from_config(pipeline.scheduler.config)
+
+    @classmethod
+    def of(cls, model: ModelLike) -> TextToImage:
+        """A model as it is, or the view on what is given.
+
+        Args:
+            model: A :class:`TextToImage`, a diffusers pipeline, or what :meth:`from_pretrained`
+                takes: a folder, or a name on huggingface.co.
+
+        Returns:
+            The view; a pipeline is not copied.
+
+        Raises:
+            FileNotFoundError: If what is named is not there.
+            ValueError: If it is a model of another kind.
+
+        Example:
+            >>> from immunize_ext.text_to_image.digits.pipeline import load_digits_pipeline
+            >>> pipeline = load_digits_pipeline()
+            >>> TextToImage.of(pipeline).pipeline is pipeline
+            True
+        """
+        if isinstance(model, TextToImage):
+            return model
+        return cls.from_pretrained(model) if isinstance(model, (str, Path)) else cls(model)
 
     @classmethod
     def from_pipeline(cls, pipeline: Any) -> TextToImage:

@@ -12,13 +12,19 @@ from immunize_ext.runtime import named_device
 from immunize_ext.settings import check_types, hint, settings_of
 from immunize_ext.text_to_image.attacks import (
     ATTACKS,
+    AttackName,
     TextToImageAttack,
     asked_by,
     registered_name,
 )
 from immunize_ext.text_to_image.attacks.prompts import PromptVariant
 from immunize_ext.text_to_image.digits.images import DIGIT_NAMES
-from immunize_ext.text_to_image.immunizers import METHODS, LossAscent, TextToImageImmunizer
+from immunize_ext.text_to_image.immunizers import (
+    METHODS,
+    LossAscent,
+    MethodName,
+    TextToImageImmunizer,
+)
 
 DIGITS = "digits"
 
@@ -102,15 +108,15 @@ class RunSettings(ModelSettings):
         dino: Folder or hub name of a DINO model, likewise.
     """
 
-    method: str = "mima"
+    method: MethodName | str = "mima"
     settings: Mapping[str, Any] = field(default_factory=dict)
     control: str | None = None
     new_word: str | None = None
     erase: bool = True
     caption_count: int | None = None
-    attacks: tuple[str, ...] = ("lora", "full_fine_tuning")
+    attacks: tuple[AttackName | Literal["all"] | str, ...] = ("lora", "full_fine_tuning")
     attack_settings: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
-    prompts: tuple[str, ...] = ()
+    prompts: tuple[PromptVariant | str, ...] = ()
     attack_steps: int = 40
     evaluate_at: tuple[int, ...] = ()
     seeds: tuple[int, ...] = (0,)
@@ -225,7 +231,7 @@ class AttackSettings:
         device: Where to compute; where the run did when omitted.
     """
 
-    attacks: tuple[str, ...] = ("all",)
+    attacks: tuple[AttackName | Literal["all"] | str, ...] = ("all",)
     attack_settings: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
     prompts: tuple[str, ...] = ()
     budgets: tuple[int, ...] = ()

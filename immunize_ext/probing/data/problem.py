@@ -57,9 +57,20 @@ class Problem(Generic[TaskT]):
                 )
 
     @classmethod
-    def of(cls, primary: TaskT, *harmful: TaskT, head: nn.Module | None = None) -> Problem[TaskT]:
-        """One primary task against the others."""
-        return cls(primary, harmful, head)
+    def of(cls, primary: Any, *harmful: Any, head: nn.Module | None = None) -> Problem[TaskT]:
+        """One primary task against the others; arrays and tensors become tasks (:meth:`Task.of`).
+
+        Example:
+            >>> import numpy as np
+            >>> x, y = np.eye(10), np.arange(10.0)
+            >>> Problem.of((x, y), (x, y[::-1].copy())).harmful[0].name
+            'harmful task'
+        """
+        return cls(
+            _as_task(primary, "primary task"),
+            tuple(_as_task(one, "harmful task") for one in harmful),
+            head,
+        )
 
     def to(
         self, device: torch.device | str | None = None, dtype: torch.dtype | None = None
@@ -95,6 +106,11 @@ class Problem(Generic[TaskT]):
             for index, task in enumerate((self.primary, *self.harmful))
             for name, value in _tensors(task)
         )
+
+
+def _as_task(given: Any, name: str) -> Any:
+    """What is given, unless it is a tuple of arrays."""
+    return Task.of(given, name) if isinstance(given, (tuple, list)) else given
 
 
 def _tensors(task: object) -> list[tuple[str, Tensor]]:

@@ -2,12 +2,31 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, Literal, TypeAlias
 
 from immunize_ext.seams import Immunizer
 from immunize_ext.settings import Registry
 
 METHODS: Registry[Immunizer[Any, Any, Any]] = Registry("method", key="method")
+
+MethodName: TypeAlias = Literal[
+    "r-ill-only",
+    "r-well-only",
+    "opt-kappa",
+    "graded",
+    "whitening",
+    "closed-form",
+    "condition-number",
+    "condition-number-plain",
+    "imma",
+    "lock",
+    "pencil-lock",
+    "label-direction",
+    "mini-batch",
+    "multiplicative",
+    "several-harms",
+]
+"""Names of the methods of the package; those that others register are texts as well."""
 
 
 def label_of(immunizer: Immunizer[Any, Any, Any]) -> str:

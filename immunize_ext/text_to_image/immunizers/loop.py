@@ -27,7 +27,7 @@ from immunize_ext.text_to_image.immunizers.concept_merge import ConceptMerge
 from immunize_ext.text_to_image.immunizers.immunized import ImmunizedPipeline
 from immunize_ext.text_to_image.immunizers.parameters import Parameters, Scope, scope_parameters
 from immunize_ext.text_to_image.immunizers.state import LoopState, load_state, save_state
-from immunize_ext.text_to_image.model import TextToImage, at_least_float
+from immunize_ext.text_to_image.model import ModelLike, TextToImage, at_least_float
 
 _LOG = logging.getLogger("immunize_ext")
 
@@ -176,7 +176,7 @@ class Immunizer(ABC):
 
     def fit(
         self,
-        model: TextToImage,
+        model: ModelLike,
         problem: ConceptSet,
         *,
         progress: Progress | None = None,
@@ -185,7 +185,8 @@ class Immunizer(ABC):
         """Immunize a clone of a model against concepts.
 
         Args:
-            model: The model; it is not changed. Concepts to be re-learned should be erased in it.
+            model: The model, its pipeline or its folder; it is not changed. Concepts to be
+                re-learned should be erased in it.
             problem: What to immunize against, what to keep, captions for the merge.
             progress: Called with what was done and the share done so far.
             resume: Folder for checkpoints: one that is there is gone on from. None are written
@@ -207,7 +208,7 @@ class Immunizer(ABC):
             on gives the same bits as one that was not.
         """
         self.check(problem)
-        return Run(self, model.clone(), problem, resume, progress).run()
+        return Run(self, TextToImage.of(model).clone(), problem, resume, progress).run()
 
 
 class Run:
