@@ -40,7 +40,7 @@ NATIVE := setup.py pyproject.toml immunize_ext/_version.py \
 PYTHON_SOURCES := immunize_ext python_tests benchmarks csrc setup.py .ci
 CPP_SOURCES := $(sort $(shell find csrc -name '*.h' -o -name '*.inl' -o -name '*.cpp' -o -name '*.cu*'))
 
-.PHONY: help build test test-fallback mutants nightly simt ptx cuda gpu sanitizer lint format docs demo bench doctor sdist clean distclean
+.PHONY: help build test test-fallback mutants nightly simt ptx cuda gpu sanitizer lint format docs demo bench doctor sdist wheel site clean distclean
 
 help:  ## this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-14s %s\n", $$1, $$2 }' Makefile
@@ -113,6 +113,14 @@ doctor: $(STAMPS)/build  ## what is installed, what is wrong and how to fix it
 sdist: $(STAMPS)/build $(STAMPS)/lint  ## source package in dist/
 	$(BIN)/python -m build --sdist --no-isolation
 
+# docs/packaging.md says what a wheel is good for.
+WHEEL_ARGS ?=
+wheel: $(STAMPS)/build $(STAMPS)/help $(STAMPS)/lint  ## wheel in dist/, checked, tried in a bare environment
+	$(BIN)/python .ci/wheel.py $(WHEEL_ARGS)
+
+site: $(STAMPS)/docs  ## documentation site in build/site; any broken link is an error
+	$(BIN)/python .ci/documentation.py --out build/site
+
 clean:  ## remove what was built, keep the environment
 	rm -rf build dist *.egg-info .mypy_cache .ruff_cache .pytest_cache .import_linter_cache
 	rm -f immunize_ext/_C*.so immunize_ext/_build_info.json immunize_ext/_help.json
@@ -174,6 +182,10 @@ $(STAMPS)/demo: $(STAMPS)/package
 
 $(STAMPS)/test: $(STAMPS)/package
 	$(PIP) install --quiet "immunize_ext[data,diffusion,report,test]" $(TORCH)
+	touch $@
+
+$(STAMPS)/docs: $(STAMPS)/package
+	$(PIP) install --quiet "immunize_ext[docs]" $(TORCH)
 	touch $@
 
 $(STAMPS)/lint: $(STAMPS)/package
