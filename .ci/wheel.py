@@ -102,10 +102,10 @@ def try_it(wheel: Path, torch: str) -> None:
     with tempfile.TemporaryDirectory() as folder:
         venv.create(folder, with_pip=True)
         python = Path(folder) / "bin" / "python"
-        run(python, "-m", "pip", "install", "--quiet", torch, wheel)
         # Neither the sources nor a cache of the person at work.
         clean = {k: v for k, v in os.environ.items() if not k.startswith(("PYTHON", "IMMUNIZE"))}
         clean["XDG_CACHE_HOME"] = str(Path(folder, "cache"))
+        run(python, "-m", "pip", "install", "--quiet", torch, wheel, cwd=folder, env=clean)
         print(run(python, "-c", TRIAL, cwd=folder, env=clean).strip())
         said = run(python, "-m", "immunize_ext", "--help", cwd=folder, env=clean)
         assert "commands:" in said, said
