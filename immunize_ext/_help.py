@@ -28,7 +28,7 @@ _PACKAGE = Path(__file__).resolve().parent
 SHIPPED = _PACKAGE / "_help.json"
 
 # Groups of entry points by which other packages bring methods and attacks.
-ENTRY_POINTS = ("immunize_ext.methods", "immunize_ext.attacks")
+ENTRY_POINTS = ("immunize_ext.probing", "immunize_ext.text_to_image")
 
 
 # --- what a page holds ----------------------------------------------------------------------------

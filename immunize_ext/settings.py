@@ -533,6 +533,23 @@ def _loader() -> Any:
 # --- registries -----------------------------------------------------------------------------------
 
 
+@functools.cache
+def _import_plugins(group: str) -> None:
+    """Import the modules that other packages name; one that fails is named, the others count."""
+    import importlib.metadata
+    import warnings
+
+    for point in importlib.metadata.entry_points(group=group):
+        try:
+            point.load()
+        except Exception as error:
+            warnings.warn(
+                f"the entry point {point.name} ({point.value}) of {group} cannot be imported: "
+                f"{type(error).__name__}: {error}",
+                stacklevel=4,
+            )
+
+
 class Registry(Mapping[str, T], Generic[T]):
     """The methods, or the attacks, of a wing: settings dataclasses by name.
 
@@ -542,6 +559,8 @@ class Registry(Mapping[str, T], Generic[T]):
     Args:
         what: What they are, for messages: ``method``, ``attack``.
         key: The attribute that holds the name.
+        plugins: Group of entry points: modules of other packages that register entries when they
+            are imported. They are, when the registry is first looked into.
 
     Example:
         >>> ATTACKS: Registry[Any] = Registry("attack", key="name")
@@ -558,9 +577,18 @@ class Registry(Mapping[str, T], Generic[T]):
         ValueError: --attacks: nothin is no attack; did you mean nothing
     """
 
-    def __init__(self, what: str, *, key: str) -> None:
+    def __init__(self, what: str, *, key: str, plugins: str | None = None) -> None:
         self.what, self.key = what, key
-        self._found: dict[str, T] = {}
+        self._own: dict[str, T] = {}
+        self._plugins = plugins
+
+    @property
+    def _found(self) -> dict[str, T]:
+        """All entries, those of other packages included."""
+        group, self._plugins = self._plugins, None
+        if group is not None:
+            _import_plugins(group)
+        return self._own
 
     def register(self, entry: Any) -> Any:
         """Add a settings dataclass, or an instance of one, under its own name; a decorator.
@@ -570,9 +598,9 @@ class Registry(Mapping[str, T], Generic[T]):
         """
         made = entry() if isinstance(entry, type) else entry
         name = getattr(made, self.key)
-        if name in self._found and self._found[name] != made:
+        if name in self._own and self._own[name] != made:
             raise ValueError(f"register: {name} is a {self.what} already, choose another name")
-        self._found[name] = made
+        self._own[name] = made
         return entry
 
     def find(self, name: str, where: str) -> T:

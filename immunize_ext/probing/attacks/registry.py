@@ -16,7 +16,7 @@ from immunize_ext.probing.attacks.losses import LossName, ProbeLoss
 from immunize_ext.seams import Attack
 from immunize_ext.settings import Registry
 
-ATTACKS: Registry[Attack[Any, Any]] = Registry("attack", key="name")
+ATTACKS: Registry[Attack[Any, Any]] = Registry("attack", key="name", plugins="immunize_ext.probing")
 
 AttackName: TypeAlias = Literal[
     "gradient_descent",

@@ -7,7 +7,9 @@ from typing import Any, Literal, TypeAlias
 from immunize_ext.seams import Immunizer
 from immunize_ext.settings import Registry
 
-METHODS: Registry[Immunizer[Any, Any, Any]] = Registry("method", key="method")
+METHODS: Registry[Immunizer[Any, Any, Any]] = Registry(
+    "method", key="method", plugins="immunize_ext.probing"
+)
 
 MethodName: TypeAlias = Literal[
     "r-ill-only",

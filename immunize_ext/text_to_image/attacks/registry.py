@@ -35,7 +35,9 @@ class TextToImageAttack(Attack[TextToImage, Target], Protocol):
         """What it trains and generates each concept with, by the concept's name."""
 
 
-ATTACKS: Registry[TextToImageAttack] = Registry("attack", key="name")
+ATTACKS: Registry[TextToImageAttack] = Registry(
+    "attack", key="name", plugins="immunize_ext.text_to_image"
+)
 """Attack by name; ``ATTACKS.register`` adds one."""
 
 AttackName: TypeAlias = Literal[

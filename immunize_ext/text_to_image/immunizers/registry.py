@@ -17,7 +17,9 @@ from immunize_ext.text_to_image.model import TextToImage
 TextToImageImmunizer: TypeAlias = seams.Immunizer[TextToImage, ConceptSet, ImmunizedPipeline]
 """What a method can do; own ones need no base class. A ``label`` says what reports call it."""
 
-METHODS: Registry[TextToImageImmunizer] = Registry("method", key="method")
+METHODS: Registry[TextToImageImmunizer] = Registry(
+    "method", key="method", plugins="immunize_ext.text_to_image"
+)
 
 MethodName: TypeAlias = Literal[
     "mima",
