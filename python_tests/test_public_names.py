@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib
+import inspect
 import subprocess
 import sys
 from typing import Any, get_args
@@ -76,8 +77,12 @@ def test_arrays_tensors_and_tasks_are_the_same_to_everything() -> None:
     made = Task.of(parts)
     assert torch.equal(made.x_train, whole.x_train)
     assert Task.of(whole) is whole
-    problem: Problem[Task] = Problem.of((x, y), (x[:, ::-1].copy(), y))
-    assert (problem.primary.name, problem.harmful[0].name) == ("primary task", "harmful task")
+    problem: Any = Problem.of((x, y), (x[:, ::-1].copy(), y))
+    tasks = problem.as_tasks()
+    assert (tasks.primary.name, tasks.harmful[0].name) == ("primary task", "harmful task")
+    for name in ("closed-form", "label-direction", "lock", "several-harms", "multiplicative"):
+        found = [METHODS[name].fit(None, given).theta for given in (problem, tasks)]
+        assert torch.equal(*found)
     immunized = METHODS["whitening"].fit(None, problem)
     by_arrays = compare_attack((x, y), immunized.theta, base_budget=20, limit=2.0)
     by_task = compare_attack(whole, immunized.theta, base_budget=20, limit=2.0)
@@ -119,3 +124,29 @@ def test_a_pipeline_and_a_folder_are_models_too(tmp_path: Any) -> None:
     ]
     assert found[0] == found[1] == found[2]
     assert immunize_ext.text_to_image.TextToImage.of(model) is model
+
+
+# Public functions whose example would need files, a network or minutes.
+WITHOUT_EXAMPLE = {
+    "best_risk", "calibrate_strength", "erase", "evaluate_text_to_image", "fetch_house_prices", "fetch_mnist",
+    "folder_features", "format_floor", "house_prices_task", "image_folder_task",
+    "kernel_probe", "linear_information", "load_adaptation", "load_concepts", "load_mnist", "mnist_task", 
+    "read_idx", "retained_quality", "sample_curve", "save_adaptation", "save_lora",
+    "tune_learning_rate", "whitening_map",
+}  # fmt: skip
+
+
+def test_every_public_function_has_an_example() -> None:
+    pytest.importorskip("diffusers")
+    packages = ["", ".ops", ".ops.regularizers", ".ops.erasure", ".testing", ".reference"]
+    packages += [f".probing{part}" for part in ("", ".data", ".metrics", ".attacks")]
+    packages += [f".probing.{part}" for part in ("immunizers", "extractors", "certificates")]
+    packages += [f".text_to_image{part}" for part in ("", ".attacks", ".immunizers", ".metrics")]
+    found = set()
+    for package in packages:
+        module = importlib.import_module(f"immunize_ext{package}")
+        for name in getattr(module, "__all__", ()):
+            value = getattr(module, name)
+            if inspect.isfunction(value) and ">>>" not in (value.__doc__ or ""):
+                found.add(name)
+    assert found <= WITHOUT_EXAMPLE

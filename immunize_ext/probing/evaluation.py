@@ -288,6 +288,14 @@ def evaluate(
 
     Note:
         Deterministic; computed in float64.
+
+    Example:
+        >>> from immunize_ext.probing.immunizers import METHODS
+        >>> x = torch.eye(10, dtype=torch.float64) * torch.arange(1.0, 11.0)
+        >>> task = x, x.sum(1)
+        >>> immunized = METHODS["whitening"].fit(None, Problem.of(task, task))
+        >>> sorted(evaluate(immunized, task, task, base_budget=9, limit=2.0).rir)
+        ['official', 'rank_aware', 'ridge']
     """
     primary, harmful = Task.of(primary, "primary task"), Task.of(harmful, "harmful task")
     tasks = {"harmful": harmful, "primary": primary}

@@ -75,6 +75,8 @@ def test_a_run_is_complete(run, capsys):
         assert words.lower() in page.lower()
     assert "http" not in page.replace("http://www.w3.org", "")
     TextToImage.from_pretrained(run / "pipeline")
+    card = (run / "pipeline" / "README.md").read_text()
+    assert "## Who gets through" in card
     assert not work_folder(run).exists()
 
 

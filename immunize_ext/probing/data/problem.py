@@ -58,19 +58,21 @@ class Problem(Generic[TaskT]):
 
     @classmethod
     def of(cls, primary: Any, *harmful: Any, head: nn.Module | None = None) -> Problem[TaskT]:
-        """One primary task against the others; arrays and tensors become tasks (:meth:`Task.of`).
+        """One primary task against the others: tasks, arrays, or samples for a deep extractor."""
+        return cls(primary, harmful, head)
+
+    def as_tasks(self) -> Problem[Task]:
+        """The problem as linear methods see it: arrays become tasks (:meth:`Task.of`).
 
         Example:
             >>> import numpy as np
             >>> x, y = np.eye(10), np.arange(10.0)
-            >>> Problem.of((x, y), (x, y[::-1].copy())).harmful[0].name
+            >>> Problem.of((x, y), (x, y[::-1].copy())).as_tasks().harmful[0].name
             'harmful task'
         """
-        return cls(
-            _as_task(primary, "primary task"),
-            tuple(_as_task(one, "harmful task") for one in harmful),
-            head,
-        )
+        harmful = (Task.of(one, "harmful task") for one in self.harmful)  # type: ignore[arg-type]
+        primary: Any = self.primary
+        return Problem(Task.of(primary, "primary task"), tuple(harmful), self.head)
 
     def to(
         self, device: torch.device | str | None = None, dtype: torch.dtype | None = None
@@ -106,11 +108,6 @@ class Problem(Generic[TaskT]):
             for index, task in enumerate((self.primary, *self.harmful))
             for name, value in _tensors(task)
         )
-
-
-def _as_task(given: Any, name: str) -> Any:
-    """What is given, unless it is a tuple of arrays."""
-    return Task.of(given, name) if isinstance(given, (tuple, list)) else given
 
 
 def _tensors(task: object) -> list[tuple[str, Tensor]]:
@@ -174,6 +171,11 @@ def check_names(data: str, primary: str | None, harmful: tuple[str, ...]) -> Non
     Raises:
         FileNotFoundError: If a file of features is not there.
         ValueError: If one of them has another form, or one is missing.
+
+    Example:
+        >>> check_names("digits", "3:8", ())
+        Traceback (most recent call last):
+        ValueError: harmful must name a task, got none; give --harmful
     """
     file = data.endswith(FILES)
     if data == "house":
@@ -234,6 +236,10 @@ def load_problem(
         ConnectionError: If files have to be fetched and there is no network.
         FileNotFoundError: If a file is missing.
         ValueError: If an argument is out of range.
+
+    Example:
+        >>> load_problem("digits", "3:8", ("4:9",)).harmful[0].name
+        'digit 4 against 9'
     """
     if max_train is not None and max_train < 1:
         raise ValueError(f"max_train must be at least 1, got {max_train}")

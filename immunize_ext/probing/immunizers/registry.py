@@ -42,11 +42,21 @@ def label_of(immunizer: Immunizer[Any, Any, Any]) -> str:
 
 
 def knob_of(immunizer: Immunizer[Any, Any, Any]) -> str | None:
-    """The setting by which a method trades slow-down of the harm for cost; ``None`` without one."""
+    """The setting by which a method trades slow-down of the harm for cost; ``None`` without one.
+
+    Example:
+        >>> knob_of(METHODS["closed-form"])
+        'strength'
+    """
     knob: str | None = getattr(immunizer, "knob", None)
     return knob
 
 
 def grid_of(immunizer: Immunizer[Any, Any, Any]) -> tuple[float, ...]:
-    """Values of the knob that a frontier tries."""
+    """Values of the knob that a frontier tries.
+
+    Example:
+        >>> len(grid_of(METHODS["closed-form"])) > 1
+        True
+    """
     return tuple(getattr(immunizer, "grid", ()))

@@ -217,6 +217,11 @@ def describe_erasure(concepts: Sequence[Concept]) -> list[str]:
 
     Returns:
         For example ``"cat: 'Cat' in 1 of 2 prompts becomes 'dog'; not in 'a kitten'"``.
+
+    Example:
+        >>> from immunize_ext.text_to_image.digits.concepts import digit_concept
+        >>> describe_erasure([digit_concept(3)])
+        ["three: 'three' in 8 of 8 prompts becomes 'digit'"]
     """
     lines = []
     for concept in concepts:
