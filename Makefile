@@ -40,7 +40,8 @@ NATIVE := setup.py pyproject.toml immunize_ext/_version.py \
 PYTHON_SOURCES := immunize_ext python_tests benchmarks csrc setup.py .ci
 CPP_SOURCES := $(sort $(shell find csrc -name '*.h' -o -name '*.inl' -o -name '*.cpp' -o -name '*.cu*'))
 
-.PHONY: help build test test-fallback mutants nightly simt ptx cuda gpu sanitizer lint format docs demo bench doctor sdist wheel site clean distclean
+.PHONY: help build test test-fallback mutants nightly simt ptx cuda gpu sanitizer lint format docs \
+  demo bench doctor sdist wheel site clean distclean
 
 help:  ## this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-14s %s\n", $$1, $$2 }' Makefile
@@ -115,7 +116,7 @@ sdist: $(STAMPS)/build $(STAMPS)/lint  ## source package in dist/
 
 # docs/packaging.md says what a wheel is good for.
 WHEEL_ARGS ?=
-wheel: $(STAMPS)/build $(STAMPS)/help $(STAMPS)/lint  ## wheel in dist/, checked, tried in a bare environment
+wheel: $(STAMPS)/build $(STAMPS)/help $(STAMPS)/lint  ## wheel in dist/, checked and tried
 	$(BIN)/python .ci/wheel.py $(WHEEL_ARGS)
 
 site: $(STAMPS)/docs  ## documentation site in build/site; any broken link is an error

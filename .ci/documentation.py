@@ -33,6 +33,7 @@ API = {
             "probing.metrics",
             "probing.certificates",
             "probing.extractors",
+            "probing.transformer",
         ],
     ),
     "text_to_image": (

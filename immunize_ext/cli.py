@@ -499,7 +499,7 @@ def doctor(parser: CommandParser, argv: Sequence[str]) -> int:
 
 
 # What the demo of features can be told; the rest is as it is.
-_DEMO_FLAGS = ("primary", "harmful", "method", "ridge", "seed")
+_DEMO_FLAGS = ("primary", "harmful", "method", "ridge", "seed", "device")
 
 
 def demo(parser: CommandParser, argv: Sequence[str]) -> int:
@@ -544,6 +544,7 @@ def demo(parser: CommandParser, argv: Sequence[str]) -> int:
         # Beside the attacker that is held up one who gets through: by another word.
         pipeline = other.run.RunSettings(
             seeds=(features.seed,),
+            device=features.device,
             images=16,
             attacks=("lora",),
             prompts=("canonical", "unrelated_word"),

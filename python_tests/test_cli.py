@@ -286,6 +286,8 @@ def test_help_needs_neither_torch_nor_optional_packages(tmp_path: Path) -> None:
         (("demo", "--seed", "one"), "--seed must be an integer, got 'one'"),
         (("completion", "bsh"), "SHELL: bsh is no shell; did you mean bash"),
         (("kappa", "--threads", "x"), "--threads must be an integer, got 'x'; see"),
+        (("kappa", "--device", "cdua"), "device must be cpu, cuda"),
+        (("kappa", "--dtype", "float46"), "got 'float46'; did you mean float64"),
         (("kappa", "--loss", "sqared"), "got 'sqared'; did you mean squared"),
         (("kappa", "--data", "digit"), "got 'digit'; did you mean digits"),
         (("kappa", "--compare", "lok"), "lok is no method; did you mean lock"),
