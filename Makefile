@@ -157,10 +157,11 @@ $(TORCH_STAMP): | $(STAMPS)/venv
 	rm -f $(STAMPS)/torch-*
 	touch $@
 
-# The Python part is installed as a link to this folder; the operators are then compiled in place,
+# The Python part is installed as a link to this folder, in the form that editors follow too; the operators are then compiled in place,
 # where ninja compiles again only what changed.
 $(STAMPS)/package: $(TORCH_STAMP) setup.py pyproject.toml immunize_ext/_version.py
-	IMMUNIZE_EXT_BUILD=0 $(PIP) install --quiet --no-build-isolation --editable . $(TORCH)
+	IMMUNIZE_EXT_BUILD=0 $(PIP) install --quiet --no-build-isolation --editable . $(TORCH) \
+	  --config-settings editable_mode=compat
 	touch $@
 
 $(STAMPS)/build: $(STAMPS)/package $(NATIVE)
