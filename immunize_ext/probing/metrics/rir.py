@@ -398,6 +398,12 @@ def grouped_rir(
     Warns:
         NumericalWarning: If a group has fewer samples than features. Groups are then biased, not
             just noisy, and with ``policy="rank_aware"`` unusable; enlarge ``group_size``.
+
+    Example:
+        >>> x = torch.randn(50, 4, dtype=torch.float64)
+        >>> same = grouped_rir(x, x, x, x, groups=3, group_size=20)
+        >>> same.log_i.tolist(), same.log_ii.tolist()
+        ([0.0, 0.0, 0.0], [0.0, 0.0, 0.0])
     """
     if policy not in get_args(RirPolicy):
         raise ValueError(

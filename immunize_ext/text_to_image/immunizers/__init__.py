@@ -15,6 +15,7 @@ from immunize_ext.text_to_image.immunizers.loop import ImmunizationError, Immuni
 from immunize_ext.text_to_image.immunizers.mima import MIMA
 from immunize_ext.text_to_image.immunizers.registry import (
     METHODS,
+    MethodName,
     TextToImageImmunizer,
     method_label,
 )
@@ -31,6 +32,7 @@ __all__ = [
     "JointTraining",
     "LossAscent",
     "MergeOnly",
+    "MethodName",
     "TextToImageImmunizer",
     "describe_erasure",
     "erase",
