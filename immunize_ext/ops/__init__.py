@@ -7,6 +7,13 @@ from immunize_ext.ops.layers import convolution_matrix, map_layers
 from immunize_ext.ops.lora import MergeAdapter, as_lora, lora_state_dict, save_lora
 from immunize_ext.ops.merge import merge_kv
 from immunize_ext.ops.merge_report import MergeReport, merge_report
+from immunize_ext.ops.moment_merge import MomentFactor, merge_moments
+from immunize_ext.ops.moments import (
+    InputMoments,
+    LayerMoments,
+    collect_moments,
+    factor_layers,
+)
 from immunize_ext.ops.precondition import (
     PreconditionedLinear,
     Preconditioner,
@@ -29,8 +36,11 @@ from immunize_ext.ops.tracker import SingularTracker, SpectrumTracker
 
 __all__ = [
     "GramExtremes",
+    "InputMoments",
+    "LayerMoments",
     "MergeAdapter",
     "MergeReport",
+    "MomentFactor",
     "PreconditionedLinear",
     "Preconditioner",
     "RegularizationFactor",
@@ -40,16 +50,19 @@ __all__ = [
     "StreamedGram",
     "SymmetricExtremes",
     "as_lora",
+    "collect_moments",
     "condition_number",
     "convolution_matrix",
     "equal_diagonal_rotation",
     "extremal_singular_values",
+    "factor_layers",
     "gram_extremes",
     "gram_log_condition_number",
     "log_condition_number",
     "lora_state_dict",
     "map_layers",
     "merge_kv",
+    "merge_moments",
     "merge_report",
     "precondition_gradient",
     "save_lora",
