@@ -409,6 +409,25 @@ def _moment_product(device: str) -> list[Sample]:
     return samples
 
 
+def _leading_projector(device: str) -> list[Sample]:
+    samples = []
+    for name, batch in (("matrix", ()), ("batch", (2, 2)), ("empty", (0,))):
+        x = gaussian(*batch, 6, 4, seed=114).to(device)
+        samples.append(Sample(name, (x.mT @ x, 2)))
+    samples.append(Sample("everything", (samples[0].arguments[0], 4)))
+    samples.append(Sample("column major", (column_major(samples[0].arguments[0]), 1)))
+    return samples
+
+
+def _projector_solve(device: str) -> list[Sample]:
+    samples = []
+    for name, (h, rank) in _leading_projector(device):
+        _, vectors, values = torch.ops.immunize_ext.leading_projector(h, rank)
+        f = gaussian(*h.shape, seed=115).to(device)
+        samples.append(Sample(name, (f, h, vectors, values, rank)))
+    return samples
+
+
 def _precondition(device: str) -> list[Sample]:
     x = gaussian(9, 4, seed=100)
     few = gaussian(2, 4, seed=101)
@@ -459,6 +478,8 @@ _BUILDERS: dict[str, Callable[[str], list[Sample]]] = {
     "merge_apply_backward": _merge_apply_backward,
     "moment_solve": _moment_solve,
     "moment_product": _moment_product,
+    "leading_projector": _leading_projector,
+    "projector_solve": _projector_solve,
     "precondition": _precondition,
     "precondition_gradient": _precondition,
 }
@@ -490,6 +511,9 @@ HALF_DIFFERENTIABLE = (
     "merge_apply_backward",
     # With N and S; the factor follows from S.
     "moment_solve",
+    # With F and H; vectors and values follow from H.
+    "leading_projector",
+    "projector_solve",
 )
 # Whether it succeeds depends on the numbers, and is a bool: it cannot be traced.
 WITHOUT_FAKE = ("symmetric_track",)

@@ -5,6 +5,18 @@ from immunize_ext.ops.equal_diagonal import equal_diagonal_rotation
 from immunize_ext.ops.factor import RegularizationFactor
 from immunize_ext.ops.layers import convolution_matrix, map_layers
 from immunize_ext.ops.lora import MergeAdapter, as_lora, lora_state_dict, save_lora
+from immunize_ext.ops.lora_files import (
+    LoraLayer,
+    merge_lora_adapters,
+    read_lora,
+    write_lora,
+)
+from immunize_ext.ops.lora_merge import (
+    LowRank,
+    merge_adapters,
+    merge_adapters_kv,
+    truncate_adapter,
+)
 from immunize_ext.ops.merge import merge_kv
 from immunize_ext.ops.merge_report import MergeReport, merge_report
 from immunize_ext.ops.moment_merge import MomentFactor, merge_moments
@@ -38,6 +50,8 @@ __all__ = [
     "GramExtremes",
     "InputMoments",
     "LayerMoments",
+    "LoraLayer",
+    "LowRank",
     "MergeAdapter",
     "MergeReport",
     "MomentFactor",
@@ -61,11 +75,17 @@ __all__ = [
     "log_condition_number",
     "lora_state_dict",
     "map_layers",
+    "merge_adapters",
+    "merge_adapters_kv",
     "merge_kv",
+    "merge_lora_adapters",
     "merge_moments",
     "merge_report",
     "precondition_gradient",
+    "read_lora",
     "save_lora",
     "smallest_singular_values",
     "symmetric_extremes",
+    "truncate_adapter",
+    "write_lora",
 ]

@@ -22,7 +22,7 @@ from torch import Tensor
 from torch.utils import _pytree as pytree
 
 from immunize_ext import _load
-from immunize_ext.ops import fallback, merge_fallback, moment_fallback
+from immunize_ext.ops import fallback, merge_fallback, moment_fallback, projector
 from immunize_ext.ops.derivatives import (
     Family,
     Gradient,
@@ -241,6 +241,10 @@ def _merge_apply_backward(
 
 def _product(a: Tensor, b: Tensor) -> Tensor:
     return a.new_empty((*a.shape[:-1], b.shape[-1]))
+
+
+def _leading_projector(h: Tensor, rank: int) -> tuple[Tensor, ...]:
+    return h.new_empty(h.shape), h.new_empty(h.shape), h.new_empty(h.shape[:-1])
 
 
 # --- the table ------------------------------------------------------------------------------------
@@ -504,6 +508,25 @@ OPERATORS: dict[str, Operator] = {
         moment_fallback.moment_product,
         _product,
         (MOMENT_RULES["moment_product"],),
+        vmap="all",
+        composed=True,
+    ),
+    # The projector [*, p, p] onto the `rank` leading eigenvectors of a symmetric h [*, p, p], all
+    # eigenvectors [*, p, p] and values [*, p] in descending order; float64. The projector alone has
+    # derivatives, which are made of projector_solve: X with X h - h X = (I - P) f P.
+    "leading_projector": Operator(
+        "(Tensor h, int rank) -> (Tensor projector, Tensor vectors, Tensor values)",
+        projector.leading_projector,
+        _leading_projector,
+        (projector.RULES["leading_projector"],),
+        vmap="all",
+        composed=True,
+    ),
+    "projector_solve": Operator(
+        "(Tensor f, Tensor h, Tensor vectors, Tensor values, int rank) -> Tensor",
+        projector.projector_solve,
+        _like_first,
+        (projector.RULES["projector_solve"],),
         vmap="all",
         composed=True,
     ),

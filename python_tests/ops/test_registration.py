@@ -195,6 +195,8 @@ def test_auxiliary_outputs_carry_no_graph(operator):
         "merge_solve",
         "moment_solve",
         "moment_product",
+        "leading_projector",
+        "projector_solve",
     ],
 )
 def test_vmap_folds_into_the_batch(operator):
