@@ -206,7 +206,7 @@ def merge_lora_adapters(
             sum of the adapters' ranks, without loss.
 
     Returns:
-        The merged adapter, scale 1.
+        The merged adapter, scale 1, in float32, or float64 where adapters are.
 
     Raises:
         EqualSingularValuesError: As :func:`~immunize_ext.ops.truncate_adapter`.
@@ -243,7 +243,11 @@ def merge_lora_adapters(
             _present(function, name, n, adapter.get(name), present)
             for n, adapter in enumerate(adapters)
         ]
-        updates = [LowRank(layer.up, layer.down) for layer in columns]
+        # Exact for the narrow ones; a file holds one dtype.
+        wide = torch.float32
+        for layer in columns:
+            wide = torch.promote_types(wide, torch.promote_types(layer.up.dtype, layer.down.dtype))
+        updates = [LowRank(layer.up.to(wide), layer.down.to(wide)) for layer in columns]
         scales = [[layer.scale] for layer in columns]
         if factors is None:
             one = _mean_of(updates, scales, mu)
@@ -286,12 +290,6 @@ def _present(
             f"{function}: adapters must be of one model, got {name!r} from {layer.down.shape[1]} "
             f"to {layer.up.shape[0]} in adapter {n} and from {like.down.shape[1]} to "
             f"{like.up.shape[0]} in another"
-        )
-    if layer.up.dtype != like.up.dtype or layer.down.dtype != like.up.dtype:
-        wide = torch.promote_types(layer.up.dtype, like.up.dtype)
-        raise ValueError(
-            f"{function}: adapters must have one dtype, got {layer.up.dtype} and {like.up.dtype} "
-            f"at {name!r}; cast all to {wide}"
         )
     return layer
 

@@ -130,9 +130,9 @@ class LayerMoments(Mapping[str, InputMoments]):
         """
         function = "LayerMoments.load"
         tensors, values = load_checkpoint(path, kind=_KIND, function=function, device=device)
-        layers, rows = values.get("layers"), values.get("rows")
-        fits = isinstance(layers, list) and isinstance(rows, list) and len(layers) == len(rows)
-        if not fits or set(tensors) != {str(k) for k in range(len(layers))}:
+        layers: list[list[str]] = values.get("layers", [])
+        rows: list[int] = values.get("rows", [])
+        if len(layers) != len(rows) or set(tensors) != {str(k) for k in range(len(layers))}:
             raise ValueError(
                 f"{function}: {os.fspath(path)} must hold one Gram matrix an input and nothing "
                 f"else, got {sorted(tensors)}"

@@ -47,8 +47,9 @@ def projector_solve(f: Tensor, h: Tensor, vectors: Tensor, values: Tensor, rank:
     return (rest @ ((rest.mT @ f @ leading) / gaps) @ leading.mT).contiguous()
 
 
-def _solve(f: Tensor, h: Tensor, vectors: Tensor, values: Tensor, rank: int) -> Tensor:
-    found: Tensor = torch.ops.immunize_ext.projector_solve(f, h, vectors, values, rank)
+def _solve(f: Tensor, *rest: Any) -> Tensor:
+    """K(F), for h, vectors, values and rank."""
+    found: Tensor = torch.ops.immunize_ext.projector_solve(f, *rest)
     return found
 
 
