@@ -53,6 +53,7 @@ from immunize_ext.ops.merge_problem import (
     missed_rows,
     require_floating,
 )
+from immunize_ext.ops.moment_derivatives import product
 from immunize_ext.ops.moment_merge import MomentFactor
 
 __all__ = ["LowRank", "merge_adapters", "merge_adapters_kv", "truncate_adapter"]
@@ -84,6 +85,7 @@ def merge_adapters(
     factors: MomentFactor | Sequence[MomentFactor],
     *,
     scales: Scales | None = None,
+    maps: bool = False,
 ) -> list[LowRank]:
     r"""Merge LoRA adapters by the second moments of their inputs, exactly, as an adapter.
 
@@ -97,10 +99,13 @@ def merge_adapters(
             alone has factors of rank 0 there.
         factors: Of the inputs: one for all layers, or one a layer.
         scales: ``scales[n][l]``, s: lora_alpha / r, or lora_alpha / sqrt(r) of rsLoRA; default 1.
+        maps: Whether to multiply by the maps P_n, which a factor keeps: for many merges by the same
+            factors. Otherwise R rows are solved for, which costs less the first time.
 
     Returns:
         One update a layer: its up is [U_1 ... U_N] (o, R), bit for bit, its down (R, d) float64 for
-        float64 factors and float32 for others. Computed in float64.
+        float64 adapters and float32 for others. Computed in float64; with maps, in the dtype of
+        the result.
 
     Raises:
         ValueError: If shapes, dtypes or devices do not fit, or a factor is not finite.
@@ -135,18 +140,28 @@ def merge_adapters(
                 f"{function}: adapters must be those of {factor.concepts} concepts, as the factor "
                 f"of layer {layer} has it, got {len(adapters)}"
             )
+    wide = _wide(adapters)
     merged: list[LowRank | None] = [None] * layers
     for factor in dict.fromkeys(given):
         fed = [layer for layer in range(layers) if given[layer] is factor]
-        weighted = []
-        for n, moment in enumerate(factor.moments):
-            ranks = [adapters[n][layer].down.shape[0] for layer in fed]
-            stacked = torch.cat([_scaled_down(adapters, scales, n, layer) for layer in fed])
-            weighted.append((stacked @ (factor.hardness[n] * moment)).split(ranks))
-        by_layer = [torch.cat(parts) for parts in zip(*weighted, strict=True)]
-        solved = factor.solve(torch.cat(by_layer)).split([len(part) for part in by_layer])
-        for layer, down in zip(fed, solved, strict=True):
-            merged[layer] = _adapter(adapters, layer, down)
+        stacks = [_stacked_down(adapters, scales, n, fed) for n in range(len(adapters))]
+        if maps:
+            every = factor.stacked_maps(wide).split(factor.dim)
+            solved = [
+                product(stack.to(wide), one) for (stack, _), one in zip(stacks, every, strict=True)
+            ]
+        else:
+            weighted = [
+                stack @ (mu * moment)
+                for (stack, _), mu, moment in zip(
+                    stacks, factor.hardness.unbind(), factor.moments, strict=True
+                )
+            ]
+            together = factor.solve(torch.cat(weighted)).to(wide)
+            solved = list(together.split([len(part) for part in weighted]))
+        parts = [down.split(ranks) for down, (_, ranks) in zip(solved, stacks, strict=True)]
+        for layer, *downs in zip(fed, *parts, strict=True):
+            merged[layer] = _adapter(adapters, layer, downs)
     return _finite(function, [one for one in merged if one is not None], adapters)
 
 
@@ -239,14 +254,14 @@ def merge_adapters_kv(
     b, defect, rank = shared_part(problem, factor, average)
     if any_true(rank < 0):
         raise fault_of_shared_part(problem, factor, function)
-    seen: list[list[Tensor]] = []  # s_n A_n C_n^T (r, s_n), by concept and layer
-    downs: list[list[Tensor]] = []
+    wide = _wide(adapters)
+    seen: list[Sequence[Tensor]] = []  # s_n A_n C_n^T (r, s_n), by concept and layer
+    downs: list[Sequence[Tensor]] = []
     for n, (c_n, b_n) in enumerate(zip(c.split(list(rows)), b.split(list(rows)), strict=True)):
-        ranks = [adapters[n][layer].down.shape[0] for layer in range(layers)]
-        stacked = torch.cat([_scaled_down(adapters, scales, n, layer) for layer in range(layers)])
+        stacked, ranks = _stacked_down(adapters, scales, n, range(layers))
         met = stacked @ c_n.mT
-        seen.append(list(met.split(ranks)))
-        downs.append(list((met @ b_n).split(ranks)))
+        seen.append(met.split(ranks))
+        downs.append((met @ b_n).to(wide).split(ranks))
     if not average and any_true((defect != 0).any()):
         _refuse_contradictions(problem, adapters, seen, defect)
     if torch.compiler.is_compiling():
@@ -255,10 +270,7 @@ def merge_adapters_kv(
             "merge_adapters_kv: tokens that repeat cannot be judged inside torch.compile; leave "
             "them out or pass contradictions='average'",
         )
-    merged = [
-        _adapter(adapters, layer, torch.cat([down[layer] for down in downs]))
-        for layer in range(layers)
-    ]
+    merged = [_adapter(adapters, layer, [down[layer] for down in downs]) for layer in range(layers)]
     return _finite(function, merged, adapters)
 
 
@@ -389,27 +401,41 @@ def _require_width(
         require_same_device(function, [*named, (f"adapters[{n}][{layer}].up", one[layer].up)])
 
 
-def _scaled_down(
-    adapters: Sequence[Sequence[LowRank]], scales: Scales | None, n: int, layer: int
-) -> Tensor:
-    down = adapters[n][layer].down.to(torch.float64)
-    return down if scales is None else scales[n][layer] * down
+def _stacked_down(
+    adapters: Sequence[Sequence[LowRank]], scales: Scales | None, n: int, layers: Sequence[int]
+) -> tuple[Tensor, list[int]]:
+    """Stacked s A of one adapter for several layers, float64, and how many rows each has."""
+    ranks = [adapters[n][layer].down.shape[0] for layer in layers]
+    stacked = torch.cat([adapters[n][layer].down for layer in layers]).to(torch.float64)
+    if scales is None:
+        return stacked, ranks
+    factors = [
+        torch.as_tensor(scales[n][layer], dtype=torch.float64, device=stacked.device).expand(rank)
+        for layer, rank in zip(layers, ranks, strict=True)
+    ]
+    return torch.cat(factors).unsqueeze(-1) * stacked, ranks
 
 
-def _adapter(adapters: Sequence[Sequence[LowRank]], layer: int, down: Tensor) -> LowRank:
-    """The up factors beside each other, and the new down in the dtype that goes with them."""
-    up = torch.cat([one[layer].up for one in adapters], -1)
-    dtype = torch.float64 if up.dtype == torch.float64 else torch.float32
-    return LowRank(up, down.to(dtype).contiguous())
+def _wide(adapters: Sequence[Sequence[LowRank]]) -> torch.dtype:
+    """The dtype of new down factors."""
+    return torch.float64 if adapters[0][0].up.dtype == torch.float64 else torch.float32
+
+
+def _adapter(adapters: Sequence[Sequence[LowRank]], layer: int, downs: Sequence[Tensor]) -> LowRank:
+    """The up factors beside each other, and the new down factors below each other."""
+    return LowRank(torch.cat([one[layer].up for one in adapters], -1), torch.cat(list(downs)))
 
 
 def _finite(
     function: str, merged: list[LowRank], adapters: Sequence[Sequence[LowRank]]
 ) -> list[LowRank]:
     """Look at the results, and only where one is not finite at the arguments."""
-    bad = torch.stack(
-        [~torch.isfinite(part.detach()).all() for one in merged for part in (one.up, one.down)]
-    )
+    # A sum that is finite has finite terms, and is one pass without a mask to write; a sum may
+    # overflow where no term does, so what it says is asked again.
+    sums = torch.stack([part.detach().sum() for one in merged for part in one])
+    bad = ~torch.isfinite(sums.to(torch.float64))
+    if not torch.compiler.is_compiling() and any_true(bad):
+        bad = torch.stack([~torch.isfinite(part.detach()).all() for one in merged for part in one])
     if torch.compiler.is_compiling():
         torch._assert_async(~bad.any(), f"{function}: a factor or a scale is not finite")
     elif any_true(bad):

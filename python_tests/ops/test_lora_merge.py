@@ -92,6 +92,8 @@ def test_moments_in_factor_space_equal_the_dense_merge(shared: bool) -> None:
     base, copies = dense(adapters)
     found = merge_adapters(adapters, given, scales=SCALES)
     assert_update(found, base, merge_moments(base, copies, given))
+    by_maps = merge_adapters(adapters, given, scales=SCALES, maps=True)
+    assert_update(by_maps, base, merge_moments(base, copies, given))
     for layer, one in enumerate(found):
         assert torch.equal(one.up, torch.cat([a[layer].up for a in adapters], -1))
         assert one.down.shape == (sum(RANKS), D)
@@ -112,6 +114,7 @@ def test_narrow_factors(dtype: torch.dtype) -> None:
     wide = [[LowRank(a.up.double(), a.down.double()) for a in one] for one in narrow]
     for merge in (
         lambda adapters: merge_adapters(adapters, moment_factors(), scales=SCALES),
+        lambda adapters: merge_adapters(adapters, moment_factors(), scales=SCALES, maps=True),
         lambda adapters: merge_adapters_kv(adapters, TOKENS, kv_factor(), scales=SCALES),
     ):
         for found, truth in zip(merge(narrow), merge(wide), strict=True):
