@@ -115,7 +115,7 @@ def merge_adapters(
         the factors, the scales and what the moment factors are made of.
 
     Source:
-        DERIVED. Merging after multiplication: merge_moments, RegMean.
+        DERIVED from the closed form of merge_moments: up factors come out of the sum.
 
     Example:
         >>> import torch
@@ -478,7 +478,7 @@ def _refuse_contradictions(
 def _refuse_dependent_columns(function: str, up: Tensor, r: Tensor) -> None:
     """The derivative of a QR factorisation needs independent columns."""
     diagonal = payload(r.detach().diagonal(dim1=-2, dim2=-1).abs())
-    if diagonal is None or not carries_derivative_here(up):
+    if diagonal is None or not _differentiated_here(up):
         return
     if bool((diagonal.amin(-1) <= 1e3 * len(r) * _EPS * diagonal.amax(-1)).any()):
         raise NotImplementedError(
@@ -497,14 +497,14 @@ def _refuse_equal(function: str, values: Tensor, rank: int, arguments: tuple[Ten
     nothing_left = found[..., rank - 1] <= tolerance  # Delta has a lower rank: nothing is cut
     if bool((closed & ~nothing_left).any()):
         raise EqualSingularValuesError.at_cut(function, "Delta L", rank)
-    if bool(closed.any()) and any(carries_derivative_here(t) for t in arguments):
+    if bool(closed.any()) and any(_differentiated_here(t) for t in arguments):
         raise NotImplementedError(
             f"{function}: the derivative does not exist where the rank of Delta is below {rank}; "
             "keep the adapter as it is, or take its rank"
         )
 
 
-def carries_derivative_here(tensor: Tensor) -> bool:
+def _differentiated_here(tensor: Tensor) -> bool:
     """As carries_derivative; within transforms of torch.func, where none can tell, true."""
     return torch._C._are_functorch_transforms_active() or (
         (torch.is_grad_enabled() and tensor.requires_grad) or carries_derivative(tensor.detach())

@@ -97,7 +97,9 @@ class MomentFactor:
         self._kept: dict[torch.dtype, Tensor] = {}
         with _no_inference():
             if not self._moving:
+                # Numbers of its own: what the caller changes later is no part of the factor.
                 self._given = tuple(_symmetric(g) for g in moments)
+                self.hardness = hardness.clone()
             s, ridge = self._sum()
             self.chol = _factor(s.detach())
         self._s = None if self._moving else s

@@ -355,6 +355,17 @@ def test_a_factor_of_moments_that_changed_since_is_refused() -> None:
         merge_moments(base, copies, factor)
 
 
+def test_a_factor_without_gradients_keeps_its_numbers() -> None:
+    base, copies, *moments = unflatten(flat_problem(seed=6))
+    hardness = torch.ones(2, dtype=torch.float64)
+    factors = [MomentFactor.from_moments(moments[:2], hardness=hardness) for _ in range(2)]
+    before = merge_moments(base, copies, factors[0])
+    for tensor in (*moments[:2], hardness):
+        tensor.mul_(3)
+    for found, truth in zip(merge_moments(base, copies, factors[1]), before, strict=True):
+        assert torch.equal(found, truth)
+
+
 def test_maps_are_kept_where_nothing_is_differentiated_in_them() -> None:
     factor = MomentFactor.from_moments([gram(9, seed=1)])
     assert factor.stacked_maps(torch.float32) is factor.stacked_maps(torch.float32)
