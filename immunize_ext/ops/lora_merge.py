@@ -33,7 +33,7 @@ so P and K have derivatives in each other, of every order. K is its own adjoint.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Literal, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import torch
 from torch import Tensor
@@ -362,6 +362,8 @@ def _checked(function: str, adapters: Sequence[Sequence[LowRank]], scales: Scale
                 f"got {len(one)}" + ("" if scales is None else f" and {len(scales[n])}")
             )
         for layer, (up, down) in enumerate(one):
+            if _fit(up, down, adapters[0][layer].up):
+                continue
             here = f"adapters[{n}][{layer}]"
             for name, tensor in (("up", up), ("down", down)):
                 require_floating(function, f"{here}.{name}", tensor)
@@ -375,12 +377,30 @@ def _checked(function: str, adapters: Sequence[Sequence[LowRank]], scales: Scale
                     f"{function}: {here} must have as many outputs as adapters[0][{layer}], "
                     f"{adapters[0][layer].up.shape[0]}, got {up.shape[0]}"
                 )
-            if up.dtype != adapters[0][0].up.dtype or down.dtype != up.dtype:
-                raise ValueError(
-                    f"{function}: {here} must have the dtype of adapters[0][0], "
-                    f"{adapters[0][0].up.dtype}, got {up.dtype} and {down.dtype}; cast all alike"
-                )
+            raise ValueError(
+                f"{function}: {here} must have the dtype of adapters[0][{layer}], "
+                f"{adapters[0][layer].up.dtype}, got {up.dtype} and {down.dtype}; cast all alike"
+            )
+    for layer, (up, _) in enumerate(adapters[0]):
+        if up.dtype != adapters[0][0].up.dtype:
+            raise ValueError(
+                f"{function}: adapters[0][{layer}] must have the dtype of adapters[0][0], "
+                f"{adapters[0][0].up.dtype}, got {up.dtype}; cast all alike"
+            )
     return layers
+
+
+def _fit(up: Any, down: Any, like: Any) -> bool:
+    """Whether factors are matrices that fit each other and those of the first adapter."""
+    return (
+        isinstance(up, Tensor)
+        and isinstance(down, Tensor)
+        and up.dim() == down.dim() == 2
+        and up.shape[1] == down.shape[0]
+        and up.shape[0] == like.shape[0]
+        and up.dtype == down.dtype == like.dtype
+        and up.dtype.is_floating_point
+    )
 
 
 def _require_width(
@@ -391,14 +411,17 @@ def _require_width(
     beside: Tensor,
 ) -> None:
     for n, one in enumerate(adapters):
-        down = one[layer].down
+        up, down = one[layer]
+        # Asked first, as names of what is right cost more than the question.
+        if down.shape[1] == width and up.device == down.device == beside.device:
+            continue
         if down.shape[1] != width:
             raise ValueError(
                 f"{function}: adapters[{n}][{layer}].down must have shape (r, {width}), the width "
                 f"of its factor, got {tuple(down.shape)}"
             )
         named = [("the factor", beside), (f"adapters[{n}][{layer}].down", down)]
-        require_same_device(function, [*named, (f"adapters[{n}][{layer}].up", one[layer].up)])
+        require_same_device(function, [*named, (f"adapters[{n}][{layer}].up", up)])
 
 
 def _stacked_down(
