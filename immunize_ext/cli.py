@@ -485,6 +485,91 @@ def build_pipeline(parser: CommandParser, argv: Sequence[str]) -> int:
     return 0
 
 
+def merge_adapters(parser: CommandParser, argv: Sequence[str]) -> int:
+    """Merge LoRA adapters of one model into one, exactly.
+
+    Adapters of PEFT and diffusers, folders or safetensors files, become one adapter: the up factors
+    as they are, beside each other, the down factors solved for anew. With --moments, which
+    `immunize_ext.ops.collect_moments` collects and saves, each adapter rules the inputs that its
+    own concept sends through a layer; without, the result is the weighted mean. DoRA is refused.
+    """
+    parser.usage = f"{parser.prog} ADAPTER [ADAPTER ...] [OPTIONS]"
+    parser.add_argument("adapters", nargs="+", metavar="ADAPTER", help="folders or files")
+    parser.add_argument(
+        "--out", default="runs/adapter", metavar="DIR", help="folder to write (%(default)s)"
+    )
+    parser.add_argument(
+        "--format", choices=("peft", "diffusers"), default="diffusers", help="(%(default)s)"
+    )
+    parser.add_argument(
+        "--prefix", default="unet", metavar="PART", help="what PEFT's names belong to (%(default)s)"
+    )
+    parser.add_argument(
+        "--weights", nargs="+", type=float, metavar="MU", help="one an adapter (default: 1)"
+    )
+    parser.add_argument(
+        "--moments", nargs="+", metavar="FILE", help="of each adapter's concept, in their order"
+    )
+    parser.add_argument("--regularization", metavar="FILE", help="moments of unrelated inputs")
+    parser.add_argument(
+        "--ridge", type=float, metavar="X", help="of the moments, relative (default: 1e-6)"
+    )
+    parser.add_argument(
+        "--rank", type=int, metavar="R", help="the best of that rank (default: without loss)"
+    )
+    arguments = parser.parse_args(argv)
+    from immunize_ext.ops import (
+        LayerMoments,
+        factor_layers,
+        merge_lora_adapters,
+        read_lora,
+        write_lora,
+    )
+
+    out, count = Path(arguments.out), len(arguments.adapters)
+    if out.exists():  # asked before the work, not after it
+        raise FileExistsError(f"{out} exists; choose another folder or remove it")
+    for flag in ("weights", "moments"):
+        values = getattr(arguments, flag)
+        if values is not None and len(values) != count:
+            raise ValueError(f"--{flag} must be given once an adapter, {count}, got {len(values)}")
+    if arguments.moments is None and (arguments.regularization or arguments.ridge is not None):
+        raise ValueError("--regularization and --ridge must be given with --moments, got none")
+    adapters = [read_lora(path, prefix=arguments.prefix) for path in arguments.adapters]
+    factors = None
+    if arguments.moments is not None:
+        import torch
+
+        held = arguments.regularization
+        found = factor_layers(
+            [LayerMoments.load(path) for path in arguments.moments],
+            regularization=None if held is None else LayerMoments.load(held),
+            hardness=torch.tensor(arguments.weights or [1.0] * count, dtype=torch.float64),
+            ridge=1e-6 if arguments.ridge is None else arguments.ridge,
+        )
+        # Collected in a model, layers have the names they have there.
+        named = {name for adapter in adapters for name in adapter}
+        factors = {
+            name if name in named else f"{arguments.prefix}.{name}": factor
+            for name, factor in found.items()
+        }
+    merged = merge_lora_adapters(
+        adapters,
+        factors,
+        weights=arguments.weights if factors is None else None,
+        rank=arguments.rank,
+    )
+    write_lora(merged, out, format=arguments.format)
+    ranks = sorted({layer.rank for layer in merged.values()})
+    how = "by the moments of their inputs" if factors is not None else "by their mean"
+    print(
+        f"{count} adapters merged {how}: {len(merged)} layers, rank "
+        + (f"{ranks[0]}" if len(ranks) == 1 else f"{ranks[0]} to {ranks[-1]}")
+    )
+    print(f"adapter: {out}")
+    return 0
+
+
 def doctor(parser: CommandParser, argv: Sequence[str]) -> int:
     """Say what is installed, what is wrong and how to mend it.
 
@@ -722,6 +807,7 @@ COMMANDS: Mapping[str, Command] = MappingProxyType(
         "attack": attack,
         "certify": certify,
         "report": report,
+        "merge-adapters": merge_adapters,
         "build-pipeline": build_pipeline,
         "doctor": doctor,
         "completion": completion,

@@ -376,6 +376,58 @@ def _merge_apply_backward(device: str) -> list[Sample]:
     return samples
 
 
+def _moment_solve(device: str) -> list[Sample]:
+    samples = []
+    for name, batch, o, d in (
+        ("matrix", (), 3, 4),
+        ("one", (), 1, 1),
+        ("batch", (2, 2), 3, 4),
+        ("empty", (0,), 3, 4),
+        ("no rows", (), 0, 4),
+    ):
+        x = gaussian(*batch, 9, d, seed=110)
+        s = x.mT @ x
+        arguments = (gaussian(*batch, o, d, seed=111), s, torch.linalg.cholesky(s).contiguous())
+        samples.append(Sample(name, tuple(t.to(device) for t in arguments)))
+    n, s, chol = samples[0].arguments
+    samples.append(Sample("column major", (column_major(n), column_major(s), column_major(chol))))
+    return samples
+
+
+def _moment_product(device: str) -> list[Sample]:
+    samples = []
+    for name, batch, dtype in (
+        ("matrix", (), torch.float64),
+        ("batch", (2, 2), torch.float64),
+        ("empty", (0,), torch.float64),
+        ("float32", (), torch.float32),
+    ):
+        a = gaussian(*batch, 3, 4, seed=112, dtype=dtype).to(device)
+        samples.append(Sample(name, (a, gaussian(*batch, 4, 2, seed=113, dtype=dtype).to(device))))
+    a, b = samples[0].arguments
+    samples.append(Sample("column major", (column_major(a), column_major(b))))
+    return samples
+
+
+def _leading_projector(device: str) -> list[Sample]:
+    samples = []
+    for name, batch in (("matrix", ()), ("batch", (2, 2)), ("empty", (0,))):
+        x = gaussian(*batch, 6, 4, seed=114).to(device)
+        samples.append(Sample(name, (x.mT @ x, 2)))
+    samples.append(Sample("everything", (samples[0].arguments[0], 4)))
+    samples.append(Sample("column major", (column_major(samples[0].arguments[0]), 1)))
+    return samples
+
+
+def _projector_solve(device: str) -> list[Sample]:
+    samples = []
+    for name, (h, rank) in _leading_projector(device):
+        _, vectors, values = torch.ops.immunize_ext.leading_projector(h, rank)
+        f = gaussian(*h.shape, seed=115).to(device)
+        samples.append(Sample(name, (f, h, vectors, values, rank)))
+    return samples
+
+
 def _precondition(device: str) -> list[Sample]:
     x = gaussian(9, 4, seed=100)
     few = gaussian(2, 4, seed=101)
@@ -451,6 +503,10 @@ _BUILDERS: dict[str, Callable[[str], list[Sample]]] = {
     "merge_constraint_solve": lambda device: _merge_saddle(device, "s"),
     "merge_apply": _merge_apply,
     "merge_apply_backward": _merge_apply_backward,
+    "moment_solve": _moment_solve,
+    "moment_product": _moment_product,
+    "leading_projector": _leading_projector,
+    "projector_solve": _projector_solve,
     "precondition": _precondition,
     "precondition_gradient": _precondition,
     "few_rows_linear": lambda device: _few_rows(device, "x", "weight", "bias", "factor"),
@@ -469,6 +525,7 @@ DIFFERENTIABLE = (
     "symmetric_extremes",
     "symmetric_pair",
     "merge_apply",
+    "moment_product",
 )
 # Gradients are differentiable in grad and matrix together, as a part of their operator; the
 # preconditioner in grad alone, and what it holds has no gradient of a function, on purpose.
@@ -489,6 +546,11 @@ HALF_DIFFERENTIABLE = (
     "merge_free_solve",
     "merge_constraint_solve",
     "merge_apply_backward",
+    # With N and S; the factor follows from S.
+    "moment_solve",
+    # With F and H; vectors and values follow from H.
+    "leading_projector",
+    "projector_solve",
 )
 # Whether it succeeds depends on the numbers, and is a bool: it cannot be traced.
 WITHOUT_FAKE = ("symmetric_track",)

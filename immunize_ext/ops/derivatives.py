@@ -348,6 +348,21 @@ class Linear(_SingleLevelFunction):
         return moved
 
 
+class Saved(_SingleLevelFunction):
+    """An operator whose rule keeps its inputs and its one output, which belong to the graph."""
+
+    operator: str
+
+    @classmethod
+    def forward(cls, *args: Tensor) -> Any:
+        return below_autograd(getattr(torch.ops.immunize_ext, cls.operator), *args)
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Tensor, ...], output: Tensor) -> None:
+        ctx.save_for_backward(*inputs, output)
+        ctx.save_for_forward(*inputs, output)
+
+
 class _Refusal(_SingleLevelFunction):
     """A result whose derivative is an error with a given text."""
 

@@ -22,7 +22,7 @@ from torch import Tensor
 from torch.utils import _pytree as pytree
 
 from immunize_ext import _load
-from immunize_ext.ops import fallback, few_rows, merge_fallback
+from immunize_ext.ops import fallback, few_rows, merge_fallback, moment_fallback, projector
 from immunize_ext.ops.derivatives import (
     Family,
     Gradient,
@@ -37,6 +37,7 @@ from immunize_ext.ops.derivatives import (
 from immunize_ext.ops.merge_derivatives import ApplyBackwardRule, ApplyRule
 from immunize_ext.ops.merge_saddle import RULES as SADDLE_RULES
 from immunize_ext.ops.merge_saddle import SADDLE_SCHEMA
+from immunize_ext.ops.moment_derivatives import RULES as MOMENT_RULES
 
 _NAMESPACE = "immunize_ext"
 _LIBRARY = torch.library.Library(_NAMESPACE, "DEF")
@@ -240,6 +241,14 @@ def _merge_apply_backward(
 
 def _few_rows_linear(x: Tensor, weight: Tensor, *rest: Any) -> Tensor:
     return x.new_empty((*x.shape[:-1], weight.shape[-2]))
+
+
+def _product(a: Tensor, b: Tensor) -> Tensor:
+    return a.new_empty((*a.shape[:-1], b.shape[-1]))
+
+
+def _leading_projector(h: Tensor, rank: int) -> tuple[Tensor, ...]:
+    return h.new_empty(h.shape), h.new_empty(h.shape), h.new_empty(h.shape[:-1])
 
 
 # --- the table ------------------------------------------------------------------------------------
@@ -486,6 +495,44 @@ OPERATORS: dict[str, Operator] = {
         _merge_apply_backward,
         (ApplyBackwardRule,),
         vmap="all",
+    ),
+    # n s^-1 for n [*, o, d] and a symmetric positive definite s [*, d, d], from its lower Cholesky
+    # factor chol [*, d, d]; float64. Derivatives in n and s; that of chol is the one of s.
+    "moment_solve": Operator(
+        "(Tensor n, Tensor s, Tensor chol) -> Tensor",
+        moment_fallback.moment_solve,
+        _like_first,
+        (MOMENT_RULES["moment_solve"],),
+        vmap="all",
+        composed=True,
+    ),
+    # a [*, m, k] b [*, k, n], in their dtype under autocast too.
+    "moment_product": Operator(
+        "(Tensor a, Tensor b) -> Tensor",
+        moment_fallback.moment_product,
+        _product,
+        (MOMENT_RULES["moment_product"],),
+        vmap="all",
+        composed=True,
+    ),
+    # The projector [*, p, p] onto the `rank` leading eigenvectors of a symmetric h [*, p, p], all
+    # eigenvectors [*, p, p] and values [*, p] in descending order; float64. The projector alone has
+    # derivatives, which are made of projector_solve: X with X h - h X = (I - P) f P.
+    "leading_projector": Operator(
+        "(Tensor h, int rank) -> (Tensor projector, Tensor vectors, Tensor values)",
+        projector.leading_projector,
+        _leading_projector,
+        (projector.RULES["leading_projector"],),
+        vmap="all",
+        composed=True,
+    ),
+    "projector_solve": Operator(
+        "(Tensor f, Tensor h, Tensor vectors, Tensor values, int rank) -> Tensor",
+        projector.projector_solve,
+        _like_first,
+        (projector.RULES["projector_solve"],),
+        vmap="all",
+        composed=True,
     ),
     # grad [*, o, p] times K^-1 for K = x^T x + ridge I, from the lower Cholesky factor of K
     # [p, p] and a basis [0, p]; or, for n < p samples, from that of basis K basis^T [n, n] and an

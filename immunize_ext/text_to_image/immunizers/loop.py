@@ -23,7 +23,7 @@ from immunize_ext.runtime import Meter
 from immunize_ext.seams import Progress
 from immunize_ext.text_to_image.concepts import Concept, ConceptSet
 from immunize_ext.text_to_image.immunizers.batches import Batch, ConceptPool, Retain, generator_of
-from immunize_ext.text_to_image.immunizers.concept_merge import ConceptMerge
+from immunize_ext.text_to_image.immunizers.concept_merge import ConceptMerge, Merge
 from immunize_ext.text_to_image.immunizers.immunized import ImmunizedPipeline
 from immunize_ext.text_to_image.immunizers.parameters import Parameters, Scope, scope_parameters
 from immunize_ext.text_to_image.immunizers.state import LoopState, load_state, save_state
@@ -154,6 +154,24 @@ class Immunizer(ABC):
             theta', by name.
         """
 
+    def attacked_losses(self, run: Run, leaves: Parameters, step: int, batch: int) -> Tensor:
+        """Losses that an attacker still meets after adapting, to be raised.
+
+        Args:
+            run: The run.
+            leaves: theta, by name.
+            step: The step; with ``batch`` it seeds what is drawn.
+            batch: Which of the accumulated batches.
+
+        Returns:
+            Loss of each sample, shape ``(concepts * batch_size,)``, concept by concept.
+        """
+        place = step * self.gradient_accumulation + batch
+        attacked = self.adapted(run, leaves, place)
+        return torch.cat(
+            [drawn.losses(run.model, attacked) for drawn in run.draw(step, OUTER, batch)]
+        )
+
     def prepare(self, run: Run, leaves: Parameters, step: int) -> None:
         """What changes the parameters before the step, if anything does."""
         del run, leaves, step
@@ -273,7 +291,7 @@ class Run:
         self.names = list(concepts.names)
         self.pools = [self._pool(concept) for concept in concepts.concepts]
         self.retain = Retain(model, concepts.retain, seed=immunizer.seed)
-        self.merge = self._merge() if immunizer.needs_merge() else None
+        self.merge: Merge | None = self._merge() if immunizer.needs_merge() else None
         self.inner_losses: list[float] = []
         self.memory: Parameters = {}
 
@@ -432,10 +450,7 @@ class Run:
         kept_place = place * self.accelerator.num_processes + self.accelerator.process_index
         retained = generator_of(settings.seed, kept_place, RETAIN)
         with self.autocast():
-            attacked = settings.adapted(self, leaves, place)
-            upper = torch.cat(
-                [drawn.losses(self.model, attacked) for drawn in self.draw(step, OUTER, batch)]
-            )
+            upper = settings.attacked_losses(self, leaves, step, batch)
             kept = self.retain.loss(self.retain.draw(settings.retain_batch, retained), leaves)
         raised = upper.clamp(max=settings.loss_clamp)
         objective = settings.retain_weight * kept - raised.mean()
