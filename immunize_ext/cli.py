@@ -492,6 +492,9 @@ def merge_adapters(parser: CommandParser, argv: Sequence[str]) -> int:
     as they are, beside each other, the down factors solved for anew. With --moments, which
     `immunize_ext.ops.collect_moments` collects and saves, each adapter rules the inputs that its
     own concept sends through a layer; without, the result is the weighted mean. DoRA is refused.
+
+    Example:
+        immunize merge-adapters lora/cat lora/dog --format peft --out runs/both
     """
     parser.usage = f"{parser.prog} ADAPTER [ADAPTER ...] [OPTIONS]"
     parser.add_argument("adapters", nargs="+", metavar="ADAPTER", help="folders or files")

@@ -130,6 +130,15 @@ def write_lora(
         MissingExtraError: If safetensors is not installed.
         ValueError: If the format is unknown, or PEFT's, which knows one model, and the layers
             belong to several parts of a pipeline.
+
+    Example:
+        >>> import tempfile, torch
+        >>> from immunize_ext.ops import LoraLayer, read_lora, write_lora
+        >>> layer = LoraLayer(up=torch.ones(3, 1), down=torch.ones(1, 2))
+        >>> with tempfile.TemporaryDirectory() as folder:
+        ...     written = write_lora({"unet.to_k": layer}, f"{folder}/one", format="diffusers")
+        ...     [*read_lora(written)]
+        ['unet.to_k']
     """
     function, target = "write_lora", Path(folder)
     safetensors = require_extra("safetensors.torch", extra="report", purpose="adapter files")
