@@ -42,12 +42,6 @@ ROTATION_SEEDS = 3
 ROTATION_LIMIT = 32.0
 
 
-def half(task: Task, which: int) -> Task:
-    """Every second training sample."""
-    x, y = task.x_train[which::2], task.y_train[which::2]
-    return Task(task.name, x, y, task.x_test, task.y_test)
-
-
 def problems(arguments: argparse.Namespace) -> Iterator[tuple[str, Problem[Task]]]:
     """Name and tasks."""
     pairs, seeds = arguments.pairs, arguments.seeds
@@ -70,9 +64,9 @@ def mnist_pair(folder: Path, primary: str, harmful: str) -> Problem[Task]:
 
 def row_of(name: str, method: str, problem: Problem[Task]) -> dict[str, Any]:
     """One certificate, in the numbers that are compared."""
-    harmful = problem.harmful[0]
-    immunized = METHODS[method].fit(None, Problem.of(problem.primary, half(harmful, 0)))
-    found = certify(immunized, problem.primary, half(harmful, 1), draws=4)
+    owners, attackers = problem.harmful[0].halves()
+    immunized = METHODS[method].fit(None, Problem.of(problem.primary, owners))
+    found = certify(immunized, problem.primary, attackers, draws=4)
     harm, own = found.linear
     few = {one.role: one for one in found.few_samples}
     return {

@@ -14,9 +14,11 @@ from torch import Tensor
 from immunize_ext.probing.attacks import compare_attack
 from immunize_ext.probing.certificates.few_samples import (
     COUNTS,
+    LEARNT,
     REFERENCE,
     Curve,
     best_of,
+    error_of_constant,
     sample_curve,
     samples_to,
 )
@@ -119,21 +121,25 @@ class FewSamples:
 
     Attributes:
         role: ``harmful`` or ``primary``.
+        reference: The number of samples that factors are multiples of: 40, or the most there are.
+        constant: Error of the best constant answer, which shows no skill.
         without: Error by number of samples without immunization.
         given: With the features as they are.
         whitened: With features re-whitened, wholly or in part, by unlabelled inputs of the primary
             task; at each number the best power.
-        factor_given: How many times more samples for what 40 gave without; infinite if more than
-            were tried.
+        factor_given: How many times more samples for what ``reference`` gave without; infinite if
+            more than were tried, ``None`` where that was hardly better than the constant.
         factor_best: The same for the better of both attackers.
     """
 
     role: str
+    reference: int
+    constant: float
     without: Curve
     given: Curve
     whitened: Curve
-    factor_given: float
-    factor_best: float
+    factor_given: float | None
+    factor_best: float | None
 
 
 @dataclass(frozen=True)
@@ -358,14 +364,17 @@ def _few(
         return sample_curve(task, theta, counts=COUNTS, draws=draws, seed=seed, until=until)
 
     without, given = curve(before), curve(after)
-    target = without.get(REFERENCE, min(without.values(), default=math.inf))
+    reference = max((n for n in without if n <= REFERENCE), default=min(without))
+    target, constant = without[reference], error_of_constant(task)
     unlabelled = primary.x_train
     whitened = best_of(
         *(curve(rewhitened(after, unlabelled, power=power), target) for power in POWERS)
     )
     start = samples_to(without, target)
-    factors = [samples_to(c, target) / start for c in (given, best_of(given, whitened))]
-    return FewSamples(role, without, given, whitened, factors[0], factors[1])
+    factors: list[float | None] = [None, None]
+    if target < LEARNT * constant:
+        factors = [samples_to(c, target) / start for c in (given, best_of(given, whitened))]
+    return FewSamples(role, reference, constant, without, given, whitened, *factors)
 
 
 def _formats(role: str, task: Task, theta: Tensor) -> list[Format]:

@@ -13,8 +13,10 @@ from immunize_ext.probing.metrics.convergence import (
     worst_case,
 )
 from immunize_ext.probing.metrics.cost import (
+    Constant,
     FewSampleError,
     RelativeDegradation,
+    best_constant,
     few_sample_error,
     relative_degradation,
 )
@@ -44,6 +46,7 @@ from immunize_ext.quantities import Slowdown, Spread, slowdown, steps_to_thresho
 __all__ = [
     "AttackerSteps",
     "CeilingRow",
+    "Constant",
     "DeepRatio",
     "FewSampleError",
     "GroupedEstimate",
@@ -55,6 +58,7 @@ __all__ = [
     "Spread",
     "SubspaceAngles",
     "WorstCase",
+    "best_constant",
     "ceiling_table",
     "computed_rank_rtol",
     "conjugate_gradient_steps",
