@@ -33,7 +33,14 @@ from immunize_ext.storage import environment, to_json
 from .digit_tasks import random_tasks
 
 OUT = Path(__file__).with_name("certificates.json")
-METHOD_NAMES = ("whitening", "closed-form", "label-direction", "lock", "pencil-lock")
+METHOD_NAMES = (
+    "whitening",
+    "closed-form",
+    "label-direction",
+    "learning-curve",
+    "lock",
+    "pencil-lock",
+)
 MNIST_PAIRS = (("3:8", "4:9"), ("0:1", "3:5"), ("2:6", "7:9"), ("1:7", "5:8"))
 MARKS = ("certificates", "rotation")
 ROTATIONS = ("none", "random", "equal curvature")
@@ -190,6 +197,8 @@ def table(results: dict[str, Any]) -> str:
         lines.append(f"| none | 1 | 1 | 1 | 1 | {' | '.join(cells)} |")
         for method in METHOD_NAMES:
             rows = [row for row in chosen if row["method"] == method]
+            if not rows:
+                continue
             cells = [_median(rows, key, digits=1) for key in _FACTORS]
             cells += [_median(rows, key, 1) for key in _SHARES]
             lines.append(f"| {method} | {' | '.join(cells)} |")

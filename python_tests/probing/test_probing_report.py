@@ -161,8 +161,8 @@ def test_who_learns_nothing_is_not_counted_as_free() -> None:
             "steps_with": 0,
         }
     expected = (
-        "Of 3 attackers, 1 is slowed, by >64×; none gets round it; learning hardly anything even without "
-        "immunization: whitens the features first, solves in closed form."
+        "Of 3 attackers, 1 is slowed, by >64×; none gets round it; learning hardly anything even "
+        "without immunization: whitens the features first, solves in closed form."
     )
     assert verdict(results) == expected
     text = ParsedPage(report.render(results)).text

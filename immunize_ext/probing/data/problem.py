@@ -33,6 +33,7 @@ class Problem(Generic[TaskT]):
         harmful: The tasks to make hard, in the same form; at least one.
         head: Head of the primary task that is trained along, for methods that train one; a linear
             one when ``None``.
+        benign: Other tasks that are to stay easy, for methods that look after them.
 
     Example:
         >>> from immunize_ext.probing.data import digits_task
@@ -44,16 +45,19 @@ class Problem(Generic[TaskT]):
     primary: TaskT
     harmful: tuple[TaskT, ...]
     head: nn.Module | None = None
+    benign: tuple[TaskT, ...] = ()
 
     def __post_init__(self) -> None:
         if not self.harmful:
             raise ValueError("Problem: harmful must hold at least one task, got none")
-        tasks = [task for task in (self.primary, *self.harmful) if isinstance(task, Task)]
-        for task in tasks[1:]:
-            if task.num_features != tasks[0].num_features:
+        named = [("primary", self.primary), *(("harmful", task) for task in self.harmful)]
+        named += [("benign", task) for task in self.benign]
+        widths = [(role, task.num_features) for role, task in named if isinstance(task, Task)]
+        for role, width in widths[1:]:
+            if width != widths[0][1]:
                 raise ValueError(
-                    f"Problem: harmful must have the {tasks[0].num_features} features of primary, "
-                    f"got {task.num_features}; preprocess both tasks alike"
+                    f"Problem: {role} must have the {widths[0][1]} features of primary, got "
+                    f"{width}; preprocess both tasks alike"
                 )
 
     @classmethod
@@ -105,7 +109,7 @@ class Problem(Generic[TaskT]):
         """SHA-256 over all numbers: whether a later attack or a resumed run sees the same data."""
         return tensor_digest(
             (f"{index}.{name}", value)
-            for index, task in enumerate((self.primary, *self.harmful))
+            for index, task in enumerate((self.primary, *self.harmful, *self.benign))
             for name, value in _tensors(task)
         )
 

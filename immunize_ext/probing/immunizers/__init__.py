@@ -25,6 +25,7 @@ from immunize_ext.probing.immunizers.deep_extractor import DeepExtractorImmunize
 from immunize_ext.probing.immunizers.imma import ImmaImmunizer
 from immunize_ext.probing.immunizers.immunized import Immunized, ImmunizedExtractor
 from immunize_ext.probing.immunizers.label_direction import LabelDirectionImmunizer
+from immunize_ext.probing.immunizers.learning_curve import LearningCurveImmunizer
 from immunize_ext.probing.immunizers.lock import (
     Head,
     LinearLock,
@@ -55,6 +56,7 @@ __all__ = [
     "ImmunizedExtractor",
     "IterativeImmunizer",
     "LabelDirectionImmunizer",
+    "LearningCurveImmunizer",
     "LinearImmunizer",
     "LinearLock",
     "MethodName",

@@ -36,6 +36,7 @@ from immunize_ext.probing.metrics.rir import (
     log_kappa,
     relative_immunization_ratio,
 )
+from immunize_ext.probing.metrics.sample_risk import Moments, tuned_risk
 from immunize_ext.probing.metrics.subspaces import (
     SubspaceAngles,
     leading_subspace_angles,
@@ -51,6 +52,7 @@ __all__ = [
     "FewSampleError",
     "GroupedEstimate",
     "GroupedRatio",
+    "Moments",
     "Pencil",
     "RelativeDegradation",
     "RelativeImmunizationRatio",
@@ -79,6 +81,7 @@ __all__ = [
     "slowdown",
     "spectral_slowdown",
     "steps_to_threshold",
+    "tuned_risk",
     "with_ridge",
     "worst_case",
 ]

@@ -1,0 +1,193 @@
+r"""The harm's learning curve raised as far as the task to keep, and others that are listed, allow.
+
+With few samples the risk of whoever stays in the row span of the features depends on the extractor
+through M = theta theta^T alone, whatever the optimizer (module ``metrics.sample_risk``). So M is
+what is chosen:
+
+.. math:: \max_M\ \operatorname{mean}_{n}\ \log E_H(n; M)
+          \quad \text{subject to} \quad
+          \operatorname{mean}_n \log \frac{E_t(n; M)}{E_t(n; M_0)} \le \log(1 + \text{tolerance})
+
+for the primary task and every benign one, E the risk at the learner's best ridge. theta is
+invertible: a head compensated by theta^-1 gives the outputs it gave before.
+
+The ascent starts at ``label-direction``, made milder until it meets the constraints, and goes on in
+theta exp(S), S symmetric: every M can be reached, and none that is singular. Constraints are held
+by an exact penalty; of all iterates that meet them the best is kept, the start among them. Whoever
+whitens with unlabelled inputs takes M away, and the price with it, but does not get the variances
+back that the features had before.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import ClassVar
+
+import torch
+from torch import Tensor
+
+from immunize_ext.ops.equal_diagonal import equal_diagonal_rotation
+from immunize_ext.probing.data.problem import Problem
+from immunize_ext.probing.data.task import Task
+from immunize_ext.probing.immunizers.closed_form import record_of
+from immunize_ext.probing.immunizers.immunized import Immunized
+from immunize_ext.probing.immunizers.label_direction import LabelDirectionImmunizer
+from immunize_ext.probing.immunizers.loop import LinearImmunizer, identity_or
+from immunize_ext.probing.immunizers.registry import METHODS
+from immunize_ext.probing.metrics.sample_risk import Moments, tuned_risk
+from immunize_ext.seams import Progress
+from immunize_ext.settings import plain
+
+# Of a constraint that is missed by a unit of log risk, in units of the objective: above the
+# multiplier at which a small step pays, as an exact penalty has to be.
+_PENALTY = 10.0
+
+
+@METHODS.register
+@dataclass(frozen=True)
+class LearningCurveImmunizer(LinearImmunizer):
+    """The harm needs more labelled samples; the task to keep and benign tasks do not.
+
+    Uses the labels of all tasks. Benign tasks are listed in the problem.
+
+    Attributes:
+        strength: c, by which the variance of the harm's direction is divided at most at the start,
+            and by which directions are scaled against each other at most after it.
+        samples: Numbers of labelled samples at which the risks count.
+        tolerance: By which share the risk of a task that is kept may rise, mean of logarithms.
+        steps: Steps of the ascent.
+        learning_rate: Of Adam, in units of log scale.
+        ridge: Ridge on K_H, relative to its largest eigenvalue, of the start.
+
+    Raises:
+        ValueError: If a setting is out of range.
+
+    Example:
+        >>> from immunize_ext.probing.data import digits_task
+        >>> problem = Problem.of(digits_task((3,), (8,)), digits_task((4,), (9,)))
+        >>> end = LearningCurveImmunizer(steps=5).fit(None, problem).history[1]
+        >>> end["risk_harmful"] > 0.2, end["risk_primary"] < 0.2
+        (True, True)
+    """
+
+    method: ClassVar[str] = "learning-curve"
+    knob: ClassVar[str | None] = "strength"
+    grid: ClassVar[tuple[float, ...]] = (10.0, 100.0, 1e3)
+
+    strength: float = 1e2
+    samples: tuple[int, ...] = (40, 80, 160)
+    tolerance: float = 0.0
+    steps: int = 150
+    learning_rate: float = 0.03
+    ridge: float = 1e-3
+
+    def __post_init__(self) -> None:
+        # The start checks strength and ridge.
+        self._start(self.strength)
+        name = type(self).__name__
+        if not self.samples or min(self.samples) < 1:
+            raise ValueError(
+                f"{name}: samples must be numbers of at least 1, got {list(self.samples)}"
+            )
+        if not self.tolerance >= 0.0:
+            raise ValueError(f"{name}: tolerance must be at least 0, got {self.tolerance}")
+        if self.steps < 0 or not self.learning_rate > 0.0:
+            raise ValueError(
+                f"{name}: steps must be at least 0 and learning_rate positive, got {self.steps} "
+                f"and {self.learning_rate}"
+            )
+
+    def _start(self, strength: float) -> LabelDirectionImmunizer:
+        return LabelDirectionImmunizer(strength=strength, ridge=self.ridge)
+
+    def fit(
+        self,
+        model: Tensor | None,
+        problem: Problem[Task],
+        *,
+        progress: Progress | None = None,
+        resume: Path | None = None,
+    ) -> Immunized:
+        """Immunize; arguments and errors as in the base class.
+
+        Returns:
+            The extractor; its history has one record before and one after: condition numbers as of
+            every method, and ``risk_harmful``, ``risk_primary``, ``risk_benign_0``, ...: geometric
+            means over ``samples`` of the risks of the formula.
+        """
+        name = type(self).__name__
+        harm = problem.only_harm(f"{name}.fit")
+        theta0 = identity_or(model, problem.primary, name)
+        tasks = (harm, problem.primary, *problem.benign)
+        identity = torch.eye(theta0.shape[1]).to(theta0)
+        moments = [Moments.of(task, theta0) for task in tasks]
+        before = self._log_risks(moments, identity)
+        allowed = before[1:] + math.log1p(self.tolerance)
+
+        def excess(risks: Tensor) -> Tensor:
+            # Rounding of risks that are equal is no excess.
+            return (risks[1:] - allowed - 1e-9).clamp(min=0.0)
+
+        # Strength 1 changes nothing, so one of these meets the constraints.
+        for halvings in range(8):
+            strength = self.strength ** (0.5**halvings) if halvings < 7 else 1.0
+            mild = replace(problem, harmful=(harm,))
+            start = torch.linalg.solve(
+                theta0, self._start(strength).fit(theta0, mild).theta.to(theta0)
+            )
+            risks = self._log_risks(moments, start @ start.mT)
+            if not bool(excess(risks).any()):
+                break
+        best, inner = float(risks[0]), start
+        seen = [m._replace(root=m.root @ start) for m in moments]
+        scale = torch.zeros_like(identity, requires_grad=True)
+        adam = torch.optim.Adam([scale], lr=self.learning_rate)
+        bound = math.log(self.strength) / 4.0
+        for step in range(self.steps):
+            with torch.enable_grad():
+                half = (scale + scale.mT) / 2.0
+                risks = self._log_risks(seen, torch.linalg.matrix_exp(2.0 * half))
+                missed = excess(risks)
+                adam.zero_grad()
+                (_PENALTY * missed.sum() - risks[0]).backward()
+            if float(risks[0].detach()) > best and not bool(missed.any()):
+                best, inner = float(risks[0].detach()), start @ _exp(half.detach())
+            adam.step()
+            with torch.no_grad():
+                values, vectors = torch.linalg.eigh((scale + scale.mT) / 2.0)
+                values = values - (values[0] + values[-1]) / 2.0
+                scale.copy_((vectors * values.clamp(-bound, bound)) @ vectors.mT)
+            if progress is not None and step % 10 == 9:
+                progress(f"{self.label}, step {step + 1} of {self.steps}", (step + 1) / self.steps)
+        rows = harm.x_train.to(torch.float64) @ theta0 @ inner
+        theta = theta0 @ inner @ equal_diagonal_rotation(rows.mT @ rows)
+        history = [
+            record_of(step, problem, extractor, theta0, self.ridge) | self._record(moments, metric)
+            for step, (extractor, metric) in enumerate(
+                ((theta0, identity), (theta, inner @ inner.mT))
+            )
+        ]
+        if progress is not None:
+            progress(self.label, 1.0)
+        return Immunized(self.method, theta, theta0, plain(self), history)
+
+    def _log_risks(self, moments: Sequence[Moments], metric: Tensor) -> Tensor:
+        """Mean over samples of log risk, by task."""
+        # A task that is learnt exactly has a risk of rounding, and no logarithm.
+        tiny = torch.finfo(torch.float64).tiny
+        return torch.stack(
+            [tuned_risk(m, metric, self.samples).clamp(min=tiny).log().mean() for m in moments]
+        )
+
+    def _record(self, moments: Sequence[Moments], metric: Tensor) -> dict[str, float]:
+        names = ["harmful", "primary", *(f"benign_{k}" for k in range(len(moments) - 2))]
+        risks = self._log_risks(moments, metric).exp().tolist()
+        return {f"risk_{name}": risk for name, risk in zip(names, risks, strict=True)}
+
+
+def _exp(symmetric: Tensor) -> Tensor:
+    values, vectors = torch.linalg.eigh(symmetric)
+    return (vectors * values.exp()) @ vectors.mT
