@@ -334,6 +334,14 @@ def _choices(results: Results, found: Mapping[str, Mapping[str, Attacked]]) -> l
             f"Over all attackers measured, a free choice costs {cost(every)}: "
             f"{label(every['fastest_with'])}."
         )
+    if (pick := results.get("unseen_harms")) is not None:
+        worst = Slowdown(real(pick["slowdown"]), pick["is_lower_bound"])
+        said.append(
+            f"Of {count(pick['tasks'], 'pair')} of classes that the method did not see, "
+            f"{pick['least']} is slowed least: {times(worst)} by gradient descent, the least fifth "
+            f"{number(pick['least_fifth'])} times in the mean, all of them {number(pick['mean'])} "
+            "times. An attacker who may choose the harm takes that one."
+        )
     return said
 
 

@@ -33,12 +33,11 @@ from immunize_ext.probing.certificates.number_formats import (
     format_floor,
     served,
 )
-from immunize_ext.probing.certificates.optimizers import EXPONENT, WHITENING, kappa_under
 from immunize_ext.probing.certificates.rewhitening import gaussian_kappa_left, rewhitened
 from immunize_ext.probing.certificates.work import factorisation_steps, work_cap
 from immunize_ext.probing.data import Task, gram_equivalent
 from immunize_ext.probing.immunizers import Immunized
-from immunize_ext.probing.metrics import with_ridge
+from immunize_ext.probing.metrics import EXPONENT, WHITENING, kappa_under, with_ridge
 from immunize_ext.seams import Progress
 
 # Multiples of the number of features: how many unlabelled inputs the attacker whitens with.
@@ -62,7 +61,7 @@ class Delay:
     """What one kind of optimizer pays, by its condition number.
 
     Attributes:
-        optimizer: Its name in :data:`~.optimizers.EXPONENT`.
+        optimizer: Its name in :data:`immunize_ext.probing.metrics.EXPONENT`.
         exponent: The power of kappa by which its steps grow.
         log_kappa_before: Log of the condition number that it sees without immunization.
         log_kappa_after: The same with it.
@@ -247,7 +246,7 @@ def certify(
 
     Source:
         The impossibility for whitening learners and the cap are proven in the modules
-        ``optimizers`` and ``work``; learning curves follow Hastie et al. (2022).
+        ``metrics.optimizers`` and ``work``; learning curves follow Hastie et al. (2022).
 
     Example:
         >>> from immunize_ext.probing.data import Problem, digits_task

@@ -1,7 +1,7 @@
 r"""What it costs to take theta away again: unlabelled inputs.
 
 With m >= p unlabelled inputs of regular scatter C_m, features whitened by their own scatter have
-the Gram matrix X C_m^-1 X^T, in which theta does not occur (module ``optimizers``). Whatever
+the Gram matrix X C_m^-1 X^T, in which theta does not occur (``metrics.optimizers``). Whatever
 condition number was designed, what an attacker is left with is that of his sample Hessian in the
 metric of C_m. For Gaussian inputs of one covariance the extreme eigenvalues of that are those of
 Marchenko and Pastur, and

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from functools import lru_cache
+from itertools import combinations
 from pathlib import Path
 from typing import Any, Generic, TypeVar
 
@@ -265,6 +266,47 @@ def load_problem(
             task = _digits(data, parse_sides(text), data_dir, size, seed)
         tasks.append(_cut(task, max_train))
     return Problem(tasks[0], tuple(tasks[1:]))
+
+
+def other_pairs(
+    data: str,
+    primary: str | None,
+    harmful: tuple[str, ...],
+    *,
+    data_dir: str | None = None,
+    size: int = 28,
+    max_train: int | None = None,
+    seed: int = 0,
+) -> list[Task]:
+    """Pairs of classes of the same data that are neither the primary nor a harmful task.
+
+    What an attacker may choose from whom the immunizer did not think of. Arguments as for
+    :func:`load_problem`.
+
+    Returns:
+        One task a pair, each class against each; none for ``house`` and for files of one task.
+    """
+    if primary is None and not harmful and data in _DEFAULTS:
+        primary, harmful = _DEFAULTS[data]
+    named = [text for text in (primary, *harmful) if text is not None]
+    if data == "house" or not named or any(text.endswith(FILES) for text in named):
+        return []
+    taken = {frozenset(parse_sides(text)) for text in named}
+    classes: list[int] = list(range(10))
+    if data.endswith(FILES):
+        classes = sorted(int(label) for label in load_features(data, seed=seed)[1].unique())
+    texts = [
+        f"{one}:{other}"
+        for one, other in combinations(classes, 2)
+        if frozenset({(one,), (other,)}) not in taken
+    ]
+    tasks = [
+        _classes(data, text, seed)
+        if data.endswith(FILES)
+        else _digits(data, parse_sides(text), data_dir, size, seed)
+        for text in texts
+    ]
+    return [_cut(task, max_train) for task in tasks]
 
 
 def _digits(

@@ -39,6 +39,7 @@ from immunize_ext.probing.immunizers.multiplicative import (
     MultiplicativeImmunizer,
     multiplicative_step,
 )
+from immunize_ext.probing.immunizers.optimizer_aware import OptimizerAwareImmunizer
 from immunize_ext.probing.immunizers.registry import METHODS, MethodName, grid_of, knob_of, label_of
 from immunize_ext.probing.immunizers.several_harms import SeveralHarmsImmunizer, several_harms_theta
 from immunize_ext.probing.immunizers.step_bounds import ill_step_bound, well_step_bound
@@ -62,6 +63,7 @@ __all__ = [
     "MethodName",
     "MiniBatchImmunizer",
     "MultiplicativeImmunizer",
+    "OptimizerAwareImmunizer",
     "PencilLock",
     "PlainConditionNumberImmunizer",
     "SeveralHarmsImmunizer",

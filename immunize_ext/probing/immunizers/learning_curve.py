@@ -8,10 +8,13 @@ what is chosen:
           \quad \text{subject to} \quad
           \operatorname{mean}_n \log \frac{E_t(n; M)}{E_t(n; M_0)} \le \log(1 + \text{tolerance})
 
-for the primary task and every benign one, E the risk at the learner's best ridge. theta is
+for the primary task and every benign one, E the risk at the learner's best ridge. Of several harms
+no closed form has the least protected one: the objective is then the minimum that exponentiated
+weights belong to, or the conditional value at risk (module ``metrics.worst_harm``). theta is
 invertible: a head compensated by theta^-1 gives the outputs it gave before.
 
-The ascent starts at ``label-direction``, made milder until it meets the constraints, and goes on in
+The ascent starts at ``label-direction`` of one harm after the other, made milder until it meets the
+constraints, and goes on in
 theta exp(S), S symmetric: every M can be reached, and none that is singular. Constraints are held
 by an exact penalty; of all iterates that meet them the best is kept, the start among them. Whoever
 whitens with unlabelled inputs takes M away, and the price with it, but does not get the variances
@@ -24,7 +27,7 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import ClassVar
+from typing import ClassVar, Literal, get_args
 
 import torch
 from torch import Tensor
@@ -38,6 +41,7 @@ from immunize_ext.probing.immunizers.label_direction import LabelDirectionImmuni
 from immunize_ext.probing.immunizers.loop import LinearImmunizer, identity_or
 from immunize_ext.probing.immunizers.registry import METHODS
 from immunize_ext.probing.metrics.sample_risk import Moments, tuned_risk
+from immunize_ext.probing.metrics.worst_harm import conditional_value_at_risk, soft_minimum
 from immunize_ext.seams import Progress
 from immunize_ext.settings import plain
 
@@ -46,10 +50,13 @@ from immunize_ext.settings import plain
 _PENALTY = 10.0
 
 
+Objective = Literal["exponentiated", "cvar", "mean"]
+
+
 @METHODS.register
 @dataclass(frozen=True)
 class LearningCurveImmunizer(LinearImmunizer):
-    """The harm needs more labelled samples; the task to keep and benign tasks do not.
+    """The harms need more labelled samples; the task to keep and benign tasks do not.
 
     Uses the labels of all tasks. Benign tasks are listed in the problem.
 
@@ -58,6 +65,10 @@ class LearningCurveImmunizer(LinearImmunizer):
             and by which directions are scaled against each other at most after it.
         samples: Numbers of labelled samples at which the risks count.
         tolerance: By which share the risk of a task that is kept may rise, mean of logarithms.
+        objective: Of several harms: ``exponentiated`` weights, ``cvar`` (mean of the least), or
+            the ``mean``.
+        eta: Of the exponentiated weights; 0 is the mean, large the least harm alone.
+        share: Of the harms that ``cvar`` looks at.
         steps: Steps of the ascent.
         learning_rate: Of Adam, in units of log scale.
         ridge: Ridge on K_H, relative to its largest eigenvalue, of the start.
@@ -74,12 +85,16 @@ class LearningCurveImmunizer(LinearImmunizer):
     """
 
     method: ClassVar[str] = "learning-curve"
+    takes_several: ClassVar[bool] = True
     knob: ClassVar[str | None] = "strength"
     grid: ClassVar[tuple[float, ...]] = (10.0, 100.0, 1e3)
 
     strength: float = 1e2
     samples: tuple[int, ...] = (40, 80, 160)
     tolerance: float = 0.0
+    objective: Objective = "exponentiated"
+    eta: float = 10.0
+    share: float = 0.5
     steps: int = 150
     learning_rate: float = 0.03
     ridge: float = 1e-3
@@ -94,6 +109,12 @@ class LearningCurveImmunizer(LinearImmunizer):
             )
         if not self.tolerance >= 0.0:
             raise ValueError(f"{name}: tolerance must be at least 0, got {self.tolerance}")
+        if self.objective not in get_args(Objective):
+            raise ValueError(
+                f"{name}: objective must be one of {', '.join(get_args(Objective))}, got "
+                f"{self.objective!r}"
+            )
+        self._of_harms(torch.zeros(1))
         if self.steps < 0 or not self.learning_rate > 0.0:
             raise ValueError(
                 f"{name}: steps must be at least 0 and learning_rate positive, got {self.steps} "
@@ -115,33 +136,35 @@ class LearningCurveImmunizer(LinearImmunizer):
 
         Returns:
             The extractor; its history has one record before and one after: condition numbers as of
-            every method, and ``risk_harmful``, ``risk_primary``, ``risk_benign_0``, ...: geometric
-            means over ``samples`` of the risks of the formula.
+            every method (against the first harmful task), and ``risk_harmful``, ``risk_harmful_1``
+            and so on, ``risk_primary``, ``risk_benign_0``, ...: geometric means over ``samples``
+            of the risks of the formula.
         """
         name = type(self).__name__
-        harm = problem.only_harm(f"{name}.fit")
         theta0 = identity_or(model, problem.primary, name)
-        tasks = (harm, problem.primary, *problem.benign)
+        harms = len(problem.harmful)
+        tasks = (*problem.harmful, problem.primary, *problem.benign)
         identity = torch.eye(theta0.shape[1]).to(theta0)
         moments = [Moments.of(task, theta0) for task in tasks]
         before = self._log_risks(moments, identity)
-        allowed = before[1:] + math.log1p(self.tolerance)
+        allowed = before[harms:] + math.log1p(self.tolerance)
 
         def excess(risks: Tensor) -> Tensor:
             # Rounding of risks that are equal is no excess.
-            return (risks[1:] - allowed - 1e-9).clamp(min=0.0)
+            return (risks[harms:] - allowed - 1e-9).clamp(min=0.0)
 
         # Strength 1 changes nothing, so one of these meets the constraints.
         for halvings in range(8):
             strength = self.strength ** (0.5**halvings) if halvings < 7 else 1.0
-            mild = replace(problem, harmful=(harm,))
-            start = torch.linalg.solve(
-                theta0, self._start(strength).fit(theta0, mild).theta.to(theta0)
-            )
+            start = theta0
+            for harm in problem.harmful:
+                one = replace(problem, harmful=(harm,), benign=())
+                start = self._start(strength).fit(start, one).theta.to(theta0)
+            start = torch.linalg.solve(theta0, start)
             risks = self._log_risks(moments, start @ start.mT)
             if not bool(excess(risks).any()):
                 break
-        best, inner = float(risks[0]), start
+        best, inner = float(self._of_harms(risks[:harms])), start
         seen = [m._replace(root=m.root @ start) for m in moments]
         scale = torch.zeros_like(identity, requires_grad=True)
         adam = torch.optim.Adam([scale], lr=self.learning_rate)
@@ -150,11 +173,11 @@ class LearningCurveImmunizer(LinearImmunizer):
             with torch.enable_grad():
                 half = (scale + scale.mT) / 2.0
                 risks = self._log_risks(seen, torch.linalg.matrix_exp(2.0 * half))
-                missed = excess(risks)
+                missed, found = excess(risks), self._of_harms(risks[:harms])
                 adam.zero_grad()
-                (_PENALTY * missed.sum() - risks[0]).backward()
-            if float(risks[0].detach()) > best and not bool(missed.any()):
-                best, inner = float(risks[0].detach()), start @ _exp(half.detach())
+                (_PENALTY * missed.sum() - found).backward()
+            if float(found.detach()) > best and not bool(missed.any()):
+                best, inner = float(found.detach()), start @ _exp(half.detach())
             adam.step()
             with torch.no_grad():
                 values, vectors = torch.linalg.eigh((scale + scale.mT) / 2.0)
@@ -162,10 +185,15 @@ class LearningCurveImmunizer(LinearImmunizer):
                 scale.copy_((vectors * values.clamp(-bound, bound)) @ vectors.mT)
             if progress is not None and step % 10 == 9:
                 progress(f"{self.label}, step {step + 1} of {self.steps}", (step + 1) / self.steps)
-        rows = harm.x_train.to(torch.float64) @ theta0 @ inner
-        theta = theta0 @ inner @ equal_diagonal_rotation(rows.mT @ rows)
+        theta = theta0 @ inner
+        hessian = torch.zeros_like(theta)
+        for task in problem.harmful:
+            rows = task.x_train.to(torch.float64) @ theta
+            hessian = hessian + rows.mT @ rows
+        theta = theta @ equal_diagonal_rotation(hessian)
         history = [
-            record_of(step, problem, extractor, theta0, self.ridge) | self._record(moments, metric)
+            record_of(step, problem, extractor, theta0, self.ridge)
+            | self._record(moments, metric, harms)
             for step, (extractor, metric) in enumerate(
                 ((theta0, identity), (theta, inner @ inner.mT))
             )
@@ -182,8 +210,15 @@ class LearningCurveImmunizer(LinearImmunizer):
             [tuned_risk(m, metric, self.samples).clamp(min=tiny).log().mean() for m in moments]
         )
 
-    def _record(self, moments: Sequence[Moments], metric: Tensor) -> dict[str, float]:
-        names = ["harmful", "primary", *(f"benign_{k}" for k in range(len(moments) - 2))]
+    def _of_harms(self, logs: Tensor) -> Tensor:
+        """What is climbed, of the log risks of the harms."""
+        if self.objective == "cvar":
+            return conditional_value_at_risk(logs, self.share)
+        return soft_minimum(logs, self.eta if self.objective == "exponentiated" else 0.0)
+
+    def _record(self, moments: Sequence[Moments], metric: Tensor, harms: int) -> dict[str, float]:
+        names = ["harmful", *(f"harmful_{k}" for k in range(1, harms)), "primary"]
+        names += [f"benign_{k}" for k in range(len(moments) - harms - 1)]
         risks = self._log_risks(moments, metric).exp().tolist()
         return {f"risk_{name}": risk for name, risk in zip(names, risks, strict=True)}
 

@@ -21,6 +21,13 @@ from immunize_ext.probing.metrics.cost import (
     relative_degradation,
 )
 from immunize_ext.probing.metrics.hessian import with_ridge
+from immunize_ext.probing.metrics.optimizers import (
+    EXPONENT,
+    IMPOSSIBLE,
+    WHITENING,
+    check_optimizer,
+    kappa_under,
+)
 from immunize_ext.probing.metrics.pencil import Pencil, log_rir_ceiling, pencil
 from immunize_ext.probing.metrics.rir import (
     CeilingRow,
@@ -42,9 +49,13 @@ from immunize_ext.probing.metrics.subspaces import (
     leading_subspace_angles,
     principal_angles,
 )
+from immunize_ext.probing.metrics.worst_harm import conditional_value_at_risk, soft_minimum
 from immunize_ext.quantities import Slowdown, Spread, slowdown, steps_to_threshold
 
 __all__ = [
+    "EXPONENT",
+    "IMPOSSIBLE",
+    "WHITENING",
     "AttackerSteps",
     "CeilingRow",
     "Constant",
@@ -62,13 +73,16 @@ __all__ = [
     "WorstCase",
     "best_constant",
     "ceiling_table",
+    "check_optimizer",
     "computed_rank_rtol",
+    "conditional_value_at_risk",
     "conjugate_gradient_steps",
     "deep_rir",
     "few_sample_error",
     "gradient_descent_steps",
     "grouped_linear_rir",
     "grouped_rir",
+    "kappa_under",
     "leading_subspace_angles",
     "line_search_norm_ratio",
     "log_kappa",
@@ -79,6 +93,7 @@ __all__ = [
     "relative_degradation",
     "relative_immunization_ratio",
     "slowdown",
+    "soft_minimum",
     "spectral_slowdown",
     "steps_to_threshold",
     "tuned_risk",

@@ -74,6 +74,21 @@ def test_benign_tasks_are_kept(problem: Problem[Task]) -> None:
     assert listed.digest() != problem.digest()
 
 
+@pytest.mark.parametrize("objective", ["exponentiated", "cvar"])
+def test_of_several_harms_the_least_protected_counts(
+    problem: Problem[Task], objective: str
+) -> None:
+    """The mean is raised by one harm; the objectives of the worst case raise the least."""
+    several = Problem(problem.primary, (*problem.harmful, digits_task((0,), (2,))))
+    least = {}
+    for name in ("mean", objective):
+        fit = LearningCurveImmunizer(steps=30, objective=name, eta=30.0, samples=(20,))  # type: ignore[arg-type]
+        start, end = fit.fit(None, several).history
+        least[name] = min(end["risk_harmful"], end["risk_harmful_1"])
+        assert end["risk_primary"] <= start["risk_primary"] * (1 + 1e-8)
+    assert least[objective] > 1.05 * least["mean"]
+
+
 def test_on_top_of_an_extractor(problem: Problem[Task]) -> None:
     """Risks before are those of the model, and theta is that of the composition."""
     model = torch.diag(torch.logspace(0, -2, 64, dtype=torch.float64))
@@ -100,6 +115,9 @@ def test_deterministic_and_registered(problem: Problem[Task]) -> None:
         ({"samples": ()}, "samples must be numbers of at least 1"),
         ({"samples": (0,)}, "samples must be numbers of at least 1"),
         ({"tolerance": -0.1}, "tolerance must be at least 0"),
+        ({"objective": "worst"}, "objective must be one of exponentiated, cvar, mean"),
+        ({"eta": -1.0}, "eta must be finite"),
+        ({"objective": "cvar", "share": 0.0}, "share must be above 0"),
         ({"steps": -1}, "steps must be at least 0"),
         ({"learning_rate": 0.0}, "learning_rate positive"),
         ({"strength": 0.5}, "strength must be finite and at least 1"),
