@@ -84,6 +84,7 @@ def row_of(name: str, method: str, problem: Problem[Task]) -> dict[str, Any]:
         "cap": found.work.cap if found.work else None,
         "samples_harm": few["harmful"].factor_best,
         "samples_harm_given": few["harmful"].factor_given,
+        "samples_harm_sibling": few["harmful"].factor_sibling,
         "samples_own": few["primary"].factor_best,
         "r2_harm": [harm.r2_before, harm.r2_after],
         "r2_own": [own.r2_before, own.r2_after],

@@ -107,8 +107,17 @@ def _price(task: Mapping[str, Any]) -> str:
     who = "the better of two attackers" if task["role"] == "harmful" else "its owner"
     return (
         f"For what {count(reference, 'labelled sample')} gave without immunization, {who} needs "
-        f"{price} as many on the {name}."
+        f"{price} as many on the {name}.{_sibling(task)}"
     )
+
+
+def _sibling(task: Mapping[str, Any]) -> str:
+    """What a public model of the same features is worth to an attacker, if it was measured."""
+    if task["role"] != "harmful" or task.get("factor_sibling") is None:
+        return ""
+    value = real(task["factor_sibling"])
+    more = "does not get there" if value == float("inf") else f"needs {number(value)} times as many"
+    return f" Who maps the features onto a public model that was not immunized {more}."
 
 
 def _delay_rows(one: Certificate) -> list[list[str]]:
@@ -144,7 +153,10 @@ def _sample_rows(one: Certificate) -> list[list[str]]:
             ("without", "without immunization"),
             ("given", "features as they are"),
             ("whitened", "re-whitened by unlabelled inputs"),
+            ("sibling", "mapped onto a public model"),
         ):
+            if side not in task:
+                continue  # of an earlier version
             curve = {int(key): value for key, value in task[side].items()}
             columns = [int(key) for key in task["without"]]
             cells = [number(curve[n]) if n in curve else "" for n in columns]

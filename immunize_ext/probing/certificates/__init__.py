@@ -20,6 +20,7 @@ from immunize_ext.probing.certificates.linear_information import (
 )
 from immunize_ext.probing.certificates.number_formats import FormatFloor, format_floor, served
 from immunize_ext.probing.certificates.rewhitening import (
+    aligned,
     gaussian_kappa_left,
     rewhitened,
     whitening_map,
@@ -34,6 +35,7 @@ __all__ = [
     "FormatFloor",
     "LinearInformation",
     "Spectrum",
+    "aligned",
     "best_risk",
     "certify",
     "effective_ridge",

@@ -33,7 +33,7 @@ from immunize_ext.probing.certificates.number_formats import (
     format_floor,
     served,
 )
-from immunize_ext.probing.certificates.rewhitening import gaussian_kappa_left, rewhitened
+from immunize_ext.probing.certificates.rewhitening import aligned, gaussian_kappa_left, rewhitened
 from immunize_ext.probing.certificates.work import factorisation_steps, work_cap
 from immunize_ext.probing.data import Task, gram_equivalent
 from immunize_ext.probing.immunizers import Immunized
@@ -126,9 +126,12 @@ class FewSamples:
         given: With the features as they are.
         whitened: With features re-whitened, wholly or in part, by unlabelled inputs of the primary
             task; at each number the best power.
+        sibling: With features mapped onto those of a public model that was not immunized, by
+            unlabelled inputs of both tasks.
         factor_given: How many times more samples for what ``reference`` gave without; infinite if
             more than were tried, ``None`` where that was hardly better than the constant.
-        factor_best: The same for the better of both attackers.
+        factor_best: The same for the better of the attackers without a public model.
+        factor_sibling: The same for who has one.
     """
 
     role: str
@@ -137,8 +140,10 @@ class FewSamples:
     without: Curve
     given: Curve
     whitened: Curve
+    sibling: Curve
     factor_given: float | None
     factor_best: float | None
+    factor_sibling: float | None
 
 
 @dataclass(frozen=True)
@@ -369,11 +374,14 @@ def _few(
     whitened = best_of(
         *(curve(rewhitened(after, unlabelled, power=power), target) for power in POWERS)
     )
+    both = _in_turn(primary.x_train, task.x_train)
+    sibling = curve(aligned(after, before, both), target)
     start = samples_to(without, target)
-    factors: list[float | None] = [None, None]
+    factors: list[float | None] = [None, None, None]
     if target < LEARNT * constant:
-        factors = [samples_to(c, target) / start for c in (given, best_of(given, whitened))]
-    return FewSamples(role, reference, constant, without, given, whitened, *factors)
+        tried = given, best_of(given, whitened), sibling
+        factors = [samples_to(c, target) / start for c in tried]
+    return FewSamples(role, reference, constant, without, given, whitened, sibling, *factors)
 
 
 def _formats(role: str, task: Task, theta: Tensor) -> list[Format]:

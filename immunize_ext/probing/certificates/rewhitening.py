@@ -114,3 +114,36 @@ def rewhitened(
     wide = theta.detach().to(torch.float64)
     features = unlabelled.to(torch.float64) @ wide
     return wide @ whitening_map(features, ridge=ridge, power=power, centre=centre)
+
+
+def aligned(theta: Tensor, theta0: Tensor, unlabelled: Tensor, *, ridge: float = 1e-12) -> Tensor:
+    r"""Features mapped onto those of a public model by unlabelled inputs that went through both.
+
+    The map of least squares, :math:`(Z^\top Z + r I)^{-1} Z^\top S`, Z and S the features of the
+    immunized and of the public model. Where theta is invertible and there are as many inputs as
+    features, it is the inverse: the variances of the public model are back, and with them the prior
+    that few samples need. What a singular theta has taken away does not come back.
+
+    Args:
+        theta: The immunized extractor, shape ``(p, q)``.
+        theta0: The public one, shape ``(p, s)``.
+        unlabelled: Inputs, shape ``(m, p)``.
+        ridge: r, relative to the mean eigenvalue of Z^T Z.
+
+    Returns:
+        theta times the map, shape ``(p, s)``, float64.
+
+    Example:
+        >>> x = torch.tensor([[1.0, 0.0], [0.0, 2.0], [1.0, 1.0]]).double()
+        >>> theta = torch.tensor([[1.0, 3.0], [0.0, 1e-3]]).double()
+        >>> back = aligned(theta, torch.eye(2).double(), x)
+        >>> torch.allclose(back, torch.eye(2).double(), atol=1e-6)
+        True
+    """
+    wide = theta.detach().to(torch.float64)
+    x = unlabelled.to(torch.float64)
+    z, s = x @ wide, x @ theta0.detach().to(torch.float64)
+    left, sigma, right = torch.linalg.svd(z, full_matrices=False)
+    damped = sigma.square() + ridge * sigma.square().mean()
+    inverse = torch.where(damped > 0.0, sigma / damped, 0.0)
+    return wide @ (right.mT @ (inverse[:, None] * (left.mT @ s)))

@@ -17,6 +17,7 @@ from immunize_ext.probing.certificate_report import sentences
 from immunize_ext.probing.certificates import (
     EXPONENT,
     Spectrum,
+    aligned,
     best_risk,
     certify,
     effective_ridge,
@@ -318,6 +319,27 @@ def test_factors_of_a_task_with_few_samples(problem: Problem[Task], samples: int
     said = " ".join(sentences(json.loads(json.dumps(to_json(blind.to_dict())))))
     assert "nothing is learnt of the harmful task, even without immunization" in said
     assert "for the best constant answer" in said
+
+
+def test_a_public_model_undoes_a_price_and_no_lock(problem: Problem[Task]) -> None:
+    """Unlabelled inputs that go through both models bring the variances back, and the prior."""
+    owners, attackers = problem.harmful[0].halves()
+    prices = {}
+    for method in ("label-direction", "lock"):
+        immunized = METHODS[method].fit(None, Problem.of(problem.primary, owners))
+        row = certify(immunized, problem.primary, attackers, draws=4).few_samples[0]
+        prices[method] = row.factor_given, row.factor_best, row.factor_sibling
+        if method == "label-direction":
+            back = aligned(immunized.theta, immunized.theta0, problem.primary.x_train)
+            seen = problem.primary.x_train.double()
+            torch.testing.assert_close(seen @ back, seen, rtol=0, atol=1e-6)
+    given, best, sibling = prices["label-direction"]
+    assert given is not None
+    assert best is not None
+    assert given > 1.8
+    assert best > 1.3
+    assert sibling == pytest.approx(1.0, abs=0.05)
+    assert prices["lock"] == (math.inf, math.inf, math.inf)
 
 
 def test_a_lock_is_judged_on_samples_that_it_was_not_made_of(
