@@ -71,15 +71,24 @@ class Traces(NamedTuple):
         ]
 
     def best(self, target: float | None) -> int:
-        """The column that reaches a target first, or has the lowest test loss if none does."""
+        """The column that reaches a target first, or has the lowest test loss if none does.
+
+        Of several that reach it in the same step, the one that is lowest there: how long a curve
+        goes on after the target decides nothing.
+        """
         steps: list[int | None] = [None] * self.test_loss.shape[1]
         if target is not None:
             steps = self.steps_to(target)
         lowest = self.lowest
         return min(
             range(len(lowest)),
-            key=lambda i: (math.inf if steps[i] is None else steps[i], lowest[i]),
+            key=lambda i: self._rank(steps[i], i, lowest[i]),
         )
+
+    def _rank(self, step: int | None, column: int, lowest: float) -> tuple[float, float, float]:
+        if step is None:
+            return math.inf, lowest, lowest
+        return step, float(self.test_loss[step, column]), lowest
 
     def curve(self, column: int) -> AttackCurve:
         """One column as a curve that is judged at every step."""

@@ -190,6 +190,34 @@ class Nesterov(_Untuned):
 
 @ATTACKS.register
 @dataclass(frozen=True)
+class NystromConjugateGradients(_Untuned):
+    """Conjugate gradients after a low-rank preconditioner has evened the leading directions out.
+
+    It pays for lambda_{r+1} / lambda_p in place of kappa.
+
+    Attributes:
+        rank: r, directions that the preconditioner takes away.
+    """
+
+    name: ClassVar[str] = "nystrom_cg"
+    label: ClassVar[str] = "Conjugate gradients, low-rank preconditioner"
+
+    rank: int = 10
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.rank < 0:
+            raise ValueError(f"{self.name}: rank must not be negative, got {self.rank}")
+
+    def heads(self, z: Tensor, y: Tensor, loss: ProbeLoss) -> Iterator[Tensor]:
+        """Those of conjugate gradients on the preconditioned features."""
+        back = probes.low_rank_preconditioner(z, self.rank)
+        run = ConjugateGradients(loss=self.loss).heads(z @ back, y, loss)
+        return (back @ w for w in run)
+
+
+@ATTACKS.register
+@dataclass(frozen=True)
 class Lbfgs(_Untuned):
     """L-BFGS with ten pairs of memory."""
 
@@ -306,6 +334,55 @@ class Adam(TunedAttack):
     def iterates(self, z: Tensor, y: Tensor, loss: ProbeLoss, seed: int = 0) -> Iterator[Tensor]:
         """As in the base class."""
         return tuned.adam(z, y, loss, z.new_tensor(self.rates))
+
+
+@ATTACKS.register
+@dataclass(frozen=True)
+class AdamCosine(TunedAttack):
+    """Adam with warm-up and a cosine schedule; the horizon is tuned with the rate.
+
+    Attributes:
+        learning_rates: Peak rates tried.
+        horizons: Numbers of steps of the schedule that are tried with each of them.
+    """
+
+    name: ClassVar[str] = "adam_cosine"
+    label: ClassVar[str] = "Adam, warm-up and cosine"
+
+    learning_rates: tuple[float, ...] = _HALF_DECADES[2:]
+    horizons: tuple[int, ...] = (10, 30, 100, 300, 1000, 3000, 10000)
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if not self.horizons or min(self.horizons) < 1:
+            raise ValueError(
+                f"{self.name}: horizons must be numbers of at least 1 step, got {self.horizons}"
+            )
+
+    @property
+    def rates(self) -> tuple[float, ...]:
+        """Every rate once for every horizon."""
+        return self.learning_rates * len(self.horizons)
+
+    def iterates(self, z: Tensor, y: Tensor, loss: ProbeLoss, seed: int = 0) -> Iterator[Tensor]:
+        """As in the base class."""
+        horizons = z.new_tensor(self.horizons).repeat_interleave(len(self.learning_rates))
+        return tuned.adam(z, y, loss, z.new_tensor(self.rates), horizons)
+
+
+@ATTACKS.register
+@dataclass(frozen=True)
+class Shampoo(TunedAttack):
+    """Shampoo on features scaled to root mean square 1."""
+
+    name: ClassVar[str] = "shampoo"
+    label: ClassVar[str] = "Shampoo"
+
+    learning_rates: tuple[float, ...] = (1e-2, 3e-2, 0.1, 0.3, 1.0, 3.0)
+
+    def iterates(self, z: Tensor, y: Tensor, loss: ProbeLoss, seed: int = 0) -> Iterator[Tensor]:
+        """As in the base class."""
+        return tuned.shampoo(z, y, loss, z.new_tensor(self.rates))
 
 
 @ATTACKS.register
