@@ -38,6 +38,7 @@ METHOD_NAMES = (
     "closed-form",
     "label-direction",
     "learning-curve",
+    "optimizer-aware",
     "lock",
     "pencil-lock",
 )

@@ -150,6 +150,15 @@ class LinearProbeAttack(ABC):
         """Ends of the learning rates tried behind which a better one might lie."""
         return ()
 
+    def lifted(self, features: tuple[Tensor, Tensor], seed: int) -> tuple[Tensor, Tensor]:
+        """What the head is trained on: the features, or functions of them.
+
+        Args:
+            features: Of the training and of the test part, shapes ``(n, q)`` and ``(m, q)``.
+            seed: Seed of draws, for an attacker that draws.
+        """
+        return features
+
     @abstractmethod
     def iterates(self, z: Tensor, y: Tensor, loss: ProbeLoss, seed: int = 0) -> Iterator[Tensor]:
         """Weights after 0, 1, 2, ... steps, without end.
@@ -230,7 +239,7 @@ class LinearProbeAttack(ABC):
                 f"{self.name}: loss must be 'squared' for a regression task, got 'logistic'; the "
                 "logistic loss needs targets -1 and +1"
             )
-        features = _features(self.name, target, model)
+        features = self.lifted(_features(self.name, target, model), seed)
         loss, columns = LOSSES[self.loss], max(1, len(self.rates))
         runs = self.iterates(features[0], target.y_train.to(torch.float64), loss, seed)
         parts: list[tuple[Tensor, Tensor, Tensor]] = []

@@ -8,6 +8,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any, ClassVar, Literal, TypeAlias
 
+import torch
 from torch import Tensor
 
 from immunize_ext.probing.attacks import probes, tuned
@@ -214,6 +215,45 @@ class NystromConjugateGradients(_Untuned):
         back = probes.low_rank_preconditioner(z, self.rank)
         run = ConjugateGradients(loss=self.loss).heads(z @ back, y, loss)
         return (back @ w for w in run)
+
+
+@ATTACKS.register
+@dataclass(frozen=True)
+class KernelProbe(_Untuned):
+    """A probe that is not linear: conjugate gradients on Gaussian kernels around training samples.
+
+    The width is the median distance between them. What a lock takes away from linear probes is
+    still in there.
+
+    Attributes:
+        centres: Training samples that are centres; all where there are fewer.
+    """
+
+    name: ClassVar[str] = "kernel"
+    label: ClassVar[str] = "Gaussian kernel probe"
+    needs_samples: ClassVar[bool] = True
+
+    centres: int = 500
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.centres < 1:
+            raise ValueError(f"{self.name}: centres must be at least 1, got {self.centres}")
+
+    def lifted(self, features: tuple[Tensor, Tensor], seed: int) -> tuple[Tensor, Tensor]:
+        """One kernel for every centre."""
+        generator = torch.Generator().manual_seed(seed)
+        chosen = torch.randperm(len(features[0]), generator=generator)[: self.centres]
+        centres = features[0][chosen.to(features[0].device)]
+        apart = torch.cdist(centres, centres).square()
+        apart = apart[apart > 0]
+        width = apart.median() if len(apart) else torch.ones_like(features[0][0, 0])
+        train, test = (torch.exp(-2.0 * torch.cdist(z, centres).square() / width) for z in features)
+        return train, test
+
+    def heads(self, z: Tensor, y: Tensor, loss: ProbeLoss) -> Iterator[Tensor]:
+        """Those of conjugate gradients."""
+        return ConjugateGradients(loss=self.loss).heads(z, y, loss)
 
 
 @ATTACKS.register
