@@ -56,7 +56,7 @@ def resolvent_traces(
 
     Example:
         >>> found = resolvent_traces([[3.0, 0.0], [0.0, 1.0]], [1.0], [[2.0], [0.0]])
-        >>> [float(part.item()) for part in found]
+        >>> [round(float(part.item()), 9) for part in found]
         [1.25, 0.8125, 0.25]
     """
     matrices, k, columns = _arguments("resolvent_traces", a, shifts, vectors)

@@ -116,11 +116,11 @@ def rewhitened(
     return wide @ whitening_map(features, ridge=ridge, power=power, centre=centre)
 
 
-def aligned(theta: Tensor, theta0: Tensor, unlabelled: Tensor, *, ridge: float = 1e-12) -> Tensor:
+def aligned(theta: Tensor, theta0: Tensor, unlabelled: Tensor) -> Tensor:
     r"""Features mapped onto those of a public model by unlabelled inputs that went through both.
 
-    The map of least squares, :math:`(Z^\top Z + r I)^{-1} Z^\top S`, Z and S the features of the
-    immunized and of the public model. Where theta is invertible and there are as many inputs as
+    The map of least squares, :math:`Z^+ S`, Z and S the features of the immunized and of the public
+    model. Where theta is invertible and there are as many inputs as
     features, it is the inverse: the variances of the public model are back, and with them the prior
     that few samples need. What a singular theta has taken away does not come back.
 
@@ -128,7 +128,6 @@ def aligned(theta: Tensor, theta0: Tensor, unlabelled: Tensor, *, ridge: float =
         theta: The immunized extractor, shape ``(p, q)``.
         theta0: The public one, shape ``(p, s)``.
         unlabelled: Inputs, shape ``(m, p)``.
-        ridge: r, relative to the mean eigenvalue of Z^T Z.
 
     Returns:
         theta times the map, shape ``(p, s)``, float64.
@@ -144,6 +143,5 @@ def aligned(theta: Tensor, theta0: Tensor, unlabelled: Tensor, *, ridge: float =
     x = unlabelled.to(torch.float64)
     z, s = x @ wide, x @ theta0.detach().to(torch.float64)
     left, sigma, right = torch.linalg.svd(z, full_matrices=False)
-    damped = sigma.square() + ridge * sigma.square().mean()
-    inverse = torch.where(damped > 0.0, sigma / damped, 0.0)
-    return wide @ (right.mT @ (inverse[:, None] * (left.mT @ s)))
+    kept = sigma > max(z.shape) * torch.finfo(torch.float64).eps * sigma[:1]
+    return wide @ (right[kept].mT @ ((left[:, kept].mT @ s) / sigma[kept, None]))

@@ -79,8 +79,9 @@ class LearningCurveImmunizer(LinearImmunizer):
     Example:
         >>> from immunize_ext.probing.data import digits_task
         >>> problem = Problem.of(digits_task((3,), (8,)), digits_task((4,), (9,)))
-        >>> end = LearningCurveImmunizer(steps=5).fit(None, problem).history[1]
-        >>> end["risk_harmful"] > 0.2, end["risk_primary"] < 0.2
+        >>> start, end = LearningCurveImmunizer(steps=5).fit(None, problem).history
+        >>> harm, kept = "risk_harmful", "risk_primary"
+        >>> end[harm] > 1.2 * start[harm], end[kept] <= 1.0001 * start[kept]
         (True, True)
     """
 

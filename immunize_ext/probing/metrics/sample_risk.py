@@ -83,7 +83,7 @@ def tuned_risk(moments: Moments, metric: Tensor, samples: Sequence[int]) -> Tens
         >>> moments = Moments.of(Task("toy", x, y, x, y))
         >>> m = torch.eye(4, dtype=torch.float64)
         >>> [round(v, 3) for v in tuned_risk(moments, m, [1, 8]).tolist()]
-        [0.333, 0.0]
+        [0.336, 0.0]
     """
     if min(samples, default=0) < 1:
         raise ValueError(f"tuned_risk: samples must be numbers of at least 1, got {list(samples)}")
