@@ -38,18 +38,20 @@ def test_the_best_ridge_is_that_of_the_formula_by_eigenvalues(
 
 
 def test_a_ridge_is_not_negative() -> None:
-    """One target that the features tell exactly: with n >= p the best is no ridge at all."""
-    x = task().x_train
-    y = x @ torch.ones(8, dtype=torch.float64)
-    exact = Task("exact", x, y, x, y)
-    theta = extractor()
-    spectrum = Spectrum.of(exact, theta)
-    least = min(
-        float(expected_risk(spectrum, 5, ridge * float(spectrum.variances.sum())))
-        for ridge in [10.0**e for e in range(-10, 3)]
-    )
-    found = float(tuned_risk(Moments.of(exact), theta @ theta.mT, [5]))
-    assert found == pytest.approx(least, rel=0.05)
+    """One large direction tells the target exactly, and many small ones shrink it: to add to them
+    would be too much, and the best ridge that there is is none."""
+    generator = torch.Generator().manual_seed(7)
+    x = torch.linalg.qr(torch.randn(400, 40, generator=generator, dtype=torch.float64)).Q
+    x = x - x.mean(0)
+    x[:, 0] *= 10.0
+    exact = Task("exact", x, x[:, 0], x, x[:, 0])
+    spectrum = Spectrum.of(exact)
+    trace = float(spectrum.variances.sum())
+    risks = [float(expected_risk(spectrum, 10, ridge * trace)) for ridge in (1e-8, 1e-4, 1e-2, 0.1)]
+    assert risks == sorted(risks), "less is better, down to none"
+    found = float(tuned_risk(Moments.of(exact), torch.eye(40).double(), [10]))
+    assert found >= risks[0] * (1 - 1e-6)
+    assert found == pytest.approx(risks[0], rel=0.5)
 
 
 def test_an_extractor_in_the_moments_is_one_in_the_metric() -> None:
