@@ -32,8 +32,7 @@ struct Problem {
   Tensor scale;            // [batch, 1]
 };
 
-Problem problem_of(
-    const char* op, const Tensor& a, const Tensor& shifts, const Tensor& vectors) {
+Problem problem_of(const char* op, const Tensor& a, const Tensor& shifts, const Tensor& vectors) {
   check_floating_matrix(op, "a", a);
   IMMUNIZE_CHECK(a.size(-1) == a.size(-2), op, "a", "have shape [*, p, p]", a.sizes());
   check_real_floating(op, "shifts", shifts);
@@ -81,8 +80,8 @@ void check_numbers(const char* op, const char* argument, const Tensor& values) {
 }
 
 Values resolvent_traces(
-    const Tensor& a,         // [*, p, p]
-    const Tensor& shifts,    // [*, s]
+    const Tensor& a,          // [*, p, p]
+    const Tensor& shifts,     // [*, s]
     const Tensor& vectors) {  // [*, p, m]
   constexpr const char* op = "resolvent_traces";
   const Problem given = problem_of(op, a, shifts, vectors);

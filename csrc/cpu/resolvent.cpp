@@ -64,8 +64,8 @@ ResolventValues cpu_resolvent_values(
       }
     }
     for (int64_t which = b * s; which < (b + 1) * s; ++which) {
-      ok[which] = IMMUNIZE_EXT_CHOSEN(resolvent_traces(
-          t, d + b * t, e + b * t, k[which], first + which, second + which));
+      ok[which] = IMMUNIZE_EXT_CHOSEN(
+          resolvent_traces(t, d + b * t, e + b * t, k[which], first + which, second + which));
       if (ok[which] == 0 || m == 0)
         continue;
       IMMUNIZE_EXT_CHOSEN(
@@ -133,8 +133,8 @@ ResolventGradient cpu_resolvent_gradient(
         for (int power = 0; power < 3; ++power)
           sums[power] += traces[(block * s + l) * 3 + power];
       const double shift = k[which], once = sums[0] - shift * sums[1];
-      double total = -g1[which] * once -
-                     2.0 * g2[which] * (once - shift * (sums[1] - shift * sums[2]));
+      double total =
+          -g1[which] * once - 2.0 * g2[which] * (once - shift * (sums[1] - shift * sums[2]));
       for (int64_t j = 0; j < m; ++j) {
         const double weight = g3[which * m + j];
         if (weight == 0.0)
@@ -162,8 +162,7 @@ ResolventGradient cpu_resolvent_gradient(
   const Tensor back = form.basis.mT().bmm(matrix).bmm(form.basis);
   return {
       (back + back.mT()) * 0.5,  // a product need not be symmetric
-      of_shifts,
-      along.bmm(form.basis).mT()};
+      of_shifts, along.bmm(form.basis).mT()};
 }
 
 }  // namespace immunize_ext

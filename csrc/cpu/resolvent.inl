@@ -181,9 +181,8 @@ void tridiagonal_form(
   e[t - 1] = 0.0;
   // The reduced matrix has gone: the rows of Q^T take its place.
   const int64_t groups = (t + 3) / 4;
-  run(groups, std::max<int64_t>(1, 100000 / (8 * t * t)), [&](int64_t begin, int64_t end) {
-    form_rows(m, begin, end, g);
-  });
+  run(groups, std::max<int64_t>(1, 100000 / (8 * t * t)),
+      [&](int64_t begin, int64_t end) { form_rows(m, begin, end, g); });
   for (int64_t j = 0; j < t; ++j)
     std::memcpy(basis + j * t, g + j * ld, sizeof(double) * t);
 }
