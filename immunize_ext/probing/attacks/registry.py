@@ -27,10 +27,14 @@ AttackName: TypeAlias = Literal[
     "closed_form_ridge",
     "standardised",
     "nesterov",
+    "nystrom_cg",
+    "kernel",
     "lbfgs",
     "momentum",
     "sgd_momentum",
     "adam",
+    "adam_cosine",
+    "shampoo",
     "adagrad",
 ]
 """Names of the attackers of the package; those that others register are texts as well."""
