@@ -120,9 +120,9 @@ def aligned(theta: Tensor, theta0: Tensor, unlabelled: Tensor) -> Tensor:
     r"""Features mapped onto those of a public model by unlabelled inputs that went through both.
 
     The map of least squares, :math:`Z^+ S`, Z and S the features of the immunized and of the public
-    model. Where theta is invertible and there are as many inputs as
-    features, it is the inverse: the variances of the public model are back, and with them the prior
-    that few samples need. What a singular theta has taken away does not come back.
+    model. Where theta is invertible and there are as many inputs as features, it is the inverse:
+    the variances of the public model are back, and with them the prior that few samples need. What
+    a singular theta has taken away does not come back.
 
     Args:
         theta: The immunized extractor, shape ``(p, q)``.

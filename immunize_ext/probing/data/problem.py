@@ -285,6 +285,10 @@ def other_pairs(
 
     Returns:
         One task a pair, each class against each; none for ``house`` and for files of one task.
+
+    Example:
+        >>> len(other_pairs("digits", "3:8", ("4:9",)))  # of 45 pairs
+        43
     """
     if primary is None and not harmful and data in _DEFAULTS:
         primary, harmful = _DEFAULTS[data]

@@ -25,7 +25,6 @@ from immunize_ext.probing.metrics.optimizers import (
     EXPONENT,
     IMPOSSIBLE,
     WHITENING,
-    check_optimizer,
     kappa_under,
 )
 from immunize_ext.probing.metrics.pencil import Pencil, log_rir_ceiling, pencil
@@ -73,7 +72,6 @@ __all__ = [
     "WorstCase",
     "best_constant",
     "ceiling_table",
-    "check_optimizer",
     "computed_rank_rtol",
     "conditional_value_at_risk",
     "conjugate_gradient_steps",
