@@ -17,6 +17,7 @@ from immunize_ext.settings import Registry
 from immunize_ext.text_to_image.attacks.dreambooth import DreamBoothAttack, DreamBoothLoRAAttack
 from immunize_ext.text_to_image.attacks.fine_tuning import FineTuningAttack
 from immunize_ext.text_to_image.attacks.lora import LoRAAttack
+from immunize_ext.text_to_image.attacks.reinitialised import ReinitialisedAttack
 from immunize_ext.text_to_image.attacks.target import Target
 from immunize_ext.text_to_image.attacks.textual_inversion import (
     CustomDiffusionAttack,
@@ -41,7 +42,12 @@ ATTACKS: Registry[TextToImageAttack] = Registry("attack", key="name")
 for _attack in (
     LoRAAttack(),
     LoRAAttack(name="lora_attn2", targets="attn2"),
+    LoRAAttack(name="locon", targets="blocks"),
+    LoRAAttack(name="lora_with_text", train_text_encoder=True),
     FineTuningAttack(),
+    FineTuningAttack(name="full_fine_tuning_with_text", train_text_encoder=True),
+    FineTuningAttack(name="other_layers_fine_tuning", scope="all_but_attn2"),
+    ReinitialisedAttack(),
     FineTuningAttack(name="attn2_fine_tuning", scope="attn2", learning_rate=1e-3),
     FineTuningAttack(name="kv_fine_tuning", scope="kv", learning_rate=3e-3),
     DreamBoothAttack(),
