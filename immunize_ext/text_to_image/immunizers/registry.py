@@ -11,7 +11,7 @@ from immunize_ext.text_to_image.immunizers.baselines import JointTraining, LossA
 from immunize_ext.text_to_image.immunizers.erase import Erasure
 from immunize_ext.text_to_image.immunizers.imma import DiffusionIMMA
 from immunize_ext.text_to_image.immunizers.immunized import ImmunizedPipeline
-from immunize_ext.text_to_image.immunizers.many_attackers import ManyAttackers
+from immunize_ext.text_to_image.immunizers.many_words import ManyWords
 from immunize_ext.text_to_image.immunizers.mima import MIMA
 from immunize_ext.text_to_image.model import TextToImage
 
@@ -21,7 +21,7 @@ TextToImageImmunizer: TypeAlias = seams.Immunizer[TextToImage, ConceptSet, Immun
 METHODS: Registry[TextToImageImmunizer] = Registry("method", key="method")
 """Method by name; ``METHODS.register`` adds one."""
 
-for _method in (MIMA, ManyAttackers, DiffusionIMMA, JointTraining, LossAscent, MergeOnly, Erasure):
+for _method in (MIMA, ManyWords, DiffusionIMMA, JointTraining, LossAscent, MergeOnly, Erasure):
     METHODS.register(_method)
 
 

@@ -26,7 +26,7 @@ from immunize_ext.text_to_image.immunizers import (
     ImmunizedPipeline,
     JointTraining,
     LossAscent,
-    ManyAttackers,
+    ManyWords,
     MergeOnly,
 )
 from immunize_ext.text_to_image.model import TextToImage
@@ -50,8 +50,8 @@ ALL = {
     "joint": JointTraining(**SMALL),
     "ascent": LossAscent(**ASCENT),
     "merge-only": MergeOnly(**SMALL),
-    "many-attackers": ManyAttackers(**ASCENT, scope="attn2", **WORDS),
-    "many-attackers-everything": ManyAttackers(**ASCENT, **WORDS),
+    "many-words": ManyWords(**ASCENT, scope="attn2", **WORDS),
+    "many-words-everything": ManyWords(**ASCENT, **WORDS),
 }
 EVERY = pytest.mark.parametrize("name", ALL)
 

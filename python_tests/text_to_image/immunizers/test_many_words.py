@@ -1,4 +1,4 @@
-"""Many attackers in the loop: who is drawn, what the concepts weigh, how Adam adapts."""
+"""Immunization under many words: who is drawn, what the concepts weigh, how Adam adapts."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ pytest.importorskip("accelerate")
 from attack_pipelines import concept, tiny_pipeline
 from immunizer_settings import SMALL, concepts
 
-from immunize_ext.text_to_image.immunizers import ManyAttackers
+from immunize_ext.text_to_image.immunizers import ManyWords
 from immunize_ext.text_to_image.immunizers.loop import PROBE_STEP, Run
 from immunize_ext.text_to_image.immunizers.parameters import descend_by_adam
 from immunize_ext.text_to_image.model import TextToImage
@@ -29,7 +29,7 @@ SETTINGS: dict[str, Any] = {k: v for k, v in SMALL.items() if k != "inner_rate"}
 
 
 def run_of(**settings: Any) -> Run:
-    chosen = ManyAttackers(**SETTINGS | settings)
+    chosen = ManyWords(**SETTINGS | settings)
     return Run(chosen, TextToImage(tiny_pipeline()), concepts(), None, None)
 
 
@@ -47,7 +47,7 @@ def test_adam_is_that_of_torch_and_passes_gradients_through() -> None:
     for value, loss in zip(met, losses, strict=True):
         adam.zero_grad()
         found = loss({"x": other})
-        assert value == pytest.approx(float(found))
+        assert value == pytest.approx(float(found.detach()))
         found.backward()
         adam.step()
     torch.testing.assert_close(moved["x"], other)
@@ -59,7 +59,7 @@ def test_adam_is_that_of_torch_and_passes_gradients_through() -> None:
 
 
 def test_attackers_ask_by_name_by_a_rare_word_and_by_something_else() -> None:
-    chosen = ManyAttackers(**SETTINGS)
+    chosen = ManyWords(**SETTINGS)
     three = concept("three")
     own = list(three.prompts[:2])
     assert chosen.wordings(three) == [*own, "a photo of the digit sks", "a red dog"]
@@ -107,7 +107,7 @@ def test_without_steps_of_attackers_it_is_the_gradient_at_the_model_itself() -> 
 @pytest.mark.parametrize(("layers", "part"), [("attn2", ".attn2."), ("attention", ".attn")])
 def test_an_attacker_trains_its_layers_alone(layers: str, part: str) -> None:
     """A layer that it leaves alone still gets a gradient of what it ends at."""
-    from immunize_ext.text_to_image.immunizers.many_attackers import _layers
+    from immunize_ext.text_to_image.immunizers.many_words import _layers
 
     run = run_of(attackers=(layers,))
     leaves = leaves_of(run)
@@ -138,10 +138,10 @@ def test_concepts_that_hold_badly_weigh_more() -> None:
 
 
 def test_the_rate_falls_to_nothing_in_the_cooldown() -> None:
-    chosen = ManyAttackers(steps=10, learning_rate=1.0, cooldown=0.5)
+    chosen = ManyWords(steps=10, learning_rate=1.0, cooldown=0.5)
     rates = [chosen.rate(step) for step in range(10)]
     assert rates == pytest.approx([1.0] * 6 + [0.8, 0.6, 0.4, 0.2])
-    assert ManyAttackers(steps=10, learning_rate=1.0, cooldown=0.0).rate(9) == 1.0
+    assert ManyWords(steps=10, learning_rate=1.0, cooldown=0.0).rate(9) == 1.0
 
 
 @pytest.mark.parametrize(
@@ -158,4 +158,4 @@ def test_the_rate_falls_to_nothing_in_the_cooldown() -> None:
 )
 def test_settings_out_of_range_are_refused(settings: dict[str, Any], words: str) -> None:
     with pytest.raises(ValueError, match=words):
-        ManyAttackers(**settings)
+        ManyWords(**settings)

@@ -1,10 +1,14 @@
-r"""Many attackers in the loop: other words, other layers, other budgets in every step.
+r"""Immunization under many words, and against attackers of many kinds.
 
-An immunization that one attacker was simulated for holds against that attacker. Here every outer
-step draws one for each concept: how it asks (the concept's own prompts, a word that means nothing
-in place of the name, a prompt that has nothing to do with it), what it trains (cross-attention, all
-attention, everything) and for how many steps of Adam. All that is kept is kept under those words
-too: they shall draw what they drew.
+An immunization that is learned under a concept's own name holds under that name. Here every outer
+step draws for each concept how an attacker asks: by the concept's own prompts, by a word that means
+nothing in place of the name, or by a prompt that has nothing to do with it. All that is kept is
+kept under those words too: they shall draw what they drew. Since the words must go on drawing
+everything else, what makes the concept hard to teach cannot sit in the text's projections; all
+layers are moved.
+
+An attacker may also be let to adapt first: some layers (cross-attention, all attention, everything)
+for some steps of Adam.
 """
 
 from __future__ import annotations
@@ -33,22 +37,23 @@ _LOG_WEIGHTS, _MET = "log_weights", "losses_met"
 
 
 @dataclass(frozen=True, kw_only=True)
-class ManyAttackers(Immunizer):
-    r"""Immunization over a distribution of attackers, concepts weighted by how badly they hold.
+class ManyWords(Immunizer):
+    r"""Raise the denoising loss under many words, of the concepts that hold worst most.
 
     .. math:: \max_\theta \sum_n w_n\, \mathbb E_{(p, S, k)} L(x_n, p; \theta'_{n,p,S,k}), \qquad
               w_n \propto \exp\Bigl(-\eta \sum_{j < step} L_{n,j}\Bigr)
 
-    with theta' after k steps of Adam on the layers S under the wording p, to first order.
+    with theta' after k steps of Adam on the layers S under the wording p, to first order; theta'
+    is theta where attackers take no steps, as by default.
 
     Attributes:
         rare_words: Words that stand in place of the name. An attacker who is to be judged should
             use another one.
         unrelated_prompts: Prompts that have nothing to do with the concept.
         own_share: Share of attackers who ask by the concept's own prompts.
-        attackers: Layers that an attacker trains, of those that are moved: ``"attn2"``,
-            ``"attention"`` or ``"all"``; one of them is drawn.
-        attacker_steps: Most steps of an attacker; 0 to so many are drawn.
+        attacker_steps: Most steps of an attacker in the loop; 0 to so many are drawn.
+        attackers: Layers that it trains, of those that are moved: ``"attn2"``, ``"attention"`` or
+            ``"all"``; one of them is drawn.
         attacker_rate: Adam's rate of an attacker.
         concept_rate: eta; 0 weighs all concepts alike.
         cooldown: Share of the steps, at the end, over which the learning rate falls to 0: what is
@@ -59,14 +64,14 @@ class ManyAttackers(Immunizer):
         distribution of attackers in the loop.
 
     Example:
-        >>> from immunize_ext.text_to_image.immunizers import ManyAttackers
-        >>> ManyAttackers(steps=10).attackers
-        ('attn2', 'attention', 'all')
+        >>> from immunize_ext.text_to_image.immunizers import ManyWords
+        >>> ManyWords(steps=10).rare_words
+        ('zwx', 'ohwx', 'glyph')
     """
 
-    method: ClassVar[str] = "many_attackers"
+    method: ClassVar[str] = "many_words"
 
-    label: ClassVar[str] = "Many attackers in the loop"
+    label: ClassVar[str] = "Ascent under many words"
 
     # The length of a run decides its rates.
     free: ClassVar[tuple[str, ...]] = ("checkpoint_every", "log_with")
@@ -84,10 +89,10 @@ class ManyAttackers(Immunizer):
         "a small sketch of a tree",
     )
     own_share: float = 0.4
+    attacker_steps: int = 0
     attackers: tuple[str, ...] = ("attn2", "attention", "all")
-    attacker_steps: int = 4
     attacker_rate: float = 3e-3
-    concept_rate: float = 0.1
+    concept_rate: float = 0.02
     cooldown: float = 0.8
 
     def __post_init__(self) -> None:
@@ -198,7 +203,7 @@ def _layers(run: Run, leaves: Parameters, layers: str) -> Parameters:
     if layers == "all":
         return leaves
     scope: AttentionScope = "attn2" if layers == "attn2" else "attention"
-    blocks = tuple(f"{b}." for b in attention_blocks("many_attackers", run.model.unet, scope))
+    blocks = tuple(f"{b}." for b in attention_blocks("many_words", run.model.unet, scope))
     return {name: value for name, value in leaves.items() if name.startswith(blocks)}
 
 
