@@ -81,6 +81,9 @@ class _Pool(NamedTuple):
 class Adaptation(ABC):
     """Settings that all attacks share; see the subclasses.
 
+    Defaults suit the embedded digits pipeline; runs on other models start from ``usual_rates``,
+    those that scripts for Stable Diffusion have.
+
     Attributes:
         name: Name in curves and reports.
         learning_rate: Step size.
@@ -96,6 +99,8 @@ class Adaptation(ABC):
     """
 
     labels: ClassVar[Mapping[str, str]] = {}
+
+    usual_rates: ClassVar[Mapping[str, float]] = {}
 
     name: str = "adaptation"
     learning_rate: float = 1e-3

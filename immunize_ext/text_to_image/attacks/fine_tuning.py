@@ -33,6 +33,8 @@ class FineTuningAttack(Adaptation):
         "kv_fine_tuning": "Fine-tuning of K and V",
     }
 
+    usual_rates: ClassVar[Mapping[str, float]] = {"learning_rate": 5e-6}
+
     name: str = "full_fine_tuning"
     learning_rate: float = 3e-4
     scope: FineTuningScope = "all"

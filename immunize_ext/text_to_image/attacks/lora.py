@@ -84,6 +84,8 @@ class LoRAAttack(Adaptation):
         "lora_with_text": "LoRA with text encoder",
     }
 
+    usual_rates: ClassVar[Mapping[str, float]] = {"learning_rate": 1e-4}
+
     name: str = "lora"
     learning_rate: float = 9e-3
     rank: int = 4

@@ -1,9 +1,7 @@
 """The attacks by name, with settings that re-learn an erased digit of the embedded pipeline.
 
-The rates are those that served best, or nearly so, in ``benchmarks.protection.mima_tuning``. On
-another model tune them first (``tune_learning_rate``): the rates usual for Stable Diffusion are
-smaller (LoRA 1e-4, DreamBooth and full fine-tuning 5e-6, Textual Inversion 5e-4, Custom Diffusion
-1e-5).
+The rates are those that served best, or nearly so, in ``benchmarks.protection.mima_tuning``. Runs
+on another model take each attack's ``usual_rates``; tune them there first (``tune_learning_rate``).
 """
 
 from __future__ import annotations

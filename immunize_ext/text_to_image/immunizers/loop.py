@@ -61,8 +61,9 @@ class ImmunizationError(ValueError):
 class Immunizer(ABC):
     """Settings of the outer loop; methods add their own.
 
-    The defaults suit the embedded digits pipeline. Stable Diffusion takes smaller ones (published:
-    3e-5 for re-learning, 2e-5 for personalization, inner 5e-6, 500 steps).
+    The defaults suit the embedded digits pipeline. Runs on other models start from
+    ``usual_rates`` (published for Stable Diffusion: 3e-5 for re-learning, 2e-5 for personalization,
+    inner 5e-6, 500 steps).
 
     Attributes:
         steps: Outer steps.
@@ -88,6 +89,8 @@ class Immunizer(ABC):
     method: ClassVar[str]
 
     label: ClassVar[str]
+
+    usual_rates: ClassVar[Mapping[str, float]] = {"learning_rate": 3e-5}
 
     # What does not decide the outcome of a step: how long a run is, and what it leaves on the way.
     free: ClassVar[tuple[str, ...]] = ("steps", "checkpoint_every", "log_with")

@@ -73,6 +73,8 @@ class ManyWords(Immunizer):
 
     label: ClassVar[str] = "Ascent under many words"
 
+    usual_rates: ClassVar[Mapping[str, float]] = {"learning_rate": 3e-5, "attacker_rate": 5e-6}
+
     # The length of a run decides its rates.
     free: ClassVar[tuple[str, ...]] = ("checkpoint_every", "log_with")
 
