@@ -1,6 +1,6 @@
 """Who gets past an immunization: many attackers on many models, seen by two judges.
 
-    python -m benchmarks.protection.mima_attackers --work runs/mima_digits [--seeds 10]
+    python -m benchmarks.protection.mima_attackers --work runs/mima_digits [--seeds 0 1 2]
 
 Digits three, five, eight and six are erased; methods immunize against the first three, for each
 seed anew. Attackers learn each of the three on every model and are judged at 0, 10, 20 and 40
@@ -42,7 +42,8 @@ OUT = Path(__file__).with_suffix(".json")
 STEPS, IMAGES = (0, 10, 20, 40), 32
 ERASED, NEVER = "erased", "never_learnt"
 MODELS = (ERASED, "mima", "many_words", NEVER)
-# Rates of attacks that ``mima_tuning`` does not tune: the better of two on the erased model.
+# Rates of attacks that ``mima_tuning`` does not tune: that of full fine-tuning where weights are
+# trained, that of LoRA where factors are, a third of it for LoCon's many.
 RATES = {
     "locon": 3e-3,
     "lora_with_text": 9e-3,
@@ -184,7 +185,7 @@ def main() -> int:
     """Measure."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--work", type=Path, default=Path("runs/mima_digits"))
-    parser.add_argument("--seeds", type=int, default=10)
+    parser.add_argument("--seeds", type=int, nargs="+", default=list(range(10)))
     parser.add_argument("--models", nargs="+", default=list(MODELS), choices=[*MODELS, *METHODS])
     parser.add_argument("--attackers", nargs="+", default=list(ATTACKERS))
     parser.add_argument("--out", type=Path, default=OUT)
@@ -197,7 +198,7 @@ def main() -> int:
         arguments.work,
         arguments.models,
         arguments.attackers,
-        range(arguments.seeds),
+        arguments.seeds,
     )
     return 0
 
