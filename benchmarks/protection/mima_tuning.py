@@ -48,7 +48,6 @@ ATTACK_RATES = {
     name: (guess / 3, guess, 3 * guess, 9 * guess)
     for name, guess in (
         ("lora", 3e-3),
-        ("locon", 3e-3),
         ("full_fine_tuning", 3e-4),
         ("textual_inversion", 2e-2),
         ("dreambooth", 1e-3),

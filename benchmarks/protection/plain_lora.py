@@ -48,9 +48,7 @@ def train(pipeline, images, prompt, *, steps, rate, rank, batch, seed):
     for _ in range(steps):
         batch_of = torch.randperm(len(latents), generator=draw)[:batch]
         clean = latents[batch_of]
-        when = torch.randint(
-            0, scheduler.config.num_train_timesteps, (len(clean),), generator=draw
-        )
+        when = torch.randint(0, scheduler.config.num_train_timesteps, (len(clean),), generator=draw)
         noise = torch.randn(clean.shape, generator=draw)
         noisy = scheduler.add_noise(clean, noise, when)
         predicted = unet(noisy, when, encoder_hidden_states=text.expand(len(clean), -1, -1)).sample

@@ -63,7 +63,7 @@ def test_clopper_pearson_refuses(successes: int, trials: int) -> None:
 
 
 def test_seeds_that_scatter_widen_the_interval_of_a_share() -> None:
-    """Ten seeds of 32: alike, and all or nothing; the same counts in another order change little."""
+    """Ten seeds of 32: alike, and all or nothing; order changes little."""
     pooled = binomial_interval(160, 320)
     alike = share_over_seeds([16] * 10, 32)
     apart = share_over_seeds([32, 0] * 5, 32)
