@@ -162,12 +162,17 @@ def worst() -> str:
             if step:
                 share, attack = reached(found, name, attacks, at)
                 told.append(f"{share:.2f} after {step} ({_named(attack)})")
-        _, last = reached(found, name, attacks, len(STEPS) - 1)
-        low, high = Attacked(found, name, last).corrected(len(STEPS) - 1)
+        end = len(STEPS) - 1
+        _, last = reached(found, name, attacks, end)
+        low, high = Attacked(found, name, last).corrected(end)
+        share, attack = reached(found, name, BY_WORDS, end)
         lines += [
             "",
             f"**{NAMES[name]}, worst case: {', '.join(told)}.** The last is {low:.2f} to "
-            f"{high:.2f} of the images in truth, the judge's errors on real images included.",
+            f"{high:.2f} of the images in truth, the judge's errors on real images included. "
+            f"Of LoRA by three wordings and LoCon alone: {share:.2f} after {STEPS[-1]} "
+            f"({_named(attack)}; {Attacked(found, ERASED, attack).share(end):.2f} on the erased "
+            "model).",
         ]
     return "\n".join(lines)
 

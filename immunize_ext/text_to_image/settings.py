@@ -187,8 +187,7 @@ class RunSettings(ModelSettings):
         built = [
             ATTACKS.build(
                 name,
-                self._usual(ATTACKS.find(name, "attacks"))
-                | {**self.attack_settings.get(name, {})},
+                self._usual(ATTACKS.find(name, "attacks")) | {**self.attack_settings.get(name, {})},
                 "attacks",
             )
             for name in names

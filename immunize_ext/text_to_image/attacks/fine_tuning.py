@@ -27,6 +27,7 @@ class FineTuningAttack(Adaptation):
     """
 
     labels: ClassVar[Mapping[str, str]] = {
+        "full_fine_tuning": "Full fine-tuning",
         "full_fine_tuning_with_text": "Full fine-tuning with text encoder",
         "other_layers_fine_tuning": "Fine-tuning of all but cross-attention",
         "attn2_fine_tuning": "Fine-tuning of cross-attention",

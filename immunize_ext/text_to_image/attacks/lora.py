@@ -115,7 +115,7 @@ class LoRAAttack(Adaptation):
             layers = linear_layers(self.name, unet, self.targets)
         values = self._values("|".join(map(re.escape, layers)))
         named = {f"unet.{name}": factor for name, factor in inject(unet, values).items()}
-        text = {}
+        text: dict[str, nn.Parameter] = {}
         if self.train_text_encoder:
             for index, encoder in enumerate(model.text_encoders):
                 found = inject(encoder, self._values(_TEXT_LAYERS))
