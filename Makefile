@@ -40,12 +40,13 @@ NATIVE := setup.py pyproject.toml immunize_ext/_version.py \
 PYTHON_SOURCES := immunize_ext python_tests benchmarks csrc setup.py .ci
 CPP_SOURCES := $(sort $(shell find csrc -name '*.h' -o -name '*.inl' -o -name '*.cpp' -o -name '*.cu*'))
 
-.PHONY: help build test test-fallback mutants nightly simt ptx cuda gpu sanitizer lint format docs demo bench doctor sdist clean distclean
+.PHONY: help build test test-fallback mutants nightly simt ptx cuda gpu sanitizer lint format docs \
+  demo bench doctor sdist wheel site clean distclean
 
 help:  ## this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-14s %s\n", $$1, $$2 }' Makefile
 
-build: $(STAMPS)/build  ## environment and compiled operators
+build: $(STAMPS)/build $(STAMPS)/help  ## environment and compiled operators
 
 test: $(STAMPS)/build $(STAMPS)/test  ## all tests, on $(JOBS) processes
 	$(BIN)/python -m pytest -n $(JOBS) --dist worksteal $(PYTEST_ARGS)
@@ -113,9 +114,18 @@ doctor: $(STAMPS)/build  ## what is installed, what is wrong and how to fix it
 sdist: $(STAMPS)/build $(STAMPS)/lint  ## source package in dist/
 	$(BIN)/python -m build --sdist --no-isolation
 
+# docs/packaging.md says what a wheel is good for.
+WHEEL_ARGS ?=
+wheel: $(STAMPS)/build $(STAMPS)/help $(STAMPS)/lint  ## wheel in dist/, checked and tried
+	$(BIN)/python .ci/wheel.py $(WHEEL_ARGS)
+
+site: $(STAMPS)/docs  ## documentation site in build/site; any broken link is an error
+	$(BIN)/python .ci/documentation.py --out build/site
+
 clean:  ## remove what was built, keep the environment
 	rm -rf build dist *.egg-info .mypy_cache .ruff_cache .pytest_cache .import_linter_cache
-	rm -f immunize_ext/_C*.so immunize_ext/_build_info.json $(STAMPS)/build
+	rm -f immunize_ext/_C*.so immunize_ext/_build_info.json immunize_ext/_help.json
+	rm -f $(STAMPS)/build $(STAMPS)/help
 	find immunize_ext python_tests benchmarks -name __pycache__ -type d -prune -exec rm -rf {} +
 
 distclean: clean  ## remove the environment as well
@@ -147,16 +157,23 @@ $(TORCH_STAMP): | $(STAMPS)/venv
 	rm -f $(STAMPS)/torch-*
 	touch $@
 
-# The Python part is installed as a link to this folder; the operators are then compiled in place,
+# The Python part is installed as a link to this folder, in the form that editors follow too; the operators are then compiled in place,
 # where ninja compiles again only what changed.
 $(STAMPS)/package: $(TORCH_STAMP) setup.py pyproject.toml immunize_ext/_version.py
-	IMMUNIZE_EXT_BUILD=0 $(PIP) install --quiet --no-build-isolation --editable . $(TORCH)
+	IMMUNIZE_EXT_BUILD=0 $(PIP) install --quiet --no-build-isolation --editable . $(TORCH) \
+	  --config-settings editable_mode=compat
 	touch $@
 
 $(STAMPS)/build: $(STAMPS)/package $(NATIVE)
 	$(BIN)/python setup.py --quiet build_ext --inplace
 	@$(BIN)/python -c 'from immunize_ext import _load; _load.require_compiled("make"); \
 	  print("immunize_ext:", _load.status().reason)'
+	touch $@
+
+# What --help shows, ahead of the first time: the flags of every method that can be imported here.
+$(STAMPS)/help: $(wildcard immunize_ext/*.py immunize_ext/*/*.py immunize_ext/*/*/*.py) | \
+  $(STAMPS)/build
+	$(BIN)/python -c 'from immunize_ext import cli; cli.keep_help()'
 	touch $@
 
 # The extras of the package that is installed above. torch is named again so that no dependency
@@ -167,6 +184,10 @@ $(STAMPS)/demo: $(STAMPS)/package
 
 $(STAMPS)/test: $(STAMPS)/package
 	$(PIP) install --quiet "immunize_ext[data,diffusion,report,test]" $(TORCH)
+	touch $@
+
+$(STAMPS)/docs: $(STAMPS)/package
+	$(PIP) install --quiet "immunize_ext[docs]" $(TORCH)
 	touch $@
 
 $(STAMPS)/lint: $(STAMPS)/package

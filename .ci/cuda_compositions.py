@@ -1,8 +1,8 @@
 """What only the CUDA build composes of torch operators, run on CPU tensors.
 
-The decomposition of large features by the library holds no kernel of ours, so the function
-registered for CUDA can be called on any tensor: no GPU is needed. Whatever it cannot prove would go
-on to a kernel, and fails here. What every build registers for CUDA is tested by
+What is composed around the kernels of features can be called on any tensor: no GPU is needed. On a
+CPU tensor the engine of the CPU stands in for the kernels. What every build registers for CUDA is
+tested by
 python_tests/ops/test_compositions.py. Run by cuda_build.py with the Python of the CUDA environment
 and the built package in its path.
 """
@@ -106,7 +106,102 @@ def large_features(t: int, k: int) -> None:
     refused("NaN in large features", "extremal_singular_values", bad, tolerance, tolerance, False)
 
 
+def short_of_rank() -> None:
+    """A tolerance of the rank far above the noise of the Gram matrix, as float32 features have."""
+    t, k, lost = 150, 170, 30
+    u, _ = torch.linalg.qr(normal(t, t, seed=5))
+    v, _ = torch.linalg.qr(normal(k, t, seed=6))
+    known = torch.linspace(1.0, 0.1, t - lost, dtype=torch.float64)
+    sigma = torch.cat([known, torch.zeros(lost, dtype=torch.float64)])
+    x = ((u * sigma) @ v.mT).unsqueeze(0)
+    call = torch.ops.immunize_ext.extremal_singular_values.default.redispatch
+    for full in (False, True):
+        expected, found = (call(keys, x, 1e-4, 1e-9, full) for keys in (CPU, CUDA))
+        for number, (right, ours) in enumerate(zip(expected, found, strict=True)):
+            if number >= 5:  # vectors up to their common sign
+                right, ours = right.abs(), ours.abs()
+            if not torch.allclose(ours.double(), right.double(), rtol=0, atol=1e-10):
+                sys.exit(f"cuda_compositions: short of rank, full {full}: output {number} differs")
+    print("  features short of rank: as on the CPU")
+
+
+def unproven_features() -> None:
+    """What the Gram matrix cannot decide goes on from its eigenvectors, and comes back in place."""
+    t, k = 150, 170
+    u, _ = torch.linalg.qr(normal(t, t, seed=5))
+    v, _ = torch.linalg.qr(normal(k, t, seed=6))
+    wide = {"dtype": torch.float64}
+    graded = torch.logspace(0, -10, t, **wide)
+    deficient = torch.cat([torch.linspace(1, 0.5, t - 30, **wide), torch.zeros(30, **wide)])
+    known = [graded, torch.linspace(2, 1, t, **wide), deficient, torch.ones(t, **wide)]
+    a = torch.stack([(u * sigma) @ v.mT * 2.0**9 for sigma in known])
+    arguments = (1e-12, 1e-12, False)
+    for tall in (False, True):
+        x = (a.mT if tall else a).contiguous()
+        for name in ("extremal_singular_values", "gram_extremes"):
+            call = getattr(torch.ops.immunize_ext, name).default.redispatch
+            expected, found = (call(keys, x, *arguments) for keys in (CPU, CUDA))
+            values = 3 if name == "gram_extremes" else 2
+            for number, (right, ours) in enumerate(zip(expected, found, strict=True)):
+                if number < values:
+                    same = torch.allclose(ours, right, rtol=1e-9, atol=1e-12)
+                elif number < values + 3:
+                    same = torch.equal(ours, right)
+                else:  # vectors: of clusters any will do
+                    same = ours.shape == right.shape
+                if not same:
+                    sys.exit(f"cuda_compositions: {name}, tall {tall}: output {number} differs")
+            back = getattr(torch.ops.immunize_ext, name + "_backward").default.redispatch
+            ones = [torch.ones(len(x), **wide)] * values
+            saved = [0, 1, *range(4, 11)] if name == "gram_extremes" else list(range(3, 9))
+            grads = [
+                back(CPU, *ones, x, *(out[n] for n in saved), *arguments)
+                for out in (expected, found)
+            ]
+            # The smallest of the graded one hangs on a gap of its own size.
+            if not torch.allclose(grads[1][1:], grads[0][1:], rtol=1e-7, atol=1e-7):
+                sys.exit(f"cuda_compositions: {name}, tall {tall}: gradients differ")
+    print("  features that go on: as on the CPU")
+
+
+def regularizers() -> None:
+    """Value, coefficients and gradient around the kernels, as on the CPU."""
+    for shape in ((6, 9), (9, 6), (3, 5, 5)):
+        for gram in (False, True):
+            for ill in (False, True):
+                for dtype in (torch.float64, torch.float32, torch.float16):
+                    x = normal(*shape, seed=3).to(dtype)
+                    arguments = (gram, ill, None, None, 1e-12, 1e-12, False)
+                    call = torch.ops.immunize_ext.regularizer.default.redispatch
+                    back = torch.ops.immunize_ext.regularizer_backward.default.redispatch
+                    results = []
+                    for keys in (CPU, CUDA):
+                        found = call(keys, x, *arguments)
+                        grad = back(
+                            keys,
+                            torch.ones_like(found[0]),
+                            x,
+                            *found[1:],
+                            gram,
+                            ill,
+                            None,
+                            *arguments[-3:],
+                        )
+                        results.append([*found[:3], grad])
+                    for number, (right, ours) in enumerate(zip(*results, strict=True)):
+                        bound = max(4 * torch.finfo(dtype).eps, 1e-10) * float(right.abs().max())
+                        same = ours.dtype == right.dtype and ours.shape == right.shape
+                        if not (same and float((ours - right).abs().max()) <= bound):
+                            sys.exit(
+                                f"cuda_compositions: regularizer {arguments}: {number} differs"
+                            )
+    print("  regularizers: as on the CPU")
+
+
 if __name__ == "__main__":
     torch.set_num_threads(1)
     for shape in ((150, 170), (200, 200), (300, 900)):
         large_features(*shape)
+    short_of_rank()
+    unproven_features()
+    regularizers()

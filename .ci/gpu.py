@@ -21,13 +21,14 @@ import importlib.util
 import json
 import os
 import shutil
+import signal
 import subprocess
 import sys
 import tarfile
 import tempfile
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import NoReturn
 
@@ -49,6 +50,8 @@ KERNELS = (
     "merge_apply",
     "merge_apply_backward",
     "precondition",
+    "regularizer",
+    "regularizer_backward",
 )
 # Prints the kernels of a device that are registered.
 REGISTERED = """
@@ -141,6 +144,7 @@ def phases(architecture: str | None, staging: Path) -> list[Phase]:
     # Freed memory goes back to CUDA, so that what is read from it is seen.
     uncached = {"PYTORCH_NO_CUDA_MEMORY_CACHING": "1"}
     small = "python_tests/gpu/test_gpu_sanitizer.py"
+    path = {"PYTHONPATH": str(ROOT)}
 
     def complete(printed: str) -> str:
         missing = [name for name in KERNELS if name not in printed.splitlines()[-1].split()]
@@ -165,10 +169,11 @@ def phases(architecture: str | None, staging: Path) -> list[Phase]:
         Phase("memcheck", sanitized("memcheck", "-x", small), 90, uncached),
         bench("spectrum", "spectrum", 60, "pair-64x784", "batch-90x64x784"),
         bench("merge", "merge", 50, "sd14-weights"),
+        Phase("profile", [sys.executable, ".ci/gpu_profile.py", "--device", device], 70, path),
         # A process each: one that crashes takes no other tests along.
         *(
             Phase(f"{part}-suite", pytest(f"python_tests/gpu/test_gpu_{part}.py"), 60)
-            for part in ("spectrum", "merge", "symmetric", "precondition")
+            for part in ("spectrum", "regularizers", "merge", "symmetric", "precondition")
         ),
         Phase("racecheck", sanitized("racecheck", "-x", small, "-k", "float64"), 60, uncached),
         bench("spectrum-more", "spectrum", 60, "side-32-33", "hessian-2048", "groups-20x100x768"),
@@ -205,6 +210,13 @@ def run_phase(phase: Phase, limit: float, log: Path) -> tuple[str, float]:
     return outcome, time.monotonic() - started
 
 
+def trace(phase: Phase, limit: float, log: Path) -> None:
+    """Run a phase that crashed again under a debugger, for the stack below Python."""
+    debugger = ["cuda-gdb", "-batch", "-ex", "run", "-ex", "bt", "--args", *phase.command]
+    again = replace(phase, command=debugger)
+    run_phase(again, max(limit, 1.0), log.with_stem(f"{log.stem}-backtrace"))
+
+
 def pack(staging: Path, out: Path) -> None:
     """Everything so far in one archive, which is whole at any time."""
     partial = out / f".{ARCHIVE}"
@@ -232,6 +244,8 @@ def run(steps: Sequence[Phase], staging: Path, out: Path, seconds: float) -> int
             print(f"== {phase.name}", flush=True)
             log = staging / f"{number:02d}-{phase.name}.txt"
             outcome, took = run_phase(phase, min(phase.seconds, left), log)
+            if outcome == f"status {-signal.SIGSEGV}" and shutil.which("cuda-gdb"):
+                trace(phase, min(phase.seconds, end - time.monotonic()), log)
             tail = log.read_text(encoding="utf-8", errors="replace").splitlines()[-4:]
             print("\n".join(tail), f"\n-- {phase.name}: {outcome}, {took:.1f} s", flush=True)
         stopped = stopped or (phase.essential and outcome != "ok")

@@ -1,8 +1,8 @@
-"""The table of measured speed-ups in the README, made from the result files.
+"""The table of measured speed-ups in docs/speed.md, made from the result files.
 
 ``python -m benchmarks.readme_table``                     print it
-``python -m benchmarks.readme_table --write README.md``   put it between the marks
-``python -m benchmarks.readme_table --check README.md``   exit status 1 where it differs
+``python -m benchmarks.readme_table --write docs/speed.md``   put it between the marks
+``python -m benchmarks.readme_table --check docs/speed.md``   exit status 1 where it differs
 """
 
 from __future__ import annotations
@@ -193,8 +193,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
     parser.add_argument("--results", type=Path, default=RESULTS)
     action = parser.add_mutually_exclusive_group()
-    action.add_argument("--check", type=Path, metavar="README.md")
-    action.add_argument("--write", type=Path, metavar="README.md")
+    action.add_argument("--check", type=Path, metavar="docs/speed.md")
+    action.add_argument("--write", type=Path, metavar="docs/speed.md")
     arguments = parser.parse_args(argv)
     try:
         made = block(_results.read_folder(arguments.results))

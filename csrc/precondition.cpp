@@ -15,6 +15,7 @@
 #include <cmath>
 
 #include "checks.h"
+#include "tensors.h"
 #ifdef IMMUNIZE_EXT_WITH_CUDA
 #include "cuda/precondition.h"
 #endif
@@ -75,7 +76,10 @@ Tensor precondition(
       const Tensor beside = rows - within.mm(basis);
       // What rounding to the type of grad left beside the row space is no gradient.
       const double tolerance = 8.0 * std::sqrt(static_cast<double>(p)) * epsilon_of(grad);
-      const Tensor rounding = beside.norm(2, 1, true) <= tolerance * rows.norm(2, 1, true);
+      // Squares of rows of any scale.
+      const Tensor unit = power_of_two_scale(rows.abs().amax(1, true));
+      const Tensor rounding =
+          (beside / unit).norm(2, 1, true) <= tolerance * (rows / unit).norm(2, 1, true);
       to.slice(0, begin, end)
           .copy_(
               at::cholesky_solve(within.mT(), factor).mT().mm(basis) +

@@ -7,7 +7,8 @@
 //   d/dx = g c_i (second derivative of s_i) Z + g (H d)_i d s_i/dx.
 // H is 1 at (max, max) for R_well. For R_ill, with D_i = (0, -s_min, 1 / (2 k)), D_minmin = -1:
 //   H_ij = 2 D_i D_j / D^3 - D_ij / D^2.
-// Of x itself dF/dx = 2 x.
+// Of x itself dF/dx = 2 x. The coefficients are those of y = f x (regularizer.cpp), and so is all of
+// this, up to powers of f.
 
 #include <ATen/ATen.h>
 #include <torch/csrc/autograd/custom_function.h>
@@ -15,6 +16,8 @@
 
 #include <optional>
 #include <tuple>
+
+#include "tensors.h"
 
 namespace immunize_ext {
 namespace {
@@ -97,10 +100,10 @@ Weights second_weights(
   return {zero, inverse_square * d_min - twice_cube * smallest * along, twice_cube * along / width};
 }
 
-// d/dg and d/dx of <cotangent, gradient of the regularizer>.
-std::tuple<Tensor, Tensor> double_backward(
+// d/dg and d/dx of <cotangent, gradient of the regularizer>, where the factor f is 1; float64.
+std::tuple<Tensor, Tensor> double_backward_within(
     const Tensor& cotangent,
-    const Tensor& grad,
+    const Tensor& g,
     const Tensor& x,
     const Tensor& coefficients,
     bool gram,
@@ -110,7 +113,6 @@ std::tuple<Tensor, Tensor> double_backward(
     double cluster_rtol,
     bool full_rank) {
   auto& dispatcher = c10::Dispatcher::singleton();
-  const Tensor g = grad.to(at::kDouble);
   const Tensor c_max = coefficients.select(-1, 0), c_min = coefficients.select(-1, 1);
   const Tensor c_norm = coefficients.select(-1, 2);
   if (gram) {
@@ -133,7 +135,7 @@ std::tuple<Tensor, Tensor> double_backward(
         cotangent, g * c_max, g * c_min, g * c_norm, x, rank_rtol, cluster_rtol, full_rank);
     const Weights h = second_weights(ill, normaliser, smallest, rank, c_norm, d_max, d_min, d_norm);
     return {
-        (c_max * d_max + c_min * d_min + c_norm * d_norm).to(grad.scalar_type()),
+        c_max * d_max + c_min * d_min + c_norm * d_norm,
         grad_x + first.call(
                      g * h.max, g * h.min, g * h.norm, x, largest, smallest, m_max, m_min, u1, v1,
                      uk, vk, thin_gram, rank_rtol, cluster_rtol, full_rank)};
@@ -154,17 +156,37 @@ std::tuple<Tensor, Tensor> double_backward(
       extremes.call(x, rank_rtol, cluster_rtol, full_rank);
   const auto [d_max, d_min, grad_x] =
       second.call(cotangent, g * c_max, g * c_min, x, rank_rtol, cluster_rtol, full_rank);
-  const Tensor z = cotangent.to(at::kDouble), wide = x.to(at::kDouble);
-  const Tensor d_norm = 2.0 * (z * wide).sum(-1).sum(-1);
+  const Tensor d_norm = 2.0 * (cotangent * x).sum(-1).sum(-1);
   const Weights h = second_weights(ill, normaliser, smallest, rank, c_norm, d_max, d_min, d_norm);
   const auto sides = [](const Tensor& weight) { return weight.unsqueeze(-1).unsqueeze(-1); };
-  const Tensor norm_part = 2.0 * (sides(g * c_norm) * z + sides(g * h.norm) * wide);
+  const Tensor norm_part = 2.0 * (sides(g * c_norm) * cotangent + sides(g * h.norm) * x);
   return {
-      (c_max * d_max + c_min * d_min + c_norm * d_norm).to(grad.scalar_type()),
-      grad_x + norm_part.to(x.scalar_type()) +
+      c_max * d_max + c_min * d_min + c_norm * d_norm,
+      grad_x + norm_part +
           first.call(
               g * h.max, g * h.min, x, m_max, m_min, u1, v1, uk, vk, rank_rtol, cluster_rtol,
               full_rank)};
+}
+
+std::tuple<Tensor, Tensor> double_backward(
+    const Tensor& cotangent,
+    const Tensor& grad,
+    const Tensor& x,
+    const Tensor& coefficients,
+    bool gram,
+    bool ill,
+    std::optional<double> normaliser,
+    double rank_rtol,
+    double cluster_rtol,
+    bool full_rank) {
+  const Tensor factor = coefficients.select(-1, 3), sides = factor.unsqueeze(-1).unsqueeze(-1);
+  const int degree = (ill ? -2 : 2) * (gram ? 2 : 1);
+  const auto [grad_g, grad_x] = double_backward_within(
+      cotangent.to(at::kDouble), grad.to(at::kDouble), x.to(at::kDouble) * sides, coefficients,
+      gram, ill, normaliser, rank_rtol, cluster_rtol, full_rank);
+  return {
+      times_powers(grad_g, factor, 1 - degree).to(grad.scalar_type()),
+      times_powers(grad_x, sides, 2 - degree).to(x.scalar_type())};
 }
 
 class RegularizerBackward : public Function<RegularizerBackward> {
@@ -245,6 +267,7 @@ class Regularizer : public Function<Regularizer> {
       double cluster_rtol,
       bool full_rank) {
     at::AutoDispatchBelowADInplaceOrView below;
+    ctx->set_materialize_grads(false);  // of all but the value: a launch for each on a device
     auto [value, coefficients, multiplicity, thin_vector, companion] =
         call_forward(x, gram, ill, normaliser, floor, rank_rtol, cluster_rtol, full_rank);
     ctx->save_for_backward({x, coefficients, multiplicity, thin_vector, companion});
@@ -268,6 +291,8 @@ class Regularizer : public Function<Regularizer> {
           ctx->saved_data["full_rank"].toBool());
     };
     variable_list out(8);
+    if (!grads[0].defined())
+      return out;
     const Tensor moving = grads[0]._fw_grad(/*level=*/0);
     // A dual cotangent: the gradient is linear in it.
     out[0] = moving.defined()

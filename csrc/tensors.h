@@ -5,6 +5,7 @@
 #include <ATen/ATen.h>
 
 #include <cmath>
+#include <cstdlib>
 #include <initializer_list>
 #include <tuple>
 #include <vector>
@@ -65,6 +66,15 @@ inline double power_of_two_scale(double largest) {
 inline Tensor power_of_two_scale(const Tensor& largest) {
   const Tensor exponent = std::get<1>(at::frexp(largest)), one = at::ones_like(largest);
   return at::where(largest > 0, at::ldexp(one, exponent - 1), one);
+}
+
+// t factors^exponent for powers of two: step by step, as the power itself may leave the range where
+// the product does not, and infinity times zero is neither.
+inline Tensor times_powers(Tensor t, const Tensor& factors, int exponent) {
+  const Tensor step = exponent < 0 ? factors.reciprocal() : factors;
+  for (int i = 0; i < std::abs(exponent); ++i)
+    t = t * step;
+  return t;
 }
 
 }  // namespace immunize_ext

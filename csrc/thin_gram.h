@@ -6,7 +6,8 @@
 // are those of cpu/gram_route.inl, where they are derived: each lambda is known to
 // noise = 4 max(t, 16) eps lambda_max, and
 // 1. counts (rank, members of a cluster) are taken from G where they are the same with the threshold
-//    moved by what lambda and threshold may be wrong by, up and down;
+//    moved by what lambda and threshold may be wrong by, up and down: features in float32, whose
+//    tolerance of the rank lies far above noise, may be short of rank;
 // 2. a triplet is measured on S itself: u, w = S^T u, sigma = |w|, v = w / sigma, r = S v - sigma u.
 //    It is exact for a matrix that differs from S by |r|, and is accepted if
 //    |r| <= 4 sqrt(t + k) eps sigma_max;
@@ -86,10 +87,13 @@ struct Measured {
   }
 };
 
-// The triplet at one end of the spectrum.
-inline Triplet triplet(const Tensor& s, const Eigenpairs& e, bool top, double tolerance) {
+// The triplet of eigenvalue number `end` (ascending), the largest or the smallest that counts; the
+// block lies on its inner side.
+inline Triplet triplet(const Tensor& s, const Eigenpairs& e, int64_t end, double tolerance) {
   const auto norm = [](const Tensor& x) { return at::linalg_vector_norm(x); };
-  const int64_t t = s.size(0), m = std::min(kBlock, t), rest = t - m;
+  const int64_t t = s.size(0);
+  const bool top = end == t - 1;
+  const int64_t m = std::min(kBlock, top ? t : t - end), first = top ? t - m : end;
   Triplet out;
   const auto accept = [&out](const Tensor& u, const Tensor& v, double sigma) {
     out.accurate = true;
@@ -98,7 +102,6 @@ inline Triplet triplet(const Tensor& s, const Eigenpairs& e, bool top, double to
     out.v = v.contiguous();
     return out;
   };
-  const int64_t end = top ? t - 1 : 0;
   {
     const Tensor u = e.u.narrow(1, end, 1);
     const Measured found(s, u);
@@ -107,11 +110,14 @@ inline Triplet triplet(const Tensor& s, const Eigenpairs& e, bool top, double to
     if (measured[1] <= tolerance)
       return accept(u.select(1, 0), found.v.select(1, 0), measured[0]);
   }
-  const Tensor others = e.u.narrow(1, top ? 0 : m, rest);
+  const auto outside = [&](const Tensor& x, int64_t dim) {
+    return at::cat({x.narrow(dim, 0, first), x.narrow(dim, first + m, t - first - m)}, dim);
+  };
+  const Tensor others = outside(e.u, 1);
   // Nothing moves along vectors that noise could exchange with the block's.
-  Tensor gaps = e.lambda.narrow(0, top ? 0 : m, rest) - e.on_host[end];
+  Tensor gaps = outside(e.lambda, 0) - e.on_host[end];
   gaps = gaps.masked_fill(gaps.abs() <= e.noise, std::numeric_limits<double>::infinity());
-  Tensor x = e.u.narrow(1, top ? t - m : 0, m);
+  Tensor x = e.u.narrow(1, first, m);
   for (int step = 0; step < kSteps; ++step) {
     const Tensor w = s.mT().matmul(x);
     // Of this size on the host: cheaper than the launches of the device's solver.
@@ -148,22 +154,27 @@ struct Extremes {
   int64_t rank = 0, multiplicity_max = 0, multiplicity_min = 0;
 };
 
-// s [t, k], t <= k, float64, finite, its largest entry in [1, 2).
-inline Extremes extremes(const Tensor& s, const Eigenpairs& e, const Policy& policy) {
+// s [t, k], t <= k, float64, finite, its largest entry in [1, 2). Where the smallest is not wanted
+// the rank may be wrong, but is not 0.
+inline Extremes extremes(
+    const Tensor& s, const Eigenpairs& e, const Policy& policy, const Wanted& wanted) {
   const int64_t t = s.size(0);
   const double c = policy.cluster_rtol, units = 4.0 * std::sqrt(static_cast<double>(t + s.size(1)));
   Extremes out;
-  const double counts = policy.rank_rtol * policy.rank_rtol * e.largest();
-  if (!(e.on_host[0] > counts + 2.0 * e.noise))
+  if (!(e.largest() > 0.0))  // zero, or not a number
     return out;
-  out.rank = t;
-  out.has_min = !(policy.full_rank && policy.full_side > t);
+  const double counts = policy.rank_rtol * policy.rank_rtol * e.largest();
+  const int64_t missing = count_below(e.on_host, e.on_host + t, counts, 2.0 * e.noise);
+  if (missing < 0 && wanted.min)
+    return out;
+  out.rank = t - std::max<int64_t>(missing, 0);
+  out.has_min = wanted.min && !(policy.full_rank && policy.full_side > out.rank);
   const double eps = std::numeric_limits<double>::epsilon();
   const double tolerance = units * eps * std::sqrt(e.largest());
   const auto is_right = [&e](const Triplet& x, double lambda) {
     return x.accurate && std::abs(x.sigma * x.sigma - lambda) <= e.noise;
   };
-  out.max = triplet(s, e, /*top=*/true, tolerance);
+  out.max = triplet(s, e, t - 1, tolerance);
   if (!is_right(out.max, e.largest()))
     return out;
   // The extremes themselves are members of their clusters whatever rounding says.
@@ -173,16 +184,17 @@ inline Extremes extremes(const Tensor& s, const Eigenpairs& e, const Policy& pol
     return out;
   out.multiplicity_max = t - apart;
   if (!out.has_min) {
-    out.multiplicity_min = policy.full_side - t;
+    out.multiplicity_min = policy.full_side - out.rank;
     out.proven = true;
     return out;
   }
-  out.min = triplet(s, e, /*top=*/false, tolerance);
-  if (!is_right(out.min, e.on_host[0]))
+  out.min = triplet(s, e, missing, tolerance);
+  if (!is_right(out.min, e.on_host[missing]))
     return out;
   out.min.sigma = std::min(out.min.sigma, out.max.sigma);
   const double reach = out.min.sigma + c * out.max.sigma;
-  int64_t others = count_below(e.on_host + 1, e.on_host + t, reach * reach, 2.0 * e.noise);
+  const double* above = e.on_host + missing + 1;
+  int64_t others = count_below(above, e.on_host + t, reach * reach, 2.0 * e.noise);
   // What G cannot tell apart S can, where the cluster ends within the block.
   const std::vector<double>& block = out.min.block;
   if (others < 0 && !block.empty()) {

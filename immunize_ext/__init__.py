@@ -6,10 +6,15 @@ Importing the package imports nothing else, changes no setting of torch, and nev
 the compiled part: without it the operators take a torch-only route and say so once.
 """
 
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from immunize_ext import _moved
 from immunize_ext._version import __version__
+
+if TYPE_CHECKING:
+    from immunize_ext import errors, ops, probing, reference, testing, text_to_image
+    from immunize_ext._load import available, status
+    from immunize_ext.memory import empty_cache
 
 __all__ = [
     "__version__",
@@ -18,7 +23,9 @@ __all__ = [
     "errors",
     "ops",
     "probing",
+    "reference",
     "status",
+    "testing",
     "text_to_image",
 ]
 
@@ -36,3 +43,7 @@ def __getattr__(name: str) -> Any:
     if name in __all__ or _moved.places_of(f"{__name__}.{name}"):
         return importlib.import_module(f"{__name__}.{name}")
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+
+
+def __dir__() -> list[str]:
+    return __all__

@@ -61,6 +61,10 @@ def status() -> LoadStatus:
 
     Returns:
         The outcome of the one attempt of this process; later calls return the same object.
+
+    Example:
+        >>> status().installed == torch.__version__
+        True
     """
     global _status
     if _status is None:
@@ -71,7 +75,12 @@ def status() -> LoadStatus:
 
 
 def available() -> bool:
-    """Return True if the compiled operators are loaded."""
+    """Return True if the compiled operators are loaded.
+
+    Example:
+        >>> isinstance(available(), bool)
+        True
+    """
     return status().loaded
 
 

@@ -11,6 +11,7 @@ line says what to do, nothing is half-written), 130 and 143 interrupted.
 from __future__ import annotations
 
 import argparse
+import inspect
 import os
 import shutil
 import signal
@@ -21,8 +22,9 @@ from concurrent.futures import Executor
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from types import MappingProxyType, ModuleType
-from typing import Any, NamedTuple, TypeAlias
+from typing import Any, NamedTuple, NoReturn, TypeAlias
 
+from immunize_ext import _help
 from immunize_ext._extras import MissingExtraError, require_extra
 from immunize_ext._version import __version__
 from immunize_ext.flags import (
@@ -32,6 +34,7 @@ from immunize_ext.flags import (
     add_registry_flags,
     build_of_flags,
     given,
+    offer,
     read_settings,
 )
 from immunize_ext.runtime import Interrupted, check_count, interruptible, progress_bar, threads
@@ -41,7 +44,7 @@ from immunize_ext.settings import Registry, settings_of, suggestion
 Command: TypeAlias = Callable[[CommandParser, Sequence[str]], int]
 
 # Flags that have another name now, and keys of config files likewise.
-_ALIASES = MappingProxyType({"--c": "--strength", "--attackers": "--attacks"})
+_ALIASES = MappingProxyType({"--c": "--strength", "--attackers": "--attacks", "--seeds": "--seed"})
 _OLD_NAMES = MappingProxyType({k[2:]: v[2:] for k, v in _ALIASES.items()})
 
 
@@ -76,6 +79,8 @@ def _probing() -> _Wing:
 
 
 def _text_to_image() -> _Wing:
+    # Which image processor transformers falls back to is no news to who asked for a run.
+    os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
     for package in ("diffusers", "transformers", "peft", "accelerate"):
         require_extra(package, extra="diffusion", purpose="text-to-image models")
     from immunize_ext.text_to_image import run
@@ -196,6 +201,9 @@ def kappa(parser: CommandParser, argv: Sequence[str]) -> int:
 
     Make one task slow to learn from features while another stays as fast as it was, attack both,
     and write a run directory with results.json, the immunized theta and report.html.
+
+    Example:
+        immunize kappa --data digits --primary 3:8 --harmful 4:9 --method whitening --out runs/white
     """
     wing = _probing()
     _add_common_flags(parser, "runs/kappa")
@@ -210,6 +218,10 @@ def mima(parser: CommandParser, argv: Sequence[str]) -> int:
     Erase concepts from a text-to-image model, make them hard to teach again, attack the result and
     its unprotected twin, and write a run directory with the immunized pipeline, results.json and
     report.html. Run it again to go on where it was cut off.
+
+    Example:
+        immunize mima --targets three five --attacks lora --seed 0 1 --out runs/two
+        immunize mima --model models/sd14 --concepts mine.yaml --device cuda --out runs/sd14
     """
     wing = _text_to_image()
     _add_common_flags(parser, "runs/mima", jobs=True)
@@ -223,6 +235,9 @@ def imma(parser: CommandParser, argv: Sequence[str]) -> int:
     """Immunize a text-to-image model against one concept, attack it, report.
 
     As `immunize mima`, for one concept: give it with --targets.
+
+    Example:
+        immunize imma --targets three --attacks lora --out runs/three
     """
     wing = _text_to_image()
     _add_common_flags(parser, "runs/imma", jobs=True)
@@ -249,6 +264,9 @@ def erase(parser: CommandParser, argv: Sequence[str]) -> int:
 
     Map the words of concepts to their anchors in closed form, and write the edited pipeline. The
     model given is not changed.
+
+    Example:
+        immunize erase --targets three five --out runs/erased
     """
     wing = _text_to_image()
     _add_common_flags(parser, "runs/erased", words="pipeline")
@@ -297,12 +315,20 @@ def _executor(address: str | None) -> Iterator[Executor | None]:
 
 
 def _sweep_kappa(parser: CommandParser, argv: Sequence[str]) -> int:
-    """Condition-number immunization: pairs of tasks x methods x knobs x seeds."""
+    """Condition-number immunization: pairs of tasks x methods x knobs x seeds.
+
+    Example:
+        immunize sweep kappa --pairs 3/8 4/9 --methods closed-form whitening --seed 0 1 --jobs 2
+    """
     return _sweep(parser, argv, _probing(), "runs/sweep-kappa")
 
 
 def _sweep_mima(parser: CommandParser, argv: Sequence[str]) -> int:
-    """Text-to-image runs over the number of concepts, captions, inner steps, ridge and seeds."""
+    """Text-to-image runs over the number of concepts, captions, inner steps, ridge and seeds.
+
+    Example:
+        immunize sweep mima --counts 1 2 3 --attacks lora --seed 0 1 --jobs 2
+    """
     return _sweep(parser, argv, _text_to_image(), "runs/mima-sweep")
 
 
@@ -320,6 +346,9 @@ def attack(parser: CommandParser, argv: Sequence[str]) -> int:
     Attack a finished run again: both tasks of `immunize kappa`, the concepts of `immunize mima` and
     `imma`. The results are added as a file of their own under RUN/attacks; nothing of the run is
     changed. `immunize attack RUN --help` lists what attacks of that run can be told.
+
+    Example:
+        immunize attack runs/white --attacks adam lbfgs --budgets 100 1000
     """
     from immunize_ext.storage import RESULTS, read_results
 
@@ -358,6 +387,9 @@ def certify(parser: CommandParser, argv: Sequence[str]) -> int:
     Delay by kind of optimizer, the cap in work, the price of undoing in unlabelled inputs and in
     labelled samples, what number formats leave, and what is gone for linear probes. The result and
     its page are added under RUN/certificates; nothing of the run is changed.
+
+    Example:
+        immunize certify runs/white
     """
     from immunize_ext.probing.certification import CertificationSettings, certify_run
 
@@ -383,6 +415,9 @@ def report(parser: CommandParser, argv: Sequence[str]) -> int:
 
     Compare finished runs and sweeps of one kind: how much each method slows the harm where what
     shall be kept is as good, with plots. Runs of earlier versions are read too.
+
+    Example:
+        immunize report runs/white runs/lock --out runs/both
     """
     from immunize_ext.storage import check_target, read_results
 
@@ -413,6 +448,9 @@ def build_pipeline(parser: CommandParser, argv: Sequence[str]) -> int:
 
     Train a complete Stable Diffusion pipeline on 8 x 8 handwritten digits, in diffusers' layout. A
     few minutes on two cores; the same seed and threads give the same bytes.
+
+    Example:
+        immunize build-pipeline --seed 1 --out runs/digits
     """
     _add_common_flags(parser, "runs/digits", words="pipeline")
     parser.add_argument("--seed", type=int, default=0, metavar="N", help="seed (default: 0)")
@@ -447,8 +485,100 @@ def build_pipeline(parser: CommandParser, argv: Sequence[str]) -> int:
     return 0
 
 
+def merge_adapters(parser: CommandParser, argv: Sequence[str]) -> int:
+    """Merge LoRA adapters of one model into one, exactly.
+
+    Adapters of PEFT and diffusers, folders or safetensors files, become one adapter: the up factors
+    as they are, beside each other, the down factors solved for anew. With --moments, which
+    `immunize_ext.ops.collect_moments` collects and saves, each adapter rules the inputs that its
+    own concept sends through a layer; without, the result is the weighted mean. DoRA is refused.
+
+    Example:
+        immunize merge-adapters lora/cat lora/dog --format peft --out runs/both
+    """
+    parser.usage = f"{parser.prog} ADAPTER [ADAPTER ...] [OPTIONS]"
+    parser.add_argument("adapters", nargs="+", metavar="ADAPTER", help="folders or files")
+    parser.add_argument(
+        "--out", default="runs/adapter", metavar="DIR", help="folder to write (%(default)s)"
+    )
+    parser.add_argument(
+        "--format", choices=("peft", "diffusers"), default="diffusers", help="(%(default)s)"
+    )
+    parser.add_argument(
+        "--prefix", default="unet", metavar="PART", help="what PEFT's names belong to (%(default)s)"
+    )
+    parser.add_argument(
+        "--weights", nargs="+", type=float, metavar="MU", help="one an adapter (default: 1)"
+    )
+    parser.add_argument(
+        "--moments", nargs="+", metavar="FILE", help="of each adapter's concept, in their order"
+    )
+    parser.add_argument("--regularization", metavar="FILE", help="moments of unrelated inputs")
+    parser.add_argument(
+        "--ridge", type=float, metavar="X", help="of the moments, relative (default: 1e-6)"
+    )
+    parser.add_argument(
+        "--rank", type=int, metavar="R", help="the best of that rank (default: without loss)"
+    )
+    arguments = parser.parse_args(argv)
+    from immunize_ext.ops import (
+        LayerMoments,
+        factor_layers,
+        merge_lora_adapters,
+        read_lora,
+        write_lora,
+    )
+
+    out, count = Path(arguments.out), len(arguments.adapters)
+    if out.exists():  # asked before the work, not after it
+        raise FileExistsError(f"{out} exists; choose another folder or remove it")
+    for flag in ("weights", "moments"):
+        values = getattr(arguments, flag)
+        if values is not None and len(values) != count:
+            raise ValueError(f"--{flag} must be given once an adapter, {count}, got {len(values)}")
+    if arguments.moments is None and (arguments.regularization or arguments.ridge is not None):
+        raise ValueError("--regularization and --ridge must be given with --moments, got none")
+    adapters = [read_lora(path, prefix=arguments.prefix) for path in arguments.adapters]
+    factors = None
+    if arguments.moments is not None:
+        import torch
+
+        held = arguments.regularization
+        found = factor_layers(
+            [LayerMoments.load(path) for path in arguments.moments],
+            regularization=None if held is None else LayerMoments.load(held),
+            hardness=torch.tensor(arguments.weights or [1.0] * count, dtype=torch.float64),
+            ridge=1e-6 if arguments.ridge is None else arguments.ridge,
+        )
+        # Collected in a model, layers have the names they have there.
+        named = {name for adapter in adapters for name in adapter}
+        factors = {
+            name if name in named else f"{arguments.prefix}.{name}": factor
+            for name, factor in found.items()
+        }
+    merged = merge_lora_adapters(
+        adapters,
+        factors,
+        weights=arguments.weights if factors is None else None,
+        rank=arguments.rank,
+    )
+    write_lora(merged, out, format=arguments.format)
+    ranks = sorted({layer.rank for layer in merged.values()})
+    how = "by the moments of their inputs" if factors is not None else "by their mean"
+    print(
+        f"{count} adapters merged {how}: {len(merged)} layers, rank "
+        + (f"{ranks[0]}" if len(ranks) == 1 else f"{ranks[0]} to {ranks[-1]}")
+    )
+    print(f"adapter: {out}")
+    return 0
+
+
 def doctor(parser: CommandParser, argv: Sequence[str]) -> int:
-    """Say what is installed, what is wrong and how to mend it."""
+    """Say what is installed, what is wrong and how to mend it.
+
+    Example:
+        immunize doctor
+    """
     parser.parse_args(argv)
     from immunize_ext._doctor import diagnose, doctor_report
 
@@ -457,7 +587,7 @@ def doctor(parser: CommandParser, argv: Sequence[str]) -> int:
 
 
 # What the demo of features can be told; the rest is as it is.
-_DEMO_FLAGS = ("primary", "harmful", "method", "ridge", "seed")
+_DEMO_FLAGS = ("primary", "harmful", "method", "ridge", "seed", "device")
 
 
 def demo(parser: CommandParser, argv: Sequence[str]) -> int:
@@ -467,6 +597,9 @@ def demo(parser: CommandParser, argv: Sequence[str]) -> int:
     another stays fast, and make erased concepts hard to teach a text-to-image model again; attack
     both, write one report. Takes two to three minutes on two cores and needs no network. The two
     runs stand in DIR/features and DIR/pipeline, where `immunize attack` and `report` take them.
+
+    Example:
+        immunize demo --skip-mima --method whitening --out runs/demo
     """
     wing = _probing()
     cls = wing.run.RunSettings
@@ -499,6 +632,7 @@ def demo(parser: CommandParser, argv: Sequence[str]) -> int:
         # Beside the attacker that is held up one who gets through: by another word.
         pipeline = other.run.RunSettings(
             seeds=(features.seed,),
+            device=features.device,
             images=16,
             attacks=("lora",),
             prompts=("canonical", "unrelated_word"),
@@ -547,6 +681,123 @@ def _demo(arguments: argparse.Namespace, runs: Mapping[str, tuple[_Wing, Any]]) 
     return 0
 
 
+def _choose(parser: CommandParser, argv: Sequence[str], commands: Mapping[str, Command]) -> int:
+    """Run the command that is named first, with a parser of its own; help where none is."""
+    if argv and argv[0] in commands:
+        prog, rest = f"{parser.prog} {argv[0]}", argv[1:]
+        # Where torch is there already, somebody may have registered methods of their own.
+        keep = _help.asked_for(rest) and sys.modules.get("torch") is None
+        page = _help.recall(prog) if keep and not _names_a_run(rest) else None
+        if page is not None:
+            print(_help.text(page, rest), end="")
+            return 0
+        return commands[argv[0]](_parser_of(prog, commands[argv[0]], keep), rest)
+    width = max(map(len, commands)) + 2
+    listed = [f"  {name:<{width}}{_first_line(command)}" for name, command in commands.items()]
+    parser.formatter_class = argparse.RawDescriptionHelpFormatter
+    parser.usage = f"{parser.prog} [-h] COMMAND ..."
+    words = inspect.cleandoc(parser.description or "")
+    parser.description = "\n".join([words, "", "commands:", *listed])
+    parser.epilog = f"{parser.prog} COMMAND --help says what a command does, with an example."
+    if not argv or _help.asked_for(argv[:1]):
+        print(parser.format_help(), end="")
+        return 0
+    parser.add_argument("command", metavar="COMMAND", help=argparse.SUPPRESS)
+    name = parser.parse_args(argv[:1]).command
+    parser.error(f"{name} is no command; {suggestion(name, commands)}")
+
+
+def _parser_of(prog: str, command: Command, keep: bool = False) -> CommandParser:
+    return CommandParser(
+        prog=prog,
+        usage=f"{prog} [OPTIONS]",
+        description=command.__doc__,
+        aliases=_ALIASES,
+        keep_help=(lambda page: _help.remember({prog: page})) if keep else None,
+    )
+
+
+def _names_a_run(argv: Sequence[str]) -> bool:
+    """Whether help depends on a folder that is named."""
+    return any(not word.startswith("-") and Path(word).is_dir() for word in argv)
+
+
+class _Stopped(Exception):  # noqa: N818
+    """Carries a parser out of its command before it parses."""
+
+
+class _Collected(CommandParser):
+    def parse_args(self, args: Any = None, namespace: Any = None) -> NoReturn:
+        raise _Stopped(self)
+
+
+def parsers() -> dict[str, CommandParser]:
+    """The parser of every command that can be made here, by what one types for it.
+
+    Those of commands whose optional packages are missing are left out.
+    """
+    found: dict[str, CommandParser] = {}
+    inner = {"sweep kappa": _sweep_kappa, "sweep mima": _sweep_mima}
+    for words, command in {**COMMANDS, **inner}.items():
+        prog = f"immunize {words}"
+        made = _Collected(
+            prog=prog, usage=f"{prog} [OPTIONS]", description=command.__doc__, aliases=_ALIASES
+        )
+        with suppress(MissingExtraError):
+            try:
+                if words != "sweep":
+                    command(made, [])
+            except _Stopped:
+                found[words] = made
+    return found
+
+
+def keep_help(path: Path = _help.SHIPPED) -> None:
+    """Write the help of every command to a file, from which ``--help`` shows it at once."""
+    _help.remember({made.prog: made.page() for made in parsers().values()}, path)
+
+
+def completion(parser: CommandParser, argv: Sequence[str]) -> int:
+    """Print a script that completes commands, flags and values in a shell.
+
+    Write it to where the shell looks for completions. Methods and attacks of other packages are in
+    it where they are installed.
+
+    Example:
+        immunize completion bash > ~/.local/share/bash-completion/completions/immunize
+        immunize completion zsh > ~/.zsh/completions/_immunize
+    """
+    parser.usage = f"{parser.prog} SHELL"
+    shells = ("bash", "zsh", "tcsh")
+    offer(parser.add_argument("shell", metavar="SHELL", help=f"one of {', '.join(shells)}"), shells)
+    shell = parser.parse_args(argv).shell
+    if shell not in shells:
+        parser.error(f"SHELL: {shell} is no shell; {suggestion(shell, shells)}")
+    import shtab
+
+    whole = argparse.ArgumentParser(prog="immunize", description="Model immunization.")
+    whole.add_argument("--version", action="version", version="", help="print the version")
+    branches = whole.add_subparsers()
+    made = parsers()
+    below = None
+    for words, one in made.items():
+        for action in one._actions:
+            if action.dest in ("out", "run_folder", "runs", "data_dir"):
+                action.complete = shtab.DIRECTORY  # type: ignore[attr-defined]
+            elif action.dest in ("config", "concepts"):
+                action.complete = shtab.FILE  # type: ignore[attr-defined]
+            elif values := getattr(action, "completions", None):
+                action.choices = values
+        command, _, part = words.partition(" ")
+        line = _first_line(COMMANDS[command])
+        if part and below is None:
+            below = branches.add_parser(command, help=line).add_subparsers()
+        place, name = (below, part) if part and below is not None else (branches, words)
+        place.add_parser(name, help=line, parents=[one], add_help=False)
+    print(shtab.complete(whole, shell))
+    return 0
+
+
 # In the order in which ``immunize --help`` lists them.
 COMMANDS: Mapping[str, Command] = MappingProxyType(
     {
@@ -559,29 +810,12 @@ COMMANDS: Mapping[str, Command] = MappingProxyType(
         "attack": attack,
         "certify": certify,
         "report": report,
+        "merge-adapters": merge_adapters,
         "build-pipeline": build_pipeline,
         "doctor": doctor,
+        "completion": completion,
     }
 )
-
-
-def _choose(parser: CommandParser, argv: Sequence[str], commands: Mapping[str, Command]) -> int:
-    """Run the command that is named first, with a parser of its own."""
-    if argv and argv[0] in commands:
-        command = commands[argv[0]]
-        prog = f"{parser.prog} {argv[0]}"
-        inner = CommandParser(
-            prog=prog, usage=f"{prog} [OPTIONS]", description=command.__doc__, aliases=_ALIASES
-        )
-        return command(inner, argv[1:])
-    width = max(map(len, commands)) + 2
-    listed = [f"  {name:<{width}}{_first_line(command)}" for name, command in commands.items()]
-    parser.formatter_class = argparse.RawDescriptionHelpFormatter
-    parser.epilog = "commands:\n" + "\n".join(listed)
-    parser.usage = f"{parser.prog} [-h] COMMAND ..."
-    parser.add_argument("command", metavar="COMMAND", help=argparse.SUPPRESS)
-    name = parser.parse_args(argv[:1]).command
-    parser.error(f"{name} is no command; {suggestion(name, commands)}")
 
 
 def _first_line(command: Command) -> str:

@@ -126,9 +126,10 @@ class ContradictoryTargetsError(ValueError):
 
 
 class EqualSingularValuesError(ValueError):
-    """All singular values are equal, where the function asked for is infinite.
+    """Singular values are equal, where the function asked for has no value.
 
-    R_ill(S) = 1/D with D = |S|_F^2/(2k) - sigma_min^2/2 has no value at D = 0.
+    R_ill(S) = 1/D with D = |S|_F^2/(2k) - sigma_min^2/2 has none at D = 0, where all are equal; the
+    best approximation of rank r is not one where the values r and r + 1 are.
 
     Attributes:
         batch_index: Position of the first such matrix in the batch; ``()`` for a single matrix.
@@ -162,6 +163,23 @@ class EqualSingularValuesError(ValueError):
             f"{function}: {argument} must have singular values that differ, got all of them "
             f"equal{where}; start from another matrix or use log_condition_number",
             batch_index=batch_index,
+        )
+
+    @classmethod
+    def at_cut(cls, function: str, argument: str, rank: int) -> "EqualSingularValuesError":
+        """Build the error about a truncation that cuts through equal values.
+
+        Args:
+            function: The function that refuses.
+            argument: Its argument, or the matrix made of it.
+            rank: The rank to be kept.
+
+        Returns:
+            The error, to be raised.
+        """
+        return cls(
+            f"{function}: {argument} must have different singular values {rank} and {rank + 1}, "
+            "got equal ones: many adapters are the best; take another rank"
         )
 
 

@@ -13,14 +13,16 @@ import difflib
 import re
 import sys
 import typing
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from types import MappingProxyType
 from typing import Any, Literal, NamedTuple, NoReturn, TypeVar
 
+from immunize_ext import _help
 from immunize_ext.settings import (
     Registry,
     Setting,
     build,
+    literals_of,
     options_of,
     parse_yaml,
     read_yaml,
@@ -36,27 +38,57 @@ T = TypeVar("T")
 # Fields of a run that hold what its method and its attacks are given, by name.
 _METHOD, _ATTACKS = "settings", "attack_settings"
 
+# One name for one thing: what some settings call by its plural has the same flag everywhere.
+_FLAGS = MappingProxyType({"seeds": "--seed"})
+
 
 class CommandParser(argparse.ArgumentParser):
     """A parser whose errors are one line and say what was probably meant.
 
     Args:
         aliases: Flags that have another name now; they still work, and say so.
-        **more: As for ``argparse.ArgumentParser``.
+        keep_help: What to do with the page that ``--help`` shows.
+        **more: As for ``argparse.ArgumentParser``; ``description`` may end in ``Example:`` and
+            lines to copy.
 
     Attributes:
         hints: What to say of a flag that is not there, where another name is not the answer.
+        registered: Methods and attacks whose settings have flags, for help.
     """
 
-    def __init__(self, *, aliases: Mapping[str, str] | None = None, **more: Any) -> None:
+    def __init__(
+        self,
+        *,
+        aliases: Mapping[str, str] | None = None,
+        keep_help: Callable[[_help.Page], None] | None = None,
+        **more: Any,
+    ) -> None:
         # No abbreviations: what is unique today is not once another method is registered.
         super().__init__(**{"allow_abbrev": False, **more})
         self._aliases = dict(aliases or {})
+        self._keep_help = keep_help
+        self._argv: list[str] = []
         self.hints: dict[str, str] = {}
+        self.registered: list[_help.Registered] = []
+
+    def page(self) -> _help.Page:
+        """Its help as plain data."""
+        theirs = {tuple(o.flags) for one in self.registered for o in one.options if o.owners}
+        own = [_help.option_of(action) for action in self._actions]
+        own = [option for option in own if tuple(option.flags) not in theirs]
+        own = [option for option in own if option.help != argparse.SUPPRESS]
+        return _help.Page(self.prog, self.usage, self.description or "", own, self.registered)
+
+    def print_help(self, file: Any = None) -> None:
+        """Print the help of what was typed so far."""
+        page = self.page()
+        if self._keep_help is not None:
+            self._keep_help(page)
+        print(_help.text(page, self._argv), end="", file=file)
 
     def parse_args(self, args: Any = None, namespace: Any = None) -> Any:
         """Parse, with the old names of flags replaced."""
-        known = []
+        known = self._argv = []
         for text in sys.argv[1:] if args is None else args:
             name, sign, value = text.partition("=")
             new = self._aliases.get(name, name)
@@ -73,9 +105,12 @@ class CommandParser(argparse.ArgumentParser):
             # Without the dashes, which would make any two short flags look alike.
             flags = [flag[2:] for flag in self._option_string_actions if flag.startswith("--")]
             near = difflib.get_close_matches(name.lstrip("-"), flags, n=1, cutoff=0.7)
-            meant = f"did you mean --{near[0]}" if near else ""
-            hint = self.hints.get(name, meant)
+            hint = self.hints.get(name, f"did you mean --{near[0]}" if near else "")
             message += f"; {hint}" if hint else ""
+        elif (
+            found := re.fullmatch(r"argument (\S+): invalid int value: (.*)", message)
+        ) is not None:
+            message = f"{found[1]} must be an integer, got {found[2]}"
         self.exit(USAGE_ERROR, f"{self.prog}: {message}; see {self.prog} --help\n")
 
 
@@ -86,10 +121,10 @@ def flag_of(name: str) -> str:
     """The flag of a setting, as it is typed.
 
     Example:
-        >>> flag_of("base_budget")
-        '--base-budget'
+        >>> flag_of("base_budget"), flag_of("seed"), flag_of("seeds")
+        ('--base-budget', '--seed', '--seed')
     """
-    return "--" + name.replace("_", "-")
+    return _FLAGS.get(name, "--" + name.replace("_", "-"))
 
 
 def add_flags(parser: Any, cls: type, *, leave_out: Sequence[str] = ()) -> None:
@@ -133,39 +168,61 @@ def add_registry_flags(
             metavar="NAME=VALUE",
             help="a setting of the method, as its flag sets it; again for more",
         )
-        group = parser.add_argument_group("settings of methods", ", ".join(methods))
+        flag = "--methods" if "methods" in shared else "--method"
+        parser.registered.append(_help.Registered("method", flag, _texts(methods), []))
     for name, owners in methods.all_settings().items():
-        if name in shared:
+        if name in shared or flag_of(name) in parser._option_string_actions:
             continue
         default = [getattr(methods[owner], name) for owner in owners]
         setting = settings_of(type(methods[owners[0]]))[name]
         shown = default[0] if all(value == default[0] for value in default) else None
-        _add_flag(
-            group,
-            setting._replace(default=shown),
-            f"{_METHOD}.{name}",
-            of="" if len(owners) == len(methods) else ", ".join(owners),
-        )
+        action = _add_flag(parser, setting._replace(default=shown), f"{_METHOD}.{name}")
+        parser.registered[-1].options.append(_help.option_of(action, owners))
     if attacks:
-        group = parser.add_argument_group("settings of attacks", ", ".join(attacks))
+        parser.registered.append(_help.Registered("attack", "--attacks", _texts(attacks), []))
     for owner, attack in attacks.items():
         for setting in settings_of(type(attack)).values():
             if setting.name != attacks.key and setting.name not in shared:
                 shown = getattr(attack, setting.name)
                 dest = f"{_ATTACKS}.{owner}.{setting.name}"
-                _add_flag(group, setting._replace(default=shown), dest, prefix=f"{owner}.")
+                action = _add_flag(
+                    parser, setting._replace(default=shown), dest, prefix=f"{owner}."
+                )
+                parser.registered[-1].options.append(_help.option_of(action, [owner]))
+    for action in parser._actions:
+        if action.dest in ("method", "methods", "compare"):
+            offer(action, methods)
+        elif action.dest == "attacks":
+            offer(action, [*attacks, "all"])
 
 
-def _add_flag(parser: Any, setting: Setting, dest: str, *, prefix: str = "", of: str = "") -> None:
+def _texts(registry: Registry[Any]) -> dict[str, str]:
+    """What the entries of a registry are, by name."""
+    found = {}
+    for name, entry in registry.items():
+        usual = settings_of(type(entry)).items()
+        own = {key: getattr(entry, key) for key, setting in usual if key != registry.key}
+        changed = [f"{k} {v}" for k, v in own.items() if v != dict(usual)[k].default]
+        with_what = f" ({', '.join(changed)})" if changed else ""
+        found[name] = (_help.description_of(entry) + with_what).replace("%", "%%")
+    return found
+
+
+def offer(action: argparse.Action, values: Iterable[str]) -> None:
+    """Name the values that a shell completes; others stay possible."""
+    action.completions = list(values)  # type: ignore[attr-defined]
+
+
+def _add_flag(parser: Any, setting: Setting, dest: str, *, prefix: str = "") -> argparse.Action:
     flag = flag_of(prefix + setting.name)
     if flag in parser._option_string_actions:
-        return
+        found: argparse.Action = parser._option_string_actions[flag]
+        return found
     options = [kind for kind in options_of(setting.type) if kind is not type(None)]
-    # Help is for a terminal: no marks of the documentation, no full stop before a default.
-    text = re.sub(r":\w+:`~?([^`]*)`", r"\1", setting.help).replace("`", "").removesuffix(".")
-    text = (f"{of}: " if of else "") + text + _shown(setting.default)
+    words = _help.for_terminal(setting.help) + _shown(setting.default)
     more: dict[str, Any] = {"dest": dest, "default": argparse.SUPPRESS}
-    more["help"] = text.replace("%", "%%")
+    more["help"] = words.replace("%", "%%")
+    choices = literals_of(setting.type)
     if options == [bool]:
         more["action"] = argparse.BooleanOptionalAction
     elif any(typing.get_origin(kind) is tuple for kind in options):
@@ -173,11 +230,12 @@ def _add_flag(parser: Any, setting: Setting, dest: str, *, prefix: str = "", of:
     elif _is_table(setting):
         more |= {"action": "append", "metavar": "NAME=VALUE"}
     elif all(typing.get_origin(kind) is Literal for kind in options):
-        choices = [str(value) for kind in options for value in typing.get_args(kind)]
         more["metavar"] = "{" + ",".join(choices) + "}"
     else:
         more["metavar"] = {int: "N", float: "X"}.get(options[0], setting.name.upper())
-    parser.add_argument(flag, **more)
+    action: argparse.Action = parser.add_argument(flag, **more)
+    offer(action, choices)
+    return action
 
 
 def _shown(default: Any) -> str:
@@ -273,7 +331,10 @@ def read_settings(
     sources = [_of_flags(arguments, cls)]
     path = getattr(arguments, "config", None)
     if path is not None:
-        values = _renamed(read_yaml(path), old_names or {}, f"--config {path}")
+        named = {k: v for k, v in (old_names or {}).items() if k not in settings_of(cls)}
+        if "seeds" in settings_of(cls):
+            named["seed"] = "seeds"  # a file may name it as the flag is called
+        values = _renamed(read_yaml(path), named, f"--config {path}")
         sources.insert(0, _of_file(values, f"--config {path}", cls, methods, attacks))
     run: dict[str, Any] = {}
     for source in sources:

@@ -6,6 +6,7 @@ torch is imported on use: what only parses a command line shall not wait for it.
 from __future__ import annotations
 
 import os
+import re
 import signal
 import sys
 import threading
@@ -17,6 +18,7 @@ from types import FrameType
 from typing import TYPE_CHECKING
 
 from immunize_ext.seams import Progress
+from immunize_ext.settings import hint
 
 if TYPE_CHECKING:
     import torch
@@ -90,6 +92,51 @@ class Meter:
             self.peak_memory = max(self.peak_memory, peak)
 
 
+def named_device(name: str, *, here: bool = True) -> torch.device:
+    """A device by its name, where work can be done on it.
+
+    Args:
+        name: ``cpu``, ``cuda``, ``cuda:1``, ``mps`` or another that torch knows.
+        here: Whether this machine has to have it.
+
+    Returns:
+        The device.
+
+    Raises:
+        ValueError: If there is none of that name; one line says what to do.
+
+    Example:
+        >>> named_device("cpu")
+        device(type='cpu')
+        >>> named_device("cdua")
+        Traceback (most recent call last):
+        ValueError: device must be cpu, cuda, cuda:N, mps or xpu, got 'cdua'; did you mean cuda
+    """
+    import torch
+
+    known = ("cpu", "cuda", "mps", "xpu")
+    try:
+        device = torch.device(name)
+    except RuntimeError:
+        device = None
+    if device is None or device.type not in known:
+        raise ValueError(
+            f"device must be cpu, cuda, cuda:N, mps or xpu, got {name!r}{hint(name, known)}"
+        )
+    if not here or device.type == "cpu":
+        return device
+    module = torch.get_device_module(device.type)
+    if not module.is_available():
+        raise ValueError(
+            f"device must be one of this machine, got {name}, which torch {torch.__version__} does "
+            "not find; use --device cpu, or install a torch for that device"
+        )
+    count = module.device_count()
+    if device.index is not None and device.index >= count:
+        raise ValueError(f"device must be one of {count} here, got {name}; counting starts at 0")
+    return device
+
+
 @contextmanager
 def own_randomness(device: torch.device, seed: int) -> Iterator[None]:
     """Seed the global generators within the block, and put them back as they were.
@@ -107,7 +154,7 @@ def own_randomness(device: torch.device, seed: int) -> Iterator[None]:
 
 @contextmanager
 def progress_bar(quiet: bool) -> Iterator[Progress]:
-    """A bar on standard error where rich can draw one, else a line per stage.
+    """A bar on standard error where rich can draw one, else few lines: a log is read later.
 
     Args:
         quiet: Show nothing.
@@ -123,11 +170,11 @@ def progress_bar(quiet: bool) -> Iterator[Progress]:
         from rich.progress import BarColumn, TextColumn, TimeElapsedColumn
         from rich.progress import Progress as Bar
     except ModuleNotFoundError:
-        yield _print_stage
+        yield _Lines()
         return
     console = Console(stderr=True)
-    if not console.is_terminal:
-        yield _print_stage
+    if not (console.is_terminal or console.is_jupyter):
+        yield _Lines()
         return
     columns = (BarColumn(bar_width=24), TextColumn("{task.description}"), TimeElapsedColumn())
     with Bar(*columns, console=console, transient=True) as bar:
@@ -135,8 +182,26 @@ def progress_bar(quiet: bool) -> Iterator[Progress]:
         yield lambda text, share: bar.update(task, completed=share, description=text)
 
 
-def _print_stage(text: str, share: float) -> None:
-    print(f"[{share:4.0%}] {text}", file=sys.stderr, flush=True)
+class _Lines:
+    """Progress as lines of a log: what is new, and from time to time how far it is.
+
+    Texts that differ in their numbers alone (``mima, step 3 of 60``) are the same stage.
+    """
+
+    # A stage that is known is told of again after so much of the whole.
+    _STRIDE = 0.1
+
+    def __init__(self) -> None:
+        self._stages: set[str] = set()
+        self._told = -1.0
+
+    def __call__(self, text: str, share: float) -> None:
+        stage = re.sub(r"\d+(\.\d+)?", "#", text)
+        if stage in self._stages and share < min(self._told + self._STRIDE, 1.0):
+            return
+        self._stages.add(stage)
+        self._told = share
+        print(f"[{share:4.0%}] {text}", file=sys.stderr, flush=True)
 
 
 # More only wait for each other, and far more end the process: each has a stack of megabytes.

@@ -18,6 +18,7 @@ import dataclasses
 import difflib
 import functools
 import math
+import operator
 import re
 import types
 import typing
@@ -45,8 +46,31 @@ def suggestion(name: object, known: Iterable[str]) -> str:
         'known are seed, steps'
     """
     names = list(known)
-    near = difflib.get_close_matches(str(name), names, n=1)
-    return f"did you mean {near[0]}" if near else f"known are {', '.join(names)}"
+    return meant(name, names) or f"known are {', '.join(names)}"
+
+
+def meant(name: object, known: Iterable[str]) -> str:
+    """What was probably meant, or nothing.
+
+    Example:
+        >>> meant("sede", ["seed", "steps"]), meant("x", ["seed", "steps"])
+        ('did you mean seed', '')
+    """
+    known = list(known)
+    folded = {word.casefold(): word for word in known}
+    near = difflib.get_close_matches(str(name).casefold(), folded, n=1)
+    return f"did you mean {folded[near[0]]}" if near else ""
+
+
+def hint(name: object, known: Iterable[str]) -> str:
+    """What was probably meant, as the end of a message.
+
+    Example:
+        >>> f"got 'sede'{hint('sede', ['seed', 'steps'])}"
+        "got 'sede'; did you mean seed"
+    """
+    found = meant(name, known)
+    return f"; {found}" if found else ""
 
 
 # --- what a dataclass says about its fields -------------------------------------------------------
@@ -105,8 +129,22 @@ def _settings_of(cls: Any) -> dict[str, Setting]:
             default = field.default_factory()
         if field.init:
             text = texts.get(field.name, "")
-            found[field.name] = Setting(field.name, hints[field.name], default, text)
+            found[field.name] = Setting(field.name, _read_as(hints[field.name]), default, text)
     return found
+
+
+def _read_as(kind: Any) -> Any:
+    """A type without the names that it lists beside any text: editors alone want to know them."""
+    options = options_of(kind)
+    if str in options:
+        options = tuple(option for option in options if typing.get_origin(option) is not Literal)
+    options = tuple(
+        tuple[_read_as(typing.get_args(option)[0]), ...]  # type: ignore[misc]
+        if typing.get_origin(option) is tuple
+        else option
+        for option in options
+    )
+    return functools.reduce(operator.or_, options)
 
 
 def plain(value: Any) -> Any:
@@ -150,6 +188,13 @@ def _words(kind: Any) -> str:
         else:
             found.append(simple.get(option, getattr(option, "__name__", str(option))))
     return " or ".join(found)
+
+
+def literals_of(kind: Any) -> list[str]:
+    """The texts that a type names, also inside a list."""
+    inner = [part for option in options_of(kind) for part in (option, *typing.get_args(option))]
+    named = [part for part in inner if typing.get_origin(part) is Literal]
+    return [str(value) for part in named for value in typing.get_args(part)]
 
 
 def _has_type(value: Any, kind: Any) -> bool:
@@ -307,8 +352,15 @@ def typed(
         try:
             found[name] = _convert(value, known[name].type)
         except _WrongKindError:
+            several = isinstance(value, (tuple, list))
+            near = [
+                hint(one, literals_of(known[name].type))
+                for one in (value if several else [value])
+                if isinstance(one, str)
+            ]
             raise ValueError(
                 f"{said(name)} must be {_words(known[name].type)}, got {value!r}"
+                f"{next(filter(None, near), '')}"
             ) from None
     return found
 
@@ -481,6 +533,23 @@ def _loader() -> Any:
 # --- registries -----------------------------------------------------------------------------------
 
 
+@functools.cache
+def _import_plugins(group: str) -> None:
+    """Import the modules that other packages name; one that fails is named, the others count."""
+    import importlib.metadata
+    import warnings
+
+    for point in importlib.metadata.entry_points(group=group):
+        try:
+            point.load()
+        except Exception as error:
+            warnings.warn(
+                f"the entry point {point.name} ({point.value}) of {group} cannot be imported: "
+                f"{type(error).__name__}: {error}",
+                stacklevel=4,
+            )
+
+
 class Registry(Mapping[str, T], Generic[T]):
     """The methods, or the attacks, of a wing: settings dataclasses by name.
 
@@ -490,6 +559,8 @@ class Registry(Mapping[str, T], Generic[T]):
     Args:
         what: What they are, for messages: ``method``, ``attack``.
         key: The attribute that holds the name.
+        plugins: Group of entry points: modules of other packages that register entries when they
+            are imported. They are, when the registry is first looked into.
 
     Example:
         >>> ATTACKS: Registry[Any] = Registry("attack", key="name")
@@ -506,9 +577,18 @@ class Registry(Mapping[str, T], Generic[T]):
         ValueError: --attacks: nothin is no attack; did you mean nothing
     """
 
-    def __init__(self, what: str, *, key: str) -> None:
+    def __init__(self, what: str, *, key: str, plugins: str | None = None) -> None:
         self.what, self.key = what, key
-        self._found: dict[str, T] = {}
+        self._own: dict[str, T] = {}
+        self._plugins = plugins
+
+    @property
+    def _found(self) -> dict[str, T]:
+        """All entries, those of other packages included."""
+        group, self._plugins = self._plugins, None
+        if group is not None:
+            _import_plugins(group)
+        return self._own
 
     def register(self, entry: Any) -> Any:
         """Add a settings dataclass, or an instance of one, under its own name; a decorator.
@@ -518,9 +598,9 @@ class Registry(Mapping[str, T], Generic[T]):
         """
         made = entry() if isinstance(entry, type) else entry
         name = getattr(made, self.key)
-        if name in self._found and self._found[name] != made:
+        if name in self._own and self._own[name] != made:
             raise ValueError(f"register: {name} is a {self.what} already, choose another name")
-        self._found[name] = made
+        self._own[name] = made
         return entry
 
     def find(self, name: str, where: str) -> T:

@@ -31,6 +31,7 @@ from torch import Tensor
 from immunize_ext import _load
 from immunize_ext._extras import require_extra
 from immunize_ext._version import __version__
+from immunize_ext.settings import hint
 
 # --- files and folders ----------------------------------------------------------------------------
 
@@ -585,8 +586,9 @@ def read_results(folder: str | Path) -> dict[str, Any]:
     path = Path(folder) / RESULTS
     if not path.is_file():
         unfinished = (Path(folder) / "sweep.json").is_file()
-        hint = "the sweep is not finished; run its command again" if unfinished else "give a run"
-        raise FileNotFoundError(f"{folder} must be a run directory with results.json; {hint}")
+        what = "the sweep is not finished; run its command again" if unfinished else "give a run"
+        near = "" if unfinished else hint(Path(folder), _runs_near(Path(folder)))
+        raise FileNotFoundError(f"{folder} must be a run directory with results.json; {what}{near}")
     try:
         results = json.loads(path.read_text(encoding="utf-8"))
     except (ValueError, RecursionError) as error:
@@ -598,6 +600,13 @@ def read_results(folder: str | Path) -> dict[str, Any]:
         return migrate(results)
     except (KeyError, TypeError, AttributeError) as error:
         raise ValueError(f"{path} must hold what a {kind} run wrote, got no {error}") from error
+
+
+def _runs_near(folder: Path) -> list[str]:
+    """Runs beside a folder, and inside it."""
+    beside = (file.parent for file in sorted(folder.parent.glob(f"*/{RESULTS}")))
+    inside = (file.parent for file in sorted(folder.glob(f"*/{RESULTS}")))
+    return [str(found) for found in (*inside, *beside)]
 
 
 def migrate(results: Mapping[str, Any]) -> dict[str, Any]:

@@ -30,7 +30,7 @@ from sample_inputs import (
 )
 from torch import Tensor
 
-from immunize_ext import reference, testing
+from immunize_ext import _load, reference, testing
 
 Inputs = tuple[Tensor, ...]
 HALF_TYPES = (torch.float16, torch.bfloat16)
@@ -333,7 +333,9 @@ class OperatorContract:
             node = nodes.pop()
             names.add(node.name())
             nodes += [parent for parent, _ in node.next_functions if parent is not None]
-        assert any(self.node in name for name in names), names
+        # Without the compiled part the operators that are differentiated in C++ are compositions.
+        ours = (self.node,) if _load.available() else (self.node, "Values")
+        assert any(node in name for node in ours for name in names), names
         assert not any(part in name for name in names for part in ("Svd", "Eigh", "Qr")), names
 
     # --- transforms -------------------------------------------------------------------------------
@@ -459,9 +461,15 @@ class OperatorContract:
         for kink in self.kinks.values():
             testing.check_determinism(self.outputs, kink)
 
+    def skip_where_batches_change_bits(self):
+        """Without the compiled part its route is that of the composites."""
+        if not _load.available() and "composite" not in self.independent_routes:
+            pytest.skip("a composite decides for a whole batch; the compiled part promises bits")
+
     def test_batch_independence(self):
         """A degenerate element leaves the others alone bit for bit, whatever the shape."""
         raising = tuple(p for p, what in self.poisons.items() if what == "raised")
+        self.skip_where_batches_change_bits()
         for route, inputs in itertools.product(self.independent_routes, self.batches()):
             with taking_route(route):
                 outcome = testing.check_batch_independence(

@@ -376,6 +376,58 @@ def _merge_apply_backward(device: str) -> list[Sample]:
     return samples
 
 
+def _moment_solve(device: str) -> list[Sample]:
+    samples = []
+    for name, batch, o, d in (
+        ("matrix", (), 3, 4),
+        ("one", (), 1, 1),
+        ("batch", (2, 2), 3, 4),
+        ("empty", (0,), 3, 4),
+        ("no rows", (), 0, 4),
+    ):
+        x = gaussian(*batch, 9, d, seed=110)
+        s = x.mT @ x
+        arguments = (gaussian(*batch, o, d, seed=111), s, torch.linalg.cholesky(s).contiguous())
+        samples.append(Sample(name, tuple(t.to(device) for t in arguments)))
+    n, s, chol = samples[0].arguments
+    samples.append(Sample("column major", (column_major(n), column_major(s), column_major(chol))))
+    return samples
+
+
+def _moment_product(device: str) -> list[Sample]:
+    samples = []
+    for name, batch, dtype in (
+        ("matrix", (), torch.float64),
+        ("batch", (2, 2), torch.float64),
+        ("empty", (0,), torch.float64),
+        ("float32", (), torch.float32),
+    ):
+        a = gaussian(*batch, 3, 4, seed=112, dtype=dtype).to(device)
+        samples.append(Sample(name, (a, gaussian(*batch, 4, 2, seed=113, dtype=dtype).to(device))))
+    a, b = samples[0].arguments
+    samples.append(Sample("column major", (column_major(a), column_major(b))))
+    return samples
+
+
+def _leading_projector(device: str) -> list[Sample]:
+    samples = []
+    for name, batch in (("matrix", ()), ("batch", (2, 2)), ("empty", (0,))):
+        x = gaussian(*batch, 6, 4, seed=114).to(device)
+        samples.append(Sample(name, (x.mT @ x, 2)))
+    samples.append(Sample("everything", (samples[0].arguments[0], 4)))
+    samples.append(Sample("column major", (column_major(samples[0].arguments[0]), 1)))
+    return samples
+
+
+def _projector_solve(device: str) -> list[Sample]:
+    samples = []
+    for name, (h, rank) in _leading_projector(device):
+        _, vectors, values = torch.ops.immunize_ext.leading_projector(h, rank)
+        f = gaussian(*h.shape, seed=115).to(device)
+        samples.append(Sample(name, (f, h, vectors, values, rank)))
+    return samples
+
+
 def _precondition(device: str) -> list[Sample]:
     x = gaussian(9, 4, seed=100)
     few = gaussian(2, 4, seed=101)
@@ -398,6 +450,33 @@ def _precondition(device: str) -> list[Sample]:
         Sample(name, tuple(a.to(device) if isinstance(a, Tensor) else a for a in arguments))
         for name, arguments in cases
     ]
+
+
+def _few_rows(device: str, *constants: str) -> list[Sample]:
+    """Of x, or with a weight; ``constants`` after it, by name."""
+    cases: list[tuple[str, tuple[int, ...], torch.dtype]] = [
+        ("matrix", (), torch.float64),
+        ("batch", (2, 3), torch.float64),
+        ("empty", (0,), torch.float64),
+        ("float32", (), torch.float32),
+        ("float16", (), torch.float16),
+    ]
+    samples = []
+    for name, batch, dtype in cases:
+        x = gaussian(*batch, 2, 4, seed=110, dtype=dtype)
+        s = x.double() @ x.double().mT + 0.3 * torch.eye(2)
+        given = {
+            "x": x,
+            "samples": x.clone(),
+            "weight": gaussian(*batch, 3, 4, seed=111, dtype=dtype),
+            # Fewer outputs than rows, and more of them: the order of the product.
+            "grad": gaussian(*batch, 2, 3 if batch else 1, seed=113, dtype=dtype),
+            "bias": gaussian(*batch, 3, seed=112, dtype=dtype) if name != "float32" else None,
+            "factor": torch.linalg.cholesky(s),
+        }
+        arguments = [None if given[c] is None else given[c].to(device) for c in constants]
+        samples.append(Sample(name, (*arguments, 0.3)))
+    return samples
 
 
 _BUILDERS: dict[str, Callable[[str], list[Sample]]] = {
@@ -424,8 +503,17 @@ _BUILDERS: dict[str, Callable[[str], list[Sample]]] = {
     "merge_constraint_solve": lambda device: _merge_saddle(device, "s"),
     "merge_apply": _merge_apply,
     "merge_apply_backward": _merge_apply_backward,
+    "moment_solve": _moment_solve,
+    "moment_product": _moment_product,
+    "leading_projector": _leading_projector,
+    "projector_solve": _projector_solve,
     "precondition": _precondition,
     "precondition_gradient": _precondition,
+    "few_rows_linear": lambda device: _few_rows(device, "x", "weight", "bias", "factor"),
+    "few_rows_product": lambda device: _few_rows(device, "grad", "x", "factor", "samples"),
+    "few_rows_solve": lambda device: _few_rows(device, "x", "factor", "samples"),
+    "few_rows_weight": lambda device: _few_rows(device, "weight", "samples"),
+    "few_rows_precondition": lambda device: _few_rows(device, "weight", "samples"),
 }
 
 RAW_OPERATORS = tuple(_BUILDERS)
@@ -437,6 +525,7 @@ DIFFERENTIABLE = (
     "symmetric_extremes",
     "symmetric_pair",
     "merge_apply",
+    "moment_product",
 )
 # Gradients are differentiable in grad and matrix together, as a part of their operator; the
 # preconditioner in grad alone, and what it holds has no gradient of a function, on purpose.
@@ -446,12 +535,22 @@ HALF_DIFFERENTIABLE = (
     "regularizer_backward",
     "precondition",
     "precondition_gradient",
+    "few_rows_linear",
+    "few_rows_product",
+    "few_rows_solve",
+    "few_rows_weight",
+    "few_rows_precondition",
     "symmetric_extremes_backward",
     # With C, Q and the right-hand side; the rest of their arguments follows from these.
     "merge_constraint_map",
     "merge_free_solve",
     "merge_constraint_solve",
     "merge_apply_backward",
+    # With N and S; the factor follows from S.
+    "moment_solve",
+    # With F and H; vectors and values follow from H.
+    "leading_projector",
+    "projector_solve",
 )
 # Whether it succeeds depends on the numbers, and is a bool: it cannot be traced.
 WITHOUT_FAKE = ("symmetric_track",)

@@ -6,6 +6,7 @@ import functools
 import importlib
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -17,9 +18,10 @@ from typing import Any
 
 import pytest
 
-from immunize_ext import storage
+from immunize_ext import _help, storage
 from immunize_ext._version import __version__
-from immunize_ext.cli import COMMANDS, main
+from immunize_ext.cli import COMMANDS, main, parsers
+from immunize_ext.flags import CommandParser
 from immunize_ext.probing import run as probing
 from immunize_ext.probing.run import CHOSEN_TASKS
 
@@ -145,6 +147,117 @@ def test_help(arguments: list[str], capsys: pytest.CaptureFixture[str]) -> None:
     assert captured.err == ""
 
 
+@pytest.mark.parametrize("words", [[], ["sweep"]], ids=str)
+def test_a_bare_command_shows_help(words: list[str], capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(words) == 0
+    bare = capsys.readouterr().out
+    assert main([*words, "--help"]) == 0
+    assert bare == capsys.readouterr().out
+    assert "commands:\n" in bare
+
+
+class Parsed(Exception):  # noqa: N818
+    """The command line was understood."""
+
+
+def test_help_shows_every_command_an_example_that_parses(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    pytest.importorskip("diffusers")
+
+    def stop(self: CommandParser, argv: list[str]) -> None:
+        raise Parsed(real(self, argv))
+
+    real = CommandParser.parse_args
+    names = {*parsers()}
+    assert names == {*COMMANDS, "sweep kappa", "sweep mima"} - {"sweep"}
+    for name in sorted(names):
+        assert main([*name.split(), "--help"]) == 0
+        page = capsys.readouterr().out
+        examples = page.partition("\nexample:\n")[2].strip().splitlines()
+        assert examples, name
+        for line in examples:
+            words = line.split(" > ")[0].split()
+            assert words[: 2 + name.count(" ")] == ["immunize", *name.split()]
+            monkeypatch.setattr(CommandParser, "parse_args", stop)
+            if name == "attack":  # the run of the example is not there
+                assert main(words[1:]) == 2
+                assert "must be a run directory" in capsys.readouterr().err
+            else:
+                with pytest.raises(Parsed):
+                    main(words[1:])
+            monkeypatch.setattr(CommandParser, "parse_args", real)
+            assert capsys.readouterr().err == ""
+
+
+def test_help_comes_from_what_was_kept_of_the_same_sources(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    monkeypatch.setenv("COLUMNS", "80")
+    kept = tmp_path / "immunize_ext" / "help.json"
+    start = "import sys; from immunize_ext import _help; from pathlib import Path; "
+    start += f"_help.SHIPPED = Path({str(tmp_path / 'none.json')!r}); "
+    start += "from immunize_ext.cli import main; "
+
+    def run(before: str = "") -> subprocess.CompletedProcess[str]:
+        code = f"{start}{before}sys.exit(main(['kappa', '--method', 'lock', '--help']))"
+        return subprocess.run(
+            [sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=False
+        )
+
+    first = run()
+    assert first.returncode == 0, first.stderr
+    assert "method lock:" in first.stdout
+    assert "--variance-floor X" in first.stdout
+    without = "sys.modules['torch'] = None; sys.modules['numpy'] = None; "
+    assert run(without).stdout == first.stdout
+    # Of other sources it is not shown.
+    kept.write_text(kept.read_text().replace('"digest": "', '"digest": "0'))
+    assert run(without).returncode != 0
+
+    monkeypatch.setattr(_help, "SHIPPED", tmp_path / "none.json")
+    for damaged in ("", "[]", '{"digest": 3}', '{"pages": 3}'):
+        kept.write_text(damaged)
+        assert _help.recall("immunize kappa") is None
+    page = _help.Page("immunize x", None, "A text.", [], [])
+    _help.remember({"immunize x": page})
+    assert _help.recall("immunize x") == page
+    assert _help.recall("immunize y") is None
+
+
+@pytest.mark.parametrize("shell", ["bash", "zsh"])
+def test_completion(shell: str, capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
+    pytest.importorskip("diffusers")
+    assert main(["completion", shell]) == 0
+    script = tmp_path / "script"
+    script.write_text(capsys.readouterr().out)
+    if shutil.which(shell) is None:
+        pytest.skip(f"there is no {shell} here")
+    assert subprocess.run([shell, "-n", str(script)], check=False).returncode == 0
+    if shell != "bash":
+        return
+    for typed, found in (
+        ("ka", "kappa"),
+        ("sweep m", "mima"),
+        ("kappa --method clo", "closed-form"),
+        ("kappa --grading li", "linear"),
+        ("mima --attacks textual", "textual_inversion"),
+        ("mima --lora.ra", "--lora.rank"),
+        ("completion z", "zsh"),
+    ):
+        line = f"immunize {typed}".split()
+        words = " ".join(line)
+        ask = (
+            f"source {script}; COMP_WORDS=({words}); COMP_CWORD={len(line) - 1}; "
+            f"COMP_LINE='{words}'; COMP_POINT={len(words)}; "
+            "f=$(complete -p immunize | sed 's/.*-F \\([^ ]*\\).*/\\1/'); "
+            f"$f immunize {line[-1]} {line[-2]}; echo ${{COMPREPLY[@]}}"
+        )
+        done = subprocess.run(["bash", "-c", ask], capture_output=True, text=True, check=False)
+        assert done.stdout.split() == [found], (typed, done.stderr)
+
+
 def test_help_needs_neither_torch_nor_optional_packages(tmp_path: Path) -> None:
     code = """
     import sys
@@ -166,12 +279,18 @@ def test_help_needs_neither_torch_nor_optional_packages(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("arguments", "words"),
     [
-        ((), "COMMAND; see immunize --help"),
         (("immunise",), "immunise is no command; known are demo, kappa"),
         (("sweep", "kapa"), "kapa is no command; did you mean kappa; see immunize sweep --help"),
         (("attack",), "required: RUN; see immunize attack --help"),
         (("demo", "--sead", "1"), "did you mean --seed; see immunize demo --help"),
         (("demo", "--seed", "one"), "--seed must be an integer, got 'one'"),
+        (("completion", "bsh"), "SHELL: bsh is no shell; did you mean bash"),
+        (("kappa", "--threads", "x"), "--threads must be an integer, got 'x'; see"),
+        (("kappa", "--device", "cdua"), "device must be cpu, cuda"),
+        (("kappa", "--dtype", "float46"), "got 'float46'; did you mean float64"),
+        (("kappa", "--loss", "sqared"), "got 'sqared'; did you mean squared"),
+        (("kappa", "--data", "digit"), "got 'digit'; did you mean digits"),
+        (("kappa", "--compare", "lok"), "lok is no method; did you mean lock"),
         (
             ("demo", "--strength", "much"),
             "--strength must be a finite number or 'auto', got 'much'",
@@ -214,6 +333,12 @@ def test_refusals(refused: Callable[..., str], arguments: tuple[str, ...], words
         (("--steps", ".inf"), "steps must be an integer"),
         (("--set", "checkpoint_every=0"), "checkpoint_every must be"),
         (("--guidance", "inf"), "guidance must be a finite number"),
+        (("--targets", "tree"), "got 'tree'; did you mean three"),
+        (("--control", "sixx"), "got 'sixx'; did you mean six"),
+        (("--prompts", "rare_tokn"), "got 'rare_tokn'; did you mean rare_token"),
+        (("--model", "digist"), "did you mean digits"),
+        (("--dtype", "float23"), "got 'float23'; did you mean float32"),
+        (("--seed", "0", "0"), "seeds must be different seeds"),
         (("--threshold", "nan"), "threshold must be a finite number"),
         (("--threshold", "-5"), "threshold must lie in (0, 1]"),
         (("--evaluate-at", "99999"), "evaluate_at must ascend from 0 to at most"),
@@ -234,6 +359,15 @@ def test_refusals_of_imma_say_how_many_concepts(refused: Callable[..., str]) -> 
     assert "--targets must be one concept, got none; give --targets" in refused("imma")
     several = refused("imma", "--targets", "three", "four")
     assert "--targets must be one concept, got 2; use `immunize mima` for several" in several
+
+
+def test_a_run_that_is_not_there_is_looked_for_beside_it(
+    refused: Callable[..., str], tmp_path: Path
+) -> None:
+    (tmp_path / "runs" / "white").mkdir(parents=True)
+    (tmp_path / "runs" / "white" / "results.json").write_text("{}")
+    for command in ("attack", "certify", "report"):
+        assert "did you mean runs/white" in refused(command, "runs/whit")
 
 
 def test_attack_says_where_it_writes(refused: Callable[..., str], tmp_path: Path) -> None:

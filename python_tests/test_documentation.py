@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).resolve().parents[1]
+README = ROOT / "README.md"
 FILES = [
     path
     for path in [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted(ROOT.glob("docs/**/*.md"))]
@@ -28,6 +29,28 @@ def test_examples_run(path: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatc
         lines_before = text.count("\n", 0, block.start(1))
         code = compile("\n" * lines_before + block.group(1), str(path), "exec")
         exec(code, namespace)
+
+
+def test_speeds_of_the_readme_are_those_that_were_measured() -> None:
+    rows = re.findall(r"^\| (.+) \| ([\d.]+) ms \|(.*)$", README.read_text(), re.MULTILINE)
+    measured = [line.split("|") for line in (ROOT / "docs" / "speed.md").read_text().splitlines()]
+    assert len(rows) == 4
+    for name, milliseconds, others in rows:
+        (row,) = [
+            cells for cells in measured if len(cells) > 4 and cells[2].strip() == milliseconds
+        ]
+        times = re.findall(r"([\d.]+) times", others)
+        assert [cell.strip().rstrip("x") for cell in row[3:5]] == times, name
+
+
+def test_the_site_has_every_page() -> None:
+    listed = re.findall(r"(\S+\.md)$", (ROOT / "mkdocs.yml").read_text(), re.MULTILINE)
+    pages = {str(path.relative_to(ROOT)) for path in ROOT.glob("docs/*.md")}
+    assert pages <= set(listed)
+    missing = [
+        page for page in listed if not page.startswith("api/") and not (ROOT / page).is_file()
+    ]
+    assert missing == []
 
 
 @pytest.mark.parametrize("path", FILES, ids=lambda path: str(path.relative_to(ROOT)))

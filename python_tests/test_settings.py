@@ -149,14 +149,26 @@ def test_every_kind_of_flag() -> None:
 def test_help_says_what_the_docstrings_say(capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit):
         parser().parse_args(["--help"])
+    short = " ".join(capsys.readouterr().out.split())
+    for words in (
+        "methods (--method NAME): first A method second Another",
+        "settings: toy --method NAME --help",
+        "attacks (--attacks NAME): low_rank An attack",
+    ):
+        assert words in short
+    assert "--depth" not in short.partition("options:")[2]
+    with pytest.raises(SystemExit):
+        parser().parse_args(["--method", "second", "--attacks=low_rank", "--help"])
     text = " ".join(capsys.readouterr().out.split())
+    assert "method second: Another --depth N" in text
+    assert "attack low_rank: An attack --low-rank.rank N" in text
     for words in (
         "--steps N Number of steps (default: 3)",
         "--primary PRIMARY The task to keep, about 50% of the data",
         "--grading {log,top} A choice of log and top (default: log)",
         "--erase, --no-erase Whether to erase (default: True)",
         "--depth N How deep",
-        "--rotate, --no-rotate second: Whether to rotate (default: True)",
+        "--rotate, --no-rotate Whether to rotate (default: True)",
         "--low-rank.rank N Of the update (default: 4)",
     ):
         assert words in text
@@ -203,6 +215,7 @@ def test_old_names_still_work_and_say_so(
 @pytest.mark.parametrize(
     ("argv", "words"),
     [
+        (["--grading", "Top"], "must be 'log' or 'top', got 'Top'; did you mean top"),
         (["--steps", "many"], "--steps must be an integer, got 'many'"),
         (["--steps", "0"], "steps must be at least 1, got 0"),
         (["--steps", "3.5"], "steps must be an integer"),

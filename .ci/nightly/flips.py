@@ -106,6 +106,21 @@ def _read_factor(path: Path) -> Any:
     return _plain(RegularizationFactor.load(path).chol)
 
 
+def _make_moments(folder: Path) -> Path:
+    from immunize_ext.ops import InputMoments, LayerMoments
+
+    path, theta = folder / "moments.safetensors", _tensors()["theta"].double()
+    LayerMoments({"k": InputMoments(theta.mT @ theta, len(theta))}).save(path)
+    return path
+
+
+def _read_moments(path: Path) -> Any:
+    from immunize_ext.ops import LayerMoments
+
+    moments = LayerMoments.load(path)
+    return _plain({layer: tuple(one) for layer, one in moments.items()})
+
+
 def _make_safetensors(folder: Path) -> Path:
     from safetensors.torch import save_file
 
@@ -253,6 +268,7 @@ KINDS = {
     ),
     "immunized theta": Kind(_make_immunized, _read_immunized, True),
     "regularisation factor": Kind(_make_factor, _read_factor, True),
+    "second moments": Kind(_make_moments, _read_moments, True),
     "pipeline folder, every file": Kind(_make_pipeline, _read_pipeline, True),
     "MNIST (gzip)": Kind(_make_mnist, _read_mnist, True),
     "features (.npz)": Kind(_make_npz, _read_features, True),

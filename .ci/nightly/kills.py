@@ -34,7 +34,7 @@ COMMANDS: dict[str, tuple[str, ...]] = {
     "erase": ("erase", "--targets", "three"),
     "sweep": (
         *("sweep", "kappa", "--pairs", "0/1", "--methods", "closed-form", "whitening"),
-        *("--seeds", "2", *PROBES[:2]),
+        *("--seed", "2", *PROBES[:2]),
     ),
     "attack": ("attack",),
     "demo": ("demo", "--skip-mima"),

@@ -451,8 +451,7 @@ Tensor cluster_gradient(const Tensor& matrix, Weights weights, const Policy& pol
          cluster_mean(d.u, d.v, found.min_begin, found.min_end, weights.min);
 }
 
-Tensor gradient_of(
-    const char* /*op*/, const MatrixBatch& a, const GradientInputs& in, const Policy& policy) {
+Tensor gradient_within(const MatrixBatch& a, const GradientInputs& in, const Policy& policy) {
   const int64_t n = a.n, p = a.p, t = a.thin();
   const bool of_gram = in.of_gram();
   const Tensor grad = at::empty_like(a.matrices);
@@ -518,6 +517,47 @@ Tensor gradient_of(
   else
     fill_all(a.matrices.const_data_ptr<float>(), grad.mutable_data_ptr<float>());
   return grad;
+}
+
+// d|K|_F^2 = 4 K dx is of degree 3: sums overflow that should be finite, or cancel to NaN, where the
+// thin Gram matrix is as large as this.
+bool overflows(const MatrixBatch& a, const GradientInputs& in, int64_t b) {
+  const int64_t t = a.thin();
+  const double* gram = in.thin_gram.const_data_ptr<double>() + b * t * t;
+  bool large = false;
+  for (int64_t i = 0; i < t; ++i)
+    large |= !(gram[i * (t + 1)] < 0x1p600);
+  return large && in.grad_squared_frobenius.const_data_ptr<double>()[b] != 0.0;
+}
+
+Tensor gradient_of(
+    const char* /*op*/, const MatrixBatch& a, const GradientInputs& in, const Policy& policy) {
+  std::vector<int64_t> index;
+  for (int64_t b = 0; in.of_gram() && b < a.batch; ++b)
+    if (overflows(a, in, b))
+      index.push_back(b);
+  if (index.empty())
+    return gradient_within(a, in, policy);
+  // There that of y = x / s with the weights of the extremes over s^2, times s^3.
+  const OneThread one;
+  Tensor scale = at::ones({a.batch}, in.grad_max.options());
+  MatrixBatch y = a;
+  y.matrices = a.matrices.to(at::kDouble);
+  GradientInputs scaled = in;
+  scaled.thin_gram = in.thin_gram.clone();
+  // Vectors go with eigenvalues that have left the range: of 0 they are not used.
+  scaled.lambda_max = at::zeros_like(scale);
+  scaled.lambda_min = at::zeros_like(scale);
+  for (const int64_t b : index) {
+    scale[b].copy_(power_of_two_scale(y.matrices[b].abs().max()));
+    const Tensor near = y.matrices[b] / scale[b];
+    scaled.thin_gram[b].copy_(a.wide() ? near.mm(near.mT()) : near.mT().mm(near));
+  }
+  const Tensor sides = scale.view({a.batch, 1, 1});
+  y.matrices = y.matrices / sides;
+  scaled.grad_max = in.grad_max / scale / scale;
+  scaled.grad_min = in.grad_min / scale / scale;
+  return times_powers(gradient_within(y, scaled, policy), sides, 3);
 }
 
 }  // namespace

@@ -26,6 +26,7 @@ T __shfl_down_sync(unsigned mask, T value, unsigned offset, int width = 32);
 template <typename T>
 T __shfl_xor_sync(unsigned mask, T value, int lanes, int width = 32);
 unsigned __ballot_sync(unsigned mask, int predicate);
+int __popc(unsigned x);
 int __any_sync(unsigned mask, int predicate);
 int atomicAdd(int* address, int value);
 int atomicMax(int* address, int value);

@@ -18,6 +18,7 @@
 #include "../merge_solve.h"
 #include "merge_launchers.h"
 #include "merge_solve.cuh"
+#include "triangular.cuh"
 
 namespace immunize_ext::merge {
 
@@ -63,16 +64,61 @@ void with_storage_type(at::ScalarType dtype, const Function& function) {
 
 // ---- solve: the part shared by all layers -------------------------------------------------------
 
-Pivoted pivoted_cholesky(const Tensor& t, double rank_rtol) {
-  const int64_t batch = t.size(0), s = t.size(1);
+// Y of L Y = F, or of L^T Y = F, as rows: [batch, s, d] for F [batch, d, s] in any layout. A few
+// right-hand sides go through the factor in one launch; more are what a library is for.
+Tensor solve_rows(const Tensor& chol, const Tensor& f, bool transposed) {
+  const int64_t batch = f.size(0), d = f.size(1), s = f.size(2);
+  const auto stream = at::cuda::getCurrentCUDAStream();
+  if (s > merge::kFewTokens || !triangular::fits(d, simt::shared_limit(stream)))
+    return at::linalg_solve_triangular(transposed ? chol.mT() : chol, f, /*upper=*/transposed)
+        .mT()
+        .contiguous();
+  const Tensor out = at::empty({batch, s, d}, f.options());
+  triangular::launch_solve_triangular(
+      {pointer<double>(chol), pointer<double>(f), mutable_pointer<double>(out), batch, s, d,
+       f.stride(1), f.stride(2), f.stride(0)},
+      transposed, stream);
+  return out;
+}
+
+// t: Z^T Z, to which the diagonal of T is added here.
+Pivoted pivoted_cholesky(const SolveProblem& p, const Tensor& t, double rank_rtol) {
   const auto integers = t.options().dtype(at::kLong);
-  const Pivoted v{at::empty_like(t), at::empty({batch, s}, integers), at::zeros({batch}, integers)};
+  const Pivoted v{
+      at::empty_like(t), at::empty({p.batch, p.s}, integers),
+      // No kernel runs for tokens that are not there.
+      p.s == 0 ? at::zeros({p.batch}, integers) : at::empty({p.batch}, integers)};
   const Tensor factor = at::empty_like(t);
   merge::launch_pivoted_cholesky(
-      {pointer<double>(t), mutable_pointer<double>(v.triangle), mutable_pointer<int64_t>(v.order),
-       mutable_pointer<int64_t>(v.rank), mutable_pointer<double>(factor), batch, s, rank_rtol},
+      {mutable_pointer<double>(t), pointer<double>(p.inverse_hardness),
+       mutable_pointer<double>(v.triangle), mutable_pointer<int64_t>(v.order),
+       mutable_pointer<int64_t>(v.rank), mutable_pointer<double>(factor), p.batch, p.s, rank_rtol},
       at::cuda::getCurrentCUDAStream());
   return v;
+}
+
+// What solve_constraints returns, without averaging and for few tokens. v.rank becomes -1 where T
+// is not finite.
+std::tuple<Tensor, Tensor, Tensor> solve_few_constraints(
+    const SolveProblem& p, const Tensor& z, const Tensor& t, const Pivoted& v) {
+  const auto stream = at::cuda::getCurrentCUDAStream();
+  const Tensor first = at::empty({p.batch, p.s, p.d + p.s}, t.options());
+  const Tensor inverse = at::empty_like(t), correction = at::empty_like(t);
+  const Tensor root = at::empty_like(t), defect = at::empty_like(t);
+  const Tensor scratch = at::empty({p.batch, 3, p.s, p.s}, t.options());
+  merge::launch_orthonormalise(
+      {pointer<double>(z), pointer<double>(p.inverse_hardness), pointer<double>(v.triangle),
+       pointer<int64_t>(v.order), pointer<int64_t>(v.rank), mutable_pointer<double>(first),
+       mutable_pointer<double>(inverse), p.batch, p.s, p.d},
+      stream);
+  const Tensor gram = first.bmm(first.mT()).contiguous();
+  merge::launch_finish_root(
+      {pointer<double>(gram), pointer<double>(inverse), pointer<double>(t),
+       pointer<int64_t>(v.order), mutable_pointer<int64_t>(v.rank),
+       mutable_pointer<double>(correction), mutable_pointer<double>(root),
+       mutable_pointer<double>(defect), mutable_pointer<double>(scratch), p.batch, p.s},
+      stream);
+  return {root, first.narrow(2, 0, p.d).mT().bmm(correction.mT()).contiguous(), defect};
 }
 
 std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> merge_solve(
@@ -89,16 +135,15 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> merge_solve(
       "merge_solve: average must be false while a CUDA graph is captured, got true; averaging "
       "reads the rank of T on the host, so solve before capturing");
   // T as the Gram matrix of Z = L^-1 C^T, as on the CPU.
-  const Tensor z = at::linalg_solve_triangular(p.chol, p.c.mT(), /*upper=*/false);
-  Tensor t = z.mT().matmul(z);
-  t.diagonal(0, -2, -1).add_(p.inverse_hardness);
-  t = t.contiguous();
-  const Pivoted v = pivoted_cholesky(t, rank_rtol);
-  const auto [root, basis, defect] = solve_constraints(p, z, t, v, average);
-  const Tensor moved = at::linalg_solve_triangular(p.chol.mT(), basis, /*upper=*/true);
-  const Tensor b = root.matmul(moved.mT()).contiguous();
-  const Tensor finite = t.isfinite().flatten(1).all(-1);
-  const Tensor rank = v.rank.masked_fill(finite.logical_not(), -1);
+  const Tensor z = solve_rows(p.chol, p.c.mT(), /*transposed=*/false);
+  const Tensor t = z.bmm(z.mT()).contiguous();
+  const Pivoted v = pivoted_cholesky(p, t, rank_rtol);
+  const bool few = p.s > 0 && p.s <= merge::kFewTokens && !average;
+  const auto [root, basis, defect] =
+      few ? solve_few_constraints(p, z, t, v) : solve_constraints(p, z.mT(), t, v, average);
+  const Tensor b = root.bmm(solve_rows(p.chol, basis, /*transposed=*/true)).contiguous();
+  const Tensor rank =
+      few ? v.rank : v.rank.masked_fill(t.isfinite().flatten(1).all(-1).logical_not(), -1);
   return {p.shaped(b), p.shaped(root), p.shaped(basis), p.shaped(defect), p.shaped(rank)};
 }
 

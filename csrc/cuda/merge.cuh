@@ -14,13 +14,16 @@
 //   project   coefficients = X Y^T    X = W_n - W0, W0 or G; Y = C or B; 16 x tokens, in shared
 //   combine   out = K + sign coefficients Z     K = W0 or G; Z = B or C
 //
-// The rows of K are kept in shared memory between the steps (where 16 of them fit), in the weights'
-// type, so every row of W0, W_n and G is read once, every row of the results written once, and R, dR
-// and the update make no trip through memory. All layers go in one launch: a block finds its layer
-// in a table.
+// The rows of K are kept in shared memory between the steps, in the weights' type, so every row of
+// W0, W_n and G is read once, every row of the results written once, and R, dR and the update make
+// no trip through memory. Only where that would leave a multiprocessor too few blocks (in float32 on
+// an H100 less than three, d beyond 896) is K read a second time: a block alone waits at its
+// barriers, and one in its products leaves the memory idle, which costs more than another read.
+// All layers go in one launch: a block finds its layer in a table.
 //
-// project splits the columns of a chunk among the warps and lets each lane hold 2 rows x 2 or 4
-// tokens; the warps' sums are then added in a fixed order. In combine every thread owns 2 columns
+// project takes two tiles of 16 tokens in one pass over the columns, so that for two concepts W0 is
+// read once. It splits the columns of a chunk among the warps and lets each lane hold 2 rows x 2 to
+// 4 tokens; the warps' sums are then added in a fixed order. In combine every thread owns 2 columns
 // of all 16 rows, so Z is read once by a block, straight into registers: no other thread wants it.
 //
 // The sums over all rows, dB and dC, read G (or W_n and W0) once more, in a kernel of their own
@@ -204,11 +207,11 @@ __device__ __forceinline__ void load_chunk(
     GlobalPtr<const T> from,
     int rows,
     std::int64_t d,
-    std::int64_t column,
+    int column,
     Accumulate<T> (&values)[kPerThread]) {
   using P = Place<T, kPacks>;
   const P place;
-  const std::int64_t k = column + place.column;
+  const int k = column + place.column;
   // Rows that do not exist count as far away, so that one comparison serves rows and columns.
   const int left = k < d ? rows - place.row : 0;
   SharedPtr<const T> at = from + (place.row * d + k);
@@ -297,6 +300,10 @@ __device__ __forceinline__ void store_pair(
 
 // --- Steps of a block ----------------------------------------------------------------------------
 
+// What a block is about, see RowBlock and TileOfTokens; in static shared memory.
+constexpr int kRowBlockWords = 4, kTileWords = 3;
+constexpr int kPlaceWords = kRowBlockWords + 2 * kTileWords;
+
 // How a block uses its dynamic shared memory.
 struct Plan {
   std::int64_t panel;  // tokens that are done at a time; all of them as a rule
@@ -339,15 +346,36 @@ std::size_t workspace_bytes(const Plan& plan) {
          static_cast<std::size_t>(kept) * sizeof(Kept<T, kPacks>);
 }
 
-// Room for the coefficients of all tokens comes first, then room for the kept rows.
+// Blocks of a row kernel that a multiprocessor shall hold at the same time, as far as registers go:
+// three take 80 of them, which is enough for float32 weights read in packs, with the code that nvcc
+// makes from sm_90 on.
+template <typename T, bool kLean>
+struct Blocks {
+#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ < 900
+  static constexpr bool kThree = false;
+#else
+  static constexpr bool kThree = kLean && std::is_same_v<T, float>;
+#endif
+  static constexpr int kCount = sizeof(Accumulate<T>) == 8 ? 1 : (kThree ? 3 : 2);
+};
+
+// Room for the coefficients of all tokens comes first, then room for the kept rows, if that leaves
+// room for the other blocks. A multiprocessor has 1 KiB more than a block can have, and takes 1 KiB
+// for each; 227 KiB for a block is sm_90 or more.
 template <typename T, bool kPacks>
-Plan make_plan(std::int64_t s, std::int64_t d, std::size_t limit) {
+Plan make_plan(std::int64_t s, std::int64_t d, std::size_t largest) {
+  constexpr std::size_t kReserved = 1024;
+  constexpr std::size_t kPlace = kPlaceWords * sizeof(std::int64_t);
+  const std::size_t blocks =
+      largest < 227 * 1024 ? std::min(Blocks<T, kPacks>::kCount, 2) : Blocks<T, kPacks>::kCount;
+  const std::size_t limit = largest - kPlace;
+  const std::size_t share = (largest + kReserved) / blocks - kReserved - kPlace;
   Plan plan{s, 0};
   while (plan.panel > kTileTokens && workspace_bytes<T, kPacks>(plan) > limit) {
     plan.panel = (plan.panel - 1) / kTileTokens * kTileTokens;
   }
   const Plan with_rows{plan.panel, static_cast<int>((d + kChunk - 1) / kChunk * kChunk)};
-  return workspace_bytes<T, kPacks>(with_rows) <= limit ? with_rows : plan;
+  return workspace_bytes<T, kPacks>(with_rows) <= share ? with_rows : plan;
 }
 
 // The 16 rows of a block.
@@ -386,92 +414,132 @@ __device__ __forceinline__ void multiply_chunk(
   }
 }
 
-// The coefficient X_row . Y_token of thread (row = t / 16, token = t % 16), X = K or, if kAdapted,
-// `adapted` - K, for up to 16 tokens whose rows start at y. Fills the kept rows if there is room
-// and it has not happened yet. squared_norm, if kNorm, gets |X_row|^2.
+// Up to 16 tokens whose rows start at y, against X = K, or W_n - K where there is a W_n.
+template <typename T>
+struct Tokens {
+  GlobalPtr<const T> adapted;        // W_n, from the block's first row on
+  GlobalPtr<const Accumulate<T>> y;  // [count, d]
+  int count;                         // 0: no tokens
+};
+
+// The coefficients X_row . Y_token of thread (row = t / 16, token = t % 16), for two tiles of
+// tokens; the second may be empty. X is K or, if kAdapted, the tile's `adapted` - K. Fills the kept
+// rows if there is room and it has not happened yet. squared_norm, if kNorm, gets |K_row|^2.
+// rows() and tile(0), tile(1) are asked again and again, see RowBlock.
 // All threads of the block call it; on return, the chunks are free again.
-template <typename T, bool kPacks, bool kAdapted, bool kNorm>
-__device__ __forceinline__ Accumulate<T> project(
+template <typename T, bool kPacks, bool kAdapted, bool kNorm, typename GetRows, typename GetTile>
+__device__ __forceinline__ void project(
     const Workspace<T, kPacks>& w,
-    Rows<T>& rows,
-    GlobalPtr<const T> adapted,
-    GlobalPtr<const Accumulate<T>> y,
-    int tokens,
+    const GetRows& rows,
+    const GetTile& tile,
+    std::int64_t d,
+    bool from_shared,
+    Accumulate<T> (&totals)[2],
     double* squared_norm) {
   using A = Accumulate<T>;
   const int t = static_cast<int>(threadIdx.x);
   const int lane = t % 32, warp = t / 32;
-  const bool from_shared = rows.is_kept;
   const bool fill = w.kept_stride > 0 && !from_shared;
+  const bool two = tile(1).count > 0;
+  const bool same_rows = !kAdapted || tile(0).adapted == tile(1).adapted;
   A kept[kPerThread], moved[kPerThread], token_rows[kPerThread];
-  A sums[2][kTileTokens / 4] = {};
+  A sums[2][2][kTileTokens / 4] = {};
   double norm = 0;
 
-  const auto load = [&](std::int64_t column) {
+  const auto load_kept = [&](int column) {
     if (from_shared) {
       move_shared<T, kPacks, false>(w.kept + column, w.kept_stride, kept);
     } else {
-      load_chunk<T, kPacks>(rows.kept, rows.count, rows.d, column, kept);
+      const Rows<T> of = rows();
+      load_chunk<T, kPacks>(of.kept, of.count, d, column, kept);
     }
-    if (kAdapted) {
-      load_chunk<T, kPacks>(adapted, rows.count, rows.d, column, moved);
-    }
-    load_chunk<A, kPacks>(y, tokens, rows.d, column, token_rows);
   };
-  load(0);
-  for (std::int64_t column = 0; column < rows.d; column += kChunk) {
+  const auto load_tile = [&](int i, bool with_rows, int column) {
+    const Tokens<T> of = tile(i);
+    if (kAdapted && with_rows) {
+      load_chunk<T, kPacks>(of.adapted, rows().count, d, column, moved);
+    }
+    load_chunk<A, kPacks>(of.y, of.count, d, column, token_rows);
+  };
+  load_kept(0);
+  load_tile(0, true, 0);
+  for (int column = 0; column < d; column += kChunk) {
     if (fill) {
       move_shared<T, kPacks, true>(w.kept + column, w.kept_stride, kept);
     }
-    if (kAdapted) {
-      IMMUNIZE_EXT_UNROLL
-      for (int i = 0; i < kPerThread; ++i) {
-        kept[i] = moved[i] - kept[i];
+    IMMUNIZE_EXT_UNROLL
+    for (int i = 0; i < 2; ++i) {
+      if (i == 1 && !two) {
+        break;
       }
-    }
-    move_shared<T, kPacks, true>(w.x, kStride<A>, kept);
-    move_shared<A, kPacks, true>(w.y, kStride<A>, token_rows);
-    __syncthreads();
-    if (column + kChunk < rows.d) {
-      load(column + kChunk);  // on its way while this chunk is multiplied
-    }
-    if (tokens <= kTileTokens / 2) {
-      multiply_chunk<kTileTokens / 8>(w, sums);
-    } else {
-      multiply_chunk<kTileTokens / 4>(w, sums);
-    }
-    if (kNorm) {
-      IMMUNIZE_EXT_UNROLL
-      for (int i = 0; i < kChunk / kTileTokens; ++i) {
-        const A value = w.x[t / kTileTokens * kStride<A> + i * kTileTokens + t % kTileTokens];
-        norm += static_cast<double>(value) * static_cast<double>(value);
+      if (i == 0 || !same_rows) {
+        if (kAdapted) {
+          IMMUNIZE_EXT_UNROLL
+          for (int v = 0; v < kPerThread; ++v) {
+            moved[v] -= kept[v];
+          }
+          move_shared<T, kPacks, true>(w.x, kStride<A>, moved);
+        } else {
+          move_shared<T, kPacks, true>(w.x, kStride<A>, kept);
+        }
       }
+      move_shared<A, kPacks, true>(w.y, kStride<A>, token_rows);
+      __syncthreads();
+      // What comes next is on its way while this chunk is multiplied.
+      if (i == 0 && two) {
+        load_tile(1, !same_rows, column);
+      } else if (column + kChunk < d) {
+        load_kept(column + kChunk);
+        load_tile(0, true, column + kChunk);
+      }
+      const int count = tile(i).count;
+      if (count <= 8) {
+        multiply_chunk<2>(w, sums[i]);
+      } else if (count <= 12) {
+        multiply_chunk<3>(w, sums[i]);
+      } else {
+        multiply_chunk<4>(w, sums[i]);
+      }
+      if (kNorm && i == 0) {
+        IMMUNIZE_EXT_UNROLL
+        for (int v = 0; v < kChunk / kTileTokens; ++v) {
+          const A value = w.x[t / kTileTokens * kStride<A> + v * kTileTokens + t % kTileTokens];
+          norm += static_cast<double>(value) * static_cast<double>(value);
+        }
+      }
+      __syncthreads();
     }
-    __syncthreads();
   }
-  rows.is_kept = from_shared || fill;
   if (kNorm) {
     for (int offset = kTileTokens / 2; offset > 0; offset /= 2) {
       norm += __shfl_xor_sync(0xFFFFFFFF, norm, offset);
     }
     *squared_norm = norm;
   }
+  // The warps' sums of the first tile go where X was, of the second where Y was.
   IMMUNIZE_EXT_UNROLL
-  for (int half = 0; half < 2; ++half) {
+  for (int which = 0; which < 2; ++which) {
+    const SharedPtr<A> parts = which == 0 ? w.x : w.y;
     IMMUNIZE_EXT_UNROLL
-    for (int i = 0; i < kTileTokens / 4; ++i) {
-      const int row = lane / 4 + 8 * half;
-      w.x[(warp * kTileRows + row) * kTileTokens + lane % 4 + 4 * i] = sums[half][i];
+    for (int half = 0; half < 2; ++half) {
+      IMMUNIZE_EXT_UNROLL
+      for (int i = 0; i < kTileTokens / 4; ++i) {
+        const int row = lane / 4 + 8 * half;
+        parts[(warp * kTileRows + row) * kTileTokens + lane % 4 + 4 * i] = sums[which][half][i];
+      }
     }
   }
   __syncthreads();
-  A total = 0;
   IMMUNIZE_EXT_UNROLL
-  for (int i = 0; i < kWarps; ++i) {
-    total += w.x[i * kThreads + t];
+  for (int which = 0; which < 2; ++which) {
+    const SharedPtr<A> parts = which == 0 ? w.x : w.y;
+    totals[which] = 0;
+    IMMUNIZE_EXT_UNROLL
+    for (int i = 0; i < kWarps; ++i) {
+      totals[which] += parts[i * kThreads + t];
+    }
   }
   __syncthreads();
-  return total;
 }
 
 // out = previous + sign coefficients Z for all columns, over `tokens` coefficients; z points at the
@@ -550,69 +618,160 @@ __device__ __forceinline__ bool combine(
   return finite;
 }
 
+// The rows of a block. They lie in shared memory and are read wherever they are used: in registers
+// they would be carried through the products, which need them all.
+struct RowBlock {
+  std::int64_t layer, batch;
+  std::int64_t start;  // first row of the layer's, over the batch
+  std::int64_t count;
+};
+
+// Two tiles of tokens, likewise.
+struct TileOfTokens {
+  std::int64_t first;  // token
+  int concept_index, count;
+};
+
+// Finds block `block` of a problem, for published.
+template <typename Problem>
+__device__ __forceinline__ void publish(
+    const Problem& p, std::int64_t block, SharedPtr<std::int64_t> to) {
+  if (threadIdx.x == 0) {
+    const std::int64_t batch = block / p.blocks_of_a_batch, within = block % p.blocks_of_a_batch;
+    const int index = find_interval(p.first_block, p.layer_count, within);
+    const std::int64_t rows = p.rows_of(index);
+    const std::int64_t before = p.first_block[index];
+    const std::int64_t begin = (within - before) * kTileRows;
+    to[0] = index;
+    to[1] = batch;
+    to[2] = batch * rows + begin;
+    to[3] = min(rows - begin, std::int64_t{kTileRows});
+  }
+  __syncthreads();
+}
+__device__ __forceinline__ RowBlock published(SharedPtr<const std::int64_t> from) {
+  RowBlock block;
+  block.layer = from[0];
+  block.batch = from[1];
+  block.start = from[2];
+  block.count = from[3];
+  return block;
+}
+
+// The next two tiles of the tokens [next, to), for published_tile. The tokens of a concept, between
+// two neighbours of first_token, are one tile or several; null: all are of one concept.
+__device__ __forceinline__ void publish_tiles(
+    SharedPtr<std::int64_t> where,
+    SharedPtr<const std::int64_t> first_token,
+    std::int64_t next,
+    std::int64_t to) {
+  if (threadIdx.x == 0) {
+    int concept_index = 0;
+    for (int i = 0; i < 2; ++i) {
+      std::int64_t end = to;
+      if (first_token && next < to) {
+        end = first_token[concept_index + 1];
+        while (end <= next) {
+          ++concept_index;
+          end = first_token[concept_index + 1];
+        }
+      }
+      const std::int64_t count = min(min(end, to) - next, std::int64_t{kTileTokens});
+      const SharedPtr<std::int64_t> at = where + (kRowBlockWords + i * kTileWords);
+      at[0] = next;
+      at[1] = concept_index;
+      at[2] = count;
+      next += count;
+    }
+  }
+  __syncthreads();
+}
+__device__ __forceinline__ TileOfTokens
+published_tile(SharedPtr<const std::int64_t> from, int which) {
+  const SharedPtr<const std::int64_t> at = from + (kRowBlockWords + which * kTileWords);
+  TileOfTokens tile;
+  tile.first = at[0];
+  const std::int64_t concept_index = at[1], count = at[2];
+  tile.concept_index = static_cast<int>(concept_index);
+  tile.count = static_cast<int>(count);
+  return tile;
+}
+
 // --- Forward -------------------------------------------------------------------------------------
 
 template <typename T>
 struct ApplyProblem {
   GlobalPtr<const ApplyLayer<T>> layers;
   GlobalPtr<const std::int64_t> first_block;  // [L + 1] row blocks of the layers before
-  GlobalPtr<const Weight<T>> targets;         // [N, L] concept weights
+  GlobalPtr<const Weight<T>> targets;         // [N, L] concept weights; null for values
   GlobalPtr<const std::int64_t> first_token;  // [N + 1] tokens of the concepts before
   GlobalPtr<const Accumulate<T>> c, b;        // [batch, s, d]
   GlobalPtr<const double> token_norm;         // [batch, s] |c_j|, for values only
   GlobalPtr<int> status;                      // [batch, L], see merge_status.h
   std::int64_t batch, s, d, blocks_of_a_batch;
   int layer_count, concepts;
+
+  __device__ __forceinline__ std::int64_t rows_of(int index) const {
+    const ApplyLayer<T> layer = layers[index];
+    return layer.rows;
+  }
+  // K of a block, the rows of W0.
+  __device__ __forceinline__ Rows<T> kept(const RowBlock& at, bool is_kept) const {
+    const ApplyLayer<T> layer = layers[at.layer];
+    return {layer.base + at.start * d, static_cast<int>(at.count), d, is_kept};
+  }
+  // Without W_n for values.
+  __device__ __forceinline__ Tokens<T> tokens(const RowBlock& at, const TileOfTokens& tile) const {
+    Tokens<T> found{nullptr, c + (at.batch * s + tile.first) * d, tile.count};
+    if (targets && tile.count > 0) {
+      const Weight<T> target = targets[std::int64_t{tile.concept_index} * layer_count + at.layer];
+      found.adapted = target.data + at.start * d;
+    }
+    return found;
+  }
 };
 
 template <typename T, bool kPacks, bool kValues>
-__global__ void __launch_bounds__(kThreads, sizeof(Accumulate<T>) == 4 ? 2 : 1)
+__global__ void __launch_bounds__(kThreads, (Blocks<T, kPacks && !kValues>::kCount))
     merge_apply_rows(const ApplyProblem<T> p, const Plan plan) {
   using A = Accumulate<T>;
   SIMT_DYNAMIC_SHARED(A, memory);
+  SIMT_SHARED_ARRAY(std::int64_t, place, kPlaceWords);
   const Workspace<T, kPacks> w = make_workspace<T, kPacks>(memory, plan);
-  const int t = static_cast<int>(threadIdx.x);
-  const int row = t / kTileTokens, column = t % kTileTokens;
   // Twice the rounding of a dot product in units of |w| |c|: 2 eps.
   constexpr double kRounding =
       sizeof(A) == 4 ? 2.0 * 1.1920928955078125e-07 : 2.0 * 2.220446049250313e-16;
   for (std::int64_t block = blockIdx.x; block < p.batch * p.blocks_of_a_batch; block += gridDim.x) {
-    const std::int64_t batch = block / p.blocks_of_a_batch;
-    const std::int64_t within = block % p.blocks_of_a_batch;
-    const int index = find_interval(p.first_block, p.layer_count, within);
-    const ApplyLayer<T> layer = p.layers[index];
-    const std::int64_t before = p.first_block[index];
-    const std::int64_t begin = (within - before) * kTileRows;
-    const std::int64_t start = batch * layer.rows + begin;
-    Rows<T> rows{
-        layer.base + start * p.d,
-        static_cast<int>(min(layer.rows - begin, std::int64_t{kTileRows})), p.d, false};
-    const GlobalPtr<const A> c = p.c + batch * p.s * p.d;
-    const GlobalPtr<const A> b = p.b + batch * p.s * p.d;
-    const GlobalPtr<T> merged = layer.merged + start * p.d;
-
+    publish(p, block, place);
+    bool is_kept = false;
     for (std::int64_t from = 0; from < p.s || from == 0; from += plan.panel) {
-      const std::int64_t to = min(from + plan.panel, p.s);
-      for (int n = 0; n < p.concepts; ++n) {
-        const std::int64_t concept_begin = p.first_token[n], concept_end = p.first_token[n + 1];
-        const std::int64_t end = min(concept_end, to);
-        GlobalPtr<const T> adapted = nullptr;
-        if (!kValues) {
-          const Weight<T> target = p.targets[static_cast<std::int64_t>(n) * p.layer_count + index];
-          adapted = target.data + start * p.d;
-        }
-        for (std::int64_t j = max(concept_begin, from); j < end; j += kTileTokens) {
-          const int tokens = static_cast<int>(min(end - j, std::int64_t{kTileTokens}));
-          double squared_norm = 0;
-          A r = project<T, kPacks, !kValues, kValues>(
-              w, rows, adapted, c + j * p.d, tokens, &squared_norm);
-          if (column < tokens) {
-            const std::int64_t token = j + column;
-            const bool exists = row < rows.count;
-            const std::int64_t place = (start + row) * p.s + token;
+      // Made where they are used, again to save registers.
+      const auto to = [&] { return min(from + plan.panel, p.s); };
+      for (std::int64_t next = from; next < to();) {
+        publish_tiles(place, p.first_token, next, to());
+        const auto rows = [&] { return p.kept(published(place), false); };
+        const auto tile = [&](int i) {
+          return p.tokens(published(place), published_tile(place, i));
+        };
+        double squared_norm = 0;
+        A totals[2];
+        project<T, kPacks, !kValues, kValues>(w, rows, tile, p.d, is_kept, totals, &squared_norm);
+        is_kept = w.kept_stride > 0;
+        const RowBlock at = published(place);
+        const ApplyLayer<T> layer = p.layers[at.layer];
+        const int row = static_cast<int>(threadIdx.x) / kTileTokens;
+        const int column = static_cast<int>(threadIdx.x) % kTileTokens;
+        IMMUNIZE_EXT_UNROLL
+        for (int i = 0; i < 2; ++i) {
+          const TileOfTokens tokens = published_tile(place, i);
+          if (column < tokens.count) {
+            const std::int64_t token = tokens.first + column;
+            const bool exists = row < at.count;
+            const std::int64_t entry = (at.start + row) * p.s + token;
+            A r = totals[i];
             if (kValues && exists) {
-              const A value = layer.values[place];
-              const double norm = p.token_norm[batch * p.s + token];
+              const A value = layer.values[entry];
+              const double norm = p.token_norm[at.batch * p.s + token];
               r = value - r;
               // What W0 gives already, up to the rounding of a dot product, is no edit. An infinite
               // edit has an infinite bound and is to stay one, for the check below.
@@ -623,20 +782,27 @@ __global__ void __launch_bounds__(kThreads, sizeof(Accumulate<T>) == 4 ? 2 : 1)
             }
             w.coefficients[(token - from) * kTileRows + row] = r;
             if (exists) {
-              layer.residual[place] = r;
+              layer.residual[entry] = r;
               if (!(r - r == A(0))) {  // infinite or NaN
-                atomicOr(p.status + (batch * p.layer_count + index), kNotFinite);
+                atomicOr(p.status + (at.batch * p.layer_count + at.layer), kNotFinite);
               }
             }
           }
         }
+        const TileOfTokens last = published_tile(place, 1);
+        next = last.first + last.count;
+        __syncthreads();
       }
       __syncthreads();
+      const RowBlock at = published(place);
+      const ApplyLayer<T> layer = p.layers[at.layer];
+      const GlobalPtr<T> merged = layer.merged + at.start * p.d;
       const bool finite = combine<T, kPacks>(
-          w, rows, w.coefficients, to - from, b + from * p.d, A(1), from == 0,
-          SharedPtr<const T>(merged), SharedPtr<T>(merged));
+          w, p.kept(at, is_kept), w.coefficients, to() - from, p.b + (at.batch * p.s + from) * p.d,
+          A(1), from == 0, SharedPtr<const T>(merged), SharedPtr<T>(merged));
       if (!finite) {
-        atomicOr(p.status + (batch * p.layer_count + index), kOverflow);
+        const RowBlock of = published(place);
+        atomicOr(p.status + (of.batch * p.layer_count + of.layer), kOverflow);
       }
       __syncthreads();
       if (p.s == 0) {
@@ -658,59 +824,81 @@ struct BackwardProblem {
   std::int64_t batch, s, d, blocks_of_a_batch;
   int layer_count, concepts;
   bool want_targets;
+
+  __device__ __forceinline__ std::int64_t rows_of(int index) const {
+    const BackwardLayer<T> layer = layers[index];
+    return layer.rows;
+  }
+  // K of a block, the rows of G.
+  __device__ __forceinline__ Rows<T> kept(const RowBlock& at, bool is_kept) const {
+    const BackwardLayer<T> layer = layers[at.layer];
+    return {layer.grad + at.start * d, static_cast<int>(at.count), d, is_kept};
+  }
+  __device__ __forceinline__ Tokens<T> tokens(const RowBlock& at, const TileOfTokens& tile) const {
+    return {nullptr, b + (at.batch * s + tile.first) * d, tile.count};
+  }
 };
 
 template <typename T, bool kPacks>
-__global__ void __launch_bounds__(kThreads, sizeof(Accumulate<T>) == 4 ? 2 : 1)
+__global__ void __launch_bounds__(kThreads, (Blocks<T, kPacks>::kCount))
     merge_backward_rows(const BackwardProblem<T> p, const Plan plan) {
   using A = Accumulate<T>;
   SIMT_DYNAMIC_SHARED(A, memory);
+  SIMT_SHARED_ARRAY(std::int64_t, place, kPlaceWords);
   const Workspace<T, kPacks> w = make_workspace<T, kPacks>(memory, plan);
-  const int t = static_cast<int>(threadIdx.x);
-  const int row = t / kTileTokens, column = t % kTileTokens;
   for (std::int64_t block = blockIdx.x; block < p.batch * p.blocks_of_a_batch; block += gridDim.x) {
-    const std::int64_t batch = block / p.blocks_of_a_batch;
-    const std::int64_t within = block % p.blocks_of_a_batch;
-    const int index = find_interval(p.first_block, p.layer_count, within);
-    const BackwardLayer<T> layer = p.layers[index];
-    const std::int64_t before = p.first_block[index];
-    const std::int64_t begin = (within - before) * kTileRows;
-    const std::int64_t start = batch * layer.rows + begin;
-    Rows<T> rows{
-        layer.grad + start * p.d,
-        static_cast<int>(min(layer.rows - begin, std::int64_t{kTileRows})), p.d, false};
-    const GlobalPtr<const A> c = p.c + batch * p.s * p.d;
-    const GlobalPtr<const A> b = p.b + batch * p.s * p.d;
-
+    publish(p, block, place);
+    bool is_kept = false;
     for (std::int64_t from = 0; from < p.s || from == 0; from += plan.panel) {
-      const std::int64_t to = min(from + plan.panel, p.s);
-      for (std::int64_t j = from; j < to; j += kTileTokens) {
-        const int tokens = static_cast<int>(min(to - j, std::int64_t{kTileTokens}));
-        const A dr =
-            project<T, kPacks, false, false>(w, rows, nullptr, b + j * p.d, tokens, nullptr);
-        if (column < tokens) {
-          w.coefficients[(j + column - from) * kTileRows + row] = dr;
-          if (row < rows.count && layer.grad_coefficients) {
-            layer.grad_coefficients[(start + row) * p.s + j + column] = dr;
+      // Made where they are used, again to save registers.
+      const auto to = [&] { return min(from + plan.panel, p.s); };
+      for (std::int64_t next = from; next < to();) {
+        publish_tiles(place, nullptr, next, to());
+        const auto rows = [&] { return p.kept(published(place), false); };
+        const auto tile = [&](int i) {
+          return p.tokens(published(place), published_tile(place, i));
+        };
+        A totals[2];
+        project<T, kPacks, false, false>(w, rows, tile, p.d, is_kept, totals, nullptr);
+        is_kept = w.kept_stride > 0;
+        const RowBlock at = published(place);
+        const BackwardLayer<T> layer = p.layers[at.layer];
+        const int row = static_cast<int>(threadIdx.x) / kTileTokens;
+        const int column = static_cast<int>(threadIdx.x) % kTileTokens;
+        IMMUNIZE_EXT_UNROLL
+        for (int i = 0; i < 2; ++i) {
+          const TileOfTokens tokens = published_tile(place, i);
+          if (column < tokens.count) {
+            const std::int64_t token = tokens.first + column;
+            w.coefficients[(token - from) * kTileRows + row] = totals[i];
+            if (row < at.count && layer.grad_coefficients) {
+              layer.grad_coefficients[(at.start + row) * p.s + token] = totals[i];
+            }
           }
         }
+        const TileOfTokens last = published_tile(place, 1);
+        next = last.first + last.count;
+        __syncthreads();
       }
       __syncthreads();
+      const RowBlock at = published(place);
+      const BackwardLayer<T> layer = p.layers[at.layer];
+      const Rows<T> rows = p.kept(at, is_kept);
+      const GlobalPtr<const A> c = p.c + at.batch * p.s * p.d;
       if (layer.grad_base) {
-        const GlobalPtr<T> out = layer.grad_base + start * p.d;
+        const GlobalPtr<T> out = layer.grad_base + at.start * p.d;
         combine<T, kPacks>(
-            w, rows, w.coefficients, to - from, c + from * p.d, A(-1), from == 0,
+            w, rows, w.coefficients, to() - from, c + from * p.d, A(-1), from == 0,
             SharedPtr<const T>(out), SharedPtr<T>(out));
       }
       for (int n = 0; p.want_targets && n < p.concepts; ++n) {
         const std::int64_t concept_begin = p.first_token[n], concept_end = p.first_token[n + 1];
         const std::int64_t low = max(concept_begin, from);
-        const std::int64_t tokens = min(concept_end, to) - low;
+        const std::int64_t tokens = min(concept_end, to()) - low;
         // A concept without tokens still has a gradient, zero: its first panel writes it.
         if (tokens > 0 || (concept_begin == concept_end && from == 0)) {
-          const Gradient<T> gradient =
-              p.grad_targets[static_cast<std::int64_t>(n) * p.layer_count + index];
-          const GlobalPtr<T> out = gradient.data + start * p.d;
+          const Gradient<T> gradient = p.grad_targets[std::int64_t{n} * p.layer_count + at.layer];
+          const GlobalPtr<T> out = gradient.data + at.start * p.d;
           SharedPtr<const T> previous = nullptr;
           if (low > concept_begin) {
             previous = out;
@@ -922,7 +1110,9 @@ void launch_apply(
   ApplyProblem<T> p{};
   p.layers = simt::pointer_cast<const ApplyLayer<T>>(table + tables.add(layers));
   p.first_block = simt::pointer_cast<const std::int64_t>(table + tables.add(first_block));
-  p.targets = simt::pointer_cast<const Weight<T>>(table + tables.add(targets));
+  if (!values) {
+    p.targets = simt::pointer_cast<const Weight<T>>(table + tables.add(targets));
+  }
   p.first_token = simt::pointer_cast<const std::int64_t>(table + tables.add(shared.first_token));
   p.c = shared.c;
   p.b = shared.b;

@@ -152,3 +152,13 @@ void launch(
 #else
 #define IMMUNIZE_EXT_LAUNCHER inline
 #endif
+
+// Arrays that are indexed by an unrolled loop live in registers; in a loop, in slow local memory.
+#if defined(__CUDACC__)
+#define IMMUNIZE_EXT_UNROLL _Pragma("unroll")
+#define IMMUNIZE_EXT_UNROLL_BY(count) IMMUNIZE_EXT_PRAGMA(unroll count)
+#define IMMUNIZE_EXT_PRAGMA(text) _Pragma(#text)
+#else
+#define IMMUNIZE_EXT_UNROLL
+#define IMMUNIZE_EXT_UNROLL_BY(count)
+#endif

@@ -1,10 +1,11 @@
 // The engine of the spectrum operators on CUDA; the operators stand in ../spectrum.cpp.
 //
 // Matrices whose thin side fits the shared memory of a block (t <= 116 with 163 KiB, 136 with 227
-// KiB) are decomposed by one block each. A few larger ones go through the library's eigendecomposition
-// of the thin Gram matrix (thin_gram.h), with what it cannot prove, and many of them, by the blocked
-// route. Everything runs on the current stream of the tensor's device and allocates through torch's
-// allocator.
+// KiB) have one block each: up to a side of 128 for their two ends alone (spectrum_tridiagonal.cuh),
+// and for a decomposition where those are not proven. A few larger ones go through the library's
+// eigendecomposition of the thin Gram matrix (thin_gram.h), with what it cannot prove, and many of
+// them, by the blocked route. Everything runs on the current stream of the tensor's device and
+// allocates through torch's allocator.
 //
 // What waits for the GPU. The forward operators read one integer back, to raise for NaN and
 // infinity as the CPU operators do. On the blocked route they also look after each sweep whether the
@@ -171,6 +172,7 @@ Unproven decompose_by_library(
     const char* name,
     const MatrixBatch& a,
     const Policy& policy,
+    const Wanted& wanted,
     const ExtremesBatch& results) {
   const Tensor wide = a.matrices.to(at::kDouble);
   const Tensor largest = wide.abs().amax({1, 2}).cpu();
@@ -188,16 +190,27 @@ Unproven decompose_by_library(
   auto count = counts.accessor<int64_t, 2>();
   for (int64_t b = 0; b < a.batch; ++b) {
     const double scale = power_of_two_scale(entry[b]);
-    const Tensor s = (a.wide() ? wide[b] : wide[b].mT()) / scale;
+    // In two steps: on a GPU ATen multiplies by the inverse, which may be infinite.
+    const int exponent = std::ilogb(scale);
+    const Tensor s = (a.wide() ? wide[b] : wide[b].mT()) * std::ldexp(1.0, -exponent / 2) *
+                     std::ldexp(1.0, exponent / 2 - exponent);
     const Tensor gram = s.matmul(s.mT());
     if (results.thin_gram.defined())
       results.thin_gram[b].copy_(gram * scale * scale);  // the square of the scale may overflow
-    const thin_gram::Eigenpairs pairs(gram);
-    const thin_gram::Extremes found = thin_gram::extremes(s, pairs, policy);
+    thin_gram::Extremes found;
+    // Descending, as Jacobi's method brings them.
+    Tensor basis;
+    try {
+      const thin_gram::Eigenpairs pairs(gram);
+      found = thin_gram::extremes(s, pairs, policy, wanted);
+      basis = found.proven ? basis : pairs.u.flip(1);
+    } catch (const c10::LinAlgError&) {  // the library did not converge
+      basis = at::eye(s.size(0), s.options());
+    }
     if (!found.proven) {
       out.index.push_back(b);
-      out.rotated.push_back(pairs.u.mT().matmul(s));
-      out.basis.push_back(pairs.u);
+      out.rotated.push_back(basis.mT().matmul(s));
+      out.basis.push_back(basis);
       out.scale.push_back(scale);
       continue;
     }
@@ -245,9 +258,14 @@ void decompose_by_kernels(
     const Tensor first_bad = at::full({1}, INT_MAX, flag);
     dispatch(a.matrices, [&](auto type) {
       using T = decltype(type);
+      const T* matrices = a.matrices.const_data_ptr<T>();
+      const Outputs out = outputs(results, a, 0);
+      int* bad = first_bad.mutable_data_ptr<int>();
+      const bool tried = spectrum::launch_small_ends<T>(
+          matrices, a.batch, spectrum::ends_plan(a.n, a.p), policy, out, bad, stream);
       spectrum::launch_small_extremes<T>(
-          a.matrices.const_data_ptr<T>(), a.batch, plan, policy, outputs(results, a, 0),
-          work.mutable_data_ptr<double>(), grid, first_bad.mutable_data_ptr<int>(), stream);
+          matrices, a.batch, plan, policy, out, /*refused_only=*/tried,
+          work.mutable_data_ptr<double>(), grid, bad, stream);
     });
     check_finite_batch(op, name, first_bad, a.batch);
     return;
@@ -286,8 +304,11 @@ void go_on_by_kernels(
     const ExtremesBatch& results) {
   const int64_t count = static_cast<int64_t>(unproven.index.size());
   const MatrixBatch rotated{at::stack(unproven.rotated), count, a.thin(), std::max(a.n, a.p)};
-  const ExtremesBatch found(rotated, wanted, /*of_gram=*/false);
-  decompose_by_kernels(op, name, rotated, policy, found);
+  ExtremesBatch found(rotated, wanted, /*of_gram=*/false);
+  if (a.matrices.is_cuda())
+    decompose_by_kernels(op, name, rotated, policy, found);
+  else
+    found = cpu_spectrum.extremes(op, name, rotated, policy, wanted, /*of_gram=*/false);
   const Tensor basis = at::stack(unproven.basis), scale = at::tensor(unproven.scale, float64(a));
   const Tensor index = at::tensor(unproven.index, results.rank.options());
   const auto put = [&index](Tensor to, const Tensor& from) { to.index_copy_(0, index, from); };
@@ -320,14 +341,15 @@ ExtremesBatch extremes_of(
   const ExtremesBatch results(a, wanted, of_gram);
   if (a.batch == 0)
     return results;
-  // What is composed of torch operators runs on any device, and is tested on the CPU.
+  // What is composed of torch operators runs on any device, and is tested on the CPU, whose own
+  // engine then stands in for the kernels.
   const bool on_card = a.matrices.is_cuda();
   if (on_card && (is_capturing() || a.batch > kLibraryBatch ||
                   spectrum::is_small(a.n, a.p, at::cuda::getCurrentCUDAStream()))) {
     decompose_by_kernels(op, name, a, policy, results);
     return results;
   }
-  const Unproven unproven = decompose_by_library(op, name, a, policy, results);
+  const Unproven unproven = decompose_by_library(op, name, a, policy, wanted, results);
   if (!unproven.index.empty())
     go_on_by_kernels(op, name, a, unproven, policy, wanted, results);
   return results;
@@ -365,6 +387,8 @@ Incoming pointers(const GradientInputs& in, const MatrixBatch& a, int64_t first)
 
 Tensor gradient_of(
     const char* op, const MatrixBatch& a, const GradientInputs& in, const Policy& policy) {
+  if (!a.matrices.is_cuda())
+    return cpu_spectrum.gradient(op, a, in, policy);
   check_limits(op, "the matrices", a);
   const Tensor grad = at::empty_like(a.matrices);
   if (a.batch > 0) {

@@ -24,10 +24,14 @@
 // It also gives u_min to eps sigma_max / gap, as a bidiagonal SVD does: M v_min / sigma_min would
 // carry the error eps kappa of the product, while here the columns of B are orthogonal.
 //
+// That decomposes M, of which two triplets are asked for. So another kernel comes first, small_ends,
+// which finds those through the tridiagonal form of G and proves or refuses them
+// (spectrum_tridiagonal.cuh); Jacobi takes what was refused, marked by a rank of -1.
+//
 // No decision is taken on the host, and nothing depends on the schedule.
 #pragma once
 
-#include "spectrum_jacobi.cuh"
+#include "spectrum_tridiagonal.cuh"
 
 namespace immunize_ext::spectrum {
 
@@ -60,21 +64,14 @@ struct SmallPlan {
   }
 };
 
-// For a matrix n x p.
-inline SmallPlan small_plan(std::int64_t n, std::int64_t p) {
-  SmallPlan plan{};
-  plan.transposed = n <= p;  // M^T M is then the Gram matrix x x^T that the gradient expects
-  plan.m = plan.transposed ? p : n;
-  plan.t = static_cast<int>(plan.transposed ? n : p);
+// Threads and tiles for sides and rows of M.
+inline void set_shape(SmallPlan& plan, unsigned threads, int tile_rows) {
   const int t = plan.t;
   const int rows = plan.m < 512 ? static_cast<int>(plan.m) : 512;
-  plan.threads = t <= 4 ? 32 : t <= 16 ? 64 : t <= 32 ? 128 : t <= 64 ? 256 : kMaxThreads;
-  if (rows == 512 && plan.threads < 128) {
-    plan.threads = 128;
-  }
+  plan.threads = rows == 512 && threads < 128 ? 128 : threads;
   plan.gram.side = 2 * ceil_div(t, 2);
   plan.gram.quarter = ceil_div(plan.gram.side, kRegisters);
-  plan.gram.tile_rows = smaller(rows, t <= 8 ? 256 : t <= 32 ? 64 : 32);
+  plan.gram.tile_rows = smaller(rows, tile_rows);
   const int blocks = packed_size(plan.gram.quarter);
   const int most_groups = t <= 4 ? 32 : 8;
   plan.gram.groups = larger(
@@ -84,7 +81,36 @@ inline SmallPlan small_plan(std::int64_t n, std::int64_t p) {
   const int stride = plan.gram.side + 1;
   plan.gram_region = larger(plan.gram.gram_doubles(), smaller(rows, 16) * stride);
   plan.multiply_rows = smaller(rows, plan.gram_region / stride);
+}
+
+// For a matrix n x p.
+inline SmallPlan small_plan(std::int64_t n, std::int64_t p) {
+  SmallPlan plan{};
+  plan.transposed = n <= p;  // M^T M is then the Gram matrix x x^T that the gradient expects
+  plan.m = plan.transposed ? p : n;
+  plan.t = static_cast<int>(plan.transposed ? n : p);
+  const int t = plan.t;
+  const unsigned threads = t <= 4 ? 32 : t <= 16 ? 64 : t <= 32 ? 128 : t <= 64 ? 256 : kMaxThreads;
+  set_shape(plan, threads, t <= 8 ? 256 : t <= 32 ? 64 : 32);
   return plan;
+}
+
+// The same for small_ends, which puts the tridiagonal form in place of V. Four threads a row suffice
+// it but for the Gram matrix, which has 136 blocks of 4 x 4 at a side of 64.
+inline SmallPlan ends_plan(std::int64_t n, std::int64_t p) {
+  SmallPlan plan = small_plan(n, p);
+  const int t = plan.t;
+  const unsigned threads = t <= 8    ? 32
+                           : t <= 16 ? 64
+                           : t <= 32 ? 128
+                                     : static_cast<unsigned>(kMaxThreads);
+  set_shape(plan, threads, t <= 8 ? 256 : t <= 64 ? 64 : 32);
+  plan.v_region = larger(plan.v_region, tridiagonal_doubles(t, plan.threads));
+  return plan;
+}
+
+inline bool ends_fit(const SmallPlan& plan, Stream stream) {
+  return plan.t <= kMostEnds && plan.shared_bytes() <= simt::shared_limit(stream);
 }
 
 // The device can run the small route: its blocks have enough shared memory.
@@ -137,6 +163,27 @@ struct SmallSpace {
         scratch(sigma + plan.side()) {}
 };
 
+__device__ __forceinline__ TridiagonalSpace
+tridiagonal_space(const SmallPlan& plan, const SmallSpace& space) {
+  const int t = plan.t;
+  const int stride = tridiagonal_stride(t);
+  const SharedPtr<double> pivots = space.v + t * stride;
+  return TridiagonalSpace{
+      t,
+      stride,
+      space.v,
+      space.rotation,
+      space.rotation + plan.side(),
+      space.sigma,
+      space.norms,
+      pivots,
+      pivots + 4 * t,
+      pivots + 6 * t,
+      pivots + 8 * t,
+      pivots + 10 * t,
+      space.scratch};
+}
+
 template <typename T>
 __device__ __forceinline__ Bits
 largest_magnitude(SharedPtr<const T> a, std::int64_t count, SharedPtr<double> scratch) {
@@ -170,7 +217,7 @@ __device__ __forceinline__ void write_gram(
   }
 }
 
-// The method above. Leaves sigma (scaled) and the last V in shared memory; returns how often B was
+// The method above, from G of M in space.gram. Leaves sigma (scaled) and the last V in shared memory; returns how often B was
 // multiplied: 0 means that V belongs to M, otherwise it belongs to B = rows [0, m) of work, and the
 // product of the earlier V is rows [m, m + side). With multiply_last, B is multiplied by the last V
 // as well, and has orthogonal columns.
@@ -179,20 +226,12 @@ __device__ __forceinline__ int decompose_small(
     const InputRows<T>& matrix,
     const SmallPlan& plan,
     const SmallSpace& space,
-    SharedPtr<double> work,
-    const Outputs& out,
-    std::int64_t b,
-    double scale) {
+    SharedPtr<double> work) {
   const int thread = static_cast<int>(threadIdx.x);
   const int threads = static_cast<int>(blockDim.x);
   const int side = plan.side();
   for (int iteration = 0;; ++iteration) {
-    if (iteration == 0) {
-      accumulate_gram(plan.gram, matrix, 0, plan.m, space.v, space.gram);
-      if (out.of_gram) {
-        write_gram(out, plan, space, b, scale);
-      }
-    } else {
+    if (iteration > 0) {
       accumulate_gram(plan.gram, all_columns(work, side), 0, plan.m, space.v, space.gram);
     }
     for (int i = thread; i < side; i += threads) {
@@ -298,13 +337,16 @@ __device__ __forceinline__ void unit_products(
   }
 }
 
+__device__ __forceinline__ void write_extremes(
+    const Outputs& out, std::int64_t b, double largest, double smallest) {
+  out.value_max[b] = out.of_gram ? largest * largest : largest;
+  out.value_min[b] = out.of_gram ? smallest * smallest : smallest;
+}
+
 // What the operators return for matrix b, from the extremes of M.
 __device__ __forceinline__ void write_values(
     const Outputs& out, std::int64_t b, const ClusterBounds& found, double scale) {
-  const double largest = found.largest * scale;
-  const double smallest = found.smallest * scale;
-  out.value_max[b] = out.of_gram ? largest * largest : largest;
-  out.value_min[b] = out.of_gram ? smallest * smallest : smallest;
+  write_extremes(out, b, found.largest * scale, found.smallest * scale);
   out.rank[b] = found.rank;
   out.multiplicity_max[b] = found.multiplicity_max;
   out.multiplicity_min[b] = found.multiplicity_min;
@@ -338,12 +380,56 @@ __device__ __forceinline__ void write_not_finite(
 
 // first_bad: the smallest batch index of a matrix that is not finite; starts at a large number.
 template <typename T>
+__global__ void __launch_bounds__(kMaxThreads) small_ends(
+    GlobalPtr<const T> a,  // [batch, n, p]
+    SmallPlan plan,
+    Policy policy,
+    Outputs out,
+    GlobalPtr<int> first_bad) {
+  SIMT_DYNAMIC_SHARED(double, shared);
+  const SmallSpace space(shared, plan);
+  const std::int64_t m = plan.m;
+  const int t = plan.t;
+  const std::int64_t b = blockIdx.x;
+  const SharedPtr<const T> matrix = a + b * m * t;
+  const Bits largest = largest_magnitude<T>(matrix, m * t, space.scratch);
+  if (largest >= kInfinityBits) {
+    write_not_finite(out, b, m, t, first_bad);
+    return;
+  }
+  const int exponent = scale_exponent(largest);
+  const double scale = ldexp(1.0, exponent);
+  const InputRows<T> rows = tall_rows<T>(matrix, m, t, plan.transposed, exponent);
+  accumulate_gram(plan.gram, rows, 0, m, space.v, space.gram);
+  if (out.of_gram) {
+    write_gram(out, plan, space, b, scale);
+  }
+  const Triplets ends = extremes_by_tridiagonal(
+      rows, m, tridiagonal_space(plan, space), space.gram, policy, out.long_max + b * m,
+      out.long_min + b * m, out.short_max + b * t, out.short_min + b * t,
+      [&](int rank, int multiplicity_max, std::int64_t multiplicity_min) {
+        if (threadIdx.x == 0) {
+          out.rank[b] = rank;
+          out.multiplicity_max[b] = multiplicity_max;
+          out.multiplicity_min[b] = multiplicity_min;
+        }
+      });
+  if (threadIdx.x == 0) {
+    write_extremes(out, b, ends.largest * scale, ends.smallest * scale);
+    if (!ends.proven) {
+      out.rank[b] = -1;
+    }
+  }
+}
+
+template <typename T>
 __global__ void __launch_bounds__(kMaxThreads) small_extremes(
     GlobalPtr<const T> a,  // [batch, n, p]
     std::int64_t batch,
     SmallPlan plan,
     Policy policy,
     Outputs out,
+    bool refused_only,
     SharedPtr<double> work,  // [grid, work_doubles()]
     GlobalPtr<int> first_bad) {
   SIMT_DYNAMIC_SHARED(double, shared);
@@ -353,6 +439,10 @@ __global__ void __launch_bounds__(kMaxThreads) small_extremes(
   const int side = plan.side();
   work += blockIdx.x * plan.work_doubles();
   for (std::int64_t b = blockIdx.x; b < batch; b += gridDim.x) {
+    const std::int64_t rank = refused_only ? out.rank[b] : -1;
+    if (rank >= 0) {
+      continue;
+    }
     const SharedPtr<const T> matrix = a + b * m * t;
     const Bits largest = largest_magnitude<T>(matrix, m * t, space.scratch);
     if (largest >= kInfinityBits) {
@@ -362,12 +452,16 @@ __global__ void __launch_bounds__(kMaxThreads) small_extremes(
     const int exponent = scale_exponent(largest);
     const double scale = ldexp(1.0, exponent);
     const InputRows<T> rows = tall_rows<T>(matrix, m, t, plan.transposed, exponent);
-    const int products = decompose_small<false>(rows, plan, space, work, out, b, scale);
-    const ClusterBounds found = find_extremes(space.sigma, t, policy);
+    accumulate_gram(plan.gram, rows, 0, m, space.v, space.gram);
+    if (out.of_gram) {
+      write_gram(out, plan, space, b, scale);
+    }
     const SharedPtr<double> long_max = out.long_max + b * m;
     const SharedPtr<double> long_min = out.long_min + b * m;
     const SharedPtr<double> short_max = out.short_max + b * t;
     const SharedPtr<double> short_min = out.short_min + b * t;
+    const int products = decompose_small<false>(rows, plan, space, work);
+    const ClusterBounds found = find_extremes(space.sigma, t, policy);
     const int first = found.largest_index;
     const int second = found.smallest_index;
     if (products == 0) {
@@ -391,6 +485,26 @@ __global__ void __launch_bounds__(kMaxThreads) small_extremes(
   }
 }
 
+// What the tridiagonal form proves; the rest gets rank -1. False, and nothing is launched, where a
+// block has no room for it.
+template <typename T>
+bool launch_small_ends(
+    GlobalPtr<const T> a,
+    std::int64_t batch,  // below 2^31, a block each
+    const SmallPlan& plan,
+    const Policy& policy,
+    const Outputs& out,
+    GlobalPtr<int> first_bad,
+    Stream stream) {
+  if (!ends_fit(plan, stream)) {
+    return false;
+  }
+  simt::launch(
+      SIMT_KERNEL(small_ends<T>), dim3(static_cast<unsigned>(batch)), dim3(plan.threads),
+      plan.shared_bytes(), stream, a, plan, policy, out, first_bad);
+  return true;
+}
+
 template <typename T>
 void launch_small_extremes(
     GlobalPtr<const T> a,
@@ -398,13 +512,14 @@ void launch_small_extremes(
     const SmallPlan& plan,
     const Policy& policy,
     const Outputs& out,
+    bool refused_only,  // those with rank -1
     SharedPtr<double> work,
     unsigned grid,
     GlobalPtr<int> first_bad,
     Stream stream) {
   simt::launch(
       SIMT_KERNEL(small_extremes<T>), dim3(grid), dim3(plan.threads), plan.shared_bytes(), stream,
-      a, batch, plan, policy, out, work, first_bad);
+      a, batch, plan, policy, out, refused_only, work, first_bad);
 }
 
 // --- Gradient ------------------------------------------------------------------------------------
@@ -740,7 +855,8 @@ __global__ void __launch_bounds__(kMaxThreads) small_cluster_gradient(
     const int exponent = scale_exponent(largest);
     const double scale = ldexp(1.0, exponent);
     const InputRows<T> rows = tall_rows<T>(matrix, m, t, plan.transposed, exponent);
-    decompose_small<true>(rows, plan, space, work, Outputs{}, b, scale);
+    accumulate_gram(plan.gram, rows, 0, m, space.v, space.gram);
+    decompose_small<true>(rows, plan, space, work);
     const ClusterBounds found = find_extremes(space.sigma, t, policy);
     for (int i = static_cast<int>(threadIdx.x); i < t; i += static_cast<int>(blockDim.x)) {
       const double sigma = space.sigma[i];

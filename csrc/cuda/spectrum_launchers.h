@@ -6,8 +6,11 @@
 
 // `prefix` is empty to instantiate them, extern to declare them.
 #define IMMUNIZE_EXT_SPECTRUM_LAUNCHERS(prefix, T)                                                 \
-  prefix template void launch_small_extremes<T>(                                                   \
+  prefix template bool launch_small_ends<T>(                                                       \
       GlobalPtr<const T>, std::int64_t, const SmallPlan&, const Policy&, const Outputs&,           \
+      GlobalPtr<int>, Stream);                                                                     \
+  prefix template void launch_small_extremes<T>(                                                   \
+      GlobalPtr<const T>, std::int64_t, const SmallPlan&, const Policy&, const Outputs&, bool,     \
       SharedPtr<double>, unsigned, GlobalPtr<int>, Stream);                                        \
   prefix template void launch_small_cluster_gradient<T>(                                           \
       const Incoming&, GlobalPtr<const T>, std::int64_t, const SmallPlan&, const Policy&,          \

@@ -5,8 +5,27 @@ from immunize_ext.ops.equal_diagonal import equal_diagonal_rotation
 from immunize_ext.ops.factor import RegularizationFactor
 from immunize_ext.ops.layers import convolution_matrix, map_layers
 from immunize_ext.ops.lora import MergeAdapter, as_lora, lora_state_dict, save_lora
+from immunize_ext.ops.lora_files import (
+    LoraLayer,
+    merge_lora_adapters,
+    read_lora,
+    write_lora,
+)
+from immunize_ext.ops.lora_merge import (
+    LowRank,
+    merge_adapters,
+    merge_adapters_kv,
+    truncate_adapter,
+)
 from immunize_ext.ops.merge import merge_kv
 from immunize_ext.ops.merge_report import MergeReport, merge_report
+from immunize_ext.ops.moment_merge import MomentFactor, merge_moments
+from immunize_ext.ops.moments import (
+    InputMoments,
+    LayerMoments,
+    collect_moments,
+    factor_layers,
+)
 from immunize_ext.ops.precondition import (
     PreconditionedLinear,
     Preconditioner,
@@ -29,8 +48,13 @@ from immunize_ext.ops.tracker import SingularTracker, SpectrumTracker
 
 __all__ = [
     "GramExtremes",
+    "InputMoments",
+    "LayerMoments",
+    "LoraLayer",
+    "LowRank",
     "MergeAdapter",
     "MergeReport",
+    "MomentFactor",
     "PreconditionedLinear",
     "Preconditioner",
     "RegularizationFactor",
@@ -40,19 +64,28 @@ __all__ = [
     "StreamedGram",
     "SymmetricExtremes",
     "as_lora",
+    "collect_moments",
     "condition_number",
     "convolution_matrix",
     "equal_diagonal_rotation",
     "extremal_singular_values",
+    "factor_layers",
     "gram_extremes",
     "gram_log_condition_number",
     "log_condition_number",
     "lora_state_dict",
     "map_layers",
+    "merge_adapters",
+    "merge_adapters_kv",
     "merge_kv",
+    "merge_lora_adapters",
+    "merge_moments",
     "merge_report",
     "precondition_gradient",
+    "read_lora",
     "save_lora",
     "smallest_singular_values",
     "symmetric_extremes",
+    "truncate_adapter",
+    "write_lora",
 ]

@@ -319,7 +319,8 @@ class SecondDerivative(_SingleLevelFunction):
 class Linear(_SingleLevelFunction):
     """An operator that is linear in its first argument and self-adjoint: its own derivative.
 
-    Or another one, ``derivative``, on purpose: what comes out is then no gradient of a function.
+    Or another one, ``derivative``, on purpose: what comes out is then no gradient of a function. Of
+    the constants, tensors and in the end a ridge, that one takes the last ones.
     """
 
     @staticmethod
@@ -328,20 +329,38 @@ class Linear(_SingleLevelFunction):
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
-        _, ctx.derivative, _, factor, basis, ctx.ridge = inputs
-        ctx.save_for_backward(factor, basis)
-        ctx.save_for_forward(factor, basis)
+        _, derivative, _, *tensors, ctx.ridge = inputs
+        ctx.derivative = getattr(torch.ops.immunize_ext, derivative)
+        ctx.constants = len(tensors) + 1
+        used = tensors[ctx.constants + 1 - len(ctx.derivative.default._schema.arguments) :]
+        ctx.save_for_backward(*used)
+        ctx.save_for_forward(*used)
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Any, ...]:
-        operator = getattr(torch.ops.immunize_ext, ctx.derivative)
-        return None, None, operator(grad, *ctx.saved_tensors, ctx.ridge), None, None, None
+        moved = ctx.derivative(grad, *ctx.saved_tensors, ctx.ridge)
+        return None, None, moved, *(None,) * ctx.constants
 
     @staticmethod
     def jvp(ctx: Any, _: Any, __: Any, tangent: Tensor, *___: Any) -> Tensor:
         with _set_fwd_grad_enabled(True):
-            operator = getattr(torch.ops.immunize_ext, ctx.derivative)
-            return operator(tangent, *ctx.saved_tensors, ctx.ridge)
+            moved: Tensor = ctx.derivative(tangent, *ctx.saved_tensors, ctx.ridge)
+        return moved
+
+
+class Saved(_SingleLevelFunction):
+    """An operator whose rule keeps its inputs and its one output, which belong to the graph."""
+
+    operator: str
+
+    @classmethod
+    def forward(cls, *args: Tensor) -> Any:
+        return below_autograd(getattr(torch.ops.immunize_ext, cls.operator), *args)
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Tensor, ...], output: Tensor) -> None:
+        ctx.save_for_backward(*inputs, output)
+        ctx.save_for_forward(*inputs, output)
 
 
 class _Refusal(_SingleLevelFunction):

@@ -442,8 +442,9 @@ def _factor_or_explain(
         return chol
     if largest == 0.0:
         raise NotPositiveDefiniteError(
-            f"{function}: Q must be positive definite, got zero: c_reg has no rows or only zeros "
-            "and the ridge is 0; pass captions or a positive ridge with relative=False",
+            f"{function}: Q must be positive definite, got zero: c_reg has no rows, or only "
+            "numbers whose squares are 0 in float64, and the ridge is 0; pass captions, scale "
+            "c_reg up, or pass a positive ridge with relative=False",
             rank=0,
         )
     eigenvalues = torch.linalg.eigvalsh(q)

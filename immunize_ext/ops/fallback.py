@@ -193,7 +193,8 @@ def _first_derivative(
     multiplicities: tuple[Tensor, Tensor],
     vectors: tuple[Tensor, ...],
     policy: SpectrumPolicy,
-    lambdas: tuple[Tensor, Tensor] | None,
+    *,
+    gram: bool,
 ) -> Tensor:
     """Sum over both extremes of g mean(u v^T), for K = a^T a of g mean(2 sigma u v^T); float64."""
     u_max, v_max, u_min, v_min = vectors
@@ -201,17 +202,17 @@ def _first_derivative(
     for grad, count, vector in zip(grads, multiplicities, (u_max, u_min), strict=True):
         repeated = repeated | ((grad != 0) & (count > 1) & (vector != 0).any(-1))
     if not bool(repeated.any()):
-        first, second = grads
-        if lambdas is not None:
-            first, second = (2.0 * g * x.sqrt() for g, x in zip(grads, lambdas, strict=True))
-        return _outer(first.unsqueeze(-1) * u_max, v_max) + _outer(
-            second.unsqueeze(-1) * u_min, v_min
-        )
-    side = min(a.shape[-2:]) if lambdas is None else a.shape[-1]
+        first, second = (g.unsqueeze(-1) for g in grads)
+        if gram:
+            return _gram_pair(2.0 * first, a, u_max, v_max) + _gram_pair(
+                2.0 * second, a, u_min, v_min
+            )
+        return _outer(first * u_max, v_max) + _outer(second * u_min, v_min)
+    side = a.shape[-1] if gram else min(a.shape[-2:])
     d = _decompose(a.to(torch.float64), policy, side)
     weights = grads[0].unsqueeze(-1) * _mean_weights(d.top)
     weights = weights + grads[1].unsqueeze(-1) * _mean_weights(d.bottom)
-    if lambdas is not None:
+    if gram:
         weights = 2.0 * weights * d.sigma * d.scale.unsqueeze(-1)
     return _weighted(d.u, weights, d.vh)
 
@@ -241,9 +242,17 @@ def extremal_singular_values_backward(
         (multiplicity_max, multiplicity_min),
         (u_max, v_max, u_min, v_min),
         SpectrumPolicy(rank_rtol, cluster_rtol, full_rank),
-        None,
+        gram=False,
     )
     return _like(grad, a)
+
+
+def _gram_pair(weight: Tensor, x: Tensor, u: Tensor, v: Tensor) -> Tensor:
+    """Weight sigma u v^T without sigma, whose square alone is known and leaves the range first."""
+    wide = x.to(torch.float64)
+    if x.shape[-2] <= x.shape[-1]:
+        return _outer(weight * u, (wide.mT @ u.unsqueeze(-1)).squeeze(-1))
+    return _outer((wide @ v.unsqueeze(-1)).squeeze(-1), weight * v)
 
 
 def _second_derivative(d: _Decomposition, extreme: _Extreme, grad: Tensor, z: Tensor) -> Tensor:
@@ -353,7 +362,7 @@ def gram_extremes(
         top.multiplicity,
         bottom.multiplicity,
         *pairs,
-        (thin * squared[..., None, None]).contiguous(),
+        (thin * scale * scale).contiguous(),  # the square may be infinite, and an entry 0
     )
 
 
@@ -391,17 +400,21 @@ def gram_extremes_backward(
         (multiplicity_max, multiplicity_min),
         (u_max, v_max, u_min, v_min),
         SpectrumPolicy(rank_rtol, cluster_rtol, full_rank),
-        (lambda_max, lambda_min),
+        gram=True,
     )
     return _like(grad + _frobenius_gradient(g_f, x, thin_gram), x)
 
 
 def _frobenius_gradient(grad: Tensor, x: Tensor, thin: Tensor) -> Tensor:
-    """4 g x x^T x; zero where g is, also where the Gram matrix overflows."""
+    """4 g x x^T x, of x / scale and back: its sums may overflow where they cancel."""
     wide = x.to(torch.float64)
-    weight = 4.0 * grad[..., None, None]
-    weighted = torch.where(weight == 0, 0.0, weight * thin)
-    return weighted @ wide if x.shape[-2] <= x.shape[-1] else wide @ weighted
+    scale = _scale_of(wide)
+    scaled = wide / scale
+    # Of huge x the Gram matrix itself has left the range.
+    thin = thin / scale / scale if bool(thin.isfinite().all()) else _thin_gram(scaled)
+    weighted = 4.0 * grad[..., None, None] * thin
+    product = weighted @ scaled if x.shape[-2] <= x.shape[-1] else scaled @ weighted
+    return product * scale * scale * scale
 
 
 def gram_extremes_double_backward(
@@ -475,6 +488,61 @@ def regularizer(
     """R_well or R_ill of x or of K = x^T x, and what its gradient is made of."""
     n, p = x.shape[-2:]
     policy = (rank_rtol, cluster_rtol, full_rank)
+    parts = _regularizer_parts(x, gram, ill, policy)
+    factor = torch.ones_like(parts.frobenius)
+    outside = (parts.frobenius < 2.0**-256) | ~(parts.frobenius <= 2.0**256)
+    if bool(outside.any()):
+        # Of y = f x, as the kernel does: csrc/regularizer.cpp has the formulas.
+        wide = x.to(torch.float64)
+        near = (1.0 / _scale_of(wide)).clamp(2.0**-1000, 2.0**1000)[..., 0, 0]
+        factor = torch.where(outside, near, factor)
+        parts = _regularizer_parts(wide * factor[..., None, None], gram, ill, policy)
+    zero = torch.zeros_like(factor)
+    multiplicity = parts.multiplicity.clone()
+    if ill:
+        counted = parts.rank.clamp(min=1).to(factor.dtype)
+        width = 2.0 * (counted if normaliser is None else torch.full_like(counted, normaliser))
+        mean_square = parts.frobenius / width
+        denominator = mean_square - parts.extreme.square() / 2
+        vanishing = (8 if gram else 4) * _EPS * max(n, p)
+        least = mean_square * (vanishing if floor is None else floor)
+        held = denominator <= least
+        if normaliser is None and floor is None:
+            # Zeros that full rank counts are no cluster.
+            held = held | ((parts.extreme > 0) & (multiplicity >= parts.rank))
+        if floor is None:
+            multiplicity = multiplicity.masked_fill(held, 0)  # D vanishes: tells the caller
+        value = torch.where(held, least, denominator).reciprocal()
+        free = torch.where(held, 0.0, value.square())
+        coefficients = [zero, free * parts.extreme, -free / width]
+    else:
+        side = p if gram else min(n, p)
+        width = torch.full_like(factor, 2.0 * (side if normaliser is None else normaliser))
+        value = parts.extreme.square() / 2 - parts.frobenius / width
+        coefficients = [parts.extreme, zero, -1.0 / width]
+    return (
+        _times_powers(value, factor, -_degree(gram, ill)).to(x.dtype),
+        torch.stack([*coefficients, factor], -1),
+        multiplicity,
+        parts.near,
+        parts.companion,
+    )
+
+
+class _RegularizerParts(NamedTuple):
+    """What a regularizer of x or x^T x is made of; flat over the batch as the operators have it."""
+
+    extreme: Tensor  # (*,) the smallest value for R_ill, else the largest
+    frobenius: Tensor  # (*,) |S|_F^2
+    rank: Tensor
+    multiplicity: Tensor
+    near: Tensor  # (*, t) the vector of the extreme on the thin side
+    companion: Tensor  # (*, t, t) the thin Gram matrix, or the vector on the other side
+
+
+def _regularizer_parts(
+    x: Tensor, gram: bool, ill: bool, policy: tuple[float, float, bool]
+) -> _RegularizerParts:
     if gram:
         largest, smallest, frobenius, rank, m_max, m_min, *vectors, companion = (
             torch.ops.immunize_ext.gram_extremes(x, *policy)
@@ -485,41 +553,22 @@ def regularizer(
         )
         frobenius = x.to(torch.float64).square().sum(-1).sum(-1)
     u, v = vectors[2:] if ill else vectors[:2]
-    near, far = (u, v) if n <= p else (v, u)
-    # |S|_F^2 leaves the range of float64 first.
-    overflows = torch.isinf(frobenius)
-    outside = overflows | ((frobenius == 0) & (rank > 0) & (gram or ill))
-    zero = torch.zeros_like(frobenius)
-    if ill:
-        counted = rank.clamp(min=1).to(frobenius.dtype)
-        width = 2.0 * (counted if normaliser is None else torch.full_like(counted, normaliser))
-        mean_square = frobenius / width
-        denominator = mean_square - smallest.square() / 2
-        vanishing = (8 if gram else 4) * _EPS * max(n, p)
-        least = mean_square * (vanishing if floor is None else floor)
-        held = denominator <= least
-        if normaliser is None and floor is None:
-            # Zeros that full rank counts are no cluster.
-            held = held | ((smallest > 0) & (m_min >= rank))
-        held = held & ~outside
-        if floor is None:
-            m_min = m_min.masked_fill(held, 0)  # D vanishes: tells the caller
-        value = torch.where(held, least, denominator).reciprocal()
-        free = torch.where(held | outside, 0.0, value.square())
-        coefficients = torch.stack([zero, free * smallest, -free / width], -1)
-    else:
-        side = p if gram else min(n, p)
-        width = torch.full_like(frobenius, 2.0 * (side if normaliser is None else normaliser))
-        value = largest.square() / 2 - frobenius / width
-        coefficients = torch.stack([largest, zero, -1.0 / width], -1)
-    value = torch.where(outside, torch.where(overflows != ill, torch.inf, 0.0), value)
-    return (
-        value.to(x.dtype),
-        torch.where(outside.unsqueeze(-1), 0.0, coefficients).nan_to_num(0.0),
-        (m_min if ill else m_max).clone(),
-        near.clone(),
-        companion if gram else far.clone(),
-    )
+    near, far = (u, v) if x.shape[-2] <= x.shape[-1] else (v, u)
+    extreme, multiplicity = (smallest, m_min) if ill else (largest, m_max)
+    companion = companion if gram else far.clone()
+    return _RegularizerParts(extreme, frobenius, rank, multiplicity, near.clone(), companion)
+
+
+def _degree(gram: bool, ill: bool) -> int:
+    """Of R in the entries of x."""
+    return (-2 if ill else 2) * (2 if gram else 1)
+
+
+def _times_powers(value: Tensor, factor: Tensor, exponent: int) -> Tensor:
+    """Value * factor^exponent for powers of two, in steps: the power itself may be infinite."""
+    for _ in range(abs(exponent)):
+        value = value * factor if exponent > 0 else value / factor
+    return value
 
 
 def regularizer_backward(
@@ -538,31 +587,26 @@ def regularizer_backward(
 ) -> Tensor:
     """Gradient from the coefficients of the largest and smallest value and of |S|_F^2."""
     g = _batch_like("regularizer_backward", "grad", grad, x)
-    weights = coefficients * g.unsqueeze(-1)
-    wide = x.to(torch.float64)
-    weight = weights[..., 1] if ill else weights[..., 0]
-    repeated = (multiplicity > 1) & (weight != 0) & (thin_vector != 0).any(-1)
-    if bool(repeated.any()):
-        policy = SpectrumPolicy(rank_rtol, cluster_rtol, full_rank)
-        d = _decompose(wide, policy, x.shape[-1] if gram else min(x.shape[-2:]))
-        mean = _mean_weights(d.bottom if ill else d.top)
-        if gram:
-            mean = 2.0 * mean * d.sigma * d.scale.unsqueeze(-1)
-        total = _weighted(d.u, weight.unsqueeze(-1) * mean, d.vh)
-    elif not gram:
-        near = weight.unsqueeze(-1) * thin_vector
-        wider = x.shape[-2] <= x.shape[-1]
-        total = _outer(near, companion) if wider else _outer(companion, near)
+    *shares, factor = coefficients.unbind(-1)
+    of_max, of_min, of_norm = (share * g for share in shares)
+    sides = factor[..., None, None]
+    y = x.to(torch.float64) * sides
+    wider = x.shape[-2] <= x.shape[-1]
+    far = thin_vector if gram else companion  # of gram the one on the thin side is all it takes
+    u, v = (thin_vector, far) if wider else (far, thin_vector)
+    total = _first_derivative(
+        (of_max, of_min),
+        y,
+        (multiplicity, multiplicity),
+        (u, v, u, v),
+        SpectrumPolicy(rank_rtol, cluster_rtol, full_rank),
+        gram=gram,
+    )
+    if gram:
+        total = total + _frobenius_gradient(of_norm, y, companion)
     else:
-        # 2 sigma u v^T = 2 u u^T x.
-        near = (2.0 * weight).unsqueeze(-1) * thin_vector
-        if x.shape[-2] <= x.shape[-1]:
-            total = _outer(near, (wide.mT @ thin_vector.unsqueeze(-1)).squeeze(-1))
-        else:
-            total = _outer((wide @ thin_vector.unsqueeze(-1)).squeeze(-1), near)
-    if not gram:
-        return _like(total + 2.0 * weights[..., 2, None, None] * wide, x)
-    return _like(total + _frobenius_gradient(weights[..., 2], x, companion), x)
+        total = total + 2.0 * of_norm[..., None, None] * y
+    return _like(_times_powers(total, sides, 1 - _degree(gram, ill)), x)
 
 
 # --- condition numbers ----------------------------------------------------------------------------
@@ -793,13 +837,29 @@ def precondition(grad: Tensor, factor: Tensor, basis: Tensor, ridge: float) -> T
         raise ValueError(
             f"{function}: ridge must be positive with fewer samples than features, got {ridge}"
         )
-    within = flat @ basis.mT
-    beside = flat - within @ basis
-    rounding = beside.norm(dim=1, keepdim=True) <= rounding_beside(grad) * flat.norm(
-        dim=1, keepdim=True
-    )
+    return _like(precondition_rows(flat, factor, basis, ridge, rounding_beside(grad)), grad)
+
+
+def precondition_rows(
+    rows: Tensor, factor: Tensor, basis: Tensor, ridge: float, share: float | None = None
+) -> Tensor:
+    """Rows (*, r, p) times K^-1 in float64, beside the basis without what is a share or less."""
+    wide = rows.to(torch.float64)
+    within = wide @ basis.mT
+    beside = wide - within @ basis
+    # Squares of rows of any scale; a power of two changes no bit.
+    scale = _row_scale(wide)
+    outside, size = ((part / scale).norm(dim=-1, keepdim=True) for part in (beside, wide))
+    rounding = outside <= (rounding_beside(rows) if share is None else share) * size
     solved = torch.cholesky_solve(within.mT, factor).mT @ basis
-    return _like(solved + beside.masked_fill(rounding, 0.0) / ridge, grad)
+    return solved + beside.masked_fill(rounding, 0.0) / ridge
+
+
+def _row_scale(rows: Tensor) -> Tensor:
+    """Power of two (*, r, 1) near the largest entry of each row; that of infinity is no matter."""
+    largest = rows.abs().amax(-1, keepdim=True)
+    exponent = torch.frexp(torch.where(largest > 0, largest, 1.0))[1]
+    return torch.ldexp(torch.ones_like(largest), exponent - 1)
 
 
 def rounding_beside(grad: Tensor) -> float:

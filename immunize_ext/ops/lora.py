@@ -2,21 +2,17 @@
 
 from __future__ import annotations
 
-import json
 import os
-import re
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, Literal, NamedTuple
+from typing import Literal, NamedTuple
 
 import torch
 from torch import Tensor
 
 from immunize_ext.ops.factor import RegularizationFactor
+from immunize_ext.ops.lora_files import LoraFormat, LoraLayer, write_lora
 from immunize_ext.ops.merge import solve_merge
-from immunize_ext.storage import new_folder
-
-LoraFormat = Literal["peft", "diffusers"]
 
 
 class MergeAdapter(NamedTuple):
@@ -165,42 +161,11 @@ def save_lora(
         ImportError: If safetensors is not installed.
         ValueError: As :func:`lora_state_dict`.
     """
-    try:
-        from safetensors.torch import save_file
-    except ImportError as error:
-        raise ImportError("save_lora needs safetensors: pip install safetensors") from error
-    target = Path(folder)
-    if target.exists():
-        raise FileExistsError(f"save_lora: {target} exists; choose another folder or remove it")
-    state = {
-        name: tensor.detach().cpu()
-        for name, tensor in lora_state_dict(adapter, modules, format=format, prefix=prefix).items()
+    lora_state_dict(adapter, modules, format=format, prefix=prefix)  # refuses what does not fit
+    part = prefix if format == "diffusers" else "model"  # which PEFT leaves out
+    layers = {
+        f"{part}.{module}": LoraLayer(up, adapter.down)
+        for layer, (module, up) in enumerate(zip(modules, adapter.up, strict=True))
+        if layer not in adapter.skipped
     }
-    metadata = {"format": "pt"}
-    with new_folder(target) as writing:
-        if format == "peft":
-            save_file(state, writing / "adapter_model.safetensors", metadata=metadata)
-            config = json.dumps(_peft_config(adapter, modules), indent=2) + "\n"
-            (writing / "adapter_config.json").write_text(config, encoding="utf-8")
-        else:
-            save_file(state, writing / "pytorch_lora_weights.safetensors", metadata=metadata)
-        if target.exists():  # someone was faster
-            raise FileExistsError(f"save_lora: {target} exists; choose another folder or remove it")
-    return target
-
-
-def _peft_config(adapter: MergeAdapter, modules: Sequence[str]) -> dict[str, Any]:
-    rank = adapter.down.shape[0]
-    used = [module for layer, module in enumerate(modules) if layer not in adapter.skipped]
-    return {
-        "peft_type": "LORA",
-        "task_type": None,
-        "r": rank,
-        "lora_alpha": rank,
-        "lora_dropout": 0.0,
-        "bias": "none",
-        # One pattern of full names: names in a list match the ends of other names as well, and PEFT
-        # would wrap those modules with adapters that do nothing but cost.
-        "target_modules": "|".join(re.escape(module) for module in used),
-        "inference_mode": True,
-    }
+    return write_lora(layers, folder, format=format)

@@ -67,7 +67,7 @@ def solve_merge(
         )
     average = contradictions == "average"
     with torch.autocast(base[0].device.type, enabled=False):
-        b, defect, rank = _shared_part(problem, factor, average)
+        b, defect, rank = shared_part(problem, factor, average)
         merged, residual, status = _apply(problem, b)
         faults = faults_of_layers(problem, factor, (defect, rank), residual, status, average)
         if not faults:
@@ -77,7 +77,7 @@ def solve_merge(
         return _without(problem, b, faults)
 
 
-def _shared_part(
+def shared_part(
     problem: MergeProblem, factor: RegularizationFactor, average: bool
 ) -> tuple[Tensor, Tensor, Tensor]:
     """B (s, d) with its derivatives, the defect I - E T (s, s) and the rank of T."""

@@ -58,31 +58,33 @@ def faults_of_layers(
     accepts contradictions.
     """
     defect, rank = solved
-    dropped = (defect != 0).any(-1).any(-1)
-    shared = torch.stack([(rank < 0).to(status.dtype), dropped.to(status.dtype)], -1)
     if torch.compiler.is_compiling():
-        missed = [rows.any() for rows in _missed_rows(problem, defect, residual)]
-        bad = (
-            shared[..., 0].any() | (status != 0).any() | (torch.stack(missed).any() & (not average))
-        )
+        missed = [rows.any() for rows in missed_rows(problem, defect, residual)]
+        bad = (rank < 0).any() | (status != 0).any() | (torch.stack(missed).any() & (not average))
         torch._assert_async(
             ~bad,
             "merge_kv: a layer cannot be merged: an argument is not finite, targets contradict "
             "each other or a result overflows; the same call without torch.compile says which",
         )
         return {}
-    found = _largest(torch.cat([shared, status], -1))
+    # One tensor and one copy: on a GPU every operation here is waited for.
+    found = _largest(torch.cat([-rank.unsqueeze(-1).to(status.dtype), status], -1))
     if found is None:  # nothing to read: meta tensors, or a graph that is being traced
         return {}
-    not_solved, some_dropped, *statuses = found
-    if not_solved:
-        raise _fault_of_shared_part(problem, factor)
+    least_rank, *statuses = -found[0], *found[1:]
+    if least_rank < 0:
+        raise fault_of_shared_part(problem, factor)
     faults = {
         layer: _fault_of_layer(problem, layer, one) for layer, one in enumerate(statuses) if one
     }
-    if some_dropped and not average:
-        for layer, missed_rows in enumerate(_missed_rows(problem, defect, residual)):
-            rows = [row for row, missed in enumerate(_largest(missed_rows) or []) if missed]
+    if least_rank == 0 and any_true((rank == 0) & (problem.c != 0).any(-1).any(-1)):
+        raise ValueError(
+            "merge_kv: C Q^-1 C^T must be larger than zero, got a product that float64 rounds to "
+            "zero; scale the embeddings up or C_reg down"
+        )
+    if least_rank < len(problem.c) and not average:
+        for layer, missed_here in enumerate(missed_rows(problem, defect, residual)):
+            rows = [row for row, missed in enumerate(_largest(missed_here) or []) if missed]
             if rows and layer not in faults:
                 faults[layer] = contradiction(problem, rows)
     return faults
@@ -94,23 +96,28 @@ def _largest(status: Tensor) -> list[int] | None:
     if numbers is None:
         return None
     columns = numbers.reshape(-1, status.shape[-1])
-    return columns.amax(0).tolist() if len(columns) else [0] * status.shape[-1]
+    if len(columns) > 1:
+        columns = columns.amax(0, keepdim=True)
+    return columns[0].tolist() if len(columns) else [0] * status.shape[-1]
 
 
-def _fault_of_shared_part(problem: MergeProblem, factor: RegularizationFactor) -> ValueError:
+def fault_of_shared_part(
+    problem: MergeProblem, factor: RegularizationFactor, function: str = "merge_kv"
+) -> ValueError:
+    """The error about what no layer can be merged with: tokens or a factor that is not finite."""
     if not any_true(~torch.isfinite(problem.c)):
         if any_true(~torch.isfinite(factor.chol)):
             return ValueError(
-                "merge_kv: factor must be finite, got NaN or infinity; build it again with "
+                f"{function}: factor must be finite, got NaN or infinity; build it again with "
                 "RegularizationFactor.from_embeddings"
             )
         return ValueError(
-            "merge_kv: C Q^-1 C^T must be finite, got a product that overflows float64; scale the "
-            "embeddings down or C_reg up"
+            f"{function}: C Q^-1 C^T must be finite, got a product that overflows float64; scale "
+            "the embeddings down or C_reg up"
         )
     return ValueError(
-        "merge_kv: embeddings must be finite, got NaN or infinity; look for an overflow upstream, "
-        "float16 features for instance"
+        f"{function}: embeddings must be finite, got NaN or infinity; look for an overflow "
+        "upstream, float16 features for instance"
     )
 
 
@@ -136,7 +143,7 @@ def _fault_of_layer(problem: MergeProblem, layer: int, status: int) -> ValueErro
     )
 
 
-def _missed_rows(problem: MergeProblem, defect: Tensor, residual: Sequence[Tensor]) -> list[Tensor]:
+def missed_rows(problem: MergeProblem, defect: Tensor, residual: Sequence[Tensor]) -> list[Tensor]:
     """For each layer which constraints were dropped and are missed, (s,) int32.
 
     R (I - E T) is by how much they are missed. Whatever exceeds what near-repeats and rounding
@@ -159,13 +166,15 @@ def _missed_rows(problem: MergeProblem, defect: Tensor, residual: Sequence[Tenso
     return found
 
 
-def contradiction(problem: MergeProblem, rows: Sequence[int]) -> ContradictoryTargetsError:
+def contradiction(
+    problem: MergeProblem, rows: Sequence[int], function: str = "merge_kv"
+) -> ContradictoryTargetsError:
     """The error about constraints that contradict earlier ones, told in terms of concepts."""
     owners = [
         name for name, count in zip(problem.names, problem.rows, strict=True) for _ in range(count)
     ]
     names = [owners[row] for row in rows]
-    named = ContradictoryTargetsError.for_rows("merge_kv", rows=rows, names=names)
+    named = ContradictoryTargetsError.for_rows(function, rows=rows, names=names)
     tokens, width = problem.c.shape[-2:]
     if tokens <= width:
         return named
@@ -251,8 +260,8 @@ def check_merge_problem(
         targets=targets,
         rows=tuple(e.shape[0] for e in embeddings),
         c=c,
-        inverse_hardness=_inverse_hardness(hardness, s, c),
-        names=_concept_names(names, len(embeddings)),
+        inverse_hardness=inverse_hardness_of("merge_kv", hardness, s, c),
+        names=concept_names("merge_kv", names, len(embeddings)),
         targets_are_values=values is not None,
     )
 
@@ -279,23 +288,25 @@ def _check_like(name: str, weight: Tensor, other_name: str, other: Tensor) -> No
         )
 
 
-def _inverse_hardness(hardness: float | Tensor, s: int, c: Tensor) -> Tensor:
+def inverse_hardness_of(function: str, hardness: float | Tensor, s: int, c: Tensor) -> Tensor:
+    """1 / mu (s,), float64, of a number or of one a row."""
     mu = torch.as_tensor(hardness, dtype=torch.float64, device=c.device)
     if mu.dim() > 1 or (mu.dim() == 1 and mu.shape[0] != s):
         raise ValueError(
-            f"merge_kv: hardness must be a number or have shape ({s},), one a row of the "
+            f"{function}: hardness must be a number or have shape ({s},), one a row of the "
             f"embeddings, got {tuple(mu.shape)}"
         )
     if not torch.compiler.is_compiling():
-        require_positive("merge_kv", "hardness", mu, "positive (infinite for a hard constraint)")
+        require_positive(function, "hardness", mu, "positive (infinite for a hard constraint)")
     return mu.reciprocal().expand(s)
 
 
-def _concept_names(names: Sequence[str] | None, count: int) -> tuple[str, ...]:
+def concept_names(function: str, names: Sequence[str] | None, count: int) -> tuple[str, ...]:
+    """One name a concept, all different."""
     if names is None:
         return tuple(f"concept {n}" for n in range(count))
     if len(names) != count:
-        raise ValueError(f"merge_kv: names must hold {count} names, got {len(names)}")
+        raise ValueError(f"{function}: names must hold {count} names, got {len(names)}")
     # Concepts of one name, two of "art" for instance, are told apart by their number.
     seen: dict[str, int] = {}
     told = []

@@ -32,9 +32,8 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 from torch.autograd.forward_ad import _set_fwd_grad_enabled
-from torch.autograd.function import _SingleLevelFunction
 
-from immunize_ext.ops.derivatives import below_autograd, primals_of
+from immunize_ext.ops.derivatives import Saved, primals_of
 
 SADDLE_SCHEMA = (
     "Tensor c, Tensor inverse_hardness, Tensor source, Tensor ridge, Tensor chol, Tensor root, "
@@ -104,22 +103,7 @@ def _moved_q(saddle: Saddle, x: Tensor, source: Tensor | None, ridge: Tensor | N
     return result
 
 
-class _Saved(_SingleLevelFunction):
-    """Keeps inputs and output, of which the input B and the output belong to the graph."""
-
-    operator: str
-
-    @classmethod
-    def forward(cls, *args: Tensor) -> Any:
-        return below_autograd(getattr(torch.ops.immunize_ext, cls.operator), *args)
-
-    @staticmethod
-    def setup_context(ctx: Any, inputs: tuple[Tensor, ...], output: Tensor) -> None:
-        ctx.save_for_backward(*inputs, output)
-        ctx.save_for_forward(*inputs, output)
-
-
-class _ConstraintMap(_Saved):
+class _ConstraintMap(Saved):
     """B, given B."""
 
     operator = "merge_constraint_map"
@@ -158,7 +142,7 @@ class _ConstraintMap(_Saved):
             return moved + _solve_constraints(pulled, saddle)
 
 
-class _FreeSolve(_Saved):
+class _FreeSolve(Saved):
     """X = S F."""
 
     operator = "merge_free_solve"
@@ -195,7 +179,7 @@ class _FreeSolve(_Saved):
             return _solve_free(free, saddle) + saddle.b.mT @ met
 
 
-class _ConstraintSolve(_Saved):
+class _ConstraintSolve(Saved):
     """Y = E G."""
 
     operator = "merge_constraint_solve"

@@ -22,7 +22,7 @@ from torch import Tensor
 from torch.utils import _pytree as pytree
 
 from immunize_ext import _load
-from immunize_ext.ops import fallback, merge_fallback
+from immunize_ext.ops import fallback, few_rows, merge_fallback, moment_fallback, projector
 from immunize_ext.ops.derivatives import (
     Family,
     Gradient,
@@ -37,6 +37,7 @@ from immunize_ext.ops.derivatives import (
 from immunize_ext.ops.merge_derivatives import ApplyBackwardRule, ApplyRule
 from immunize_ext.ops.merge_saddle import RULES as SADDLE_RULES
 from immunize_ext.ops.merge_saddle import SADDLE_SCHEMA
+from immunize_ext.ops.moment_derivatives import RULES as MOMENT_RULES
 
 _NAMESPACE = "immunize_ext"
 _LIBRARY = torch.library.Library(_NAMESPACE, "DEF")
@@ -149,7 +150,7 @@ def _regularizer(x: Tensor, gram: bool, *rest: Any) -> tuple[Tensor, ...]:
     batch, side, longer = x.shape[:-2], min(x.shape[-2:]), max(x.shape[-2:])
     return (
         x.new_empty(batch),
-        x.new_empty((*batch, 3), dtype=torch.float64),
+        x.new_empty((*batch, 4), dtype=torch.float64),
         x.new_empty(batch, dtype=torch.int64),
         x.new_empty((*batch, side), dtype=torch.float64),
         x.new_empty((*batch, side, side) if gram else (*batch, longer), dtype=torch.float64),
@@ -238,6 +239,18 @@ def _merge_apply_backward(
     )
 
 
+def _few_rows_linear(x: Tensor, weight: Tensor, *rest: Any) -> Tensor:
+    return x.new_empty((*x.shape[:-1], weight.shape[-2]))
+
+
+def _product(a: Tensor, b: Tensor) -> Tensor:
+    return a.new_empty((*a.shape[:-1], b.shape[-1]))
+
+
+def _leading_projector(h: Tensor, rank: int) -> tuple[Tensor, ...]:
+    return h.new_empty(h.shape), h.new_empty(h.shape), h.new_empty(h.shape[:-1])
+
+
 # --- the table ------------------------------------------------------------------------------------
 
 # Policy arguments, the same in every spectrum operator:
@@ -312,11 +325,11 @@ OPERATORS: dict[str, Operator] = {
     ),
     # R_well (ill = false) or R_ill of S = x or, with gram, of S = K = x^T x. normaliser: p or k, by
     # default the side or the rank of S; floor: of the denominator of R_ill. value [*] in the dtype
-    # of x; coefficients [*, 3] float64 of d largest, d smallest, d |S|_F^2; multiplicity [*] of the
-    # extreme that enters, 0 where the denominator of R_ill vanishes and no floor is given: the
-    # value is then held at a floor of a few max(n, p) eps; thin_vector [*, t] its vector on the
-    # thin side, companion that on the other one [*, max(n, p)], or with gram the thin Gram matrix
-    # [*, t, t].
+    # of x; coefficients [*, 4] float64: of d largest, d smallest and d |S|_F^2, and a factor f, a
+    # power of two, if not 1 they are those of f x; multiplicity [*] of the extreme that enters, 0
+    # where the denominator of R_ill vanishes and no floor is given: the value is then held at a
+    # floor of a few max(n, p) eps; thin_vector [*, t] its vector on the thin side, companion that
+    # on the other one [*, max(n, p)], or with gram the thin Gram matrix of f x [*, t, t].
     "regularizer": Operator(
         f"(Tensor x, bool gram, bool ill, float? normaliser, float? floor, {_POLICY}) -> "
         "(Tensor value, Tensor coefficients, Tensor multiplicity, Tensor thin_vector, "
@@ -483,6 +496,44 @@ OPERATORS: dict[str, Operator] = {
         (ApplyBackwardRule,),
         vmap="all",
     ),
+    # n s^-1 for n [*, o, d] and a symmetric positive definite s [*, d, d], from its lower Cholesky
+    # factor chol [*, d, d]; float64. Derivatives in n and s; that of chol is the one of s.
+    "moment_solve": Operator(
+        "(Tensor n, Tensor s, Tensor chol) -> Tensor",
+        moment_fallback.moment_solve,
+        _like_first,
+        (MOMENT_RULES["moment_solve"],),
+        vmap="all",
+        composed=True,
+    ),
+    # a [*, m, k] b [*, k, n], in their dtype under autocast too.
+    "moment_product": Operator(
+        "(Tensor a, Tensor b) -> Tensor",
+        moment_fallback.moment_product,
+        _product,
+        (MOMENT_RULES["moment_product"],),
+        vmap="all",
+        composed=True,
+    ),
+    # The projector [*, p, p] onto the `rank` leading eigenvectors of a symmetric h [*, p, p], all
+    # eigenvectors [*, p, p] and values [*, p] in descending order; float64. The projector alone has
+    # derivatives, which are made of projector_solve: X with X h - h X = (I - P) f P.
+    "leading_projector": Operator(
+        "(Tensor h, int rank) -> (Tensor projector, Tensor vectors, Tensor values)",
+        projector.leading_projector,
+        _leading_projector,
+        (projector.RULES["leading_projector"],),
+        vmap="all",
+        composed=True,
+    ),
+    "projector_solve": Operator(
+        "(Tensor f, Tensor h, Tensor vectors, Tensor values, int rank) -> Tensor",
+        projector.projector_solve,
+        _like_first,
+        (projector.RULES["projector_solve"],),
+        vmap="all",
+        composed=True,
+    ),
     # grad [*, o, p] times K^-1 for K = x^T x + ridge I, from the lower Cholesky factor of K
     # [p, p] and a basis [0, p]; or, for n < p samples, from that of basis K basis^T [n, n] and an
     # orthonormal basis [n, p] of the rows of x. float64.
@@ -501,6 +552,52 @@ OPERATORS: dict[str, Operator] = {
         _gradient_of(0),
         (Linear, "precondition_gradient", "precondition"),
         vmap="first",
+        composed=True,
+    ),
+    # x [*, n, p] times weight [*, o, p]^T, plus bias [*, o], for n < p; derivatives by the weight
+    # are multiplied by K^-1, K = x^T x + ridge I a constant. factor [*, n, n] float64: the lower
+    # Cholesky factor of x x^T + ridge I.
+    "few_rows_linear": Operator(
+        "(Tensor x, Tensor weight, Tensor? bias, Tensor factor, float ridge) -> Tensor",
+        few_rows.few_rows_linear,
+        _few_rows_linear,
+        (few_rows.LINEAR_RULE,),
+        vmap="all",
+        composed=True,
+    ),
+    # grad [*, n, o]^T x K^-1 for x = samples.
+    "few_rows_product": Operator(
+        "(Tensor grad, Tensor x, Tensor factor, Tensor samples, float ridge) -> Tensor",
+        few_rows.few_rows_product,
+        lambda grad, x, *_: x.new_empty((*x.shape[:-2], grad.shape[-1], x.shape[-1])),
+        (few_rows.PRODUCT_RULE,),
+        vmap="all",
+        composed=True,
+    ),
+    # x K^-1 in float64 for x = samples, the weight itself, and any grad [*, o, p] times K^-1, which
+    # is the derivative of all three.
+    "few_rows_solve": Operator(
+        "(Tensor x, Tensor factor, Tensor samples, float ridge) -> Tensor",
+        few_rows.few_rows_solve,
+        lambda x, *_: x.new_empty(x.shape, dtype=torch.float64),
+        (Linear, "few_rows_solve", "few_rows_precondition"),
+        vmap="all",
+        composed=True,
+    ),
+    "few_rows_weight": Operator(
+        "(Tensor weight, Tensor samples, float ridge) -> Tensor",
+        few_rows.few_rows_weight,
+        _like_first,
+        (Linear, "few_rows_weight", "few_rows_precondition"),
+        vmap="all",
+        composed=True,
+    ),
+    "few_rows_precondition": Operator(
+        "(Tensor grad, Tensor samples, float ridge) -> Tensor",
+        few_rows.few_rows_precondition,
+        _like_first,
+        (Linear, "few_rows_precondition", "few_rows_precondition"),
+        vmap="all",
         composed=True,
     ),
 }
@@ -615,13 +712,14 @@ _FUSED = frozenset(name for name in _PUBLIC if has_kernel(name, "cpu"))
 def is_fused(name: str, matrix: Tensor) -> bool:
     """Whether an operator that is differentiated in C++ can serve in place of a composition.
 
-    It is differentiated in reverse mode alone, by no transform, and has a kernel for the CPU alone;
+    It is differentiated in reverse mode alone, by no transform, and needs a kernel for the device;
     a graph that is traced here may later be run under any transform.
     """
+    device = matrix.device.type
     return (
         name in _FUSED
         and not torch.compiler.is_compiling()
-        and matrix.device.type == "cpu"
+        and (device == "cpu" or (device == "cuda" and has_kernel(name, device)))
         and not torch._C._are_functorch_transforms_active()
         and not carries_tangent(matrix)
     )

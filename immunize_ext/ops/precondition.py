@@ -75,26 +75,34 @@ class Preconditioner:
 
         Raises:
             NotPositiveDefiniteError: If K is numerically singular.
-            ValueError: If x is not a finite (n, p) tensor or ridge is negative.
+            ValueError: If x is not a finite (n, p) tensor, if its squares leave the range of
+                float64, or if ridge is negative.
 
         Note:
-            Deterministic.
+            Deterministic; another number of threads may change the last bits of the factor, which
+            LAPACK computes.
 
         Source:
             Zheng et al., ICML 2025, Algorithm 1, theorem 4.3. The released code multiplies on the
             output side, which only runs because its layer is square.
         """
-        function = "Preconditioner.from_features"
+        return cls._from("Preconditioner.from_features", "x", x, ridge, relative)
+
+    @classmethod
+    def _from(
+        cls, function: str, name: str, x: Tensor, ridge: float, relative: bool
+    ) -> Preconditioner:
+        """:meth:`from_features` with errors in the names of the function that was called."""
         # What is kept for backward passes must be no inference tensor.
         with torch.inference_mode(False), torch.no_grad():
-            x, absolute = _checked_features(function, x, ridge, relative)
+            x, absolute = _checked_features(function, name, x, ridge, relative)
             n, p = x.shape
             if n < p:
                 q, r = torch.linalg.qr(x.mT)
                 k, basis = r @ r.mT, q.mT.contiguous()
             else:
-                k, basis = x.mT @ x, x.new_empty(0, p)
-            return cls(_factor_of(function, k, absolute), basis, ridge=absolute)
+                k, basis = torch.ops.immunize_ext.merge_gram(x), x.new_empty(0, p)
+            return cls(_factor_of(function, name, k, absolute), basis, ridge=absolute)
 
     def apply(self, grad: Tensor) -> Tensor:
         """Return grad K^-1.
@@ -138,13 +146,17 @@ class Preconditioner:
         if numbers is None or kept is None:
             return
         wide = numbers.to(torch.float64).reshape(-1, self.basis.shape[1])
+        # In units of the row, whose square may be out of range.
+        unit = wide.abs().amax(1, keepdim=True).clamp(min=torch.finfo(torch.float64).tiny)
+        wide = wide / unit
         beside = (wide - (wide @ self.basis.mT) @ self.basis).norm(dim=1)
         share = rounding_beside(grad)
         size = wide.norm(dim=1)
         cut = beside <= share * size
         # Rounding an exact row to its dtype leaves half an eps; what is cut beyond may be meant.
         missed = cut & (beside > torch.finfo(grad.dtype).eps * size)
-        missed &= beside > self.ridge * kept.to(torch.float64).reshape(wide.shape).norm(dim=1)
+        result = kept.to(torch.float64).reshape(wide.shape) / unit
+        missed &= beside > self.ridge * result.norm(dim=1)
         # A share of a hundredth and more is no rounding, whatever the dtype.
         doubtful = ~cut & (beside < min(100.0 * share, 1e-2) * size)
         for rows, what in (
@@ -161,37 +173,51 @@ class Preconditioner:
                 )
 
 
+# Sums of squares beyond these are about to overflow, or have lost digits.
+_MOST_SQUARES, _LEAST_SQUARES = 1e300, 1e-290
+
+
 def _checked_features(
-    function: str, x: Tensor, ridge: float, relative: bool
+    function: str, name: str, x: Tensor, ridge: float, relative: bool
 ) -> tuple[Tensor, float]:
     """The features (n, p) in float64, a copy, and the absolute ridge."""
-    require_floating_matrix(function, "x", x)
+    require_floating_matrix(function, name, x)
     if x.dim() != 2:
-        raise ValueError(f"{function}: x must have shape (n, p), got {tuple(x.shape)}")
-    require_finite(function, "x", x)
+        raise ValueError(f"{function}: {name} must have shape (n, p), got {tuple(x.shape)}")
+    require_finite(function, name, x)
     if not (math.isfinite(ridge) and ridge >= 0):
         raise ValueError(f"{function}: ridge must be finite and not negative, got {ridge}")
     x = x.detach().to(torch.float64, copy=True)
     n, p = x.shape
     squares = float(x.square().sum())
     absolute = ridge * squares / p if relative else ridge
+    # Beside an absolute ridge it does not matter how small they are.
+    if squares > _MOST_SQUARES or max(squares, absolute) < _LEAST_SQUARES:
+        largest = float(x.abs().max())
+        if largest > 0.0:
+            raise ValueError(
+                f"{function}: {name} must have squares that float64 holds, between "
+                f"{_LEAST_SQUARES:.0e} and {_MOST_SQUARES:.0e} in all, got entries as large as "
+                f"{largest:.3g}; divide {name} by that, which multiplies what is preconditioned by "
+                "its square"
+            )
     if squares == 0.0 and absolute == 0.0:
         raise NotPositiveDefiniteError(
-            f"{function}: K = x^T x must be positive definite, got zero: x holds only zeros, "
-            "and a relative ridge is a share of them; pass features, or relative=False with a "
-            "positive ridge",
+            f"{function}: K = {name}^T {name} must be positive definite, got zero: {name} holds "
+            "only zeros, and a relative ridge is a share of them; pass features, or relative=False "
+            "with a positive ridge",
             rank=0,
         )
     if n < p and absolute == 0.0:
         raise NotPositiveDefiniteError(
-            f"{function}: K = x^T x must be positive definite, got {n} samples for {p} "
+            f"{function}: K = {name}^T {name} must be positive definite, got {n} samples for {p} "
             "features; pass a positive ridge, 1e-6 for instance",
             rank=n,
         )
     return x, absolute
 
 
-def _factor_of(function: str, k: Tensor, ridge: float) -> Tensor:
+def _factor_of(function: str, name: str, k: Tensor, ridge: float) -> Tensor:
     """Cholesky factor of k + ridge I, or what it lacks."""
     k.diagonal().add_(ridge)
     factor, info = torch.linalg.cholesky_ex(k)
@@ -203,7 +229,7 @@ def _factor_of(function: str, k: Tensor, ridge: float) -> Tensor:
         rank = int((eigenvalues > side * _EPS * top).sum())
         needed = max(0.0, 10 * side * _EPS * top - float(eigenvalues[0]))
         raise NotPositiveDefiniteError.for_matrix(
-            function, "K = x^T x + ridge I", dim=side, rank=rank, needed_ridge=needed
+            function, f"K = {name}^T {name} + ridge I", dim=side, rank=rank, needed_ridge=needed
         )
     return factor
 
@@ -391,7 +417,13 @@ class PreconditionedLinear(nn.Linear):
 
         Raises:
             NotPositiveDefiniteError: If K of the batch is numerically singular.
-            ValueError: If ``ridge`` is given although a preconditioner is set, which has its own.
+            ValueError: If ``ridge`` is given although a preconditioner is set, which has its own;
+                if K of the batch is wanted and it has no rows, or none that float64 can square.
+            NotImplementedError: If K of the batch is wanted under a ``vmap`` over it.
+
+        Note:
+            Derivatives of every order and mode by input, weight and bias; whatever is one by the
+            weight is multiplied by K^-1, K a constant.
         """
         preconditioner = self.preconditioner
         if ridge is not None and preconditioner is not None:
@@ -402,20 +434,50 @@ class PreconditionedLinear(nn.Linear):
         if not precondition or not self._is_differentiated():
             return super().forward(input)
         ridge = self.ridge if ridge is None else ridge
-        rows = input.detach().reshape(-1, self.in_features)
-        few = rows.shape[0] < self.in_features
-        if preconditioner is None and few and self.side == "input":
-            # G K^-1 = dY^T S^-1 X: the inverse on the side of the samples, where nothing cancels.
-            function = "PreconditionedLinear"
-            with torch.no_grad():
-                x, absolute = _checked_features(function, rows, ridge, self.relative)
-                s = _factor_of(function, x @ x.mT, absolute)
-            samples = Preconditioner(s, s.new_empty(0, s.shape[0]), ridge=absolute)
-            outputs = nn.functional.linear(rows, self.weight)
-            moving = precondition_gradient(outputs.mT, samples).mT
-            still = nn.functional.linear(input, self.weight.detach(), self.bias)
-            return still + (moving - moving.detach()).reshape(still.shape)
+        function = "PreconditionedLinear"
         if preconditioner is None:
-            preconditioner = Preconditioner.from_features(rows, ridge=ridge, relative=self.relative)
+            features = _features_of(function, input, self.in_features)
+            if len(features) < self.in_features and self.side == "input":
+                return self._of_few_rows(function, input, features, ridge)
+            preconditioner = Preconditioner._from(function, "input", features, ridge, self.relative)
         weight = precondition_gradient(self.weight, preconditioner, side=self.side)
         return nn.functional.linear(input, weight, self.bias)
+
+    def _of_few_rows(self, function: str, input: Tensor, features: Tensor, ridge: float) -> Tensor:
+        """The output with the inverse on the side of the samples, where nothing cancels."""
+        with torch.inference_mode(False), torch.no_grad():
+            x, absolute = _checked_features(function, "input", features, ridge, self.relative)
+            s = torch.ops.immunize_ext.merge_gram(x.mT)
+            factor = _factor_of(function, "input", s, absolute)
+        rows = input.reshape(-1, self.in_features)
+        rows, weight, bias = _autocast(rows, self.weight, self.bias)
+        outputs: Tensor = torch.ops.immunize_ext.few_rows_linear(
+            rows, weight, bias, factor, absolute
+        )
+        return outputs.reshape(*input.shape[:-1], outputs.shape[-1])
+
+
+def _features_of(function: str, input: Tensor, width: int) -> Tensor:
+    """The rows (n, p) that K is made of, as numbers."""
+    if input.dim() < 1 or input.shape[-1] != width or input.numel() == 0:
+        raise ValueError(
+            f"{function}: input must have shape (*, {width}) with at least one row, K is made of "
+            f"its rows, got {tuple(input.shape)}; skip a batch without rows"
+        )
+    numbers = payload(input)
+    numbers = input.detach() if numbers is None else numbers
+    if numbers.numel() != input.numel():
+        raise NotImplementedError(
+            f"{function}: input must be no batch of vmap, each element of which has a K of its "
+            "own; set a preconditioner of the full data, or loop over the batch"
+        )
+    return numbers.reshape(-1, width)
+
+
+def _autocast(*tensors: Tensor | None) -> list[Any]:
+    """The tensors in the dtype that a linear layer is computed in here."""
+    device = next(tensor for tensor in tensors if tensor is not None).device.type
+    if not torch.is_autocast_enabled(device):
+        return list(tensors)
+    dtype = torch.get_autocast_dtype(device)
+    return [t if t is None or t.dtype == torch.float64 else t.to(dtype) for t in tensors]

@@ -5,8 +5,8 @@ rest. ``r_well`` and ``r_ill`` take the matrix S itself; ``gram_r_well`` and ``g
 features x and act on K = x^T x without forming it. The Frobenius part never goes through singular
 vectors, so it has no singularity at repeated or zero singular values.
 
-For plain CPU tensors each of them is one fused operator, since the Python of a composition would
-cost more than its arithmetic. Under ``torch.func``, ``vmap``,
+For plain tensors on the CPU or a GPU each of them is one fused operator, since the Python of a
+composition and its launches would cost more than its arithmetic. Under ``torch.func``, ``vmap``,
 ``torch.compile``, forward mode, and with tensors as normalisers they are the composition.
 
 Gradients, with u, v the singular vectors and D the denominator of R_ill:
@@ -17,6 +17,11 @@ Gradients, with u, v the singular vectors and D the denominator of R_ill:
 
 and for S = K = x^T x they follow by d sigma_i(K) = 2 sigma_i(x) u_i^T dx v_i and
 d|K|_F^2 = <4 x x^T x, dx>. All of it is formed in float64 and cast to the input's dtype at the end.
+
+R of degree d obeys R(x) = s^d R(x / s). D^2 leaves the range of float64 long before x or the
+gradient does; there both are those of x / s, s the power of two of its largest entry. So they are
+infinite or zero only where the numbers themselves are. The one exception: where |S|_F^2 is beyond
+the range, so that R_well is infinite, a composition has gradient zero.
 """
 
 from __future__ import annotations
@@ -30,6 +35,7 @@ from immunize_ext.errors import EqualSingularValuesError
 from immunize_ext.ops.arguments import (
     RankPolicy,
     SpectrumPolicy,
+    any_true,
     require_positive,
     spectrum_policy,
 )
@@ -88,6 +94,12 @@ def _fused(
     value, _, multiplicity, *_ = torch.ops.immunize_ext.regularizer(
         s, gram, ill, normaliser, floor, *policy
     )
+    if s.is_cuda and type(multiplicity) is Tensor:
+        if torch.cuda.is_current_stream_capturing():
+            return value.to(s.dtype)  # nothing can be read: held at a floor, as when compiled
+        multiplicity = multiplicity.cpu()
+        if bool((multiplicity < 0).any()):  # squares that leave the range of float64
+            return _compose(function, s, policy, normaliser, floor)[0].to(s.dtype)
     if ill and floor is None and _any_zero(multiplicity):
         _refuse_vanishing(multiplicity == 0, function, "x" if gram else "s")
     return value.to(s.dtype)  # autocast may have widened it
@@ -126,12 +138,6 @@ def _ill(
     vanishing: float,
 ) -> Tensor:
     rank, multiplicity_min = counts
-    # |S|_F^2 leaves the range of float64 first: R_ill is then zero or infinite, with gradient 0.
-    overflows = torch.isinf(squared_frobenius)
-    vanished = (squared_frobenius == 0) & (rank > 0)
-    out_of_range = (overflows | vanished).detach()
-    squared_frobenius = torch.where(out_of_range, 2.0, squared_frobenius)
-    sigma_min = torch.where(out_of_range, 0.0, sigma_min)
     mean_square = squared_frobenius / (2 * (rank.clamp(min=1) if k is None else k))
     denominator = mean_square - sigma_min.square() / 2
     smallest = mean_square.detach() * (vanishing if floor is None else floor)
@@ -140,19 +146,62 @@ def _ill(
         # One cluster of all singular values: what D has left of itself is rounding.
         # Zeros that rank="full" counts are no cluster: D is then |S|_F^2 / (2 k).
         vanishes = vanishes | ((multiplicity_min >= rank) & (sigma_min.detach() > 0))
-    vanishes = vanishes & ~out_of_range
     if floor is None and not torch.compiler.is_compiling():
         _refuse_vanishing(vanishes, function, "x" if function.startswith("gram_") else "s")
-    # Where D vanishes the value is held at 1 / smallest, with gradient 0; the zero matrix, which
-    # has no scale to hold it at, gets infinity.
-    value = torch.where(vanishes, smallest, denominator).reciprocal()
-    return torch.where(overflows, 0.0, torch.where(vanished, torch.inf, value))
+    # Where D vanishes the value is held at 1 / smallest, with gradient 0.
+    return torch.where(vanishes, smallest, denominator).reciprocal()
+
+
+def _leaves_range(square: Tensor, rank: Tensor, narrow: bool) -> Tensor:
+    """Where some power of |S|_F that a derivative of R_ill is made of leaves float64's range.
+
+    narrow: or float32's, in which the two parts of the gradient by a float32 matrix are added up.
+    """
+    most = 2.0**64 if narrow else 2.0**256
+    return ~((square >= 1 / most) & (square <= most)) & (rank > 0)
+
+
+def _exponent(s: Tensor) -> Tensor:
+    """The exponent (*,) of a power of two that brings |s|_F between about 1 / sqrt(n p) and 1."""
+    largest = s.detach().to(torch.float64).abs().amax(dim=(-2, -1))
+    count = torch.full_like(largest, s.shape[-2] * s.shape[-1])
+    exponent = -torch.frexp(largest)[1] - (torch.frexp(count)[1] + 1) // 2
+    # Within the range of normal numbers, where products with the power are exact.
+    return exponent.clamp(-1000, 1000)
+
+
+def _times_power(value: Tensor, exponent: Tensor) -> Tensor:
+    """Value * 2^exponent; where that is infinite, with a finite power as its derivative.
+
+    What that is multiplied by later overflows too, or is zero and stays so.
+    """
+
+    def scaled(value: Tensor, exponent: Tensor) -> Tensor:
+        half = exponent // 2  # the power itself may leave the range where the product does not
+        for part in (half, exponent - half):
+            value = value * torch.ldexp(torch.ones_like(value.detach()), part.clamp(-1000, 1000))
+        return value
+
+    overflows = torch.isinf(scaled(value.detach(), exponent)) & torch.isfinite(value.detach())
+    result = scaled(value, torch.where(overflows, 900, exponent))
+    return torch.where(overflows, result + torch.inf, result)
 
 
 def _squared_norm(s: Tensor) -> Tensor:
     """|S|_F^2 in float64. In one go torch would add up in an order that depends on the threads."""
     longer = -1 if s.shape[-2] <= s.shape[-1] else -2
     return s.to(torch.float64).square().sum(longer).sum(-1)
+
+
+def _parts(
+    gram: bool, s: Tensor, policy: SpectrumPolicy
+) -> tuple[SingularExtremes | GramExtremes, Tensor, Tensor, Tensor]:
+    """The extremes, and of them the largest and the smallest value and |S|_F^2; float64."""
+    if gram:
+        of_gram = gram_extremes_float64(s, policy)
+        return of_gram, of_gram.lambda_max, of_gram.lambda_min, of_gram.squared_frobenius
+    of_s = singular_extremes_float64(s, policy)
+    return of_s, of_s.sigma_max, of_s.sigma_min, _squared_norm(s)
 
 
 def _compose(
@@ -162,21 +211,30 @@ def _compose(
     normaliser: float | Tensor | None,
     floor: float | None = None,
 ) -> tuple[Tensor, SingularExtremes | GramExtremes]:
-    """A regularizer and the extremes it is made of, float64: one decomposition."""
-    extremes: SingularExtremes | GramExtremes
-    if function in ("gram_r_well", "gram_r_ill"):
-        extremes = gram = gram_extremes_float64(s, policy)
-        largest, smallest, square = gram.lambda_max, gram.lambda_min, gram.squared_frobenius
-        width, squarings = s.shape[-1], 2
-    else:
-        extremes = singular = singular_extremes_float64(s, policy)
-        largest, smallest, square = singular.sigma_max, singular.sigma_min, _squared_norm(s)
-        width, squarings = min(s.shape[-2:]), 1
-    if function in ("r_well", "gram_r_well"):
+    """A regularizer and the extremes it is made of, float64: one decomposition within the range."""
+    gram = function.startswith("gram_")
+    extremes, largest, smallest, square = _parts(gram, s, policy)
+    if function.endswith("r_well"):
+        width = s.shape[-1] if gram else min(s.shape[-2:])
         return _well(largest, square, width if normaliser is None else normaliser), extremes
     counts = (extremes.rank, extremes.multiplicity_min)
-    vanishing = squarings * _VANISHING * max(s.shape[-2:])
-    return _ill(function, smallest, square, counts, normaliser, floor, vanishing), extremes
+    vanishing = (2 if gram else 1) * _VANISHING * max(s.shape[-2:])
+    narrow = not gram and s.dtype != torch.float64
+    # Compiled code cannot look.
+    rescaled = torch.compiler.is_compiling() or any_true(
+        _leaves_range(square.detach(), extremes.rank, narrow)
+    )
+    if not rescaled:
+        return _ill(function, smallest, square, counts, normaliser, floor, vanishing), extremes
+    exponent = _exponent(s)
+    power = torch.ldexp(torch.ones_like(exponent, dtype=torch.float64), exponent)[..., None, None]
+    # A matrix product, as torch cannot trace forward mode twice through a product by entries.
+    entries = s.to(torch.float64).reshape(*s.shape[:-2], s.shape[-2] * s.shape[-1], 1)
+    y = (entries @ power).reshape(s.shape)
+    of_y, _, smallest, square = _parts(gram, y, policy)
+    counts = (of_y.rank, of_y.multiplicity_min)
+    value = _ill(function, smallest, square, counts, normaliser, floor, vanishing)
+    return _times_power(value, (4 if gram else 2) * exponent), extremes
 
 
 def r_well(

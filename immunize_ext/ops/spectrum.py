@@ -474,6 +474,13 @@ def gram_log_condition_number(
     if not (math.isfinite(floor) and floor > 0.0):
         raise ValueError(f"{function}: floor must be finite and positive, got {floor}")
     policy = spectrum_policy(function, "x", x, "full", None, cluster_rtol)
-    extremes = gram_extremes_float64(x, policy)
-    value = (extremes.lambda_max + floor).log() - (extremes.lambda_min + floor).log()
-    return value.to(x.dtype)
+    extremes = singular_extremes_float64(x, policy)
+    root = torch.full_like(extremes.sigma_max.detach(), math.sqrt(floor))
+    if x.dtype == torch.float64 and any_true(torch.isinf(extremes.sigma_max)):
+        scale = _inverse_scale(x)
+        extremes, root = singular_extremes_float64(x * scale, policy), root * scale[..., 0, 0]
+    # Of K, which has more eigenvalues than x has singular values.
+    bottom = torch.zeros_like(root) if x.shape[-2] < x.shape[-1] else extremes.sigma_min
+    # log(lambda + floor) = 2 log hypot(sigma, sqrt(floor)): lambda leaves the range before sigma.
+    value = torch.hypot(extremes.sigma_max, root).log() - torch.hypot(bottom, root).log()
+    return (2 * value).to(x.dtype)

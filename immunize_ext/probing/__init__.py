@@ -11,16 +11,39 @@ and ``evaluation``.
 
 from __future__ import annotations
 
-from importlib import import_module
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
+
+from immunize_ext._lazy import lazy
 
 if TYPE_CHECKING:
+    from immunize_ext.probing import (
+        attacks,
+        certificates,
+        certification,
+        data,
+        evaluation,
+        extractors,
+        immunizers,
+        metrics,
+        run,
+    )
     from immunize_ext.probing.attacks import ATTACKS
     from immunize_ext.probing.data import Problem, Task
     from immunize_ext.probing.evaluation import Evaluation, evaluate
     from immunize_ext.probing.immunizers import METHODS, Immunized
     from immunize_ext.probing.run import AttackSettings, RunSettings, SweepSettings
 
+_MODULES = (
+    "attacks",
+    "certificates",
+    "certification",
+    "data",
+    "evaluation",
+    "extractors",
+    "immunizers",
+    "metrics",
+    "run",
+)
 # Imported when they are asked for: a page that is drawn from results needs no operators.
 _PLACES = {
     "ATTACKS": "attacks",
@@ -33,6 +56,7 @@ _PLACES = {
     "SweepSettings": "run",
     "Task": "data",
     "evaluate": "evaluation",
+    **{name: name for name in _MODULES},
 }
 
 __all__ = [
@@ -45,11 +69,20 @@ __all__ = [
     "RunSettings",
     "SweepSettings",
     "Task",
+    "attacks",
+    "certificates",
+    "certification",
+    "data",
     "evaluate",
+    "evaluation",
+    "extractors",
+    "immunizers",
+    "metrics",
+    "run",
 ]
 
+__getattr__ = lazy(__name__, _PLACES)
 
-def __getattr__(name: str) -> Any:
-    if name in _PLACES:
-        return getattr(import_module(f"immunize_ext.probing.{_PLACES[name]}"), name)
-    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+
+def __dir__() -> list[str]:
+    return __all__

@@ -31,11 +31,13 @@ class CertificationSettings:
         draws: Draws of few samples.
         seed: Seed of the draws; that of the run when omitted.
         data_dir: Where the data is now.
+        device: Where to compute; where the run did when omitted.
     """
 
     draws: int = 8
     seed: int | None = None
     data_dir: str | None = None
+    device: str | None = None
 
     def __post_init__(self) -> None:
         check_types(self)
@@ -87,7 +89,11 @@ def certify_run(
     """
     settings = settings or CertificationSettings()
     report.check_extras()
-    changes = {} if settings.data_dir is None else {"data_dir": settings.data_dir}
+    changes = {
+        name: value
+        for name in ("data_dir", "device")
+        if (value := getattr(settings, name)) is not None
+    }
     about, immunized, problem = reopen(folder, "certify", **changes)
     seed = about.seed if settings.seed is None else settings.seed
     count = len(problem.harmful)

@@ -26,7 +26,7 @@ from immunize_ext.probing.attacks import (
     knows,
     label_of,
 )
-from immunize_ext.probing.data import Problem, Task, gram_equivalent, gram_rows
+from immunize_ext.probing.data import Problem, Task, TaskLike, gram_equivalent, gram_rows
 from immunize_ext.probing.immunizers import Immunized
 from immunize_ext.probing.metrics import (
     AttackerSteps,
@@ -247,8 +247,8 @@ def standard_attacks(loss: LossName = "squared") -> list[Attack[Any, Any]]:
 
 def evaluate(
     immunized: Immunized,
-    primary: Task,
-    harmful: Task,
+    primary: TaskLike,
+    harmful: TaskLike,
     *,
     ridge: float = 1e-2,
     rank_rtol: float | None = None,
@@ -265,7 +265,7 @@ def evaluate(
 
     Args:
         immunized: The immunized extractor.
-        primary: The task that was to be kept.
+        primary: The task that was to be kept, or arrays (:meth:`Task.of`).
         harmful: The task that was to be made hard. Its labels are used here and only here.
         ridge: Relative ridge of the condition numbers.
         rank_rtol: Rank tolerance of the rank-aware condition numbers, as for
@@ -288,7 +288,16 @@ def evaluate(
 
     Note:
         Deterministic; computed in float64.
+
+    Example:
+        >>> from immunize_ext.probing.immunizers import METHODS
+        >>> x = torch.eye(10, dtype=torch.float64) * torch.arange(1.0, 11.0)
+        >>> task = x, x.sum(1)
+        >>> immunized = METHODS["whitening"].fit(None, Problem.of(task, task))
+        >>> sorted(evaluate(immunized, task, task, base_budget=9, limit=2.0).rir)
+        ['official', 'rank_aware', 'ridge']
     """
+    primary, harmful = Task.of(primary, "primary task"), Task.of(harmful, "harmful task")
     tasks = {"harmful": harmful, "primary": primary}
     chosen = standard_attacks() if attacks is None else list(attacks)
     short = {role: gram_equivalent(task) for role, task in tasks.items()}
@@ -370,7 +379,7 @@ def evaluate(
         warnings.append(_FLOAT32)
     more = {}
     if details:
-        problem = Problem.of(primary, harmful)
+        problem: Problem[Task] = Problem.of(primary, harmful)
         more = _details(immunized, problem, comparisons, ridge=ridge, seed=seed)
     return Evaluation(**found, warnings=warnings, details=more)
 

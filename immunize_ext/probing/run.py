@@ -20,12 +20,15 @@ from itertools import product
 from pathlib import Path
 from typing import Any, Literal
 
+import torch
+
 from immunize_ext import report
 from immunize_ext.probing import comparison as points_of_runs
 from immunize_ext.probing import comparison_report
 from immunize_ext.probing import report as pages
 from immunize_ext.probing.attacks import (
     ATTACKS,
+    AttackName,
     LossName,
     attack_at_budgets,
     compare_attack,
@@ -40,9 +43,10 @@ from immunize_ext.probing.evaluation import (
     needs_samples,
     standard_attacks,
 )
-from immunize_ext.probing.immunizers import METHODS, Immunized, grid_of, knob_of
+from immunize_ext.probing.immunizers import METHODS, Immunized, MethodName, grid_of, knob_of
 from immunize_ext.probing.immunizers import label_of as method_label
 from immunize_ext.probing.results import Alternative, AttackRow
+from immunize_ext.runtime import named_device
 from immunize_ext.seams import Attack, Immunizer, Progress
 from immunize_ext.settings import build, check_types, plain, settings_of
 from immunize_ext.storage import (
@@ -95,6 +99,8 @@ class MeasureSettings:
         loss: What attackers minimise: ``squared`` or ``logistic``.
         base_budget: Steps of an attacker without immunization.
         limit: Largest slow-down looked for.
+        device: Where to compute: ``cpu``, ``cuda``, ``cuda:1``.
+        dtype: Data type of inputs and labels; extractors are float64 always.
     """
 
     data: str = "digits"
@@ -104,15 +110,18 @@ class MeasureSettings:
     rank_rtol: float | None = None
     size: int = 28
     max_train: int | None = None
-    attacks: tuple[str, ...] = ()
+    attacks: tuple[AttackName | Literal["all"] | str, ...] = ()
     attack_settings: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
     loss: LossName = "squared"
     base_budget: int = 1000
     limit: float = 64.0
+    device: str = "cpu"
+    dtype: Literal["float64", "float32"] = "float64"
 
     def __post_init__(self) -> None:
         check_types(self)
         _check_attacks(self.attacks, self.attack_settings)
+        named_device(self.device, here=False)  # a file may come from another machine
         if self.base_budget < 1 or not self.limit >= 1.0:
             raise ValueError(
                 f"base_budget and limit must be at least 1, got {self.base_budget} and {self.limit}"
@@ -195,8 +204,8 @@ class RunSettings(MeasureSettings):
 
     primary: str | None = None
     harmful: tuple[str, ...] = ()
-    method: str = "closed-form"
-    compare: tuple[str, ...] = ()
+    method: MethodName | str = "closed-form"
+    compare: tuple[MethodName | str, ...] = ()
     seed: int = 0
 
     def __post_init__(self) -> None:
@@ -226,8 +235,13 @@ class RunSettings(MeasureSettings):
         return found
 
     def load(self) -> Problem[Task]:
-        """The tasks."""
-        return load_problem(
+        """The tasks, on the device.
+
+        Raises:
+            ValueError: If this machine does not have it.
+        """
+        device = named_device(self.device)
+        found = load_problem(
             self.data,
             self.primary,
             self.harmful,
@@ -236,6 +250,7 @@ class RunSettings(MeasureSettings):
             max_train=self.max_train,
             seed=self.seed,
         )
+        return found.to(device, getattr(torch, self.dtype))
 
 
 @dataclass(frozen=True)
@@ -374,6 +389,7 @@ def run(
     for method in (None, *settings.compare):
         settings.immunizer(method)
     check_names(settings.data, settings.primary, settings.harmful)
+    named_device(settings.device)
     if out is None:
         return _measured(settings, attacks, progress=progress)
     check_target(out, force=force)
@@ -504,9 +520,10 @@ class AttackSettings:
         base_budget: Steps of an attacker without immunization; that of the run when omitted.
         limit: Largest slow-down looked for; that of the run when omitted.
         data_dir: Where the data is now.
+        device: Where to compute; where the run did when omitted.
     """
 
-    attacks: tuple[str, ...] = ("all",)
+    attacks: tuple[AttackName | Literal["all"] | str, ...] = ("all",)
     attack_settings: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
     tasks: tuple[Literal["harmful", "primary"], ...] = ROLES
     loss: LossName | None = None
@@ -514,6 +531,7 @@ class AttackSettings:
     base_budget: int | None = None
     limit: float | None = None
     data_dir: str | None = None
+    device: str | None = None
 
     def __post_init__(self) -> None:
         check_types(self)
@@ -564,7 +582,7 @@ def attack(
     """
     changes = {
         name: value
-        for name in ("loss", "base_budget", "limit", "data_dir")
+        for name in ("loss", "base_budget", "limit", "data_dir", "device")
         if (value := getattr(settings, name)) is not None
     }
     about, immunized, problem = reopen(folder, "attack", **changes)
@@ -622,8 +640,8 @@ def reopen(
             f"{'sweep again with --attacks' if function == 'attack' else 'give one run'}"
         )
     about = replace(_request(results["request"]), **changes)
-    immunized = Immunized.load(Path(folder) / MODEL)
     problem = about.load()
+    immunized = Immunized.load(Path(folder) / MODEL, device=about.device)
     if problem.digest() != results.get("data_sha256"):
         raise ValueError(
             f"{function}: {about.data} must be the data that the run saw, got other numbers; give "
@@ -725,7 +743,7 @@ class SweepSettings(MeasureSettings):
     """
 
     pairs: tuple[str, ...] = ("all",)
-    methods: tuple[str, ...] = ("closed-form",)
+    methods: tuple[MethodName | str, ...] = ("closed-form",)
     strengths: Mapping[str, Any] = field(default_factory=dict)
     frontier: bool = False
     seeds: tuple[int, ...] = (0,)

@@ -10,6 +10,7 @@ the package and no torch, so agreement means something.
 * ``merge``: the key/value merge by a null-space method, by its optimality system and by the
   closed form; ``merge_optimality``: objective and residuals; ``merge_gradients``: gradients by the
   closed form and by implicit differentiation.
+* ``moments``: the second-moment merge by least squares, its gradients from the optimality system.
 * ``precondition``: right multiplication by K^-1.
 * ``finite_differences``: central differences with an estimate of their own error.
 
@@ -58,6 +59,11 @@ from immunize_ext.reference.merge_optimality import (
     merge_objective,
     merge_residuals,
 )
+from immunize_ext.reference.moments import (
+    MomentGradients,
+    merge_moments,
+    merge_moments_gradient,
+)
 from immunize_ext.reference.precondition import (
     preconditioned_gradient,
     preconditioned_gradient_by_qr,
@@ -99,6 +105,7 @@ __all__ = [
     "LayersGradients",
     "MergeGradients",
     "MergeResiduals",
+    "MomentGradients",
     "SingularExtremes",
     "SingularExtremesGradient",
     "SymmetricExtremes",
@@ -129,6 +136,8 @@ __all__ = [
     "merge_kkt",
     "merge_layers",
     "merge_layers_gradient",
+    "merge_moments",
+    "merge_moments_gradient",
     "merge_null_space",
     "merge_objective",
     "merge_residuals",

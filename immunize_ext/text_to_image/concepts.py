@@ -33,7 +33,7 @@ from torch import Tensor
 
 from immunize_ext._extras import require_extra
 from immunize_ext.images import SUFFIXES, image_files, read_rgb, same_pictures
-from immunize_ext.settings import parse_yaml
+from immunize_ext.settings import hint, parse_yaml
 from immunize_ext.storage import digest
 from immunize_ext.text_to_image.names import find_names, same_name
 
@@ -183,7 +183,7 @@ class ConceptSet:
         if unknown:
             raise ValueError(
                 f"ConceptSet.select: names must be among {', '.join(self.names)}, got "
-                f"{unknown[0]!r}"
+                f"{unknown[0]!r}{hint(unknown[0], self.names)}"
             )
         chosen = tuple(concept for concept in self.concepts if concept.name in wanted)
         return ConceptSet(chosen, self.retain, self.captions)

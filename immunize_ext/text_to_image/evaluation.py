@@ -76,7 +76,7 @@ from immunize_ext.text_to_image.metrics.generation import (
     Sampling,
     retained_qualities,
 )
-from immunize_ext.text_to_image.model import TextToImage
+from immunize_ext.text_to_image.model import ModelLike, TextToImage
 from immunize_ext.text_to_image.step_zero import Unattacked, score_unattacked
 
 Role = Literal["target", "joint", "control", "new_word"]
@@ -601,8 +601,8 @@ def _checked(
 
 
 def evaluate_text_to_image(
-    unprotected: TextToImage,
-    immunized: TextToImage,
+    unprotected: ModelLike,
+    immunized: ModelLike,
     concepts: ConceptSet,
     *,
     attacks: Sequence[TextToImageAttack],
@@ -667,6 +667,7 @@ def evaluate_text_to_image(
         steps,
         evaluate_at,
     )
+    unprotected, immunized = TextToImage.of(unprotected), TextToImage.of(immunized)
     names = [attack.name for attack in attacks]
     chosen = names[:1] if control_attacks is None else list(control_attacks)
     if not set(chosen) <= set(names):

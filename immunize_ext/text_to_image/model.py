@@ -12,13 +12,14 @@ import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any, Literal, NamedTuple
+from typing import Any, Literal, NamedTuple, TypeAlias
 
 import torch
 from torch import Tensor, nn
 from torch.func import functional_call
 
 from immunize_ext._extras import require_extra
+from immunize_ext.hub import model_folder
 from immunize_ext.storage import check_sealed, digest, new_folder, seal_folder
 from immunize_ext.text_to_image.pipeline_folder import (
     INDEX,
@@ -49,6 +50,10 @@ class Conditioning(NamedTuple):
         index = index.to(self.hidden.device)
         pooled = None if self.pooled is None else self.pooled[index]
         return Conditioning(self.hidden[index], pooled, self.mask[index])
+
+
+ModelLike: TypeAlias = "TextToImage | str | Path | Any"
+"""A model, a diffusers pipeline, a folder or a name: what :meth:`TextToImage.of` takes."""
 
 
 class TextToImage:
@@ -88,6 +93,31 @@ class TextToImage:
         self.scheduler: Any = diffusers.DDPMScheduler.from_config(pipeline.scheduler.config)
 
     @classmethod
+    def of(cls, model: ModelLike) -> TextToImage:
+        """A model as it is, or the view on what is given.
+
+        Args:
+            model: A :class:`TextToImage`, a diffusers pipeline, or what :meth:`from_pretrained`
+                takes: a folder, or a name on huggingface.co.
+
+        Returns:
+            The view; a pipeline is not copied.
+
+        Raises:
+            FileNotFoundError: If what is named is not there.
+            ValueError: If it is a model of another kind.
+
+        Example:
+            >>> from immunize_ext.text_to_image.digits.pipeline import load_digits_pipeline
+            >>> pipeline = load_digits_pipeline()
+            >>> TextToImage.of(pipeline).pipeline is pipeline
+            True
+        """
+        if isinstance(model, TextToImage):
+            return model
+        return cls.from_pretrained(model) if isinstance(model, (str, Path)) else cls(model)
+
+    @classmethod
     def from_pipeline(cls, pipeline: Any) -> TextToImage:
         """View a pipeline; the same as the constructor."""
         return cls(pipeline)
@@ -99,26 +129,31 @@ class TextToImage:
         *,
         dtype: torch.dtype | None = None,
         variant: str | None = None,
+        device: torch.device | str = "cpu",
     ) -> TextToImage:
-        """Load a pipeline from a folder.
+        """Load a pipeline from a folder, or by its name on huggingface.co.
 
         Args:
-            path: A folder in diffusers' layout with safetensors files. Nothing is downloaded, and
-                no code of it is run: a folder that asks for code is refused.
+            path: A folder in diffusers' layout with safetensors files, or ``owner/model`` (with
+                ``@revision`` where it matters), which is fetched once. No code of it is run: a
+                folder that asks for code is refused.
             dtype: Data type of all parts; the one that the denoiser was saved in when omitted.
             variant: Which files to read, such as ``"fp16"``; the only one there is when omitted.
+            device: Where it shall be.
 
         Returns:
             The view on it.
 
         Raises:
-            FileNotFoundError: If there is no such folder, or it holds no pipeline.
+            FileNotFoundError: If there is no such folder, it holds no pipeline, or what is named
+                can not be fetched.
             ValueError: If it holds code, classes that diffusers and transformers do not have,
                 pickled weights, another kind of pipeline, or a file that was damaged since
                 :meth:`save` wrote it.
         """
         diffusers = require_extra("diffusers", extra="diffusion", purpose="text-to-image models")
-        function, folder = "TextToImage.from_pretrained", Path(path)
+        function = "TextToImage.from_pretrained"
+        folder = model_folder(path, function=function, index=INDEX, variant=variant)
         if not (folder / INDEX).is_file():
             raise FileNotFoundError(
                 f"{function}: {path} must be a folder with model_index.json; "
@@ -132,7 +167,13 @@ class TextToImage:
             pipeline = diffusers.DiffusionPipeline.from_pretrained(
                 folder, local_files_only=True, use_safetensors=True, variant=variant, **options
             )
-        return cls(pipeline)
+        return cls(pipeline).to(device)
+
+    def to(self, device: torch.device | str) -> TextToImage:
+        """Move every part to a device, in place."""
+        if self.device != torch.device(device):
+            self.pipeline.to(device)
+        return self
 
     def clone(self) -> TextToImage:
         """Copy every part, attention processors and hooks included."""

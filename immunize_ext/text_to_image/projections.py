@@ -118,6 +118,12 @@ def describe_projections(found: Sequence[TextProjection]) -> str:
 
     Returns:
         For example ``"32 text projections (16 K, 16 V): text width 768; rows 320 x 10, ..."``.
+
+    Example:
+        >>> from immunize_ext.text_to_image.digits.pipeline import load_digits_pipeline
+        >>> layers = find_text_projections(load_digits_pipeline().unet)
+        >>> describe_projections(layers).startswith(f"{len(layers)} text projections")
+        True
     """
     if not found:
         return "no text projections"

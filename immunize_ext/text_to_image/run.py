@@ -21,6 +21,7 @@ from typing import Any
 
 from immunize_ext import report
 from immunize_ext._extras import require_extra
+from immunize_ext.hub import is_hub_id
 from immunize_ext.seams import Progress
 from immunize_ext.settings import build, plain, settings_of
 from immunize_ext.storage import (
@@ -41,6 +42,7 @@ from immunize_ext.text_to_image import comparison as comparisons
 from immunize_ext.text_to_image import report as pages
 from immunize_ext.text_to_image.attack_runs import SIDES
 from immunize_ext.text_to_image.attacks import attack_label
+from immunize_ext.text_to_image.card import Measured
 from immunize_ext.text_to_image.evaluation import (
     TextToImageEvaluation,
     evaluate_text_to_image,
@@ -170,11 +172,28 @@ class Run:
         """
         results = self.results()
         with run_directory(out, force=force) as folder:
-            self.immunized.save(folder / PIPELINE)
+            name = self.settings.model
+            base = name.partition("@")[0] if is_hub_id(name) else None
+            self.immunized.save(folder / PIPELINE, base=base, measured=self._measured())
             if self.evaluation is not None:
                 report.write(results, folder)
             write_json(folder / "results.json", results)
         return Path(out)
+
+    def _measured(self) -> Measured | None:
+        found = self.evaluation
+        if found is None:
+            return None
+        reached = {
+            attack_label(name): tuple(found.target_scores(side, name)[-1].mean for side in SIDES)
+            for name in found.attacks
+        }
+        return Measured(
+            found.measures[0],
+            self.settings.attack_steps,
+            self.settings.images,
+            {name: (values[0], values[1]) for name, values in reached.items()},
+        )
 
 
 def _labels(attacks: Sequence[str]) -> dict[str, dict[str, str]]:
@@ -382,7 +401,7 @@ def _immunized(
     key = digest(kind, plain(method), task.model.digest(), task.fitted.digest())[:16]
     folder = work / f"immunized-{key}"
     if (folder / PIPELINE / INDEX).is_file():
-        return ImmunizedPipeline.load(folder / PIPELINE)
+        return ImmunizedPipeline.load(folder / PIPELINE, device=task.model.device)
     made = method.fit(task.model, task.fitted, progress=progress, resume=folder / "checkpoint")
     made.save(folder / PIPELINE)
     return made
@@ -512,6 +531,7 @@ def attack(
         evaluate_at=steps,
         attack_steps=max(steps[-1], 1),
         images=settings.images or about.images,
+        device=settings.device or about.device,
     )
     attacks = about.chosen_attacks()
     check_model(about)
@@ -525,7 +545,7 @@ def attack(
         _erase(task)
     evaluation = evaluate_text_to_image(
         task.model,
-        ImmunizedPipeline.load(Path(folder) / PIPELINE).model,
+        ImmunizedPipeline.load(Path(folder) / PIPELINE, device=task.model.device).model,
         task.judged,
         attacks=attacks,
         measures=measures,

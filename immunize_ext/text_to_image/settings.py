@@ -6,17 +6,25 @@ import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from itertools import product
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
-from immunize_ext.settings import check_types, settings_of
+from immunize_ext.runtime import named_device
+from immunize_ext.settings import check_types, hint, settings_of
 from immunize_ext.text_to_image.attacks import (
     ATTACKS,
+    AttackName,
     TextToImageAttack,
     asked_by,
     registered_name,
 )
+from immunize_ext.text_to_image.attacks.prompts import PromptVariant
 from immunize_ext.text_to_image.digits.images import DIGIT_NAMES
-from immunize_ext.text_to_image.immunizers import METHODS, LossAscent, TextToImageImmunizer
+from immunize_ext.text_to_image.immunizers import (
+    METHODS,
+    LossAscent,
+    MethodName,
+    TextToImageImmunizer,
+)
 
 DIGITS = "digits"
 
@@ -33,6 +41,11 @@ def _check_attacks(
         ATTACKS.find(name, "attacks")
     if len(set(prompts)) < len(prompts):
         raise ValueError(f"prompts must be different wordings, got {list(prompts)}")
+    known = get_args(PromptVariant)
+    for prompt in prompts:
+        # A text without a space is a wording misspelt sooner than a prompt.
+        if " " not in prompt and prompt not in known and (near := hint(prompt, known)):
+            raise ValueError(f"prompts must be wordings or texts, got {prompt!r}{near}")
 
 
 @dataclass(frozen=True)
@@ -40,9 +53,11 @@ class ModelSettings:
     """A model and its concepts.
 
     Attributes:
-        model: Folder of a pipeline, or ``digits`` for the one that comes with the package.
+        model: Folder of a pipeline, its name on huggingface.co (``owner/model``, fetched once), or
+            ``digits`` for the one that comes with the package.
         concepts: A concepts.yaml; for ``digits`` the targets say it.
         targets: Names of concepts, of the file or of digits; all of the file when empty.
+        device: Where to compute: ``cpu``, ``cuda``, ``cuda:1``.
         dtype: Data type of the weights; ``saved`` for the one they were saved in.
         variant: Which files of weights to read, such as ``fp16``; the only one when omitted.
         image_size: Side that images of the concepts are resized to; the model's own when omitted.
@@ -51,12 +66,14 @@ class ModelSettings:
     model: str = DIGITS
     concepts: str | None = None
     targets: tuple[str, ...] = ()
+    device: str = "cpu"
     dtype: Dtype = "saved"
     variant: str | None = None
     image_size: int | None = None
 
     def __post_init__(self) -> None:
         check_types(self)
+        named_device(self.device, here=False)  # a file may come from another machine
         if self.image_size is not None and self.image_size < 1:
             raise ValueError(f"image_size must be at least 1, got {self.image_size}")
         if len(set(self.targets)) < len(self.targets):
@@ -87,19 +104,19 @@ class RunSettings(ModelSettings):
         sampling_steps: Denoising steps of an image.
         guidance: Guidance scale.
         threshold: Score at which a concept counts as taught again.
-        clip: Folder of a CLIP model to judge with, for models without a judge.
-        dino: Folder of a DINO model, likewise.
+        clip: Folder or hub name of a CLIP model to judge with, for models without a judge.
+        dino: Folder or hub name of a DINO model, likewise.
     """
 
-    method: str = "mima"
+    method: MethodName | str = "mima"
     settings: Mapping[str, Any] = field(default_factory=dict)
     control: str | None = None
     new_word: str | None = None
     erase: bool = True
     caption_count: int | None = None
-    attacks: tuple[str, ...] = ("lora", "full_fine_tuning")
+    attacks: tuple[AttackName | Literal["all"] | str, ...] = ("lora", "full_fine_tuning")
     attack_settings: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
-    prompts: tuple[str, ...] = ()
+    prompts: tuple[PromptVariant | str, ...] = ()
     attack_steps: int = 40
     evaluate_at: tuple[int, ...] = ()
     seeds: tuple[int, ...] = (0,)
@@ -241,13 +258,15 @@ class AttackSettings:
         budgets: Steps at which they are judged, the last of which ends them; those of the run when
             empty.
         images: Images for each score; as many as the run had when omitted.
+        device: Where to compute; where the run did when omitted.
     """
 
-    attacks: tuple[str, ...] = ("all",)
+    attacks: tuple[AttackName | Literal["all"] | str, ...] = ("all",)
     attack_settings: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
     prompts: tuple[str, ...] = ()
     budgets: tuple[int, ...] = ()
     images: int | None = None
+    device: str | None = None
 
     def __post_init__(self) -> None:
         check_types(self)

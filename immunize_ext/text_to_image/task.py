@@ -10,6 +10,9 @@ from typing import Any
 import torch
 
 from immunize_ext._extras import require_extra
+from immunize_ext.hub import is_hub_id, model_folder
+from immunize_ext.runtime import named_device
+from immunize_ext.settings import hint, suggestion
 from immunize_ext.text_to_image.concepts import Concept, ConceptSet, load_concepts
 from immunize_ext.text_to_image.digits.concepts import digit_concept, digit_concepts
 from immunize_ext.text_to_image.digits.images import DIGIT_NAMES
@@ -75,6 +78,7 @@ def check_model(settings: ModelSettings) -> None:
         FileNotFoundError: If the model is missing.
         ValueError: If the concepts are missing, or a target of the digits is none.
     """
+    named_device(settings.device)
     if settings.model == DIGITS:
         for name in ("concepts", "variant", "image_size", "clip", "dino"):
             if getattr(settings, name, None) is not None:
@@ -87,13 +91,15 @@ def check_model(settings: ModelSettings) -> None:
             raise ValueError(f"dtype: must be float32 for the digits, got {settings.dtype}")
         digit_concepts(settings.targets or DIGIT_TARGETS)
         return
-    if not (Path(settings.model) / INDEX).is_file():
+    if not is_hub_id(settings.model) and not (Path(settings.model) / INDEX).is_file():
         raise FileNotFoundError(
             f"model: must be a folder with model_index.json, got {settings.model}; give what "
-            "DiffusionPipeline.save_pretrained wrote, or leave it out for the digits"
+            "DiffusionPipeline.save_pretrained wrote, a name on huggingface.co (owner/model), or "
+            f"leave it out for the digits{hint(settings.model, [DIGITS])}"
         )
     if settings.concepts is None:
         raise ValueError("concepts: must name a concepts.yaml for a model of your own, got none")
+    model_folder(settings.model, function="model", index=INDEX, variant=settings.variant)
 
 
 def load_model(settings: ModelSettings) -> tuple[TextToImage, ConceptSet]:
@@ -107,9 +113,11 @@ def load_model(settings: ModelSettings) -> tuple[TextToImage, ConceptSet]:
     require_extra("diffusers", extra="diffusion", purpose="text-to-image models")
     if settings.model == DIGITS:
         targets = settings.targets or DIGIT_TARGETS
-        return TextToImage(load_digits_pipeline()), digit_concepts(targets)
+        return TextToImage(load_digits_pipeline()).to(settings.device), digit_concepts(targets)
     dtype = None if settings.dtype == "saved" else getattr(torch, settings.dtype)
-    model = TextToImage.from_pretrained(settings.model, dtype=dtype, variant=settings.variant)
+    model = TextToImage.from_pretrained(
+        settings.model, dtype=dtype, variant=settings.variant, device=settings.device
+    )
     scale = int(getattr(model.pipeline, "vae_scale_factor", 1))
     size = settings.image_size or int(model.unet.config.sample_size) * scale
     assert settings.concepts is not None  # check_model asked
@@ -158,8 +166,10 @@ def _chosen(setting: str, name: str | None, everything: Mapping[str, Concept]) -
     if name is None:
         return None
     if name not in everything:
-        known = ", ".join(everything)
-        raise ValueError(f"{setting}: must be a concept of the model, got {name!r}; {known}")
+        raise ValueError(
+            f"{setting}: must be a concept of the model, got {name!r}; "
+            f"{suggestion(name, everything)}"
+        )
     return everything[name]
 
 
@@ -181,10 +191,12 @@ def load_measures(settings: RunSettings) -> dict[str, Measure]:
     measures: dict[str, Measure] = {}
     if settings.clip is not None:
         clip = ClipSimilarity.from_pretrained(settings.clip)
+        clip.model.to(settings.device)
         measures["clip_image"] = ReferenceSimilarity(clip.image_image)
         measures["clip_text"] = PromptSimilarity(clip)
     if settings.dino is not None:
         dino: Any = DinoSimilarity.from_pretrained(settings.dino)
+        dino.model.to(settings.device)
         measures["dino"] = ReferenceSimilarity(dino.image_image)
     return measures
 

@@ -54,7 +54,12 @@ def test_the_committed_table_and_page_hold_the_same_kernels(build: Any) -> None:
     assert page == build["page"](nvcc, record)
     assert {row.arch for row in rows} == {code for code in build["EXPECTED_CODE"] if "sm" in code}
     assert report["complaints"]([row for row in rows if row.arch in {"sm_80", "sm_90"}]) == []
-    assert {row.name.split("::")[1] for row in rows} == {"merge", "precondition", "spectrum"}
+    assert {row.name.split("::")[1] for row in rows} == {
+        "merge",
+        "precondition",
+        "spectrum",
+        "triangular",
+    }
 
 
 def test_spills_are_tolerated_on_blackwell_as_far_as_they_are_known(build: Any) -> None:

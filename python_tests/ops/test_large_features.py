@@ -14,6 +14,7 @@ from spectrum_bounds import (
     VALUE_UNITS,
     assert_same_bits_alone_and_together,
     assert_within,
+    same_bits,
 )
 from torch import Tensor
 
@@ -129,6 +130,7 @@ def test_float32_features_are_computed_in_float64():
     assert torch.equal(found.lambda_min, wide.lambda_min.float())
 
 
+@same_bits
 def test_same_bits_whatever_the_threads_the_batch_and_the_random_state():
     """One degenerate element leaves the others as they are."""
     other = with_singular_values(SPECTRA["rank 3"][0])

@@ -12,6 +12,7 @@ from spectrum_bounds import (
     VALUE_UNITS,
     assert_same_bits_alone_and_together,
     assert_within,
+    same_bits,
 )
 from torch import Tensor
 
@@ -79,6 +80,7 @@ def test_gradients_are_the_mean_projectors(name):
         assert float(error) <= 10 * SIDE * EPS * np.abs(values).max() / gap
 
 
+@same_bits
 def test_same_bits_whatever_the_threads_the_batch_and_the_random_state():
     other = with_eigenvalues(SPECTRA["wide null space"][0])
     assert_same_bits_alone_and_together(symmetric_extremes, with_eigenvalues(GRADED), other)

@@ -32,7 +32,7 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from immunize_ext import reference, testing
-from immunize_ext.errors import NumericalWarning
+from immunize_ext.errors import NotPositiveDefiniteError, NumericalWarning
 from immunize_ext.ops import RegularizationFactor, merge_kv
 from immunize_ext.testing import strategies
 from immunize_ext.testing.samples import merge_problem, merge_problem_with_answer
@@ -1123,3 +1123,24 @@ def test_what_concerns_all_layers_raises_even_so():
     problem.embeddings[0][0, 0] = float("nan")
     with pytest.raises(ValueError, match="embeddings must be finite"):
         solve(problem, on_error="skip")
+
+
+@pytest.mark.parametrize("contradictions", ["raise", "average"])
+def test_a_product_that_vanishes_is_refused_by_name(route, contradictions):
+    """C Q^-1 C^T of 1e-170 is zero: a contradiction of concepts, or W0 with nothing merged."""
+    token = torch.tensor([[1e-170, 0.0, 0.0]], dtype=torch.float64)
+    with pytest.raises(ValueError, match=r"C Q\^-1 C\^T must be larger than zero"):
+        merge_kv(
+            [torch.ones(2, 3).double()],
+            None,
+            [token],
+            RegularizationFactor.identity(3),
+            values=[torch.ones(2, 1).double()],
+            contradictions=contradictions,
+        )
+
+
+def test_captions_whose_squares_vanish_are_told_so():
+    captions = 1e-170 * torch.ones(4, 3, dtype=torch.float64)
+    with pytest.raises(NotPositiveDefiniteError, match=r"whose squares are 0 in float64.* scale"):
+        RegularizationFactor.from_embeddings(captions, ridge=0.1)

@@ -178,3 +178,30 @@ def test_made_in_inference_mode_used_in_training():
     assert torch.equal(gradient_of(layer), gradient_of(layer))
     layer.weight.data.fill_(1.0)
     assert gradient_of(layer).shape == (3, 4)
+
+
+# --- scales ---------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("n", [9, 2])
+def test_gradients_of_any_scale(route, n):
+    """Squares of 1e160 are infinite, and all that is beside the data was cut as rounding."""
+    preconditioner = Preconditioner.from_features(gaussian(n, 4), ridge=0.1)
+    grad = gaussian(3, 4, seed=1)
+    unit = preconditioner.apply(grad)
+    for exponent in (-1000, -600, 600, 1000):
+        scale = 2.0**exponent
+        assert torch.equal(preconditioner.apply(grad * scale), unit * scale)
+
+
+@pytest.mark.parametrize("n", [9, 2])
+def test_features_whose_squares_leave_the_range_are_refused_by_name(n):
+    """Ridge and K were zero or infinite: "x holds only zeros", or a result of zeros."""
+    x, grad = gaussian(n, 4), gaussian(3, 4, seed=1)
+    for scale in (1e-300, 1e-160, 1e155, 1e300):
+        with pytest.raises(ValueError, match=r"x must have squares that float64 holds.* divide x"):
+            Preconditioner.from_features(scale * x, ridge=0.1)
+    unit = Preconditioner.from_features(x, ridge=0.1).apply(grad)
+    for scale in (2.0**-480, 2.0**490):
+        found = Preconditioner.from_features(scale * x, ridge=0.1).apply(grad * scale)
+        torch.testing.assert_close(found * scale, unit, rtol=1e-11, atol=0.0)

@@ -165,15 +165,16 @@ def test_auxiliary_outputs_carry_no_graph(operator):
         "condition_number": 1,
         "symmetric_extremes": 2,
         "symmetric_pair": 2,
+        "moment_product": 1,
     }
     if operator == "merge_apply":
         merged, residual, status = outputs
         assert all(w.requires_grad for w in merged)
         assert not any(r.requires_grad for r in (*residual, status))
     else:
-        first = values[operator]
-        assert all(t.requires_grad for t in outputs[:first])
-        assert not any(t.requires_grad for t in outputs[first:])
+        first, found = values[operator], tensors_in(outputs)
+        assert all(t.requires_grad for t in found[:first])
+        assert not any(t.requires_grad for t in found[first:])
 
 
 # --- transforms -----------------------------------------------------------------------------------
@@ -192,6 +193,10 @@ def test_auxiliary_outputs_carry_no_graph(operator):
         "symmetric_extremes_backward",
         "symmetric_extremes_double_backward",
         "merge_solve",
+        "moment_solve",
+        "moment_product",
+        "leading_projector",
+        "projector_solve",
     ],
 )
 def test_vmap_folds_into_the_batch(operator):
@@ -242,6 +247,26 @@ HARD = torch.zeros(3).double()
 def test_merge_solve_refuses(arguments, message):
     with pytest.raises(ValueError, match=f"merge_solve: .*{message}"):
         torch.ops.immunize_ext.merge_solve(*arguments, 1e-12, False)
+
+
+N, S = gaussian(3, 4), torch.eye(4).double()
+
+
+@pytest.mark.parametrize(
+    ("operator", "arguments", "message"),
+    [
+        ("moment_solve", (N.float(), S, S), "n must be float64"),
+        ("moment_solve", (N, S.float(), S), "s must be float64"),
+        ("moment_solve", (N, S[:3], S), r"s must have shape \[4, 4\]"),
+        ("moment_solve", (N, S, S[None]), r"chol must have shape \[4, 4\]"),
+        ("moment_product", (N, N), r"b must have shape \[\*, 4, n\]"),
+        ("moment_product", (N, S[None]), "leading dimensions"),
+        ("moment_product", (N, S.float()), "dtype of a"),
+    ],
+)
+def test_moment_operators_refuse(operator, arguments, message):
+    with pytest.raises(ValueError, match=f"{operator}: .*{message}"):
+        operator_of(operator)(*arguments)
 
 
 @pytest.mark.parametrize(

@@ -7,6 +7,7 @@ from collections.abc import Callable, Iterator
 
 import pytest
 import torch
+from spectrum_bounds import same_bits
 from torch import Tensor
 
 from immunize_ext import ops
@@ -89,6 +90,7 @@ LOSSES: dict[str, tuple[Callable[[Tensor], Tensor], Callable[[], Tensor]]] = {
 }
 
 
+@same_bits
 @pytest.mark.parametrize("name", LOSSES)
 def test_threads_change_no_bit(name):
     """Values and gradients with one, two and four threads."""

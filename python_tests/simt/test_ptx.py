@@ -66,6 +66,14 @@ def test_shuffles_votes_and_atomics(ptx: ModuleType, threshold: bool) -> None:
     assert any_large[0] == int(threshold)
 
 
+def test_ballots(ptx: ModuleType) -> None:
+    x = np.random.default_rng(0).standard_normal(96).astype(np.float32)
+    out = np.zeros(96, np.uint32)
+    ptx.launch("ballots", (1, 1, 1), (96, 1, 1), 0, [x, out], unwritten=[1])
+    bits = ((x > 0).reshape(3, 32) << np.arange(32, dtype=np.uint64)).sum(1).astype(np.uint32)
+    np.testing.assert_array_equal(out, np.repeat(bits, 32))
+
+
 def test_half_types_round_to_nearest_even(ptx: ModuleType) -> None:
     x = np.random.default_rng(0).standard_normal(64).astype(np.float32) * 100
     x[:6] = [1 + 2.0**-11, 1 + 3 * 2.0**-11, 1 + 2.0**-8, 1 + 3 * 2.0**-8, np.inf, 1e6]

@@ -231,6 +231,173 @@ def test_the_small_route_reaches_this_side(kernels: Any, card: str, side: int) -
     assert not kernels.is_small(100000, 100000, limit)
 
 
+# --- small route: the two ends alone --------------------------------------------------------------
+# The tridiagonal form of the Gram matrix comes first and proves what it finds, or refuses; Jacobi
+# alone (by_ends=False) is what it is compared with.
+
+COUNTS = ("rank", "multiplicity_max", "multiplicity_min")
+END_SIDES = [1, 2, 3, 4, 5, 8, 9, 16, 17, 20, 21, 32, 33, 52, 64, 65]
+
+
+@pytest.mark.parametrize("dtype", [np.float32, np.float64])
+@pytest.mark.parametrize("side", END_SIDES)
+def test_well_conditioned_matrices_need_no_jacobi(kernels: Any, side: int, dtype: Any) -> None:
+    for shape in ((side, 2 * side + 3), (2 * side + 3, side)):
+        a = with_spectrum(*shape, np.linspace(2.0, 0.5, side)).astype(dtype)
+        result = run(kernels.small_extremes, a, of_gram=side % 2 == 0, seed=side)
+        assert not result["refused"].any()
+        assert_values(result, a, of_gram=side % 2 == 0)
+        assert_vectors(result, a, 2.0 * side)
+
+
+@pytest.mark.parametrize("shape", [(3, 1100), (1100, 3), (20, 700), (700, 20), (64, 784)])
+def test_long_matrices_need_no_jacobi(kernels: Any, shape: tuple[int, int]) -> None:
+    a = gaussian(1, *shape)
+    result = run(kernels.small_extremes, a)
+    assert not result["refused"].any()
+    assert_values(result, a)
+    assert_vectors(result, a, 1e3)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("side", [100, 127, 128])
+def test_large_sides_need_no_jacobi(kernels: Any, side: int) -> None:
+    a = gaussian(1, side, 2 * side)
+    result = run(kernels.small_extremes, a)
+    assert not result["refused"].any()
+    assert_values(result, a)
+
+
+@pytest.mark.parametrize("kappa", [1e1, 1e2, 1e3, 1e4, 1e5, 1e6])
+@pytest.mark.parametrize("shape", [(12, 12), (12, 30), (30, 12)])
+def test_newton_steps_reach_backward_stability(
+    kernels: Any, shape: tuple[int, int], kappa: float
+) -> None:
+    for sigma in (np.geomspace(1.0, 1.0 / kappa, 12), [2.0, *np.linspace(1, 1.5, 10), 1.0 / kappa]):
+        a = with_spectrum(*shape, sigma, batch=2)
+        result = run(kernels.small_extremes, a)
+        assert not result["refused"].any()
+        assert_values(result, a)
+        bound = 4 * np.sqrt(sum(shape)) * EPS * result["value_max"]
+        for extreme in ("max", "min"):
+            value = result[f"value_{extreme}"][:, None]
+            u, v = result[f"u_{extreme}"], result[f"v_{extreme}"]
+            one = np.linalg.norm(np.einsum("bnp,bp->bn", a, v) - value * u, axis=1)
+            other = np.linalg.norm(np.einsum("bnp,bn->bp", a, u) - value * v, axis=1)
+            assert np.all(np.maximum(one, other) <= bound)
+
+
+@pytest.mark.parametrize(
+    "sigma",
+    [
+        [3, 2, 1.5, 1, 0.7, 0.5, 1e-9],  # the Gram matrix does not tell the last from zero
+        [3, 2, 1.5, 1, 0.7, 0, 0],
+        [3, 3, 2, 1.5, 1, 0.7, 0.5],  # how many are within the tolerance is in doubt
+        [3, 2, 1.5, 1, 0.7, 0.5, 0.5],
+        [0, 0, 0, 0, 0, 0, 0],
+    ],
+)
+@pytest.mark.parametrize("shape", [(7, 9), (9, 7)])
+def test_what_is_refused_is_what_jacobi_finds(
+    kernels: Any, shape: tuple[int, int], sigma: Any
+) -> None:
+    a = with_spectrum(*shape, sigma, batch=2)
+    result = run(kernels.small_extremes, a, of_gram=True)
+    jacobi = run(kernels.small_extremes, a, of_gram=True, by_ends=False)
+    assert result["refused"].all()
+    for name in result:
+        np.testing.assert_array_equal(result[name], jacobi[name])
+
+
+def drawn_spectrum(generator: Any, t: int) -> Any:
+    low = 10.0 ** -generator.uniform(0, 16)
+    kind = generator.integers(6)
+    sigma = [
+        np.geomspace(1.0, low, t),
+        np.linspace(1.0, low, t),
+        np.where(np.arange(t) < t // 2, 1.0, low),
+        np.sort(generator.uniform(0.1, 1.0, t))[::-1],
+    ][kind % 4].copy()
+    if kind == 4 and t > 2:  # almost clusters at both ends
+        sigma[1] = sigma[0] * (1 - 10.0 ** generator.uniform(-16, -8))
+        sigma[-2] = sigma[-1] + 10.0 ** generator.uniform(-16, -8)
+    if kind == 5:
+        sigma[t - t // 3 :] = 0.0
+    return sigma
+
+
+@pytest.mark.parametrize("seed", range(8))
+def test_the_ends_agree_with_jacobi_on_drawn_spectra(kernels: Any, seed: int) -> None:
+    generator = np.random.default_rng(seed)
+    proven = 0
+    for trial in range(25):
+        t, extra = int(generator.integers(1, 14)), int(generator.integers(0, 9))
+        shape = (t, t + extra) if trial % 2 == 0 else (t + extra, t)
+        a = with_spectrum(*shape, drawn_spectrum(generator, t), seed=trial)
+        a *= 2.0 ** float(generator.integers(-900, 900))
+        if trial % 3 == 0:
+            a = (a / np.abs(a).max()).astype(np.float32)
+        full = bool(generator.integers(2))
+        found = run(kernels.small_extremes, a, full_rank=full, seed=trial)
+        jacobi = run(kernels.small_extremes, a, full_rank=full, by_ends=False)
+        for name in COUNTS:
+            np.testing.assert_array_equal(found[name], jacobi[name])
+        bound = EPS * value_bound(a) * jacobi["value_max"]
+        for name in ("value_max", "value_min"):
+            assert np.all(np.abs(found[name] - jacobi[name]) <= bound)
+        proven += int(~found["refused"][0])
+    assert 5 < proven < 25
+
+
+@pytest.mark.parametrize("scale", [2.0**-1000, 2.0**-600, 2.0**300, 2.0**900])
+def test_the_ends_scale_exactly(kernels: Any, scale: float) -> None:
+    a = with_spectrum(9, 14, np.linspace(2.0, 0.5, 9))
+    one = run(kernels.small_extremes, a)
+    other = run(kernels.small_extremes, scale * a)
+    assert not other["refused"].any()
+    for name in ("u_max", "v_max", "u_min", "v_min", *COUNTS):
+        np.testing.assert_array_equal(other[name], one[name])
+    for name in ("value_max", "value_min"):
+        np.testing.assert_array_equal(other[name], scale * one[name])
+
+
+@pytest.mark.parametrize("shape", [(2, 2), (7, 300), (33, 20), (4, 600)])
+def test_the_ends_have_the_same_bits_alone_and_in_any_order(
+    kernels: Any, shape: tuple[int, int]
+) -> None:
+    a = with_spectrum(*shape, np.geomspace(1.0, 1e-3, min(shape)), batch=3)
+    whole = run(kernels.small_extremes, a, of_gram=True, seed=SEEDS[0])
+    assert not whole["refused"].any()
+    for seed in SEEDS[1:]:
+        other = run(kernels.small_extremes, a, of_gram=True, seed=seed)
+        for name in whole:
+            np.testing.assert_array_equal(other[name], whole[name])
+    alone = run(kernels.small_extremes, a[1:2], of_gram=True)
+    for name in set(whole) - {"first_bad"}:
+        np.testing.assert_array_equal(alone[name][0], whole[name][1])
+
+
+def test_a_rank_tolerance_above_noise_is_counted(kernels: Any) -> None:
+    a = with_spectrum(10, 16, [3, 2.5, 2, 1.5, 1.2, 1, 1e-5, 1e-6, 1e-7, 0])
+    for full in (False, True):
+        found = kernels.small_extremes(a, 1e-3, 1e-12, full_rank=full)
+        jacobi = kernels.small_extremes(a, 1e-3, 1e-12, full_rank=full, by_ends=False)
+        assert not found["refused"].any()
+        for name in COUNTS:
+            np.testing.assert_array_equal(found[name], jacobi[name])
+        np.testing.assert_allclose(found["value_min"], jacobi["value_min"], atol=1e-14)
+        np.testing.assert_allclose(
+            np.abs(np.sum(found["u_min"] * jacobi["u_min"])), 0.0 if full else 1.0, atol=1e-12
+        )
+
+
+@pytest.mark.parametrize(("card", "side"), [("sm_80", 104), ("sm_90", 128)])
+def test_the_ends_have_room_up_to_this_side(kernels: Any, card: str, side: int) -> None:
+    assert kernels.ends_fit(side, 784, SHARED_LIMITS[card])
+    assert kernels.ends_fit(100000, side, SHARED_LIMITS[card])
+    assert not kernels.ends_fit(129, 784, SHARED_LIMITS[card])
+
+
 # --- gradient -------------------------------------------------------------------------------------
 
 

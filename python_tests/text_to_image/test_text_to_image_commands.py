@@ -33,7 +33,7 @@ TINY = [
 def run(tmp_path_factory):
     """One finished run."""
     folder = tmp_path_factory.mktemp("runs") / "mima"
-    assert main(["mima", "--out", str(folder), "--seeds", "0", "1", *TINY]) == 0
+    assert main(["mima", "--out", str(folder), "--seed", "0", "1", *TINY]) == 0
     return folder
 
 
@@ -76,6 +76,8 @@ def test_a_run_is_complete(run, capsys):
         assert words.lower() in page.lower()
     assert "http" not in page.replace("http://www.w3.org", "")
     TextToImage.from_pretrained(run / "pipeline")
+    card = (run / "pipeline" / "README.md").read_text()
+    assert "## Who gets through" in card
     assert not work_folder(run).exists()
 
 
@@ -204,7 +206,7 @@ def test_sweep_over_concepts_resumes(tmp_path, capsys):
         (("mima", "--set", "inner_steps=9"), "inner_steps must be 1 to 5, got 9"),
         (("mima", "--targets", "ten"), "names must be among zero"),
         (("mima", "--control", "three"), "control: must be no target, got 'three'"),
-        (("mima", "--seeds", "1", "1"), "must be different seeds"),
+        (("mima", "--seed", "1", "1"), "must be different seeds"),
         (("mima", "--images", "0"), "images must be at least 1, got 0"),
         (("mima", "--model", "nowhere"), "must be a folder with model_index.json, got nowhere"),
         (("mima", "--config", "no.yaml"), "must name a YAML file, got no.yaml"),

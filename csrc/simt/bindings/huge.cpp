@@ -189,13 +189,23 @@ py::tuple spectrum(std::int64_t batch, const Array<float>& last, bool of_gram, s
   first_bad.fill(INT_MAX);
   const immunize_ext::Policy policy{1e-6, 1e-6, false, t};
   const bool transposed = n <= p;
+  const sp::Outputs out{
+      value_max.ptr(),
+      value_min.ptr(),
+      rank.ptr(),
+      max_count.ptr(),
+      min_count.ptr(),
+      (transposed ? v_max : u_max).ptr(),
+      (transposed ? u_max : v_max).ptr(),
+      (transposed ? v_min : u_min).ptr(),
+      (transposed ? u_min : v_min).ptr(),
+      squares.ptr(),
+      thin.ptr(),
+      of_gram};
+  const bool tried = sp::launch_small_ends<float>(
+      a->ptr(), batch, sp::ends_plan(n, p), policy, out, first_bad.ptr(), stream);
   sp::launch_small_extremes<float>(
-      a->ptr(), batch, plan, policy,
-      {value_max.ptr(), value_min.ptr(), rank.ptr(), max_count.ptr(), min_count.ptr(),
-       (transposed ? v_max : u_max).ptr(), (transposed ? u_max : v_max).ptr(),
-       (transposed ? v_min : u_min).ptr(), (transposed ? u_min : v_min).ptr(), squares.ptr(),
-       thin.ptr(), of_gram},
-      work.ptr(), grid, first_bad.ptr(), stream);
+      a->ptr(), batch, plan, policy, out, tried, work.ptr(), grid, first_bad.ptr(), stream);
   Array<double> one(1), none(1);
   one.mutable_data()[0] = 1.0;
   none.mutable_data()[0] = 0.0;
@@ -217,8 +227,10 @@ unsigned small_launches(
   const Stream stream = last_blocks(0, shared_limit);
   const sp::SmallPlan plan = sp::small_plan(n, p);
   const auto grid = static_cast<unsigned>(batch);
+  sp::launch_small_ends<float>(
+      nullptr, batch, sp::ends_plan(n, p), {0, 0, false, p}, {}, nullptr, stream);
   sp::launch_small_extremes<float>(
-      nullptr, batch, plan, {0, 0, false, p}, {}, nullptr, grid, nullptr, stream);
+      nullptr, batch, plan, {0, 0, false, p}, {}, true, nullptr, grid, nullptr, stream);
   sp::Incoming incoming{};
   sp::launch_gradient<float>(incoming, nullptr, batch, n, p, nullptr, stream);
   incoming.of_gram = true;
@@ -254,6 +266,7 @@ SIMT_BINDINGS(huge, m) {
   m.def("large_launches", &large_launches);
   m.def("pivoted_launch", [](std::int64_t batch, std::int64_t s, std::size_t shared_limit) {
     mg::launch_pivoted_cholesky(
-        {nullptr, nullptr, nullptr, nullptr, nullptr, batch, s, 0}, last_blocks(0, shared_limit));
+        {nullptr, nullptr, nullptr, nullptr, nullptr, nullptr, batch, s, 0},
+        last_blocks(0, shared_limit));
   });
 }

@@ -343,4 +343,5 @@ SIMT_BINDINGS(merge, m) {
   m.attr("CHUNK") = kChunk;
   m.attr("PAIR_COLUMNS") = kPairColumns;
   m.attr("GROUP_ROWS") = kGroupRows;
+  m.attr("PLACE_BYTES") = kPlaceWords * sizeof(std::int64_t);
 }

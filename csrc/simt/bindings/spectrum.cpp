@@ -231,7 +231,7 @@ void define_small(simt::py::module_& m) {
   m.def(
       "small_extremes",
       [](const Array<T>& a, double rank_rtol, double cluster_rtol, bool full_rank, bool of_gram,
-         unsigned most_blocks, std::uint64_t seed) {
+         unsigned most_blocks, std::uint64_t seed, bool by_ends) {
         const std::int64_t batch = a.shape(0), n = a.shape(1), p = a.shape(2);
         const Stream stream = simt::on({seed});
         const SmallPlan plan = small_plan(n, p);
@@ -240,13 +240,23 @@ void define_small(simt::py::module_& m) {
         const Buffer<const T> in = simt::input("a", a);
         Buffer<double> work("work", grid * plan.work_doubles());
         const Results results(batch, n, p, of_gram);
+        const Policy policy = policy_for(n, p, rank_rtol, cluster_rtol, full_rank, of_gram);
+        const bool tried = by_ends && launch_small_ends<T>(
+                                          in.ptr(), batch, ends_plan(n, p), policy,
+                                          results.outputs(), results.first_bad.ptr(), stream);
+        Array<bool> refused(batch);
+        for (std::int64_t b = 0; b < batch; ++b)
+          refused.mutable_data()[b] = !tried || results.rank.data()[b] < 0;
         launch_small_extremes<T>(
-            in.ptr(), batch, plan, policy_for(n, p, rank_rtol, cluster_rtol, full_rank, of_gram),
-            results.outputs(), work.ptr(), grid, results.first_bad.ptr(), stream);
-        return results.to_dict();
+            in.ptr(), batch, plan, policy, results.outputs(), tried, work.ptr(), grid,
+            results.first_bad.ptr(), stream);
+        simt::py::dict out = results.to_dict();
+        out["refused"] = refused;
+        return out;
       },
       arg("a").noconvert(), arg("rank_rtol"), arg("cluster_rtol"), arg("full_rank") = false,
-      arg("of_gram") = false, arg("most_blocks") = UINT_MAX, arg("seed") = 0);
+      arg("of_gram") = false, arg("most_blocks") = UINT_MAX, arg("seed") = 0,
+      arg("by_ends") = true);
   m.def(
       "small_gradient",
       [](const Array<T>& a, const simt::py::dict& forward, const simt::py::dict& grads,
@@ -277,6 +287,12 @@ SIMT_BINDINGS(spectrum, m) {
   define_small<double>(m);
   define_large<float>(m);
   define_large<double>(m);
+  m.def(
+      "ends_fit",
+      [](std::int64_t n, std::int64_t p, std::size_t device_limit) {
+        return ends_fit(ends_plan(n, p), simt::on({0, device_limit}));
+      },
+      arg("n"), arg("p"), arg("device_limit"));
   m.def(
       "is_small",
       [](std::int64_t n, std::int64_t p, std::size_t device_limit) {

@@ -108,12 +108,22 @@ def merge_problem(m: ModuleType, dtype: str, d: int, s: int, rows: int) -> None:
     m.merge.sum_rows(dtype, coefficients, base, targets, tokens, 1.0, options)
 
 
-def solve_problem(m: ModuleType, s: int) -> None:
-    """The factorisation with pivots of a well-conditioned T."""
+def solve_problem(m: ModuleType, d: int, s: int) -> None:
+    """The part of a merge that all layers share, of well-conditioned Q and T."""
     import numpy as np
 
-    z = np.random.default_rng(0).standard_normal((1, s, 2 * s))
-    m.merge_solve.pivoted_cholesky(np.ascontiguousarray(z @ z.swapaxes(1, 2)), 1e-12)
+    random = np.random.default_rng(0)
+    factor = np.tril(random.standard_normal((1, d, d))) / d + np.eye(d)
+    soft = np.zeros((1, s))
+    z = m.triangular.solve(factor, random.standard_normal((1, s, d)), False, False)
+
+    def gram(x: Any) -> Any:
+        return np.ascontiguousarray(x @ x.swapaxes(1, 2))
+
+    triangle, order, rank, t = m.merge_solve.pivoted_cholesky(gram(z), soft, 1e-12)
+    first, inverse = m.merge_solve.orthonormalise(z, soft, triangle, order, rank)
+    m.merge_solve.finish_root(gram(first), inverse, t, order, rank)
+    m.triangular.solve(factor, np.ascontiguousarray(z.swapaxes(1, 2)), True, True)
 
 
 def precondition_problem(m: ModuleType, dtype: str, side: int, rows: int) -> None:
@@ -144,6 +154,15 @@ def small_problem(m: ModuleType, dtype: str, batch: int, n: int, p: int, of_gram
     m.spectrum.small_gradient(a, forward, gradients(batch, of_gram), tolerance, tolerance)
 
 
+def ends_problem(m: ModuleType, dtype: str, n: int, p: int) -> None:
+    """Extremes of features that need no Jacobi."""
+    import numpy as np
+
+    a = np.random.default_rng(0).standard_normal((1, n, p)).astype(dtype)
+    tolerance = max(n, p) * float(np.finfo(a.dtype).eps)
+    m.spectrum.small_extremes(a, tolerance, tolerance)
+
+
 def large_problem(m: ModuleType, dtype: str, n: int, p: int) -> None:
     """Extremes by the blocked route, of columns that are nearly orthogonal: a sweep or two."""
     import numpy as np
@@ -159,11 +178,12 @@ PROBLEMS: Sequence[Problem] = (
     ("64 x 768, s = 24", lambda m: merge_problem(m, "bfloat16", 768, 24, 64)),
     ("64 x 768, s = 24", lambda m: merge_problem(m, "float64", 768, 24, 64)),
     ("64 x 2048, s = 154", lambda m: merge_problem(m, "float16", 2048, 154, 64)),
-    ("s = 24", lambda m: solve_problem(m, 24)),
+    ("768, s = 24", lambda m: solve_problem(m, 768, 24)),
     ("64 x 128", lambda m: precondition_problem(m, "float32", 128, 64)),
     ("8 of 8 x 8", lambda m: small_problem(m, "float32", 8, 8, 8, True)),
     ("32 x 128", lambda m: small_problem(m, "float32", 1, 32, 128, True)),
     ("32 x 128", lambda m: small_problem(m, "float64", 1, 32, 128, False)),
+    ("64 x 784", lambda m: ends_problem(m, "float64", 64, 784)),
     ("64 x 80", lambda m: large_problem(m, "float32", 64, 80)),
 )
 

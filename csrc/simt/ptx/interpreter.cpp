@@ -424,6 +424,16 @@ void reducing_barrier(Frame& f, const Instruction& i) {
 void warp_barrier(Frame& f, const Instruction& i) {
   detail::arrive(detail::Collective::kSyncwarp, in<std::uint32_t>(f, i, 0), 0, 0, site(i));
 }
+void ballot(Frame& f, const Instruction& i) {
+  // d, a, mask
+  const std::uint64_t vote = in<bool>(f, i, 1) ? 1 : 0;
+  const auto mask = in<std::uint32_t>(f, i, 2);
+  put<std::uint32_t>(
+      f, i.slots[0],
+      static_cast<std::uint32_t>(
+          detail::arrive(detail::Collective::kBallot, mask, vote, 0, site(i))));
+  counters.passed_shuffle();
+}
 
 enum class Shuffle { kUp, kDown, kXor, kIndex };
 template <Shuffle mode>
@@ -680,6 +690,7 @@ Table make_table() {
   t["bar.warp.sync"] = &warp_barrier;
   t["bar.red.or.pred"] = &reducing_barrier<detail::Collective::kSyncthreadsOr>;
   t["bar.red.and.pred"] = &reducing_barrier<detail::Collective::kSyncthreadsAnd>;
+  t["vote.sync.ballot.b32"] = &ballot;
   t["shfl.sync.up.b32"] = &shuffle<Shuffle::kUp>;
   t["shfl.sync.down.b32"] = &shuffle<Shuffle::kDown>;
   t["shfl.sync.bfly.b32"] = &shuffle<Shuffle::kXor>;

@@ -9,7 +9,14 @@ from __future__ import annotations
 
 from immunize_ext.probing.attacks.linear_probe import LinearProbeAttack, Traces
 from immunize_ext.probing.attacks.losses import LossName
-from immunize_ext.probing.attacks.registry import ATTACKS, STANDARD, TunedAttack, knows, label_of
+from immunize_ext.probing.attacks.registry import (
+    ATTACKS,
+    STANDARD,
+    AttackName,
+    TunedAttack,
+    knows,
+    label_of,
+)
 from immunize_ext.probing.attacks.slowdowns import (
     AttackComparison,
     BudgetOutcome,
@@ -24,6 +31,7 @@ __all__ = [
     "STANDARD",
     "AttackComparison",
     "AttackCurve",
+    "AttackName",
     "BudgetOutcome",
     "LinearProbeAttack",
     "LossName",

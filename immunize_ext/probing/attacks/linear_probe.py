@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from immunize_ext.probing.attacks.losses import LOSSES, LossName, ProbeLoss
-from immunize_ext.probing.data.task import Task
+from immunize_ext.probing.data.task import Task, TaskLike
 from immunize_ext.seams import AttackCurve, Progress
 from immunize_ext.settings import plain
 
@@ -158,7 +158,7 @@ class LinearProbeAttack(ABC):
     def run(
         self,
         model: Tensor | None,
-        target: Task,
+        target: TaskLike,
         *,
         steps: int,
         seed: int = 0,
@@ -197,6 +197,7 @@ class LinearProbeAttack(ABC):
             >>> curve.score("test_loss"), curve.steps_to("test_loss", 0.5, below=True)
             ([1.0, 0.0, 0.0], 1)
         """
+        target = Task.of(target)
         traces = self.trace(model, target, steps=steps, seed=seed, stop_at=stop_at)
         if progress is not None:
             progress(f"attacking {target.name}: {self.label.lower()}", 1.0)
@@ -205,13 +206,14 @@ class LinearProbeAttack(ABC):
     def trace(
         self,
         model: Tensor | None,
-        target: Task,
+        target: TaskLike,
         *,
         steps: int,
         seed: int = 0,
         stop_at: float | None = None,
     ) -> Traces:
         """Run with every learning rate at once; arguments and errors as :meth:`run`."""
+        target = Task.of(target)
         if steps < 1:
             raise ValueError(f"{self.name}: steps must be at least 1, got {steps}")
         if self.loss == "logistic" and not target.is_classification:

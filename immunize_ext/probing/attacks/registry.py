@@ -6,7 +6,7 @@ import math
 from abc import abstractmethod
 from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import Any, ClassVar
+from typing import Any, ClassVar, Literal, TypeAlias
 
 from torch import Tensor
 
@@ -16,7 +16,23 @@ from immunize_ext.probing.attacks.losses import LossName, ProbeLoss
 from immunize_ext.seams import Attack
 from immunize_ext.settings import Registry
 
-ATTACKS: Registry[Attack[Any, Any]] = Registry("attack", key="name")
+ATTACKS: Registry[Attack[Any, Any]] = Registry("attack", key="name", plugins="immunize_ext.probing")
+
+AttackName: TypeAlias = Literal[
+    "gradient_descent",
+    "line_search",
+    "conjugate_gradients",
+    "whitened",
+    "closed_form_ridge",
+    "standardised",
+    "nesterov",
+    "lbfgs",
+    "momentum",
+    "sgd_momentum",
+    "adam",
+    "adagrad",
+]
+"""Names of the attackers of the package; those that others register are texts as well."""
 
 
 # What every report shows, in its order.

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from immunize_ext.probing.attacks.linear_probe import LinearProbeAttack, Traces
 from immunize_ext.probing.attacks.registry import find_attack
-from immunize_ext.probing.data.task import Task
+from immunize_ext.probing.data.task import Task, TaskLike
 from immunize_ext.quantities import Slowdown, slowdown
 from immunize_ext.seams import Attack, AttackCurve
 
@@ -61,7 +61,7 @@ def _traces(
 
 
 def compare_attack(
-    task: Task,
+    task: TaskLike,
     theta: Tensor,
     theta0: Tensor | None = None,
     *,
@@ -110,6 +110,7 @@ def compare_attack(
         >>> str(compare_attack(Task("toy", x, y, x, y), theta, base_budget=10).slowdown)
         '0.10x'
     """
+    task = Task.of(task)
     budget = _Budget(tolerance, base_budget, limit, stop_early, seed)
     return _compare("compare_attack", attacker, (theta0, task), (theta, task), budget)
 
@@ -250,7 +251,7 @@ def _outcome(traces: Traces, step: int) -> tuple[float, float | None]:
 
 
 def attack_at_budgets(
-    task: Task,
+    task: TaskLike,
     theta: Tensor,
     theta0: Tensor | None = None,
     *,
@@ -289,6 +290,7 @@ def attack_at_budgets(
         >>> outcome.loss_without, outcome.loss_with
         (0.0, 0.28125)
     """
+    task = Task.of(task)
     if not budgets or min(budgets) < 1:
         raise ValueError(
             f"attack_at_budgets: budgets must be numbers of at least 1 step, got {list(budgets)}"

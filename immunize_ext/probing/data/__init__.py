@@ -15,13 +15,14 @@ from immunize_ext.probing.data.image_folder import ImageFolder, folder_features,
 from immunize_ext.probing.data.mnist import load_mnist, mnist_task, read_idx
 from immunize_ext.probing.data.problem import Problem, check_names, load_problem
 from immunize_ext.probing.data.samples import Samples
-from immunize_ext.probing.data.task import Task
+from immunize_ext.probing.data.task import Task, TaskLike
 
 __all__ = [
     "ImageFolder",
     "Problem",
     "Samples",
     "Task",
+    "TaskLike",
     "check_names",
     "digits_task",
     "features_task",

@@ -31,6 +31,11 @@ def load_digits() -> tuple[NDArray[np.float64], NDArray[np.int64]]:
 
     Raises:
         MissingExtraError: If scikit-learn is not installed.
+
+    Example:
+        >>> images, labels = load_digits()
+        >>> images.shape, labels[:3].tolist()
+        ((1797, 64), [0, 1, 2])
     """
     datasets = require_extra("sklearn.datasets", extra="data", purpose="the digits data set")
     bunch = datasets.load_digits()

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
-from typing import Generic, TypeVar
+from typing import Any, Generic, TypeVar
 
 import numpy as np
 import torch
@@ -18,6 +18,7 @@ from immunize_ext.probing.data.house_prices import house_prices_task
 from immunize_ext.probing.data.mnist import load_mnist, mnist_task
 from immunize_ext.probing.data.samples import Samples
 from immunize_ext.probing.data.task import Task
+from immunize_ext.settings import hint
 from immunize_ext.storage import tensor_digest
 
 TaskT = TypeVar("TaskT")
@@ -56,9 +57,36 @@ class Problem(Generic[TaskT]):
                 )
 
     @classmethod
-    def of(cls, primary: TaskT, *harmful: TaskT, head: nn.Module | None = None) -> Problem[TaskT]:
-        """One primary task against the others."""
+    def of(cls, primary: Any, *harmful: Any, head: nn.Module | None = None) -> Problem[TaskT]:
+        """One primary task against the others: tasks, arrays, or samples for a deep extractor."""
         return cls(primary, harmful, head)
+
+    def as_tasks(self) -> Problem[Task]:
+        """The problem as linear methods see it: arrays become tasks (:meth:`Task.of`).
+
+        Example:
+            >>> import numpy as np
+            >>> x, y = np.eye(10), np.arange(10.0)
+            >>> Problem.of((x, y), (x, y[::-1].copy())).as_tasks().harmful[0].name
+            'harmful task'
+        """
+        harmful = (Task.of(one, "harmful task") for one in self.harmful)  # type: ignore[arg-type]
+        primary: Any = self.primary
+        return Problem(Task.of(primary, "primary task"), tuple(harmful), self.head)
+
+    def to(
+        self, device: torch.device | str | None = None, dtype: torch.dtype | None = None
+    ) -> Problem[TaskT]:
+        """The problem with its tasks on another device or of another dtype.
+
+        Immunizers and attacks work where the tasks are. Samples that are no :class:`Task` are drawn
+        batch by batch, and stay as they are.
+        """
+        moved: list[Any] = [
+            task.to(device, dtype) if isinstance(task, Task) else task
+            for task in (self.primary, *self.harmful)
+        ]
+        return Problem(moved[0], tuple(moved[1:]), self.head)
 
     def only_harm(self, function: str) -> TaskT:
         """The harmful task of a method that takes one.
@@ -143,6 +171,11 @@ def check_names(data: str, primary: str | None, harmful: tuple[str, ...]) -> Non
     Raises:
         FileNotFoundError: If a file of features is not there.
         ValueError: If one of them has another form, or one is missing.
+
+    Example:
+        >>> check_names("digits", "3:8", ())
+        Traceback (most recent call last):
+        ValueError: harmful must name a task, got none; give --harmful
     """
     file = data.endswith(FILES)
     if data == "house":
@@ -152,7 +185,7 @@ def check_names(data: str, primary: str | None, harmful: tuple[str, ...]) -> Non
     if not file and data not in _DEFAULTS:
         raise ValueError(
             f"data must be digits, mnist, house or a file ending in {' or '.join(FILES)}, got "
-            f"{data!r}"
+            f"{data!r}{hint(data, (*_DEFAULTS, 'house'))}"
         )
     for text in (data, primary, *harmful):
         if text is not None and text.endswith(FILES) and not Path(text).is_file():
@@ -203,6 +236,10 @@ def load_problem(
         ConnectionError: If files have to be fetched and there is no network.
         FileNotFoundError: If a file is missing.
         ValueError: If an argument is out of range.
+
+    Example:
+        >>> load_problem("digits", "3:8", ("4:9",)).harmful[0].name
+        'digit 4 against 9'
     """
     if max_train is not None and max_train < 1:
         raise ValueError(f"max_train must be at least 1, got {max_train}")

@@ -2,10 +2,23 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, TypeAlias
 
 import torch
 from torch import Tensor
+
+if TYPE_CHECKING:
+    from numpy.typing import NDArray
+
+
+# Of samples that are not divided into a training and a test part, one in so many is to test on:
+# also data that is sorted by its labels has all of them in both.
+_EVERY = 5
+
+TaskLike: TypeAlias = "Task | Sequence[Tensor | NDArray[Any]]"
+"""A task, or what :meth:`Task.of` makes one of."""
 
 
 @dataclass(frozen=True)
@@ -71,6 +84,49 @@ class Task:
                 "Task: y must be -1 and +1 for a classification task, got 0 and 1, which would be "
                 "taken for the targets of a regression; give 2 * y - 1"
             )
+
+    @classmethod
+    def of(cls, data: TaskLike, name: str = "task") -> Task:
+        """A task as it is, or made of arrays or tensors.
+
+        Args:
+            data: A task; inputs and targets of both parts, ``(x_train, y_train, x_test, y_test)``;
+                or ``(x, y)``, of which every fifth sample is kept to test on. Whole numbers become
+                float64, targets get the dtype and the device of their inputs.
+            name: Name of a task that is made here.
+
+        Returns:
+            The task.
+
+        Raises:
+            ValueError: If it is none of these, or as on construction.
+
+        Example:
+            >>> import numpy as np
+            >>> Task.of((np.eye(10), np.arange(10.0)), "count up")
+            Task('count up', regression, 8 and 2 samples of 10 features, torch.float64)
+        """
+        if isinstance(data, Task):
+            return data
+        if not isinstance(data, (tuple, list)) or len(data) not in (2, 4):
+            raise ValueError(
+                "Task.of: data must be a Task, (x, y) or (x_train, y_train, x_test, y_test), got "
+                f"{type(data).__name__}"
+                + (f" of {len(data)}" if isinstance(data, (tuple, list)) else "")
+            )
+        parts = [torch.as_tensor(part) for part in data]
+        like = parts[0] if parts[0].dtype.is_floating_point else parts[0].to(torch.float64)
+        parts = [part.to(like) for part in parts]
+        if len(parts) == 2:
+            x, y = parts
+            tests = torch.arange(len(y), device=y.device) % _EVERY == _EVERY - 1
+            if x.dim() != 2 or len(x) != len(y) or not bool(tests.any()):
+                raise ValueError(
+                    f"Task.of: (x, y) must be a matrix and a target for each of at least {_EVERY} "
+                    f"rows, got {tuple(x.shape)} and {tuple(y.shape)}"
+                )
+            parts = [x[~tests], y[~tests], x[tests], y[tests]]
+        return cls(name, *parts)
 
     def __repr__(self) -> str:
         counts = f"{len(self.x_train)} and {len(self.x_test)} samples of {self.num_features}"

@@ -283,6 +283,11 @@ def extract_features(
 
     Raises:
         ValueError: If there is no batch, or features are no matrix or not finite.
+
+    Example:
+        >>> batches = [torch.zeros(2, 3), torch.ones(1, 3)]
+        >>> extract_features(nn.Identity(), batches).shape
+        torch.Size([3, 3])
     """
     device = next((value.device for value in extractor.parameters()), torch.device("cpu"))
     modes = {module: module.training for module in extractor.modules()}

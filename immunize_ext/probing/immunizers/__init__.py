@@ -38,7 +38,7 @@ from immunize_ext.probing.immunizers.multiplicative import (
     MultiplicativeImmunizer,
     multiplicative_step,
 )
-from immunize_ext.probing.immunizers.registry import METHODS, grid_of, knob_of, label_of
+from immunize_ext.probing.immunizers.registry import METHODS, MethodName, grid_of, knob_of, label_of
 from immunize_ext.probing.immunizers.several_harms import SeveralHarmsImmunizer, several_harms_theta
 from immunize_ext.probing.immunizers.step_bounds import ill_step_bound, well_step_bound
 
@@ -57,6 +57,7 @@ __all__ = [
     "LabelDirectionImmunizer",
     "LinearImmunizer",
     "LinearLock",
+    "MethodName",
     "MiniBatchImmunizer",
     "MultiplicativeImmunizer",
     "PencilLock",

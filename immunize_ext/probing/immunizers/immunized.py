@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import copy
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -66,12 +66,17 @@ class Immunized:
             values={"method": self.method, "config": self.config, "history": self.history},
         )
 
+    def to(self, device: torch.device | str) -> Immunized:
+        """The same on another device."""
+        return replace(self, theta=self.theta.to(device), theta0=self.theta0.to(device))
+
     @classmethod
-    def load(cls, path: str | Path) -> Immunized:
+    def load(cls, path: str | Path, *, device: torch.device | str = "cpu") -> Immunized:
         """Read what :meth:`save` wrote. Runs no code from the file.
 
         Args:
             path: The file.
+            device: Where the extractor shall be.
 
         Returns:
             The immunized extractor.
@@ -82,7 +87,7 @@ class Immunized:
             ValueError: If it holds something else.
         """
         tensors, values = load_checkpoint(path, kind=_KIND, function="Immunized.load")
-        return cls(theta=tensors["theta"], theta0=tensors["theta0"], **values)
+        return cls(theta=tensors["theta"], theta0=tensors["theta0"], **values).to(device)
 
 
 _DEEP_KIND = "immunize_ext.ImmunizedExtractor/1"

@@ -68,6 +68,11 @@ def best_head(z: Tensor, y: Tensor) -> Head:
     Args:
         z: Features, shape ``(n, q)``.
         y: Targets, shape ``(n,)``.
+
+    Example:
+        >>> head = best_head(torch.eye(2, dtype=torch.float64), torch.tensor([1.0, -1.0]).double())
+        >>> [round(value, 6) for value in head.weight.tolist()]
+        [1.0, -1.0]
     """
     z, y = z.to(torch.float64), y.to(torch.float64)
     middle, mean = z.mean(0), y.mean()
@@ -143,6 +148,7 @@ class _Lock(LinearImmunizer):
             part, ``loss_primary``, the parts of its rise ``price_of_cut`` (small variances) and
             ``price_of_lock``, and ``dimensions``.
         """
+        problem = problem.as_tasks()
         name = type(self).__name__
         theta0 = identity_or(model, problem.primary, name)
         tasks = (problem.primary, *problem.harmful)

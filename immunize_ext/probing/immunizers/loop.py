@@ -353,6 +353,7 @@ class IterativeImmunizer(LinearImmunizer):
             ``log_kappa_primary``, ``log_kappa_harmful``, ``log_rir`` (against the start), and what
             the class says.
         """
+        problem = problem.as_tasks()
         name = type(self).__name__
         descent = Descent.of(name, model, problem, self.ridge, self.corridor)
         total, advance = self.begin(descent, problem)

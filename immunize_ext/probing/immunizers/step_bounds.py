@@ -59,6 +59,10 @@ def well_step_bound(features: Tensor) -> float:
 
     Raises:
         ValueError: If ``features`` is not a matrix.
+
+    Example:
+        >>> well_step_bound(torch.eye(3, dtype=torch.float64))
+        inf
     """
     eigenvalues, rank = _spectrum("well_step_bound", features)
     p = features.shape[1]
@@ -89,6 +93,10 @@ def ill_step_bound(features: Tensor) -> float:
 
     Raises:
         ValueError: If ``features`` is not a matrix.
+
+    Example:
+        >>> ill_step_bound(torch.ones(3, 1, dtype=torch.float64))
+        inf
     """
     eigenvalues, rank = _spectrum("ill_step_bound", features)
     if rank <= 1:

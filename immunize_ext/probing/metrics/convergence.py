@@ -21,6 +21,11 @@ def norm_ratio(weights: Tensor, optimum: Tensor) -> Tensor:
 
     Returns:
         Ratios, shape ``(steps + 1,)``; the first is 1. Zeros if the start is the optimum.
+
+    Example:
+        >>> weights = torch.tensor([[0.0], [1.0], [1.5]])
+        >>> norm_ratio(weights, torch.tensor([2.0])).tolist()
+        [1.0, 0.25, 0.0625]
     """
     distance = (weights - optimum).square().sum(-1)
     return torch.zeros_like(distance) if float(distance[0]) == 0.0 else distance / distance[0]

@@ -54,6 +54,11 @@ def pencil(x_primary: Tensor, x_harmful: Tensor, *, ridge: float = 1e-4) -> Penc
     Raises:
         ValueError: If the numbers of features differ or ``ridge`` is out of range.
         NotPositiveDefiniteError: If K_P is numerically singular; a ridge makes it regular.
+
+    Example:
+        >>> x = torch.eye(2, dtype=torch.float64)
+        >>> pencil(x, x @ torch.diag(torch.tensor([1.0, 2.0]).double()), ridge=0.0).values.tolist()
+        [4.0, 1.0]
     """
     if x_primary.dim() != 2 or x_harmful.dim() != 2 or x_primary.shape[1] != x_harmful.shape[1]:
         raise ValueError(

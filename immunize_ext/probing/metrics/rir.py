@@ -33,7 +33,11 @@ import torch
 from torch import Tensor
 
 from immunize_ext.errors import NumericalWarning
-from immunize_ext.ops.spectrum import gram_extremes
+from immunize_ext.ops.spectrum import (
+    extremal_singular_values,
+    gram_extremes,
+    gram_log_condition_number,
+)
 from immunize_ext.probing.metrics.hessian import check_ridge, with_ridge
 from immunize_ext.probing.metrics.pencil import log_rir_ceiling
 
@@ -143,15 +147,14 @@ def log_kappa(
         [(4.0, 2)]
     """
     features = features.detach().to(torch.float64)
+    # By singular values: eigenvalues of H leave the range of float64 long before features do.
     if policy == "official":
-        extremes = gram_extremes(features, rank="full")
-        smallest = extremes.lambda_min + OFFICIAL_FLOOR
-        value = (extremes.lambda_max + OFFICIAL_FLOOR).log() - smallest.log()
-        there = extremes.lambda_max > 0.0
-        counted = torch.full_like(extremes.rank, features.shape[-1]).where(there, 0)
+        value = gram_log_condition_number(features, floor=OFFICIAL_FLOOR)
+        there = (features != 0).any(-1).any(-1)
+        counted = there * features.shape[-1]
         return value.where(there, math.inf), counted
-    extremes = gram_extremes(features, rank_rtol=rank_rtol)
-    value = extremes.lambda_max.log() - extremes.lambda_min.log()
+    extremes = extremal_singular_values(features, rank_rtol=rank_rtol)
+    value = 2 * (extremes.sigma_max.log() - extremes.sigma_min.log())
     return value.where(extremes.rank > 0, math.inf), extremes.rank
 
 
@@ -395,6 +398,12 @@ def grouped_rir(
     Warns:
         NumericalWarning: If a group has fewer samples than features. Groups are then biased, not
             just noisy, and with ``policy="rank_aware"`` unusable; enlarge ``group_size``.
+
+    Example:
+        >>> x = torch.randn(50, 4, dtype=torch.float64)
+        >>> same = grouped_rir(x, x, x, x, groups=3, group_size=20)
+        >>> same.log_i.tolist(), same.log_ii.tolist()
+        ([0.0, 0.0, 0.0], [0.0, 0.0, 0.0])
     """
     if policy not in get_args(RirPolicy):
         raise ValueError(

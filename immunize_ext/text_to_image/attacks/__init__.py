@@ -15,6 +15,7 @@ from immunize_ext.text_to_image.attacks.prior import PriorPreservation, prior_pr
 from immunize_ext.text_to_image.attacks.prompts import PROMPT_VARIANTS, attack_prompt, replace_name
 from immunize_ext.text_to_image.attacks.registry import (
     ATTACKS,
+    AttackName,
     TextToImageAttack,
     asked_by,
     attack_label,
@@ -36,6 +37,7 @@ __all__ = [
     "Adaptation",
     "Adapted",
     "AttackCurve",
+    "AttackName",
     "ConceptScores",
     "CustomDiffusionAttack",
     "DreamBoothAttack",

@@ -23,7 +23,7 @@ from immunize_ext.text_to_image.attacks.prompts import attack_prompt
 from immunize_ext.text_to_image.attacks.target import Evaluate, Target
 from immunize_ext.text_to_image.attacks.trainables import NewToken, Trainables, freeze
 from immunize_ext.text_to_image.concepts import Concept
-from immunize_ext.text_to_image.model import Conditioning, TextToImage
+from immunize_ext.text_to_image.model import Conditioning, ModelLike, TextToImage
 
 _MOMENTUM = 0.9
 
@@ -158,7 +158,7 @@ class Adaptation(ABC):
 
     def run(
         self,
-        model: TextToImage,
+        model: ModelLike,
         target: Target | Sequence[Concept],
         *,
         steps: int,
@@ -190,7 +190,7 @@ class Adaptation(ABC):
 
     def adapt(
         self,
-        model: TextToImage,
+        model: ModelLike,
         target: Target | Sequence[Concept],
         *,
         steps: int,
@@ -198,7 +198,7 @@ class Adaptation(ABC):
         progress: Progress | None = None,
     ) -> Adapted:
         """As :meth:`run`, and give the adapted clone with its weights too."""
-        wanted = Target.of(target)
+        model, wanted = TextToImage.of(model), Target.of(target)
         checkpoints = wanted.checkpoints(self.name, steps)
         with own_randomness(model.device, seed):
             clone = model.clone()

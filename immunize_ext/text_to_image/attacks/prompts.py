@@ -76,6 +76,11 @@ def attack_prompt(concept: Concept, variant: str) -> str:
     Raises:
         ValueError: If the concept has no second prompt to paraphrase with, or its name is not in
             its prompt.
+
+    Example:
+        >>> from immunize_ext.text_to_image.digits.concepts import digit_concept
+        >>> attack_prompt(digit_concept(3), "name_left_out")
+        'a photo of the digit'
     """
     canonical = concept.prompts[0]
     if variant == "canonical":

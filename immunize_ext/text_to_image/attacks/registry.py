@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import replace
-from typing import Any, Protocol
+from typing import Any, Literal, Protocol, TypeAlias
 
 from immunize_ext.seams import Attack
 from immunize_ext.settings import Registry
@@ -34,8 +34,29 @@ class TextToImageAttack(Attack[TextToImage, Target], Protocol):
         """What it trains and generates each concept with, by the concept's name."""
 
 
-ATTACKS: Registry[TextToImageAttack] = Registry("attack", key="name")
+ATTACKS: Registry[TextToImageAttack] = Registry(
+    "attack", key="name", plugins="immunize_ext.text_to_image"
+)
 """Attack by name; ``ATTACKS.register`` adds one."""
+
+AttackName: TypeAlias = Literal[
+    "lora",
+    "lora_attn2",
+    "locon",
+    "lora_with_text",
+    "full_fine_tuning",
+    "full_fine_tuning_with_text",
+    "other_layers_fine_tuning",
+    "reinitialised",
+    "attn2_fine_tuning",
+    "kv_fine_tuning",
+    "dreambooth",
+    "dreambooth_without_prior",
+    "dreambooth_lora",
+    "textual_inversion",
+    "custom_diffusion",
+]
+"""Names of the attacks of the package; those that others register are texts as well."""
 
 for _attack in (
     LoRAAttack(),

@@ -6,6 +6,7 @@ from collections.abc import Sequence
 
 from torch import Tensor
 
+from immunize_ext.settings import hint
 from immunize_ext.text_to_image.concepts import Concept, ConceptSet
 from immunize_ext.text_to_image.digits.images import DIGIT_NAMES, digit_images
 
@@ -81,6 +82,7 @@ def digit_concepts(
         if name not in DIGIT_NAMES:
             raise ValueError(
                 f"digit_concepts: names must be among {', '.join(DIGIT_NAMES)}, got {name!r}"
+                f"{hint(name, DIGIT_NAMES)}"
             )
     captions = [*NEUTRAL_CAPTIONS]
     captions += [template.format(name) for name in kept for template in DIGIT_TEMPLATES]

@@ -7,7 +7,7 @@ never changed. Importing this module imports neither diffusers nor accelerate.
 from __future__ import annotations
 
 from immunize_ext.text_to_image.immunizers.baselines import JointTraining, LossAscent, MergeOnly
-from immunize_ext.text_to_image.immunizers.concept_merge import ConceptMerge
+from immunize_ext.text_to_image.immunizers.concept_merge import ConceptMerge, Merge, MomentMerge
 from immunize_ext.text_to_image.immunizers.erase import Erasure, describe_erasure, erase
 from immunize_ext.text_to_image.immunizers.imma import DiffusionIMMA
 from immunize_ext.text_to_image.immunizers.immunized import ImmunizedPipeline
@@ -16,6 +16,7 @@ from immunize_ext.text_to_image.immunizers.many_words import ManyWords
 from immunize_ext.text_to_image.immunizers.mima import MIMA
 from immunize_ext.text_to_image.immunizers.registry import (
     METHODS,
+    MethodName,
     TextToImageImmunizer,
     method_label,
 )
@@ -32,7 +33,10 @@ __all__ = [
     "JointTraining",
     "LossAscent",
     "ManyWords",
+    "Merge",
     "MergeOnly",
+    "MethodName",
+    "MomentMerge",
     "TextToImageImmunizer",
     "describe_erasure",
     "erase",

@@ -15,7 +15,7 @@ from immunize_ext.text_to_image.immunizers.imma import DiffusionIMMA
 from immunize_ext.text_to_image.immunizers.immunized import ImmunizedPipeline
 from immunize_ext.text_to_image.immunizers.loop import Immunizer
 from immunize_ext.text_to_image.immunizers.parameters import Parameters, scope_parameters
-from immunize_ext.text_to_image.model import TextToImage
+from immunize_ext.text_to_image.model import ModelLike, TextToImage
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -79,7 +79,7 @@ class MergeOnly(DiffusionIMMA):
 
     def fit(
         self,
-        model: TextToImage,
+        model: ModelLike,
         problem: ConceptSet,
         *,
         progress: Progress | None = None,
@@ -87,6 +87,7 @@ class MergeOnly(DiffusionIMMA):
     ) -> ImmunizedPipeline:
         """Immunize a clone against each concept and merge; arguments as :meth:`Immunizer.fit`."""
         count = len(problem.concepts)
+        model = TextToImage.of(model)
         clone = model.clone()
         merge = ConceptMerge(
             clone,

@@ -1,4 +1,4 @@
-"""MIMA's Merge: adapted copies of the text projections become one, the rest is averaged."""
+"""Adapted copies become one: by token constraints (MIMA's Merge), by moments, by their mean."""
 
 from __future__ import annotations
 
@@ -8,16 +8,150 @@ from collections.abc import Sequence
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
-from immunize_ext.ops import MergeReport, RegularizationFactor, merge_kv, merge_report
+from immunize_ext.ops import (
+    MergeReport,
+    RegularizationFactor,
+    collect_moments,
+    factor_layers,
+    merge_kv,
+    merge_moments,
+    merge_report,
+)
 from immunize_ext.text_to_image.concepts import Concept
+from immunize_ext.text_to_image.immunizers.batches import Batch
 from immunize_ext.text_to_image.immunizers.parameters import Parameters
 from immunize_ext.text_to_image.model import TextToImage
 from immunize_ext.text_to_image.projections import find_text_projections
 
 
-class ConceptMerge:
+class Merge:
+    """What the loop knows of a merge: a function of base and copies, its seconds, its reports.
+
+    Attributes:
+        seconds: Time spent merging so far, forward alone.
+        reports: Where it is a list, every merge may add what it did.
+    """
+
+    def __init__(self) -> None:
+        self.seconds = 0.0
+        self.reports: list[MergeReport] | None = None
+
+    def __call__(self, base: Parameters, adapted: Sequence[Parameters]) -> Parameters:
+        """Merge.
+
+        Args:
+            base: W0 and the other parameters before adaptation, by name.
+            adapted: The same after adaptation, one table a concept.
+
+        Returns:
+            The merged parameters, by name.
+        """
+        started = time.perf_counter()
+        merged = self.layers(base, adapted)
+        result = {
+            name: merged[name] if name in merged else _mean([copy[name] for copy in adapted])
+            for name in base
+        }
+        self.seconds += time.perf_counter() - started
+        if self.reports is not None:
+            self.report(merged, base, adapted)
+        return result
+
+    def layers(self, base: Parameters, adapted: Sequence[Parameters]) -> Parameters:
+        """The parameters that are merged by more than their mean; here none."""
+        del base, adapted
+        return {}
+
+    def report(self, merged: Parameters, base: Parameters, adapted: Sequence[Parameters]) -> None:
+        """Add to the reports; nothing is known of a mean."""
+        del merged, base, adapted
+
+
+class MomentMerge(Merge):
+    r"""Merge of linear and convolution layers by the second moments of their inputs.
+
+    .. math:: W = W_0 + \sum_n (W'_n - W_0)\, G_n \Bigl(G_{keep} + \rho I + \sum_m G_m\Bigr)^{-1}
+
+    with G_n = E[h h^T] over what concept n's noisy images and prompts send through the layer, and
+    G_keep over those of what is to be kept. Other parameters, and layers with more than
+    :data:`WIDEST` inputs, whose moments would not fit, are the mean of their copies.
+
+    Args:
+        model: The model, whose weights at the start the moments are of.
+        names: Weights that may be merged, by their name in the denoiser.
+        concepts: Batches of each concept.
+        kept: Batches of what is to be kept; none if there is nothing.
+        ridge: rho, relative to the mean diagonal of the sum of moments.
+
+    Source:
+        DERIVED: ``ops.merge_moments`` in the place of MIMA's Merge.
+    """
+
+    def __init__(
+        self,
+        model: TextToImage,
+        names: Sequence[str],
+        concepts: Sequence[Sequence[Batch]],
+        kept: Sequence[Batch],
+        *,
+        ridge: float,
+    ) -> None:
+        super().__init__()
+        predicting = _Predicting(model)
+        layers = [f"unet.{name}" for name in _mergeable(model.unet, names)]
+        found = factor_layers(
+            [collect_moments(predicting, layers, batches) for batches in concepts],
+            regularization=collect_moments(predicting, layers, kept) if kept else None,
+            ridge=ridge,
+        )
+        self.factors = {
+            f"{layer.removeprefix('unet.')}.weight": factor for layer, factor in found.items()
+        }
+
+    def layers(self, base: Parameters, adapted: Sequence[Parameters]) -> Parameters:
+        """Merge the layers whose moments are known."""
+        names = [name for name in base if name in self.factors]
+        merged = merge_moments(
+            [base[name] for name in names],
+            [[copy[name] for name in names] for copy in adapted],
+            [self.factors[name] for name in names],
+        )
+        return dict(zip(names, merged, strict=True))
+
+
+# A float64 matrix of this side takes 128 MB; four of them and their maps are held for a layer.
+WIDEST = 4096
+
+
+class _Predicting(nn.Module):
+    """The denoiser as a function of a batch, whose hooks are those of the denoiser."""
+
+    def __init__(self, model: TextToImage) -> None:
+        super().__init__()
+        self.unet = model.unet
+        self._model = [model]  # in a list, or it would be looked through for modules
+
+    def forward(self, batch: Batch) -> Tensor:
+        return batch.prediction(self._model[0])
+
+
+def _mergeable(unet: nn.Module, names: Sequence[str]) -> list[str]:
+    """Layers whose weights are among ``names`` and whose moments can be collected."""
+    weights = set(names)
+    return [
+        layer
+        for layer, module in unet.named_modules()
+        if f"{layer}.weight" in weights
+        and (
+            isinstance(module, nn.Linear) or (isinstance(module, nn.Conv2d) and module.groups == 1)
+        )
+        and module.weight[0].numel() <= WIDEST
+    ]
+
+
+class ConceptMerge(Merge):
     r"""Merge of concept-adapted parameters, differentiable in all of them.
 
     For a text projection, with C the features of the concepts' own tokens and C_reg those of
@@ -68,51 +202,38 @@ class ConceptMerge:
                 "ConceptMerge: captions must hold at least one caption, got none; name unrelated "
                 "captions in the concepts"
             )
-        self.reports: list[MergeReport] | None = None
+        super().__init__()
         self.names = [concept.name for concept in concepts]
         self.embeddings = own_tokens(model, concepts, prompts_per_concept)
         rows = model.token_features(captions, positions="tokens")
         self.factor = RegularizationFactor.from_embeddings(rows, ridge=ridge)
         self.projections = [p.weight_name for p in find_text_projections(model.unet)]
-        self.seconds = 0.0
 
-    def __call__(self, base: Parameters, adapted: Sequence[Parameters]) -> Parameters:
-        """Merge.
-
-        Args:
-            base: W0 and the other parameters before adaptation, by name.
-            adapted: The same after adaptation, one table a concept.
-
-        Returns:
-            The merged parameters, by name.
-        """
-        started = time.perf_counter()
-        layers = [name for name in self.projections if name in base]
+    def layers(self, base: Parameters, adapted: Sequence[Parameters]) -> Parameters:
+        """Merge the text projections."""
+        names = [name for name in self.projections if name in base]
         merged = merge_kv(
-            [base[name] for name in layers],
-            [[copy[name] for name in layers] for copy in adapted],
+            [base[name] for name in names],
+            [[copy[name] for name in names] for copy in adapted],
             self.embeddings,
             self.factor,
             names=self.names,
         )
-        together = dict(zip(layers, merged, strict=True))
-        result = {
-            name: together[name] if name in together else _mean([copy[name] for copy in adapted])
-            for name in base
-        }
-        self.seconds += time.perf_counter() - started
-        if self.reports is not None:
-            self.reports.append(
-                merge_report(
-                    [weight.detach() for weight in merged],
-                    [base[name].detach() for name in layers],
-                    [[copy[name].detach() for name in layers] for copy in adapted],
-                    self.embeddings,
-                    self.factor,
-                    names=self.names,
-                )
+        return dict(zip(names, merged, strict=True))
+
+    def report(self, merged: Parameters, base: Parameters, adapted: Sequence[Parameters]) -> None:
+        """How far each projection moved, and what was lost."""
+        assert self.reports is not None
+        self.reports.append(
+            merge_report(
+                [weight.detach() for weight in merged.values()],
+                [base[name].detach() for name in merged],
+                [[copy[name].detach() for name in merged] for copy in adapted],
+                self.embeddings,
+                self.factor,
+                names=self.names,
             )
-        return result
+        )
 
 
 def check_merge(function: str, ridge: float, prompts_per_concept: int) -> None:

@@ -16,7 +16,7 @@ from immunize_ext.ops.erasure import uce
 from immunize_ext.seams import Progress
 from immunize_ext.text_to_image.concepts import Concept, ConceptSet
 from immunize_ext.text_to_image.immunizers.immunized import ImmunizedPipeline
-from immunize_ext.text_to_image.model import TextToImage
+from immunize_ext.text_to_image.model import ModelLike, TextToImage
 from immunize_ext.text_to_image.names import replace_names
 from immunize_ext.text_to_image.projections import find_text_projections
 from immunize_ext.text_to_image.weight_edit import WeightEdit, apply_edit
@@ -119,7 +119,7 @@ class Erasure:
 
     def fit(
         self,
-        model: TextToImage,
+        model: ModelLike,
         problem: ConceptSet,
         *,
         progress: Progress | None = None,
@@ -141,7 +141,7 @@ class Erasure:
         """
         del resume
         started = time.perf_counter()
-        clone = model.clone()
+        clone = TextToImage.of(model).clone()
         erase(clone, problem, **asdict(self))
         seconds = time.perf_counter() - started
         if progress is not None:
@@ -217,6 +217,11 @@ def describe_erasure(concepts: Sequence[Concept]) -> list[str]:
 
     Returns:
         For example ``"cat: 'Cat' in 1 of 2 prompts becomes 'dog'; not in 'a kitten'"``.
+
+    Example:
+        >>> from immunize_ext.text_to_image.digits.concepts import digit_concept
+        >>> describe_erasure([digit_concept(3)])
+        ["three: 'three' in 8 of 8 prompts becomes 'digit'"]
     """
     lines = []
     for concept in concepts:

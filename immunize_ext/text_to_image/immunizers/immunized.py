@@ -7,6 +7,11 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+import torch
+
+from immunize_ext.settings import plain
+from immunize_ext.text_to_image.card import NAME as CARD
+from immunize_ext.text_to_image.card import Measured, model_card
 from immunize_ext.text_to_image.model import TextToImage
 
 _KIND = "immunize_ext.ImmunizedPipeline/1"
@@ -52,12 +57,21 @@ class ImmunizedPipeline:
         """Share of the steps' time that went into merging, forward alone."""
         return sum(record["merge_seconds"] for record in self.history) / max(self.seconds, 1e-12)
 
-    def save(self, path: str | Path, *, overwrite: bool = False) -> None:
-        """Write the pipeline in diffusers' layout with the record beside it: all or nothing.
+    def save(
+        self,
+        path: str | Path,
+        *,
+        overwrite: bool = False,
+        base: str | None = None,
+        measured: Measured | None = None,
+    ) -> None:
+        """Write the pipeline in diffusers' layout, its record and a model card: all or nothing.
 
         Args:
             path: The folder; plain diffusers loads it.
             overwrite: Whether a pipeline that is there already is replaced.
+            base: The model that was immunized, for the card: its name on a hub.
+            measured: What attacks reached, for the card.
 
         Raises:
             FileExistsError: As :meth:`~immunize_ext.text_to_image.model.TextToImage.save`.
@@ -71,14 +85,18 @@ class ImmunizedPipeline:
             "peak_memory": self.peak_memory,
             "warnings": list(self.warnings),
         }
-        self.model.save(path, overwrite=overwrite, extra={_FILE: json.dumps(record, indent=1)})
+        concepts = [str(name) for name in self.config.get("concepts", ())]
+        card = model_card(self.method, concepts, plain(self.config), base=base, measured=measured)
+        extra = {_FILE: json.dumps(record, indent=1), CARD: card}
+        self.model.save(path, overwrite=overwrite, extra=extra)
 
     @classmethod
-    def load(cls, path: str | Path) -> ImmunizedPipeline:
+    def load(cls, path: str | Path, *, device: torch.device | str = "cpu") -> ImmunizedPipeline:
         """Read what :meth:`save` wrote. Runs no code from the files.
 
         Args:
             path: The folder.
+            device: Where the pipeline shall be.
 
         Returns:
             The immunized pipeline.
@@ -102,4 +120,4 @@ class ImmunizedPipeline:
                 f"ImmunizedPipeline.load: {file} must hold {_KIND}, got something else"
             )
         record["warnings"] = tuple(record.get("warnings", ()))
-        return cls(model=TextToImage.from_pretrained(path), **record)
+        return cls(model=TextToImage.from_pretrained(path, device=device), **record)

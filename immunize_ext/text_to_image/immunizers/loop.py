@@ -23,11 +23,11 @@ from immunize_ext.runtime import Meter
 from immunize_ext.seams import Progress
 from immunize_ext.text_to_image.concepts import Concept, ConceptSet
 from immunize_ext.text_to_image.immunizers.batches import Batch, ConceptPool, Retain, generator_of
-from immunize_ext.text_to_image.immunizers.concept_merge import ConceptMerge
+from immunize_ext.text_to_image.immunizers.concept_merge import ConceptMerge, Merge
 from immunize_ext.text_to_image.immunizers.immunized import ImmunizedPipeline
 from immunize_ext.text_to_image.immunizers.parameters import Parameters, Scope, scope_parameters
 from immunize_ext.text_to_image.immunizers.state import LoopState, load_state, save_state
-from immunize_ext.text_to_image.model import TextToImage, at_least_float
+from immunize_ext.text_to_image.model import ModelLike, TextToImage, at_least_float
 
 _LOG = logging.getLogger("immunize_ext")
 
@@ -220,7 +220,7 @@ class Immunizer(ABC):
 
     def fit(
         self,
-        model: TextToImage,
+        model: ModelLike,
         problem: ConceptSet,
         *,
         progress: Progress | None = None,
@@ -229,7 +229,8 @@ class Immunizer(ABC):
         """Immunize a clone of a model against concepts.
 
         Args:
-            model: The model; it is not changed. Concepts to be re-learned should be erased in it.
+            model: The model, its pipeline or its folder; it is not changed. Concepts to be
+                re-learned should be erased in it.
             problem: What to immunize against, what to keep, captions for the merge.
             progress: Called with what was done and the share done so far.
             resume: Folder for checkpoints: one that is there is gone on from. None are written
@@ -251,7 +252,7 @@ class Immunizer(ABC):
             on gives the same bits as one that was not.
         """
         self.check(problem)
-        return Run(self, model.clone(), problem, resume, progress).run()
+        return Run(self, TextToImage.of(model).clone(), problem, resume, progress).run()
 
 
 class Run:
@@ -259,6 +260,7 @@ class Run:
 
     Attributes:
         model: The clone.
+        device: Where it runs.
         names: Names of the concepts.
         pools: One a concept.
         merge: The merge, for methods that have one.
@@ -297,7 +299,10 @@ class Run:
                 f"{immunizer.method}: log_with must name a tracker that is installed, got "
                 f"{immunizer.log_with!r}; pip install it, or leave log_with out"
             )
-        model.pipeline.to(self.accelerator.device)
+        # Alone, the run stays where the model is; of several processes each has a device.
+        alone = self.accelerator.num_processes == 1
+        self.device: torch.device = model.device if alone else self.accelerator.device
+        model.pipeline.to(self.device)
         for part in (model.unet, model.vae, *model.text_encoders):
             part.requires_grad_(False).eval()
         # Left on by the caller, it would compute blocks anew with the denoiser's own parameters.
@@ -317,7 +322,7 @@ class Run:
             seed=immunizer.seed,
             prompts=immunizer.kept_prompts(concepts),
         )
-        self.merge = self._merge() if immunizer.needs_merge() else None
+        self.merge: Merge | None = self._merge() if immunizer.needs_merge() else None
         self.inner_losses: list[float] = []
         self.memory: Parameters = {}
 
@@ -352,7 +357,7 @@ class Run:
         if precision == "no":
             return nullcontext()
         dtype = torch.bfloat16 if precision == "bf16" else torch.float16
-        return torch.autocast(self.accelerator.device.type, dtype=dtype)
+        return torch.autocast(self.device.type, dtype=dtype)
 
     def config(self) -> dict[str, Any]:
         """Settings and concepts as plain values."""
@@ -366,7 +371,7 @@ class Run:
     def run(self) -> ImmunizedPipeline:
         """Run to the end."""
         settings = self.settings
-        meter = Meter(self.accelerator.device)
+        meter = Meter(self.device)
         with meter.measure():
             # Steps in half precision would be lost in rounding: what moves is float32 or better.
             leaves = {

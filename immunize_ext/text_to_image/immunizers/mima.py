@@ -15,14 +15,21 @@ theta is the one at theta'. What differs from plain ascent is where it is taken.
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import ClassVar
+from typing import ClassVar, Literal, get_args
 
 import torch
+from torch import Tensor
 
+from immunize_ext.text_to_image.immunizers.batches import generator_of
 from immunize_ext.text_to_image.immunizers.bilevel import BilevelImmunizer
-from immunize_ext.text_to_image.immunizers.concept_merge import check_merge
-from immunize_ext.text_to_image.immunizers.loop import Run
+from immunize_ext.text_to_image.immunizers.concept_merge import Merge, MomentMerge, check_merge
+from immunize_ext.text_to_image.immunizers.loop import OUTER, Run
 from immunize_ext.text_to_image.immunizers.parameters import Parameters
+
+MergeKind = Literal["closed_form", "moments", "mean", "own_copies"]
+
+# Purpose of the draws that moments are collected over, beside those of the loop.
+MOMENTS = 3
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -39,6 +46,13 @@ class MIMA(BilevelImmunizer):
         second_order: Whether adaptation is differentiated through (``create_graph``).
         ridge: Of the merge, relative to the mean diagonal of the captions' Gram matrix.
         merge_prompts: Prompts of each concept whose tokens the merge constrains.
+        merge: How the copies become one: ``"closed_form"`` as published, the text projections by
+            token constraints and everything else by the mean; ``"moments"``, every linear and
+            convolution layer by the second moments of its inputs, collected once at the start;
+            ``"mean"`` of everything, the control; ``"own_copies"``, no merge at all, each concept's
+            loss at its own copy.
+        moment_batches: Batches of each concept, and of what is kept, that moments are collected
+            over.
         variant: ``"algorithm1"`` as published, or ``"alternating"`` as the released code does it:
             the inner steps are kept, their merge is where the next step starts, and nothing is
             differentiated through.
@@ -60,16 +74,42 @@ class MIMA(BilevelImmunizer):
 
     ridge: float = 1e-4
     merge_prompts: int = 2
+    merge: MergeKind = "closed_form"
+    moment_batches: int = 4
     variant: str = "algorithm1"
 
     def __post_init__(self) -> None:
         """Refuse settings out of range."""
         super().__post_init__()
         check_merge(self.method, self.ridge, self.merge_prompts)
+        if self.merge not in get_args(MergeKind):
+            raise ValueError(
+                f"{self.method}: merge must be one of {', '.join(get_args(MergeKind))}, got "
+                f"{self.merge!r}"
+            )
+        if self.moment_batches < 1:
+            raise ValueError(
+                f"{self.method}: moment_batches must be at least 1, got {self.moment_batches}"
+            )
+        if self.alternating and self.merge == "own_copies":
+            raise ValueError(
+                f"{self.method}: the alternating variant must have one model to go on from, got "
+                "merge='own_copies'"
+            )
 
     def needs_merge(self) -> bool:
-        """Always."""
-        return True
+        """Of token constraints; the others are made of what the run draws."""
+        return self.merge == "closed_form"
+
+    def attacked_losses(self, run: Run, leaves: Parameters, step: int, batch: int) -> Tensor:
+        """At the merge, or each concept's at its own copy."""
+        if self.merge != "own_copies":
+            return super().attacked_losses(run, leaves, step, batch)
+        copies = self._copies(run, leaves, step * self.gradient_accumulation + batch)
+        draws = run.draw(step, OUTER, batch)
+        return torch.cat(
+            [drawn.losses(run.model, copy) for drawn, copy in zip(draws, copies, strict=True)]
+        )
 
     def prepare(self, run: Run, leaves: Parameters, step: int) -> None:
         """In the alternating variant: adapt, merge, and keep that."""
@@ -86,10 +126,26 @@ class MIMA(BilevelImmunizer):
         return self._merged(run, parameters, step)
 
     def _merged(self, run: Run, parameters: Parameters, step: int) -> Parameters:
-        assert run.merge is not None
+        if run.merge is None:
+            run.merge = Merge() if self.merge == "mean" else self._moment_merge(run)
+        return run.merge(parameters, self._copies(run, parameters, step))
+
+    def _copies(self, run: Run, parameters: Parameters, step: int) -> list[Parameters]:
         draws = self.inner_draws(run, step)
-        copies = [
+        return [
             self.adapt(run, parameters, [draw[index] for draw in draws])
             for index in range(len(run.pools))
         ]
-        return run.merge(parameters, copies)
+
+    def _moment_merge(self, run: Run) -> MomentMerge:
+        """Moments of the model that the run began with, also in one that goes on."""
+        generator = generator_of(self.seed, 0, MOMENTS)
+        count = range(self.moment_batches)
+        kept = [run.retain.draw(self.retain_batch, generator) for _ in count]
+        return MomentMerge(
+            run.model,
+            list(run.moved),
+            [[pool.draw(self.batch_size, generator) for _ in count] for pool in run.pools],
+            [batch for batch in kept if batch is not None],
+            ridge=self.ridge,
+        )

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from immunize_ext.text_to_image.projections import attention_blocks, linear_layers, parameters_of
 
-Scope = Literal["kv", "attn2", "all"]
+Scope = Literal["kv", "attn2", "attn", "all"]
 
 
 Parameters = dict[str, Tensor]
@@ -30,7 +30,7 @@ def scope_parameters(unet: nn.Module, scope: Scope, *, function: str) -> dict[st
     Args:
         unet: The denoiser.
         scope: ``"kv"`` for the text projections alone, ``"attn2"`` for the whole cross-attention
-            blocks that hold them, ``"all"`` for every parameter.
+            blocks that hold them, ``"attn"`` for self-attention too, ``"all"`` for every parameter.
         function: Who asks; stands in the error.
 
     Returns:
@@ -43,7 +43,8 @@ def scope_parameters(unet: nn.Module, scope: Scope, *, function: str) -> dict[st
         raise ValueError(
             f"{function}: scope must be one of {', '.join(get_args(Scope))}, got {scope!r}"
         )
-    blocks = attention_blocks(function, unet, "attn2")  # asks whether the model takes text
+    # Asks whether the model takes text, also where all of it moves.
+    blocks = attention_blocks(function, unet, "attention" if scope == "attn" else "attn2")
     if scope == "all":
         return dict(unet.named_parameters())
     return parameters_of(unet, linear_layers(function, unet, "kv") if scope == "kv" else blocks)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import TypeAlias
+from typing import Literal, TypeAlias
 
 from immunize_ext import seams
 from immunize_ext.settings import Registry
@@ -18,7 +18,20 @@ from immunize_ext.text_to_image.model import TextToImage
 TextToImageImmunizer: TypeAlias = seams.Immunizer[TextToImage, ConceptSet, ImmunizedPipeline]
 """What a method can do; own ones need no base class. A ``label`` says what reports call it."""
 
-METHODS: Registry[TextToImageImmunizer] = Registry("method", key="method")
+METHODS: Registry[TextToImageImmunizer] = Registry(
+    "method", key="method", plugins="immunize_ext.text_to_image"
+)
+
+MethodName: TypeAlias = Literal[
+    "mima",
+    "many_words",
+    "imma",
+    "joint_training",
+    "loss_ascent",
+    "merge_only",
+    "erasure",
+]
+"""Names of the methods of the package; those that others register are texts as well."""
 """Method by name; ``METHODS.register`` adds one."""
 
 for _method in (MIMA, ManyWords, DiffusionIMMA, JointTraining, LossAscent, MergeOnly, Erasure):

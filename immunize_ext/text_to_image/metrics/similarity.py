@@ -21,6 +21,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from immunize_ext._extras import require_extra
+from immunize_ext.hub import model_folder
 from immunize_ext.storage import digest
 from immunize_ext.text_to_image.concepts import Concept
 from immunize_ext.text_to_image.digits.judge import DigitJudge, Errors
@@ -138,11 +139,12 @@ def _plain_settings(folder: str | os.PathLike[str]) -> dict[str, Any]:
 
 
 def _local(function: str, folder: str | os.PathLike[str]) -> str:
-    """A folder of weights and settings alone."""
-    if not (Path(folder) / "config.json").is_file():
+    """A folder of weights and settings alone, fetched where it is named as a hub has it."""
+    folder = model_folder(os.fspath(folder), function=function, index="config.json")
+    if not (folder / "config.json").is_file():
         raise FileNotFoundError(
-            f"{function}: path must be a folder with a model (config.json), got "
-            f"{os.fspath(folder)}; nothing is downloaded"
+            f"{function}: path must be a folder with a model (config.json) or a name on "
+            f"huggingface.co (owner/model), got {os.fspath(folder)}"
         )
     refuse_code(function, Path(folder))
     if not any(Path(folder).glob("*.safetensors")):
@@ -185,8 +187,8 @@ class _Features:
         """Another process reads the folder that the model came from, if it came from one."""
         if self._source is None:
             return super().__reduce__()
-        folder, settings = self._source
-        return _from_folder, (type(self), folder, settings)
+        device = next(self.model.parameters()).device
+        return _from_folder, (type(self), *self._source, device)
 
     def features(self, images: Tensor, argument: str = "images") -> Tensor:
         """Features of images in [0, 1], shape ``(b, f)``, on the model's device."""
@@ -217,8 +219,10 @@ class _Features:
         return _cosine(f"{self._name}.image_image", *sides, pairs)
 
 
-def _from_folder(kind: Any, folder: str, settings: dict[str, Any]) -> Any:
-    return kind.from_pretrained(folder, **settings)
+def _from_folder(kind: Any, folder: str, settings: dict[str, Any], device: torch.device) -> Any:
+    made = kind.from_pretrained(folder, **settings)
+    made.model.to(device)
+    return made
 
 
 class ClipSimilarity(_Features):
@@ -257,10 +261,10 @@ class ClipSimilarity(_Features):
 
     @classmethod
     def from_pretrained(cls, path: str | os.PathLike[str], **settings: Any) -> ClipSimilarity:
-        """Load model and tokenizer from a local folder.
+        """Load model and tokenizer from a folder, or by their name on huggingface.co.
 
         Raises:
-            FileNotFoundError: If there is no model in the folder.
+            FileNotFoundError: If there is no model in the folder, or it cannot be fetched.
             ValueError: If it asks for code, or its weights are pickled.
             MissingExtraError: If transformers is not installed.
         """
@@ -345,10 +349,10 @@ class DinoSimilarity(_Features):
 
     @classmethod
     def from_pretrained(cls, path: str | os.PathLike[str], **settings: Any) -> DinoSimilarity:
-        """Load a model from a local folder.
+        """Load a model from a folder, or by its name on huggingface.co.
 
         Raises:
-            FileNotFoundError: If there is no model in the folder.
+            FileNotFoundError: If there is no model in the folder, or it cannot be fetched.
             ValueError: If it asks for code, or its weights are pickled.
             MissingExtraError: If transformers is not installed.
         """

@@ -225,7 +225,7 @@ def test_unknown_network_and_pairs(clip: Any) -> None:
         ClipSimilarity(clip).image_image(images(), images(), pairs="some")  # type: ignore[arg-type]
 
 
-def test_local_folders(dino: Any, tmp_path: Path) -> None:
+def test_local_folders(dino: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     dino.save_pretrained(tmp_path)
     settings = {"image_mean": [0.1, 0.2, 0.3], "image_std": [1.0, 1.0, 1.0]}
     (tmp_path / "preprocessor_config.json").write_text(json.dumps(settings))
@@ -233,7 +233,17 @@ def test_local_folders(dino: Any, tmp_path: Path) -> None:
     assert loaded.mean == (0.1, 0.2, 0.3)
     expected = DinoSimilarity(dino, mean=(0.1, 0.2, 0.3), std=(1.0, 1.0, 1.0))
     torch.testing.assert_close(loaded.features(images()), expected.features(images()))
-    with pytest.raises(FileNotFoundError, match="nothing is downloaded"):
+    with pytest.raises(FileNotFoundError, match=r"must be a folder with a model \(config.json\)"):
         DinoSimilarity.from_pretrained(tmp_path / "missing")
-    with pytest.raises(FileNotFoundError, match="nothing is downloaded"):
+    hub = pytest.importorskip("huggingface_hub")
+
+    def unreachable(*_: object, **__: object) -> None:
+        raise hub.errors.LocalEntryNotFoundError("no network")
+
+    monkeypatch.setattr(hub, "snapshot_download", unreachable)
+    with pytest.raises(FileNotFoundError, match="run `hf download openai/clip-vit-base-patch32`"):
         ClipSimilarity.from_pretrained("openai/clip-vit-base-patch32")
+    # Under a hub's name it is the same model, on the device that it is put on.
+    monkeypatch.setattr(hub, "snapshot_download", lambda *_, **__: str(tmp_path))
+    named = DinoSimilarity.from_pretrained("owner/dino")
+    torch.testing.assert_close(named.features(images()), loaded.features(images()))

@@ -1,0 +1,2 @@
+// Compiles the triangular solves with few right-hand sides.
+#include "triangular.cuh"

@@ -1,0 +1,34 @@
+// The kernels of triangular.cuh as a function of numpy arrays: immunize_ext_simt.triangular.
+#include "../../cuda/triangular.cuh"
+
+#include "../numpy.h"
+
+namespace {
+
+using namespace immunize_ext::triangular;
+using simt::Array;
+using simt::Buffer;
+using simt::py::arg;
+
+}  // namespace
+
+SIMT_BINDINGS(triangular, m) {
+  m.def(
+      "solve",
+      [](const Array<double>& factor, const Array<double>& rhs, bool transposed, bool columns,
+         std::uint64_t seed) {
+        const std::int64_t batch = factor.shape(0), d = factor.shape(1);
+        const std::int64_t s = rhs.shape(columns ? 2 : 1);
+        const Buffer<const double> l = simt::input("factor", factor), f = simt::input("rhs", rhs);
+        Buffer<double> out("out", batch * s * d);
+        launch_solve_triangular(
+            {l.ptr(), f.ptr(), out.ptr(), batch, s, d, columns ? s : 1, columns ? 1 : d, s * d},
+            transposed, simt::on({seed}));
+        return simt::to_numpy(out, {batch, s, d});
+      },
+      arg("factor").noconvert(), arg("rhs").noconvert(), arg("transposed"), arg("columns"),
+      arg("seed") = 0);
+  m.def("fits", [](std::int64_t d, std::size_t limit) { return fits(d, limit); });
+  m.attr("TILE") = kTile;
+  m.attr("RIGHT_HAND_SIDES") = kSolvers;
+}
