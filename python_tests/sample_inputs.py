@@ -479,6 +479,35 @@ def _few_rows(device: str, *constants: str) -> list[Sample]:
     return samples
 
 
+def _resolvents(device: str) -> list[Sample]:
+    """Shifts that make a + shift I positive definite, also of a repeated and an indefinite a."""
+    cases = [
+        ("matrix", symmetric(4, seed=110), gaussian(4, 2, seed=111)),
+        ("batch", symmetric(2, 3, 4, seed=112), gaussian(2, 3, 4, 1, seed=113)),
+        ("one", symmetric(1, seed=114), gaussian(1, 1, seed=115)),
+        ("empty", symmetric(0, 3, seed=116), gaussian(0, 3, 2)),
+        ("no vectors", symmetric(3, seed=117), gaussian(3, 0)),
+        ("clusters", symmetric_clusters(), gaussian(5, 2, seed=118)),
+        ("column major", column_major(symmetric(4, seed=119)), column_major(gaussian(4, 2))),
+        ("float32", symmetric(4, seed=120).float(), gaussian(4, 2, seed=121).float()),
+        ("bfloat16", symmetric(4, seed=122).bfloat16(), gaussian(4, 2, seed=123).bfloat16()),
+    ]
+    samples = []
+    for name, a, vectors in cases:
+        shifts = torch.tensor([8.0, 9.5, 30.0], dtype=a.dtype).expand(*a.shape[:-2], 3)
+        samples.append(Sample(name, tuple(t.to(device) for t in (a, shifts, vectors))))
+    return samples
+
+
+def _resolvents_backward(device: str) -> list[Sample]:
+    samples = []
+    for name, arguments in _resolvents(device):
+        outputs = torch.ops.immunize_ext.resolvent_traces(*arguments)
+        grads = (gaussian(*y.shape, seed=124 + k).to(device) for k, y in enumerate(outputs[:3]))
+        samples.append(Sample(name, (*grads, *arguments, *outputs[3:])))
+    return samples
+
+
 _BUILDERS: dict[str, Callable[[str], list[Sample]]] = {
     "extremal_singular_values": _spectrum,
     "extremal_singular_values_backward": _extremal_backward,
@@ -496,6 +525,8 @@ _BUILDERS: dict[str, Callable[[str], list[Sample]]] = {
     "symmetric_extremes_double_backward": _symmetric_double_backward,
     "symmetric_reference": _symmetric_reference,
     "symmetric_track": _symmetric_track,
+    "resolvent_traces": _resolvents,
+    "resolvent_traces_backward": _resolvents_backward,
     "merge_gram": _merge_gram,
     "merge_solve": _merge_solve,
     "merge_constraint_map": _merge_saddle,
@@ -524,6 +555,7 @@ DIFFERENTIABLE = (
     "condition_number",
     "symmetric_extremes",
     "symmetric_pair",
+    "resolvent_traces",
     "merge_apply",
     "moment_product",
 )
@@ -541,6 +573,7 @@ HALF_DIFFERENTIABLE = (
     "few_rows_weight",
     "few_rows_precondition",
     "symmetric_extremes_backward",
+    "resolvent_traces_backward",
     # With C, Q and the right-hand side; the rest of their arguments follows from these.
     "merge_constraint_map",
     "merge_free_solve",

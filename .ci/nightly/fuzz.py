@@ -551,6 +551,44 @@ def precondition(case: Matrices) -> None:
                 raise AssertionError(f"ridge {ridge}: off by {error / size:.3g}")
 
 
+def resolvents(case: Matrices) -> None:
+    """Traces and gradient of the thin Gram matrix, ridges far below and far above its norm."""
+    side = min(case.a.shape[-2:])
+    flat = case.a.detach().double().reshape(-1, *case.a.shape[-2:])
+    for matrix in flat:
+        scale = float(matrix.abs().max())
+        if not 1e-100 < scale < 1e100:
+            continue
+        x = matrix / scale if matrix.shape[0] >= matrix.shape[1] else matrix.mT / scale
+        a = (x.mT @ x).requires_grad_()
+        generator = torch.Generator().manual_seed(side)
+        shifts = 10.0 ** torch.arange(-4, 5, 2, dtype=torch.float64)
+        vectors = torch.randn(side, 2, generator=generator, dtype=torch.float64)
+        with route(case.compiled):
+            found = ops.resolvent_traces(a, shifts, vectors)
+            (grad,) = torch.autograd.grad(sum(y.sum() for y in found), a)
+        numbers = a.detach().numpy(), shifts.numpy(), vectors.numpy()
+        truth = reference.resolvent_traces(*numbers)
+        weights = [np.ones(y.shape) for y in found]
+        size = float(np.linalg.norm(numbers[0], 2))
+        for index, shift in enumerate(numbers[1]):
+            kappa = (size + shift) / shift
+            bound = VALUE_UNITS * side * EPS * kappa
+            for name in ("first", "second"):
+                got = float(getattr(found, name)[index].detach())
+                wanted = float(getattr(truth, name)[index])
+                _close(f"{name} at {shift}", got, wanted, bound * side, torch.float64)
+            for got, wanted in zip(
+                found.energies[index].tolist(), truth.energies[index], strict=True
+            ):
+                slack = bound * abs(wanted) + bound / shift**2
+                _close(f"energy at {shift}", got, float(wanted), slack, torch.float64)
+        right = reference.resolvent_traces_gradient(*numbers, *weights).a
+        least = float(numbers[1][0])
+        relative = VALUE_UNITS * side * EPS * (size + least) / least
+        _close_gradient("resolvents", grad, right, 10.0 * relative)
+
+
 def merge(problem: Any, compiled: bool) -> None:
     """The merge and the gradient of its weights against the null-space reference."""
     factor = ops.RegularizationFactor.from_embeddings(problem.c_reg, ridge=problem.ridge)
@@ -617,6 +655,7 @@ SPECTRAL: dict[str, Callable[[Matrices], None]] = {
     "StreamedGram": streaming,
     "SpectrumTracker": tracker,
     "Preconditioner": precondition,
+    "resolvent_traces": resolvents,
 }
 OPERATORS = (*SPECTRAL, "merge_kv")
 

@@ -33,19 +33,21 @@ from immunize_ext.storage import environment, to_json
 from .digit_tasks import random_tasks
 
 OUT = Path(__file__).with_name("certificates.json")
-METHOD_NAMES = ("whitening", "closed-form", "label-direction", "lock", "pencil-lock")
+METHOD_NAMES = (
+    "whitening",
+    "closed-form",
+    "label-direction",
+    "learning-curve",
+    "optimizer-aware",
+    "lock",
+    "pencil-lock",
+)
 MNIST_PAIRS = (("3:8", "4:9"), ("0:1", "3:5"), ("2:6", "7:9"), ("1:7", "5:8"))
 MARKS = ("certificates", "rotation")
 ROTATIONS = ("none", "random", "equal curvature")
 COORDINATE_WISE = ("gradient_descent", "adam", "adagrad", "standardised")
 ROTATION_SEEDS = 3
 ROTATION_LIMIT = 32.0
-
-
-def half(task: Task, which: int) -> Task:
-    """Every second training sample."""
-    x, y = task.x_train[which::2], task.y_train[which::2]
-    return Task(task.name, x, y, task.x_test, task.y_test)
 
 
 def problems(arguments: argparse.Namespace) -> Iterator[tuple[str, Problem[Task]]]:
@@ -70,9 +72,9 @@ def mnist_pair(folder: Path, primary: str, harmful: str) -> Problem[Task]:
 
 def row_of(name: str, method: str, problem: Problem[Task]) -> dict[str, Any]:
     """One certificate, in the numbers that are compared."""
-    harmful = problem.harmful[0]
-    immunized = METHODS[method].fit(None, Problem.of(problem.primary, half(harmful, 0)))
-    found = certify(immunized, problem.primary, half(harmful, 1), draws=4)
+    owners, attackers = problem.harmful[0].halves()
+    immunized = METHODS[method].fit(None, Problem.of(problem.primary, owners))
+    found = certify(immunized, problem.primary, attackers, draws=4)
     harm, own = found.linear
     few = {one.role: one for one in found.few_samples}
     return {
@@ -83,6 +85,7 @@ def row_of(name: str, method: str, problem: Problem[Task]) -> dict[str, Any]:
         "cap": found.work.cap if found.work else None,
         "samples_harm": few["harmful"].factor_best,
         "samples_harm_given": few["harmful"].factor_given,
+        "samples_harm_sibling": few["harmful"].factor_sibling,
         "samples_own": few["primary"].factor_best,
         "r2_harm": [harm.r2_before, harm.r2_after],
         "r2_own": [own.r2_before, own.r2_after],
@@ -196,6 +199,8 @@ def table(results: dict[str, Any]) -> str:
         lines.append(f"| none | 1 | 1 | 1 | 1 | {' | '.join(cells)} |")
         for method in METHOD_NAMES:
             rows = [row for row in chosen if row["method"] == method]
+            if not rows:
+                continue
             cells = [_median(rows, key, digits=1) for key in _FACTORS]
             cells += [_median(rows, key, 1) for key in _SHARES]
             lines.append(f"| {method} | {' | '.join(cells)} |")

@@ -7,6 +7,8 @@
 
 #include "tridiagonal.inl"
 
+#include "resolvent.inl"
+
 #include "sturm.inl"
 
 #include "cholesky.inl"

@@ -101,6 +101,9 @@ inline void pack_columns(const double* m, int64_t ldm, int64_t p, double* packed
 
 constexpr int64_t kRowBlock = 64;
 
+// Columns of a resolvent that are solved for together (resolvent.inl).
+constexpr int64_t kColumns = 16;
+
 constexpr double kEps = std::numeric_limits<double>::epsilon();
 constexpr int kRefinements = 3;
 

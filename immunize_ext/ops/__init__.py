@@ -31,6 +31,7 @@ from immunize_ext.ops.precondition import (
     Preconditioner,
     precondition_gradient,
 )
+from immunize_ext.ops.resolvent import ResolventTraces, resolvent_traces
 from immunize_ext.ops.spectrum import (
     GramExtremes,
     SingularExtremes,
@@ -58,6 +59,7 @@ __all__ = [
     "PreconditionedLinear",
     "Preconditioner",
     "RegularizationFactor",
+    "ResolventTraces",
     "SingularExtremes",
     "SingularTracker",
     "SpectrumTracker",
@@ -83,6 +85,7 @@ __all__ = [
     "merge_report",
     "precondition_gradient",
     "read_lora",
+    "resolvent_traces",
     "save_lora",
     "smallest_singular_values",
     "symmetric_extremes",

@@ -363,6 +363,47 @@ class Saved(_SingleLevelFunction):
         ctx.save_for_forward(*inputs, output)
 
 
+class _Resolvents(_SingleLevelFunction):
+    """``resolvent_traces``; its gradient is ``resolvent_traces_backward``."""
+
+    @staticmethod
+    def forward(*args: Any) -> Any:
+        return below_autograd(torch.ops.immunize_ext.resolvent_traces, *args)
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
+        ctx.save_for_backward(*inputs, *output[3:])
+        ctx.mark_non_differentiable(*output[3:])
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> Any:
+        return torch.ops.immunize_ext.resolvent_traces_backward(*grads[:3], *ctx.saved_tensors)
+
+
+def resolvents(operator: Kernel, composed: Kernel) -> Kernel:
+    """The ``Autograd`` kernel of ``resolvent_traces``; forward mode takes the composition."""
+
+    def kernel(*args: Tensor) -> Any:
+        if any(carries_tangent(arg) for arg in args):
+            rest = below_autograd(operator, *primals_of(args))[3:]
+            return (*composed(*args), *rest)
+        return differentiable(operator, _Resolvents)(*args)
+
+    return kernel
+
+
+def resolvents_backward(operator: Kernel, composed: Kernel) -> Kernel:
+    """That of its gradient: where it is differentiated itself, the composition."""
+
+    def kernel(*args: Tensor) -> Any:
+        if _differentiated(args) is not None:
+            return composed(*args[:6])
+        with torch._C._AutoDispatchBelowAutograd():
+            return operator(*args)
+
+    return kernel
+
+
 class _Refusal(_SingleLevelFunction):
     """A result whose derivative is an error with a given text."""
 

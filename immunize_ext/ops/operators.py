@@ -22,7 +22,14 @@ from torch import Tensor
 from torch.utils import _pytree as pytree
 
 from immunize_ext import _load
-from immunize_ext.ops import fallback, few_rows, merge_fallback, moment_fallback, projector
+from immunize_ext.ops import (
+    fallback,
+    few_rows,
+    merge_fallback,
+    moment_fallback,
+    projector,
+    resolvent_fallback,
+)
 from immunize_ext.ops.derivatives import (
     Family,
     Gradient,
@@ -33,6 +40,8 @@ from immunize_ext.ops.derivatives import (
     differentiable,
     fold_batch,
     refusing,
+    resolvents,
+    resolvents_backward,
 )
 from immunize_ext.ops.merge_derivatives import ApplyBackwardRule, ApplyRule
 from immunize_ext.ops.merge_saddle import RULES as SADDLE_RULES
@@ -52,8 +61,9 @@ class Operator:
         fallback: The operator in torch, for devices without a kernel.
         fake: Shapes, dtypes and (contiguous) strides of the outputs; None where they depend on the
             numbers.
-        derivative: The ``autograd.Function`` and what its rules need to know; or, for an operator
-            without rules, the text that refuses them; None where csrc has them.
+        derivative: The ``autograd.Function`` and what its rules need to know; or what makes the
+            ``Autograd`` kernel out of the operator; or, for an operator without rules, the text
+            that refuses them; None where csrc has them.
         vmap: Which tensor arguments carry the batch that vmap folds into: all, also those in lists,
             or the first alone.
         autocast: Whether autocast hands over float32. Half precision gains nothing here: kernels
@@ -64,7 +74,7 @@ class Operator:
     schema: str
     fallback: Callable[..., Any]
     fake: Callable[..., Any] | None
-    derivative: tuple[Any, ...] | str | None
+    derivative: tuple[Any, ...] | Callable[[Any], Callable[..., Any]] | str | None
     vmap: Literal["all", "first"] | None = None
     autocast: bool = False
     composed: bool = False
@@ -181,6 +191,18 @@ def _symmetric_reference(h: Tensor, cluster_rtol: float) -> tuple[Tensor, ...]:
         h.new_empty(2, dtype=torch.int64),
         *(h.new_empty(shape, dtype=torch.float64) for shape in shapes),
     )
+
+
+def _resolvents(a: Tensor, shifts: Tensor, vectors: Tensor) -> tuple[Tensor, ...]:
+    p, s, m = a.shape[-1], shifts.shape[-1], vectors.shape[-1]
+    return tuple(
+        a.new_empty((*a.shape[:-2], *sides), dtype=torch.float64)
+        for sides in ((s,), (s,), (s, m), (p,), (p,), (p, p))
+    )
+
+
+def _resolvents_backward(*args: Tensor) -> tuple[Tensor, ...]:
+    return tuple(given.new_empty(given.shape) for given in args[3:6])
 
 
 def _merge_gram(c_reg: Tensor, chunk: int = 512) -> Tensor:
@@ -423,6 +445,31 @@ OPERATORS: dict[str, Operator] = {
         fallback.symmetric_track,
         None,
         _no_derivative("symmetric_track", "SpectrumTracker"),
+        composed=True,
+    ),
+    # B = (a + shift I)^-1 for symmetric a [*, p, p], shifts [*, s], vectors b [*, p, m]: first
+    # tr a B [*, s], second tr a^2 B^2 [*, s], energies b^T B^2 b [*, s, m]; a = basis^T T basis
+    # with T tridiagonal: diagonal [*, p], offdiagonal [*, p] with a zero at the end, basis
+    # [*, p, p]. All float64.
+    "resolvent_traces": Operator(
+        "(Tensor a, Tensor shifts, Tensor vectors) -> (Tensor first, Tensor second, "
+        "Tensor energies, Tensor diagonal, Tensor offdiagonal, Tensor basis)",
+        resolvent_fallback.resolvent_traces,
+        _resolvents,
+        functools.partial(resolvents, composed=resolvent_fallback.composed_values),
+        vmap="all",
+        autocast=True,
+        composed=True,
+    ),
+    # Gradients in the dtypes of a, shifts and vectors.
+    "resolvent_traces_backward": Operator(
+        "(Tensor grad_first, Tensor grad_second, Tensor grad_energies, Tensor a, Tensor shifts, "
+        "Tensor vectors, Tensor diagonal, Tensor offdiagonal, Tensor basis) -> "
+        "(Tensor grad_a, Tensor grad_shifts, Tensor grad_vectors)",
+        resolvent_fallback.resolvent_traces_backward,
+        _resolvents_backward,
+        functools.partial(resolvents_backward, composed=resolvent_fallback.composed_gradient),
+        vmap="all",
         composed=True,
     ),
     # Q without ridge: c_reg [m, d] to c_reg^T c_reg [d, d] float64, symmetric to the bit. chunk:
@@ -668,6 +715,8 @@ def _register() -> None:
             torch.library.register_fake(full_name, operator.fake, lib=_LIBRARY)
         if isinstance(operator.derivative, str):
             _LIBRARY.impl(name, refusing(op, operator.derivative), "Autograd")
+        elif callable(operator.derivative):
+            _LIBRARY.impl(name, operator.derivative(op), "Autograd")
         elif operator.derivative is not None:
             _LIBRARY.impl(name, differentiable(op, *operator.derivative), "Autograd")
         elif not _load.available():

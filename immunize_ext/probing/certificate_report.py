@@ -38,15 +38,19 @@ def headline(one: Certificate) -> str:
         if gone["r2_after"] < 0.05:
             return "Locked for linear probes, open to others"
         return "Directions are gone, the harm is not"
-    factor = real(one["few_samples"][0]["factor_best"])
-    own = real(one["few_samples"][1]["factor_best"])
+    factor, own = (real(task["factor_best"]) for task in one["few_samples"])
     if factor >= 2.0 and factor > own:
         return "A delay and a price in samples, no lock"
     return "A delay for those who descend, nothing for those who whiten"
 
 
-def sentences(one: Certificate) -> list[str]:
-    """What each kind of attacker pays, one sentence each."""
+def sentences(one: Certificate, own_samples: bool = True) -> list[str]:
+    """What each kind of attacker pays, one sentence each.
+
+    Args:
+        one: One certificate.
+        own_samples: Whether attackers have the samples that the extractor was made of.
+    """
     found = []
     if one["delays"]:
         descent, free = one["delays"][0], one["delays"][6]
@@ -65,14 +69,11 @@ def sentences(one: Certificate) -> list[str]:
             f"{number(work['cap'])} times that at most"
             f"{', ' + verb + ' than before' if verb == 'less' else ''}."
         )
-    harm, own = one["few_samples"]
-    found.append(
-        f"For what 40 labelled samples gave without immunization, the better of two attackers "
-        f"needs {_samples(harm)} as many on the harmful task, and its owner {_samples(own)} as "
-        "many on the task to keep."
-    )
+    found += [_price(task) for task in one["few_samples"]]
     gone, kept = one["linear"]
-    said = "" if one["invertible"] else _OWN_SAMPLES.format(percent(gone["leak"]))
+    said = (
+        "" if one["invertible"] or not own_samples else _OWN_SAMPLES.format(percent(gone["leak"]))
+    )
     found.append(
         f"With all data, the best linear probe explains {percent(gone['r2_after'])} of the harmful "
         f"labels' variance, {percent(gone['r2_before'])} before; of the task to keep "
@@ -89,11 +90,34 @@ def sentences(one: Certificate) -> list[str]:
     return found
 
 
-def _samples(task: Mapping[str, Any]) -> str:
-    value = real(task["factor_best"])
-    if value != float("inf"):
-        return f"{number(value)} times"
-    return f"more than {number(max(map(int, task['given'])) / 40)} times"
+def _price(task: Mapping[str, Any]) -> str:
+    """What a task costs in labelled samples, in one sentence."""
+    reference, name = task.get("reference", 40), _ROLES[task["role"]]
+    value = task["factor_best"]
+    if value is None:
+        error = number({int(n): value for n, value in task["without"].items()}[reference])
+        return (
+            f"From {count(reference, 'labelled sample')} nothing is learnt of the {name}, even "
+            f"without immunization: an error of {error}, {number(task['constant'])} for the best "
+            "constant answer."
+        )
+    price = f"{number(value)} times"
+    if real(value) == float("inf"):
+        price = f"more than {number(max(map(int, task['given'])) / reference)} times"
+    who = "the better of two attackers" if task["role"] == "harmful" else "its owner"
+    return (
+        f"For what {count(reference, 'labelled sample')} gave without immunization, {who} needs "
+        f"{price} as many on the {name}.{_sibling(task)}"
+    )
+
+
+def _sibling(task: Mapping[str, Any]) -> str:
+    """What a public model of the same features is worth to an attacker, if it was measured."""
+    if task["role"] != "harmful" or task.get("factor_sibling") is None:
+        return ""
+    value = real(task["factor_sibling"])
+    more = "does not get there" if value == float("inf") else f"needs {number(value)} times as many"
+    return f" Who maps the features onto a public model that was not immunized {more}."
 
 
 def _delay_rows(one: Certificate) -> list[list[str]]:
@@ -129,11 +153,17 @@ def _sample_rows(one: Certificate) -> list[list[str]]:
             ("without", "without immunization"),
             ("given", "features as they are"),
             ("whitened", "re-whitened by unlabelled inputs"),
+            ("sibling", "mapped onto a public model"),
         ):
+            if side not in task:
+                continue  # of an earlier version
             curve = {int(key): value for key, value in task[side].items()}
             columns = [int(key) for key in task["without"]]
             cells = [number(curve[n]) if n in curve else "" for n in columns]
             found.append([f"{_ROLES[task['role']]}, {words}", *cells])
+        if "constant" in task:
+            cells = [number(task["constant"])] * len(columns)
+            found.append([f"{_ROLES[task['role']]}, best constant answer", *cells])
     return found
 
 
@@ -166,7 +196,7 @@ def summary(record: Certificate) -> str:
     parts = []
     for one in record["certificates"]:
         lines = [f"{one['harmful']}: {headline(one)}"]
-        lines += [f"- {text}" for text in sentences(one)]
+        lines += [f"- {text}" for text in sentences(one, record.get("own_samples", True))]
         if one["delays"]:
             header = ["optimizer", "power of kappa", "kappa before", "after", "steps"]
             lines += ["", text_table([header, *_delay_rows(one)])]
@@ -184,19 +214,20 @@ def page(record: Certificate) -> Page:
     Returns:
         What stands in it.
     """
-    certificates = record["certificates"]
+    certificates, own = record["certificates"], record.get("own_samples", True)
     return Page(
         headline(certificates[0]),
         "kappa_certificate.html.j2",
         {
             "method": record["method"],
             "primary": record["primary"],
+            "own_samples": own,
             "run": {"draws": record["draws"], "seed": record["seed"], **record["environment"]},
             "certificates": [
                 {
                     "harmful": one["harmful"],
                     "headline": headline(one),
-                    "sentences": sentences(one),
+                    "sentences": sentences(one, own),
                     "delays": _delay_rows(one),
                     "undoing": _undoing_rows(one),
                     "counts": list(one["few_samples"][0]["without"]),

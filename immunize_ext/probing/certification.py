@@ -1,5 +1,8 @@
 """The certificate of a finished run: measured, written beside it, drawn.
 
+What was made of samples is not judged on them: the run's method is applied again to every second
+harmful sample, and the attackers have the others.
+
     from immunize_ext.probing import certification
     print(certification.certify_run("runs/kappa").summary())
 
@@ -15,9 +18,11 @@ from typing import Any
 from immunize_ext import report
 from immunize_ext.probing import certificate_report
 from immunize_ext.probing.certificates import certify
+from immunize_ext.probing.data import Problem, Task
+from immunize_ext.probing.immunizers import METHODS, Immunized
 from immunize_ext.probing.run import reopen
 from immunize_ext.seams import Progress
-from immunize_ext.settings import check_types
+from immunize_ext.settings import check_types, settings_of
 from immunize_ext.storage import SCHEMA, environment, to_json, write_numbered
 
 KIND = "kappa-certificate"
@@ -30,12 +35,15 @@ class CertificationSettings:
     Attributes:
         draws: Draws of few samples.
         seed: Seed of the draws; that of the run when omitted.
+        own_samples: Judge the very extractor of the run, on the harmful samples it was made of: for
+            a method of your own that is not registered. Locks look better there than they are.
         data_dir: Where the data is now.
         device: Where to compute; where the run did when omitted.
     """
 
     draws: int = 8
     seed: int | None = None
+    own_samples: bool = False
     data_dir: str | None = None
     device: str | None = None
 
@@ -85,7 +93,8 @@ def certify_run(
     Raises:
         FileNotFoundError: If there is no such run.
         MissingExtraError: If a package that draws is not installed.
-        ValueError: If it is no single run, its data has changed, or a setting is out of range.
+        ValueError: If it is no single run, its data has changed, its method is not registered, or
+            a setting is out of range.
     """
     settings = settings or CertificationSettings()
     report.check_extras()
@@ -96,9 +105,14 @@ def certify_run(
     }
     about, immunized, problem = reopen(folder, "certify", **changes)
     seed = about.seed if settings.seed is None else settings.seed
-    count = len(problem.harmful)
+    attacked = problem.harmful
+    # Making it again counts as much as one certificate.
+    first, count = 0, len(attacked)
+    if not settings.own_samples:
+        first, count = 1, count + 1
+        immunized, attacked = _made_again(immunized, problem, progress, 1.0 / count)
     certificates = []
-    for index, task in enumerate(problem.harmful):
+    for index, task in enumerate(attacked, first):
 
         def part(text: str, share: float, index: int = index) -> None:
             if progress is not None:
@@ -120,6 +134,7 @@ def certify_run(
             "kind": KIND,
             "method": immunized.method,
             "primary": problem.primary.name,
+            "own_samples": settings.own_samples,
             "draws": settings.draws,
             "seed": seed,
             "certificates": certificates,
@@ -130,3 +145,26 @@ def certify_run(
     page = report.render(record)
     path.with_suffix(".html").write_text(page, encoding="utf-8")
     return CertifiedRun(record, path)
+
+
+def _made_again(
+    immunized: Immunized, problem: Problem[Task], progress: Progress | None, share: float
+) -> tuple[Immunized, tuple[Task, ...]]:
+    """The run's method on one half of the harmful samples, and the tasks of who has the other."""
+    if immunized.method not in METHODS:
+        raise ValueError(
+            f"certify: method must be a registered one, to be applied to half of the samples, got "
+            f"{immunized.method!r}; register it, or judge it on its own with --own-samples"
+        )
+    known = settings_of(type(METHODS[immunized.method]))
+    config = {name: value for name, value in immunized.config.items() if name in known}
+    owners, attackers = zip(*(task.halves() for task in problem.harmful), strict=True)
+
+    def part(text: str, done: float) -> None:
+        if progress is not None:
+            progress(f"half of the samples: {text}", done * share)
+
+    again = METHODS.build(immunized.method, config, "certify").fit(
+        immunized.theta0, Problem.of(problem.primary, *owners, head=problem.head), progress=part
+    )
+    return again, attackers

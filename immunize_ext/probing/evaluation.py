@@ -27,7 +27,7 @@ from immunize_ext.probing.attacks import (
     label_of,
 )
 from immunize_ext.probing.data import Problem, Task, TaskLike, gram_equivalent, gram_rows
-from immunize_ext.probing.immunizers import Immunized
+from immunize_ext.probing.immunizers import METHODS, Immunized, knob_of
 from immunize_ext.probing.metrics import (
     AttackerSteps,
     RelativeImmunizationRatio,
@@ -371,7 +371,7 @@ def evaluate(
     unchanged = bool(torch.equal(immunized.theta, immunized.theta0))
     warnings = [
         *([_UNCHANGED] if unchanged else []),
-        *warnings_of(found, {attack.name: attack for attack in chosen}),
+        *warnings_of(found, {attack.name: attack for attack in chosen}, _milder(immunized)),
     ]
     if any(task.x_train.dtype != torch.float64 for task in tasks.values()) and (
         ratios["ridge"].log_kappa_harmful > math.log(1e7)
@@ -421,12 +421,27 @@ def accuracy_at(facts: Mapping[str, Any], step: int) -> tuple[float, float] | No
     return (found[0], found[1]) if found else None
 
 
-def warnings_of(found: Mapping[str, Any], attacks: Mapping[str, Attack[Any, Any]]) -> list[str]:
+def _milder(immunized: Immunized) -> str | None:
+    """The setting of the method that makes it milder when it is lower; ``None`` without one.
+
+    What a lock has taken away comes back with no setting.
+    """
+    if immunized.method not in METHODS or immunized.theta.shape[0] != immunized.theta.shape[1]:
+        return None
+    return knob_of(METHODS[immunized.method])
+
+
+def warnings_of(
+    found: Mapping[str, Any],
+    attacks: Mapping[str, Attack[Any, Any]],
+    milder: str | None = None,
+) -> list[str]:
     """What a reader has to know before quoting the numbers, one sentence each.
 
     Args:
         found: The measurements, under the names of :class:`Evaluation`.
         attacks: The attacks by name.
+        milder: The setting of the method that costs less when it is lower, if it has one.
 
     Returns:
         Sentences; none where there is nothing to warn of.
@@ -440,7 +455,7 @@ def warnings_of(found: Mapping[str, Any], attacks: Mapping[str, Attack[Any, Any]
             f"is {found['rir']['ridge']:.3g}: RIR is high because the primary task got easier, not "
             "because the harmful one got harder."
         )
-    sentences += _about_slowdowns(found)
+    sentences += _about_slowdowns(found, milder)
     for role in ROLES:
         sentences += _about_task(role, found["tasks"][role])
     sentences += _about_rates(found, attacks)
@@ -456,7 +471,7 @@ def _log(value: float) -> float:
     return math.log(value) if value > 0.0 else -math.inf
 
 
-def _about_slowdowns(found: Mapping[str, Any]) -> list[str]:
+def _about_slowdowns(found: Mapping[str, Any], milder: str | None) -> list[str]:
     sentences = []
     names = [n for n in ("gradient_descent", "line_search") if n in found["slowdown"]["harmful"]]
 
@@ -470,13 +485,18 @@ def _about_slowdowns(found: Mapping[str, Any]) -> list[str]:
         ratio, bound, text = of("primary", name)
         if bound or ratio > 1.05:
             sentences.append(
-                f"The primary task is slowed as well ({text} for {label}): a lower strength would "
-                "avoid that."
+                f"The primary task is slowed as well ({text} for {label})"
+                + (f": a lower {milder.replace('_', ' ')} would avoid that." if milder else ".")
             )
     for name in names:
         label = found["attackers"][name]["label"].lower()
         ratio, bound, text = of("harmful", name)
-        if not bound and ratio <= 1.05:
+        if found["attacks"]["harmful"][name]["steps_without"] == 0:
+            sentences.append(
+                f"The harmful task is hardly learnt by {label} even without immunization: its "
+                "slow-down says nothing."
+            )
+        elif not bound and ratio <= 1.05:
             sentences.append(
                 f"The harmful task is not slowed for {label} ({text}): on these tasks this "
                 "protection does not work."
@@ -526,6 +546,7 @@ def _about_rates(found: Mapping[str, Any], attacks: Mapping[str, Attack[Any, Any
 
 
 DETAILS = (
+    "dimensions",
     "spectra",
     "ceiling_table",
     "subspace_angles",
@@ -552,6 +573,7 @@ def _details(
     short = {role: gram_equivalent(task) for role, task in tasks.items()}
     both = {"without": theta0, "with": theta}
     return {
+        "dimensions": list(theta.shape),
         "spectra": {
             role: _spectrum(with_ridge(rows[role], ridge), theta0, theta) for role in ROLES
         },
@@ -627,10 +649,14 @@ def _norm_ratio(x: Tensor, y: Tensor, extractor: Tensor) -> dict[str, float]:
 
 def _worst(comparisons: Mapping[str, AttackComparison]) -> Table:
     """The worst case over attackers whom theta can slow at all, and over all of them."""
+    # Whom the untrained head satisfies does not take part: nothing is learnt there.
     steps = {
         name: AttackerSteps(c.base_steps, c.steps, c.immunized.steps[-1])
         for name, c in comparisons.items()
+        if c.base_steps
     }
+    if not steps:
+        return {}
     seen = {n: s for n, s in steps.items() if getattr(ATTACKS.get(n), "sees_theta", True)}
     found = {"all_attackers": _case(worst_case(steps))}
     return {"iterative_attackers": _case(worst_case(seen)), **found} if seen else found

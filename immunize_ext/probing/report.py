@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
 from immunize_ext.probing import plots
@@ -35,6 +35,8 @@ _TASKS = {"harmful": "harmful task", "primary": "task to keep"}
 def describe_attack(one: Attacked) -> str:
     """Say in one sentence how many times slower an attacker is, also where it is not at all."""
     before, after, result = one.before, one.after, one.slowdown
+    if not one.learns:
+        return "Hardly anything is learnt, even without immunization."
     if after is None:
         start = f"Not there after {count(one.budget, 'step')}"
         if not result.ratio > 1.05:
@@ -48,8 +50,8 @@ def describe_attack(one: Attacked) -> str:
 
 
 def _least(attacks: Iterable[Attacked]) -> Attacked | None:
-    """The attack that is slowed least; of equals one that got there."""
-    return min(attacks, key=lambda one: one.slowdown, default=None)
+    """The attack that is slowed least, of those that learn; of equals one that got there."""
+    return min((one for one in attacks if one.learns), key=lambda one: one.slowdown, default=None)
 
 
 def headline(results: Results) -> str:
@@ -59,8 +61,11 @@ def headline(results: Results) -> str:
     """
     found = attacked(results)
     by_steps = [one for one in found["harmful"].values() if one.attacker.sees_theta]
-    harm = found["harmful"].get("gradient_descent") or _least(by_steps)
-    least = _least(by_steps)
+    least, harm = _least(by_steps), found["harmful"].get("gradient_descent")
+    if by_steps and least is None:
+        return "The harm is hardly learnt, immunized or not"
+    if harm is None or not harm.learns:
+        harm = least
     if harm is None or least is None or not slowed(harm.slowdown):
         return "No protection on these tasks"
     cost = found["primary"].get("gradient_descent")
@@ -77,15 +82,20 @@ def verdict(results: Results) -> str:
     """One sentence that counts every attacker on the harmful task."""
     harm = attacked(results)["harmful"].values()
     held = sorted((one for one in harm if slowed(one.slowdown)), key=lambda one: one.slowdown)
-    free = [one.attacker.label.lower() for one in harm if not slowed(one.slowdown)]
+    free, blind = (
+        [one.attacker.label.lower() for one in harm if not slowed(one.slowdown) and one.learns == k]
+        for k in (True, False)
+    )
+    rest = (
+        f"; learning hardly anything even without immunization: {', '.join(blind)}" if blind else ""
+    )
     if not held:
-        return f"None of {count(len(harm), 'attacker')} is slowed."
+        return f"None of {count(len(harm), 'attacker')} is slowed{rest}."
     low, high = times(held[0].slowdown), times(held[-1].slowdown)
     by = low if low == high else f"{low} to {high}"
     said = f"Of {count(len(harm), 'attacker')}, {len(held)} {_verb(held)} slowed, by {by}"
-    if not free:
-        return f"{said}; none gets round it."
-    return f"{said}; not slowed: {', '.join(free)}."
+    said += f"; not slowed: {', '.join(free)}" if free else "; none gets round it"
+    return f"{said}{rest}."
 
 
 def _verb(things: Sequence[Any]) -> str:
@@ -102,9 +112,16 @@ def _few_samples(results: Results) -> str:
     if without["error_rate"] is not None:
         return (
             f"{start} is wrong on {with_['error_rate']:.1%} of the test samples, on "
-            f"{without['error_rate']:.1%} without immunization."
+            f"{without['error_rate']:.1%} without immunization"
+            f"{_constant(without, 'constant_error_rate', percent)}."
         )
-    return f"{start} has a test loss of {_loss(with_)}, {_loss(without)} without."
+    said = f"{start} has a test loss of {_loss(with_)}, {_loss(without)} without"
+    return f"{said}{_constant(without, 'constant_loss', number)}."
+
+
+def _constant(few: Mapping[str, Any], key: str, words: Callable[[Any], str]) -> str:
+    """What shows no skill; the results of earlier versions do not hold it."""
+    return f", the best constant answer {words(few[key])}" if key in few else ""
 
 
 def _loss(few: Mapping[str, Any]) -> str:
@@ -127,9 +144,18 @@ def _at_what_cost(results: Results, kept: Mapping[str, Attacked]) -> str:
     return said + _few_samples(results)
 
 
-def _not_against(harm: Mapping[str, Attacked]) -> str:
+def _not_against(results: Results, harm: Mapping[str, Attacked]) -> str:
+    before, after = results.get("dimensions", (0, 0))
+    if after < before:
+        return (
+            f"Of {before} dimensions {after} are left: no change of the features brings back what "
+            "was taken away. A probe that is not linear, or one of an earlier layer, gets round it "
+            "(immunize certify measures how far)."
+        )
     free = [one for one in harm.values() if not one.attacker.sees_theta]
-    if not free:
+    if free and not any(one.learns for one in free):
+        undone = "learns hardly anything from these samples, immunized or not"
+    elif not free:
         undone = "was not tried, and no linear change of the features slows them"
     elif all(unchanged(one.slowdown) for one in free):
         undone = "is not slowed at all"
@@ -162,7 +188,7 @@ def _items(results: Results, found: Mapping[str, Mapping[str, Attacked]]) -> lis
         ),
         ("Against whom", against + (f" Other optimizers: {others}." if others else "")),
         ("At what cost", _at_what_cost(results, found["primary"])),
-        ("Not against", _not_against(harm)),
+        ("Not against", _not_against(results, harm)),
     ]
 
 
@@ -196,6 +222,8 @@ def _cards(found: Mapping[str, Mapping[str, Attacked]]) -> list[dict[str, str]]:
 def _attack_cell(one: Attacked | None) -> Any:
     if one is None:
         return "not tried"
+    if not one.learns:
+        return {"main": "–", "small": "hardly learnt, even before", "role": one.role}
     after = f">{one.budget:,}" if one.after is None else f"{one.after:,}"
     steps = f"{one.before:,} → {after}"
     return {"main": times(one.slowdown), "small": steps, "role": one.role}
@@ -305,6 +333,14 @@ def _choices(results: Results, found: Mapping[str, Mapping[str, Attacked]]) -> l
         said.append(
             f"Over all attackers measured, a free choice costs {cost(every)}: "
             f"{label(every['fastest_with'])}."
+        )
+    if (pick := results.get("unseen_harms")) is not None:
+        worst = Slowdown(real(pick["slowdown"]), pick["is_lower_bound"])
+        said.append(
+            f"Of {count(pick['tasks'], 'pair')} of classes that the method did not see, "
+            f"{pick['least']} is slowed least: {times(worst)} by gradient descent, the least fifth "
+            f"{number(pick['least_fifth'])} times in the mean, all of them {number(pick['mean'])} "
+            "times. An attacker who may choose the harm takes that one."
         )
     return said
 
@@ -504,14 +540,18 @@ def page(results: Results) -> Page:
 # --- the terminal -------------------------------------------------------------------------------
 
 
+def _in_words(one: Attacked) -> str:
+    return in_words(one.slowdown) if one.learns else "hardly learnt, even before"
+
+
 def summary(results: Results) -> str:
     """What a newcomer needs to see of a run, in plain text, with its warnings."""
     found = attacked(results)
     rows = [("attacker", "harmful task", "primary task")]
     for name, one in found["harmful"].items():
         other = found["primary"].get(name)
-        cost = "not tried" if other is None else in_words(other.slowdown)
-        rows.append((one.attacker.label, in_words(one.slowdown), cost))
+        cost = "not tried" if other is None else _in_words(other)
+        rows.append((one.attacker.label, _in_words(one), cost))
     rir = results["rir"]
     lines = [
         headline(results),

@@ -191,6 +191,11 @@ class Attacked:
         return int(self.facts["steps_without"])
 
     @property
+    def learns(self) -> bool:
+        """Whether there was anything to slow: without immunization it beats the untrained head."""
+        return bool(self.facts.get("steps_without", 1))
+
+    @property
     def after(self) -> int | None:
         """Steps with immunization; ``None`` if the attacker did not get there."""
         steps = self.facts["steps_with"]

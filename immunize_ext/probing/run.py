@@ -29,13 +29,22 @@ from immunize_ext.probing import report as pages
 from immunize_ext.probing.attacks import (
     ATTACKS,
     AttackName,
+    HarmChoice,
     LossName,
     attack_at_budgets,
+    choose_harm,
     compare_attack,
     knows,
     label_of,
 )
-from immunize_ext.probing.data import Problem, Task, check_names, gram_equivalent, load_problem
+from immunize_ext.probing.data import (
+    Problem,
+    Task,
+    check_names,
+    gram_equivalent,
+    load_problem,
+    other_pairs,
+)
 from immunize_ext.probing.evaluation import (
     ROLES,
     Evaluation,
@@ -199,6 +208,8 @@ class RunSettings(MeasureSettings):
             method ``several-harms``.
         method: How to immunize.
         compare: Methods tried on the same tasks, with their usual settings, for a table beside.
+        unseen: Whether the harm that an attacker would choose is searched for, among all pairs of
+            classes that the method did not see; always done for several harmful tasks.
         seed: Seed of splits, immunizer and random draws of metrics.
     """
 
@@ -206,6 +217,7 @@ class RunSettings(MeasureSettings):
     harmful: tuple[str, ...] = ()
     method: MethodName | str = "closed-form"
     compare: tuple[MethodName | str, ...] = ()
+    unseen: bool = False
     seed: int = 0
 
     def __post_init__(self) -> None:
@@ -263,6 +275,7 @@ class Run:
         immunized: The extractor.
         evaluations: One for each harmful task, in their order.
         alternatives: Other methods on the same tasks: RIR and slow-downs of gradient descent.
+        unseen: The harm that an attacker would choose; ``None`` where it was not searched for.
         seconds: Wall-clock time by stage.
         data: Digest of the data.
     """
@@ -274,6 +287,7 @@ class Run:
     alternatives: tuple[Alternative, ...]
     seconds: dict[str, float]
     data: str
+    unseen: HarmChoice | None = None
 
     @property
     def evaluation(self) -> Evaluation:
@@ -303,6 +317,8 @@ class Run:
         }
         if self.alternatives:
             found["alternatives"] = list(self.alternatives)
+        if self.unseen is not None:
+            found["unseen_harms"] = self.unseen.to_dict()
         if len(self.evaluations) > 1:
             found["harmful_tasks"] = [
                 {
@@ -436,10 +452,13 @@ def _measured(
             stop_early=True,
             details=details,
             seed=settings.seed,
-            progress=_part(progress, 0.2 + 0.6 * i / count, 0.2 + 0.6 * (i + 1) / count),
+            progress=_part(progress, 0.2 + 0.5 * i / count, 0.2 + 0.5 * (i + 1) / count),
         )
         for i, task in enumerate(problem.harmful)
     ]
+    unseen = None
+    if details:
+        unseen = _unseen(settings, immunized, _part(progress, 0.7, 0.8))
     marks.append(time.perf_counter())
     alternatives = []
     for index, method in enumerate(settings.compare):
@@ -457,7 +476,37 @@ def _measured(
         tuple(alternatives),
         seconds,
         problem.digest(),
+        unseen,
     )
+
+
+def _unseen(
+    settings: RunSettings, immunized: Immunized, progress: Progress | None
+) -> HarmChoice | None:
+    """The harm that an attacker would choose among those the method did not see."""
+    if not settings.unseen and len(settings.harmful) < 2:
+        return None
+    pool = other_pairs(
+        settings.data,
+        settings.primary,
+        settings.harmful,
+        data_dir=settings.data_dir,
+        size=settings.size,
+        max_train=settings.max_train,
+        seed=settings.seed,
+    )
+    if not pool:
+        return None
+    found = choose_harm(
+        immunized.theta,
+        pool,
+        immunized.theta0,
+        base_budget=settings.base_budget,
+        limit=settings.limit,
+        seed=settings.seed,
+        progress=progress,
+    )
+    return found if found.slowdowns else None
 
 
 def _part(progress: Progress | None, first: float, last: float) -> Progress | None:

@@ -12,6 +12,7 @@ the package and no torch, so agreement means something.
   closed form and by implicit differentiation.
 * ``moments``: the second-moment merge by least squares, its gradients from the optimality system.
 * ``precondition``: right multiplication by K^-1.
+* ``resolvent``: traces and energies of (A + k I)^-1.
 * ``finite_differences``: central differences with an estimate of their own error.
 
 Example:
@@ -82,6 +83,12 @@ from immunize_ext.reference.regularizers import (
     r_well_gradient,
     r_well_hvp,
 )
+from immunize_ext.reference.resolvent import (
+    ResolventTraces,
+    ResolventTracesGradient,
+    resolvent_traces,
+    resolvent_traces_gradient,
+)
 from immunize_ext.reference.spectrum import (
     SingularExtremes,
     SingularExtremesGradient,
@@ -106,6 +113,8 @@ __all__ = [
     "MergeGradients",
     "MergeResiduals",
     "MomentGradients",
+    "ResolventTraces",
+    "ResolventTracesGradient",
     "SingularExtremes",
     "SingularExtremesGradient",
     "SymmetricExtremes",
@@ -149,6 +158,8 @@ __all__ = [
     "r_well",
     "r_well_gradient",
     "r_well_hvp",
+    "resolvent_traces",
+    "resolvent_traces_gradient",
     "singular_values",
     "symmetric_extremes",
     "symmetric_extremes_gradient",

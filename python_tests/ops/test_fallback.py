@@ -22,6 +22,7 @@ from immunize_ext.ops import (
     gram_extremes,
     log_condition_number,
     merge_kv,
+    resolvent_traces,
     symmetric_extremes,
 )
 from immunize_ext.ops.regularizers import gram_r_ill, gram_r_well, r_ill, r_well
@@ -44,6 +45,7 @@ def everything() -> dict[str, list[float]]:
     h = symmetric(4).requires_grad_()
     factor = RegularizationFactor.from_embeddings(gaussian(20, 4, seed=1), ridge=0.1)
     token = gaussian(2, 4, seed=2)
+    wide, ridges = gaussian(2, 4, seed=4).requires_grad_(), torch.tensor([0.1, 1.0]).double()
 
     def merged(w):
         return merge_kv([w], [[2 * w.detach()]], [token], factor)[0].square()
@@ -58,6 +60,7 @@ def everything() -> dict[str, list[float]]:
         "gram_r_well": (gram_r_well, a),
         "gram_r_ill": (gram_r_ill, a),
         "merge_kv": (merged, a),
+        "resolvent_traces": (lambda x: resolvent_traces(x @ x.mT, ridges, token).energies, wide),
         "precondition": (Preconditioner.from_features(gaussian(9, 4, seed=3)).apply, a),
     }
     results = {}

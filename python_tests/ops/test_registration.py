@@ -141,8 +141,9 @@ def test_raw_operators_with_a_derivative(operator):
     keep = [t for t in tensors if t.dtype == torch.float64]
 
     def function(*leaves: Tensor):
-        if operator in ("symmetric_extremes", "symmetric_pair"):
-            leaves = tuple((h + h.mT) / 2 for h in leaves)
+        if operator in ("symmetric_extremes", "symmetric_pair", "resolvent_traces"):
+            first, *others = leaves
+            leaves = ((first + first.mT) / 2, *others)
         rest = iter(leaves)
         swapped = [
             map_tensors(lambda t: next(rest), a) if k in places else a
@@ -166,6 +167,7 @@ def test_auxiliary_outputs_carry_no_graph(operator):
         "symmetric_extremes": 2,
         "symmetric_pair": 2,
         "moment_product": 1,
+        "resolvent_traces": 3,
     }
     if operator == "merge_apply":
         merged, residual, status = outputs
@@ -192,6 +194,8 @@ def test_auxiliary_outputs_carry_no_graph(operator):
         "symmetric_extremes",
         "symmetric_extremes_backward",
         "symmetric_extremes_double_backward",
+        "resolvent_traces",
+        "resolvent_traces_backward",
         "merge_solve",
         "moment_solve",
         "moment_product",

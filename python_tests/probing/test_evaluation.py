@@ -23,6 +23,7 @@ from immunize_ext.probing.immunizers import (
     ClosedFormImmunizer,
     ConditionNumberImmunizer,
     Immunized,
+    LinearLock,
 )
 from immunize_ext.storage import to_json
 
@@ -158,6 +159,36 @@ def test_warnings_name_what_is_wrong(evaluation: Evaluation) -> None:
     assert any("grows 50 times" in text for text in scarce)
     constant = {**few, "harmful": {**few["harmful"], "kind": "constant labels"}}
     assert any("one class" in text for text in warned(evaluation, tasks=constant))
+
+
+def test_the_way_out_is_named_where_there_is_one(evaluation: Evaluation) -> None:
+    """A closed form may take a lower strength; what a lock takes away, no setting brings back."""
+    facts = {**evaluation.to_dict(), **slowed(evaluation, "primary", 3.0)}
+    said = [warnings_of(facts, dict(ATTACKS), milder) for milder in (None, "ill_share")]
+    assert any(text.endswith("(3.0x for gradient descent).") for text in said[0])
+    assert any(text.endswith("a lower ill share would avoid that.") for text in said[1])
+    for immunizer in (ClosedFormImmunizer(strength=1e3), LinearLock()):
+        immunized = immunizer.fit(None, PROBLEM)
+        found = evaluate(immunized, task(1), task(2), base_budget=50, limit=4.0, details=False)
+        costly = [text for text in found.warnings if "slowed as well" in text]
+        assert costly
+        assert all(("strength" in text) == (immunized.method == "closed-form") for text in costly)
+
+
+def test_a_harm_that_nobody_learns_is_said_to_be_one() -> None:
+    """Targets that the inputs do not tell: the untrained head is as good as any."""
+    harm = task(2, labels=False)
+    noise = torch.randn(80, dtype=torch.float64, generator=torch.Generator().manual_seed(3))
+    blind = replace(harm, y_train=noise[:50], y_test=noise[50:])
+    immunized = ClosedFormImmunizer(strength=5.0).fit(None, Problem.of(task(1), harm))
+    found = evaluate(immunized, task(1), blind, base_budget=50, limit=4.0)
+    assert found.attacks["harmful"]["gradient_descent"]["steps_without"] == 0
+    said = [text for text in found.warnings if "harmful task" in text and "slow" in text]
+    assert any(
+        "hardly learnt by gradient descent even without immunization" in text for text in said
+    )
+    assert not any("is not slowed" in text for text in said)
+    assert found.details["worst_case"]["harmful"] == {}
 
 
 def test_warning_when_rir_is_high_for_the_wrong_reason(evaluation: Evaluation) -> None:

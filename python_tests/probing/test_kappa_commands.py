@@ -98,7 +98,9 @@ def test_theta_and_page_are_there(finished: Path) -> None:
     immunized = Immunized.load(finished / "immunized.safetensors")
     assert immunized.theta.shape == (5, 5)
     page = (finished / "report.html").read_text()
-    for words in ("What was protected", "At what cost", "is not slowed at all", "ceiling of RIR"):
+    # Of this toy whoever solves learns next to nothing, and the page does not call that free.
+    undone = "learns hardly anything from these samples, immunized or not"
+    for words in ("What was protected", "At what cost", undone, "ceiling of RIR"):
         assert words in page
     assert "Learnt from only" in page
 

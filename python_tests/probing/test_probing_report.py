@@ -74,6 +74,8 @@ def attack(base_steps: int, steps: int | None, ratio: float, budget: int = 1280)
             "Not there after 1,280 steps: more than 128 times the 10 steps before.",
         ),
         (900, None, 1.42, "Not there after 1,280 steps: more than 1.4 times the 900 steps before."),
+        (0, 0, 1.0, "Hardly anything is learnt, even without immunization."),
+        (0, None, 64.0, "Hardly anything is learnt, even without immunization."),
         # "More than 1 times" says nothing.
         (1280, None, 1.0, "Not there after 1,280 steps; without immunization it took 1,280."),
     ],
@@ -146,6 +148,45 @@ def test_an_optimizer_that_is_not_slowed_is_in_the_headline() -> None:
     assert verdict(one) == "Of 1 attacker, 1 is slowed, by 30×; none gets round it."
     none = results_with(gradient_descent=(1.0, False), adam=(0.5, False))
     assert verdict(none) == "None of 2 attackers is slowed."
+
+
+def test_who_learns_nothing_is_not_counted_as_free() -> None:
+    results = results_with(
+        gradient_descent=(64.0, True), whitened=(1.0, False), closed_form_ridge=(1.0, False)
+    )
+    for name in ("whitened", "closed_form_ridge"):
+        results["attacks"]["harmful"][name] = {
+            **results["attacks"]["harmful"][name],
+            "steps_without": 0,
+            "steps_with": 0,
+        }
+    expected = (
+        "Of 3 attackers, 1 is slowed, by >64×; none gets round it; learning hardly anything even "
+        "without immunization: whitens the features first, solves in closed form."
+    )
+    assert verdict(results) == expected
+    text = ParsedPage(report.render(results)).text
+    assert "learns hardly anything from these samples, immunized or not" in text
+    assert ">64× the steps to learn the harmful task for the attacker who minds it least" in text
+    assert "hardly learnt, even before" in summary(results)
+    results["attacks"]["harmful"]["gradient_descent"]["steps_without"] = 0
+    assert headline(results) == "The harm is hardly learnt, immunized or not"
+
+
+def test_a_lock_is_not_said_to_be_undone_by_whitening() -> None:
+    results = {**saved("kappa"), "dimensions": [64, 40]}
+    text = ParsedPage(report.render(results)).text
+    assert "Of 64 dimensions 40 are left" in text
+    assert "One factorisation of the features undoes this protection" not in text
+    results = {**saved("kappa"), "dimensions": [64, 64]}
+    assert "One factorisation" in ParsedPage(report.render(results)).text
+
+
+def test_the_best_constant_stands_beside_few_samples() -> None:
+    results = saved("kappa")
+    assert "the best constant answer" not in ParsedPage(report.render(results)).text
+    results["few_samples"]["without"] |= {"constant_error_rate": 0.44, "constant_loss": 0.9}
+    assert "the best constant answer 44%" in ParsedPage(report.render(results)).text
 
 
 def test_every_attacker_has_its_row_and_its_name() -> None:

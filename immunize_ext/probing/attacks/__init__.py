@@ -7,6 +7,7 @@ and its row in reports.
 
 from __future__ import annotations
 
+from immunize_ext.probing.attacks.harm_choice import HarmChoice, choose_harm
 from immunize_ext.probing.attacks.linear_probe import LinearProbeAttack, Traces
 from immunize_ext.probing.attacks.losses import LossName
 from immunize_ext.probing.attacks.registry import (
@@ -33,11 +34,13 @@ __all__ = [
     "AttackCurve",
     "AttackName",
     "BudgetOutcome",
+    "HarmChoice",
     "LinearProbeAttack",
     "LossName",
     "Traces",
     "TunedAttack",
     "attack_at_budgets",
+    "choose_harm",
     "compare_attack",
     "compare_features",
     "knows",

@@ -71,15 +71,24 @@ class Traces(NamedTuple):
         ]
 
     def best(self, target: float | None) -> int:
-        """The column that reaches a target first, or has the lowest test loss if none does."""
+        """The column that reaches a target first, or has the lowest test loss if none does.
+
+        Of several that reach it in the same step, the one that is lowest there: how long a curve
+        goes on after the target decides nothing.
+        """
         steps: list[int | None] = [None] * self.test_loss.shape[1]
         if target is not None:
             steps = self.steps_to(target)
         lowest = self.lowest
         return min(
             range(len(lowest)),
-            key=lambda i: (math.inf if steps[i] is None else steps[i], lowest[i]),
+            key=lambda i: self._rank(steps[i], i, lowest[i]),
         )
+
+    def _rank(self, step: int | None, column: int, lowest: float) -> tuple[float, float, float]:
+        if step is None:
+            return math.inf, lowest, lowest
+        return step, float(self.test_loss[step, column]), lowest
 
     def curve(self, column: int) -> AttackCurve:
         """One column as a curve that is judged at every step."""
@@ -140,6 +149,15 @@ class LinearProbeAttack(ABC):
     def edge_rates(self) -> tuple[float, ...]:
         """Ends of the learning rates tried behind which a better one might lie."""
         return ()
+
+    def lifted(self, features: tuple[Tensor, Tensor], seed: int) -> tuple[Tensor, Tensor]:
+        """What the head is trained on: the features, or functions of them.
+
+        Args:
+            features: Of the training and of the test part, shapes ``(n, q)`` and ``(m, q)``.
+            seed: Seed of draws, for an attacker that draws.
+        """
+        return features
 
     @abstractmethod
     def iterates(self, z: Tensor, y: Tensor, loss: ProbeLoss, seed: int = 0) -> Iterator[Tensor]:
@@ -221,7 +239,7 @@ class LinearProbeAttack(ABC):
                 f"{self.name}: loss must be 'squared' for a regression task, got 'logistic'; the "
                 "logistic loss needs targets -1 and +1"
             )
-        features = _features(self.name, target, model)
+        features = self.lifted(_features(self.name, target, model), seed)
         loss, columns = LOSSES[self.loss], max(1, len(self.rates))
         runs = self.iterates(features[0], target.y_train.to(torch.float64), loss, seed)
         parts: list[tuple[Tensor, Tensor, Tensor]] = []

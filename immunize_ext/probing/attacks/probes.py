@@ -201,6 +201,19 @@ def whitened_general(z: Tensor, y: Tensor, loss: ProbeLoss) -> Iterator[Tensor]:
         u = u - step * (whitened.mT @ loss.slope(whitened @ u, y))
 
 
+def low_rank_preconditioner(z: Tensor, rank: int) -> Tensor:
+    """M, symmetric, such that the leading directions of (Z M)^T Z M are as long as the next one.
+
+    What a Nystrom sketch of Z^T Z is an approximation of: the attacker's best. Shape ``(p, p)``.
+    """
+    _, sigma, right = torch.linalg.svd(z, full_matrices=False)
+    rank = min(rank, len(sigma) - 1)
+    scale = sigma[rank : rank + 1]
+    shrink = torch.where(sigma[:rank] > 0, scale / sigma[:rank], 1.0) - 1.0
+    identity = torch.eye(z.shape[1], dtype=z.dtype, device=z.device)
+    return identity + (right[:rank].mT * shrink) @ right[:rank]
+
+
 def starting_weights(z: Tensor) -> Tensor:
     """The head that every attack starts from: zeros, one per feature."""
     return torch.zeros(z.shape[1], dtype=z.dtype, device=z.device)

@@ -8,6 +8,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any, ClassVar, Literal, TypeAlias
 
+import torch
 from torch import Tensor
 
 from immunize_ext.probing.attacks import probes, tuned
@@ -26,10 +27,14 @@ AttackName: TypeAlias = Literal[
     "closed_form_ridge",
     "standardised",
     "nesterov",
+    "nystrom_cg",
+    "kernel",
     "lbfgs",
     "momentum",
     "sgd_momentum",
     "adam",
+    "adam_cosine",
+    "shampoo",
     "adagrad",
 ]
 """Names of the attackers of the package; those that others register are texts as well."""
@@ -190,6 +195,73 @@ class Nesterov(_Untuned):
 
 @ATTACKS.register
 @dataclass(frozen=True)
+class NystromConjugateGradients(_Untuned):
+    """Conjugate gradients after a low-rank preconditioner has evened the leading directions out.
+
+    It pays for lambda_{r+1} / lambda_p in place of kappa.
+
+    Attributes:
+        rank: r, directions that the preconditioner takes away.
+    """
+
+    name: ClassVar[str] = "nystrom_cg"
+    label: ClassVar[str] = "Conjugate gradients, low-rank preconditioner"
+
+    rank: int = 10
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.rank < 0:
+            raise ValueError(f"{self.name}: rank must not be negative, got {self.rank}")
+
+    def heads(self, z: Tensor, y: Tensor, loss: ProbeLoss) -> Iterator[Tensor]:
+        """Those of conjugate gradients on the preconditioned features."""
+        back = probes.low_rank_preconditioner(z, self.rank)
+        run = ConjugateGradients(loss=self.loss).heads(z @ back, y, loss)
+        return (back @ w for w in run)
+
+
+@ATTACKS.register
+@dataclass(frozen=True)
+class KernelProbe(_Untuned):
+    """A probe that is not linear: conjugate gradients on Gaussian kernels around training samples.
+
+    The width is the median distance between them. What a lock takes away from linear probes is
+    still in there.
+
+    Attributes:
+        centres: Training samples that are centres; all where there are fewer.
+    """
+
+    name: ClassVar[str] = "kernel"
+    label: ClassVar[str] = "Gaussian kernel probe"
+    needs_samples: ClassVar[bool] = True
+
+    centres: int = 500
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.centres < 1:
+            raise ValueError(f"{self.name}: centres must be at least 1, got {self.centres}")
+
+    def lifted(self, features: tuple[Tensor, Tensor], seed: int) -> tuple[Tensor, Tensor]:
+        """One kernel for every centre."""
+        generator = torch.Generator().manual_seed(seed)
+        chosen = torch.randperm(len(features[0]), generator=generator)[: self.centres]
+        centres = features[0][chosen.to(features[0].device)]
+        apart = torch.cdist(centres, centres).square()
+        apart = apart[apart > 0]
+        width = apart.median() if len(apart) else torch.ones_like(features[0][0, 0])
+        train, test = (torch.exp(-2.0 * torch.cdist(z, centres).square() / width) for z in features)
+        return train, test
+
+    def heads(self, z: Tensor, y: Tensor, loss: ProbeLoss) -> Iterator[Tensor]:
+        """Those of conjugate gradients."""
+        return ConjugateGradients(loss=self.loss).heads(z, y, loss)
+
+
+@ATTACKS.register
+@dataclass(frozen=True)
 class Lbfgs(_Untuned):
     """L-BFGS with ten pairs of memory."""
 
@@ -306,6 +378,55 @@ class Adam(TunedAttack):
     def iterates(self, z: Tensor, y: Tensor, loss: ProbeLoss, seed: int = 0) -> Iterator[Tensor]:
         """As in the base class."""
         return tuned.adam(z, y, loss, z.new_tensor(self.rates))
+
+
+@ATTACKS.register
+@dataclass(frozen=True)
+class AdamCosine(TunedAttack):
+    """Adam with warm-up and a cosine schedule; the horizon is tuned with the rate.
+
+    Attributes:
+        learning_rates: Peak rates tried.
+        horizons: Numbers of steps of the schedule that are tried with each of them.
+    """
+
+    name: ClassVar[str] = "adam_cosine"
+    label: ClassVar[str] = "Adam, warm-up and cosine"
+
+    learning_rates: tuple[float, ...] = _HALF_DECADES[2:]
+    horizons: tuple[int, ...] = (10, 30, 100, 300, 1000, 3000, 10000)
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if not self.horizons or min(self.horizons) < 1:
+            raise ValueError(
+                f"{self.name}: horizons must be numbers of at least 1 step, got {self.horizons}"
+            )
+
+    @property
+    def rates(self) -> tuple[float, ...]:
+        """Every rate once for every horizon."""
+        return self.learning_rates * len(self.horizons)
+
+    def iterates(self, z: Tensor, y: Tensor, loss: ProbeLoss, seed: int = 0) -> Iterator[Tensor]:
+        """As in the base class."""
+        horizons = z.new_tensor(self.horizons).repeat_interleave(len(self.learning_rates))
+        return tuned.adam(z, y, loss, z.new_tensor(self.rates), horizons)
+
+
+@ATTACKS.register
+@dataclass(frozen=True)
+class Shampoo(TunedAttack):
+    """Shampoo on features scaled to root mean square 1."""
+
+    name: ClassVar[str] = "shampoo"
+    label: ClassVar[str] = "Shampoo"
+
+    learning_rates: tuple[float, ...] = (1e-2, 3e-2, 0.1, 0.3, 1.0, 3.0)
+
+    def iterates(self, z: Tensor, y: Tensor, loss: ProbeLoss, seed: int = 0) -> Iterator[Tensor]:
+        """As in the base class."""
+        return tuned.shampoo(z, y, loss, z.new_tensor(self.rates))
 
 
 @ATTACKS.register

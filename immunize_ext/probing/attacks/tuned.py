@@ -8,6 +8,7 @@ the features helps or hurts. Gradients are those of the mean loss.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator
 
 import torch
@@ -73,8 +74,14 @@ def _unit_scale(z: Tensor) -> Tensor:
     return torch.where(size > 0, 1.0 / size, 0.0)
 
 
-def adam(z: Tensor, y: Tensor, loss: ProbeLoss, rates: Tensor) -> Iterator[Tensor]:
-    """Adam with the usual constants on features scaled to root mean square 1."""
+def adam(
+    z: Tensor, y: Tensor, loss: ProbeLoss, rates: Tensor, horizons: Tensor | None = None
+) -> Iterator[Tensor]:
+    """Adam with the usual constants on features scaled to root mean square 1.
+
+    With horizons, one for each rate, the rate rises linearly over the first twentieth of its
+    horizon, falls to 0 like a cosine, and stays there.
+    """
     scale = _unit_scale(z)
     z = z * scale
     w, first, second = _start(z, rates), _start(z, rates), _start(z, rates)
@@ -86,7 +93,46 @@ def adam(z: Tensor, y: Tensor, loss: ProbeLoss, rates: Tensor) -> Iterator[Tenso
         first = _BETA1 * first + (1.0 - _BETA1) * gradient
         second = _BETA2 * second + (1.0 - _BETA2) * gradient.square()
         root = (second / (1.0 - _BETA2**count)).sqrt() + _EPS
-        w = w - rates * (first / (1.0 - _BETA1**count)) / root
+        now = rates if horizons is None else rates * _schedule(count, horizons)
+        w = w - now * (first / (1.0 - _BETA1**count)) / root
+
+
+def _schedule(count: int, horizons: Tensor) -> Tensor:
+    """The share of the rate at a step, the first being 1."""
+    rising = (horizons / 20.0).ceil()
+    passed = ((count - rising) / (horizons - rising).clamp(min=1.0)).clamp(0.0, 1.0)
+    falling = (1.0 + torch.cos(math.pi * passed)) / 2.0
+    return torch.where(count < rising, count / rising, falling)
+
+
+# As implementations do: the roots are taken anew every so many steps.
+_ROOTS_EVERY = 5
+
+
+def shampoo(z: Tensor, y: Tensor, loss: ProbeLoss, rates: Tensor) -> Iterator[Tensor]:
+    """Shampoo on features scaled to root mean square 1.
+
+    The head is a p x 1 matrix with gradients G: W - rate L^(-1/4) G R^(-1/4), L the sum of G G^T,
+    R that of G^T G, a number.
+    """
+    scale = _unit_scale(z)
+    z = z * scale
+    w = _start(z, rates)
+    targets, count = y[:, None], 0
+    left = torch.zeros(len(rates), *2 * z.shape[1:], dtype=z.dtype, device=z.device)
+    while True:
+        yield scale * w
+        gradient = z.mT @ loss.slope(z @ w, targets) / len(y)
+        each = gradient.mT.unsqueeze(-1)  # (k, p, 1)
+        left = left + each @ each.mT
+        if count < _ROOTS_EVERY or count % _ROOTS_EVERY == 0:
+            values, vectors = torch.linalg.eigh(left)
+            # What no gradient has reached stays as it is: nothing is divided by rounding.
+            floor = _EPS * values[:, -1:].clamp(min=_EPS)
+            root = (vectors * values.clamp(min=floor).pow(-0.25).unsqueeze(-2)) @ vectors.mT
+        right = left.diagonal(dim1=-2, dim2=-1).sum(-1).clamp(min=_EPS**2).pow(-0.25)
+        count += 1
+        w = w - rates * right * (root @ each).squeeze(-1).mT
 
 
 def adagrad(z: Tensor, y: Tensor, loss: ProbeLoss, rates: Tensor) -> Iterator[Tensor]:

@@ -19,13 +19,14 @@ from immunize_ext.probing.certificates.linear_information import (
     linear_information,
 )
 from immunize_ext.probing.certificates.number_formats import FormatFloor, format_floor, served
-from immunize_ext.probing.certificates.optimizers import EXPONENT, IMPOSSIBLE, kappa_under
 from immunize_ext.probing.certificates.rewhitening import (
+    aligned,
     gaussian_kappa_left,
     rewhitened,
     whitening_map,
 )
 from immunize_ext.probing.certificates.work import factorisation_steps, work_cap
+from immunize_ext.probing.metrics import EXPONENT, IMPOSSIBLE, kappa_under
 
 __all__ = [
     "EXPONENT",
@@ -34,6 +35,7 @@ __all__ = [
     "FormatFloor",
     "LinearInformation",
     "Spectrum",
+    "aligned",
     "best_risk",
     "certify",
     "effective_ridge",

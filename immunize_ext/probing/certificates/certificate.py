@@ -14,9 +14,11 @@ from torch import Tensor
 from immunize_ext.probing.attacks import compare_attack
 from immunize_ext.probing.certificates.few_samples import (
     COUNTS,
+    LEARNT,
     REFERENCE,
     Curve,
     best_of,
+    error_of_constant,
     sample_curve,
     samples_to,
 )
@@ -31,12 +33,11 @@ from immunize_ext.probing.certificates.number_formats import (
     format_floor,
     served,
 )
-from immunize_ext.probing.certificates.optimizers import EXPONENT, WHITENING, kappa_under
-from immunize_ext.probing.certificates.rewhitening import gaussian_kappa_left, rewhitened
+from immunize_ext.probing.certificates.rewhitening import aligned, gaussian_kappa_left, rewhitened
 from immunize_ext.probing.certificates.work import factorisation_steps, work_cap
 from immunize_ext.probing.data import Task, gram_equivalent
 from immunize_ext.probing.immunizers import Immunized
-from immunize_ext.probing.metrics import with_ridge
+from immunize_ext.probing.metrics import EXPONENT, WHITENING, kappa_under, with_ridge
 from immunize_ext.seams import Progress
 
 # Multiples of the number of features: how many unlabelled inputs the attacker whitens with.
@@ -60,7 +61,7 @@ class Delay:
     """What one kind of optimizer pays, by its condition number.
 
     Attributes:
-        optimizer: Its name in :data:`~.optimizers.EXPONENT`.
+        optimizer: Its name in :data:`immunize_ext.probing.metrics.EXPONENT`.
         exponent: The power of kappa by which its steps grow.
         log_kappa_before: Log of the condition number that it sees without immunization.
         log_kappa_after: The same with it.
@@ -119,21 +120,30 @@ class FewSamples:
 
     Attributes:
         role: ``harmful`` or ``primary``.
+        reference: The number of samples that factors are multiples of: 40, or the most there are.
+        constant: Error of the best constant answer, which shows no skill.
         without: Error by number of samples without immunization.
         given: With the features as they are.
         whitened: With features re-whitened, wholly or in part, by unlabelled inputs of the primary
             task; at each number the best power.
-        factor_given: How many times more samples for what 40 gave without; infinite if more than
-            were tried.
-        factor_best: The same for the better of both attackers.
+        sibling: With features mapped onto those of a public model that was not immunized, by
+            unlabelled inputs of both tasks.
+        factor_given: How many times more samples for what ``reference`` gave without; infinite if
+            more than were tried, ``None`` where that was hardly better than the constant.
+        factor_best: The same for the better of the attackers without a public model.
+        factor_sibling: The same for who has one.
     """
 
     role: str
+    reference: int
+    constant: float
     without: Curve
     given: Curve
     whitened: Curve
-    factor_given: float
-    factor_best: float
+    sibling: Curve
+    factor_given: float | None
+    factor_best: float | None
+    factor_sibling: float | None
 
 
 @dataclass(frozen=True)
@@ -241,7 +251,7 @@ def certify(
 
     Source:
         The impossibility for whitening learners and the cap are proven in the modules
-        ``optimizers`` and ``work``; learning curves follow Hastie et al. (2022).
+        ``metrics.optimizers`` and ``work``; learning curves follow Hastie et al. (2022).
 
     Example:
         >>> from immunize_ext.probing.data import Problem, digits_task
@@ -358,14 +368,20 @@ def _few(
         return sample_curve(task, theta, counts=COUNTS, draws=draws, seed=seed, until=until)
 
     without, given = curve(before), curve(after)
-    target = without.get(REFERENCE, min(without.values(), default=math.inf))
+    reference = max((n for n in without if n <= REFERENCE), default=min(without))
+    target, constant = without[reference], error_of_constant(task)
     unlabelled = primary.x_train
     whitened = best_of(
         *(curve(rewhitened(after, unlabelled, power=power), target) for power in POWERS)
     )
+    both = _in_turn(primary.x_train, task.x_train)
+    sibling = curve(aligned(after, before, both), target)
     start = samples_to(without, target)
-    factors = [samples_to(c, target) / start for c in (given, best_of(given, whitened))]
-    return FewSamples(role, without, given, whitened, factors[0], factors[1])
+    factors: list[float | None] = [None, None, None]
+    if target < LEARNT * constant:
+        tried = given, best_of(given, whitened), sibling
+        factors = [samples_to(c, target) / start for c in tried]
+    return FewSamples(role, reference, constant, without, given, whitened, sibling, *factors)
 
 
 def _formats(role: str, task: Task, theta: Tensor) -> list[Format]:

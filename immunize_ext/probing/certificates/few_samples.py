@@ -9,13 +9,16 @@ from itertools import pairwise
 from torch import Tensor
 
 from immunize_ext.probing.data import Task
-from immunize_ext.probing.metrics import few_sample_error
+from immunize_ext.probing.metrics import best_constant, few_sample_error
 
 COUNTS = (10, 20, 40, 80, 160, 320, 640)
 """Numbers of labelled samples."""
 
 REFERENCE = 40
-"""The number whose error without immunization has to be reached."""
+"""The number whose error without immunization has to be reached; fewer where there are no more."""
+
+LEARNT = 0.95
+"""Of the error of the best constant: who is not below this share has learnt nothing."""
 
 Curve = dict[int, float]
 
@@ -34,7 +37,8 @@ def sample_curve(
     Args:
         task: The task; features are centred by the mean of its training inputs.
         theta: The extractor; the inputs themselves when omitted.
-        counts: Numbers of samples; those beyond the training part are left out.
+        counts: Numbers of samples; those beyond the training part are left out, and where all
+            are, the whole of it is the one number.
         draws: Draws of the samples, the same for every extractor.
         seed: Their seed.
         until: The error at which more samples need not be tried.
@@ -42,19 +46,24 @@ def sample_curve(
     Returns:
         By number of samples the share of wrong signs, or the mean squared error of a regression.
     """
-    # Heads have no intercept here: the mean, which unlabelled inputs tell anyone, is taken off.
-    middle = task.x_train.mean(0)
-    centred = Task(
-        task.name, task.x_train - middle, task.y_train, task.x_test - middle, task.y_test
-    )
+    available = len(task.x_train)
     found = {}
-    for count in counts:
-        if count <= len(task.x_train):
-            error = few_sample_error(centred, theta, samples=count, draws=draws, seed=seed)
-            found[count] = error.loss if error.error_rate is None else error.error_rate
-            if found[count] <= until:
-                break
+    for count in [c for c in counts if c <= available] or [available]:
+        error = few_sample_error(task, theta, samples=count, draws=draws, seed=seed)
+        found[count] = error.loss if error.error_rate is None else error.error_rate
+        if found[count] <= until:
+            break
     return found
+
+
+def error_of_constant(task: Task) -> float:
+    """What :func:`sample_curve` is for a head without skill: the best constant answer.
+
+    Args:
+        task: The task.
+    """
+    constant = best_constant(task)
+    return constant.loss if constant.error_rate is None else constant.error_rate
 
 
 def samples_to(curve: Mapping[int, float], target: float) -> float:

@@ -1,7 +1,7 @@
 r"""What it costs to take theta away again: unlabelled inputs.
 
 With m >= p unlabelled inputs of regular scatter C_m, features whitened by their own scatter have
-the Gram matrix X C_m^-1 X^T, in which theta does not occur (module ``optimizers``). Whatever
+the Gram matrix X C_m^-1 X^T, in which theta does not occur (``metrics.optimizers``). Whatever
 condition number was designed, what an attacker is left with is that of his sample Hessian in the
 metric of C_m. For Gaussian inputs of one covariance the extreme eigenvalues of that are those of
 Marchenko and Pastur, and
@@ -114,3 +114,34 @@ def rewhitened(
     wide = theta.detach().to(torch.float64)
     features = unlabelled.to(torch.float64) @ wide
     return wide @ whitening_map(features, ridge=ridge, power=power, centre=centre)
+
+
+def aligned(theta: Tensor, theta0: Tensor, unlabelled: Tensor) -> Tensor:
+    r"""Features mapped onto those of a public model by unlabelled inputs that went through both.
+
+    The map of least squares, :math:`Z^+ S`, Z and S the features of the immunized and of the public
+    model. Where theta is invertible and there are as many inputs as features, it is the inverse:
+    the variances of the public model are back, and with them the prior that few samples need. What
+    a singular theta has taken away does not come back.
+
+    Args:
+        theta: The immunized extractor, shape ``(p, q)``.
+        theta0: The public one, shape ``(p, s)``.
+        unlabelled: Inputs, shape ``(m, p)``.
+
+    Returns:
+        theta times the map, shape ``(p, s)``, float64.
+
+    Example:
+        >>> x = torch.tensor([[1.0, 0.0], [0.0, 2.0], [1.0, 1.0]]).double()
+        >>> theta = torch.tensor([[1.0, 3.0], [0.0, 1e-3]]).double()
+        >>> back = aligned(theta, torch.eye(2).double(), x)
+        >>> torch.allclose(back, torch.eye(2).double(), atol=1e-6)
+        True
+    """
+    wide = theta.detach().to(torch.float64)
+    x = unlabelled.to(torch.float64)
+    z, s = x @ wide, x @ theta0.detach().to(torch.float64)
+    left, sigma, right = torch.linalg.svd(z, full_matrices=False)
+    kept = sigma > max(z.shape) * torch.finfo(torch.float64).eps * sigma[:1]
+    return wide @ (right[kept].mT @ ((left[:, kept].mT @ s) / sigma[kept, None]))

@@ -13,7 +13,7 @@ from immunize_ext.probing.data.gram_equivalent import gram_equivalent, gram_rows
 from immunize_ext.probing.data.house_prices import house_prices_task
 from immunize_ext.probing.data.image_folder import ImageFolder, folder_features, image_folder_task
 from immunize_ext.probing.data.mnist import load_mnist, mnist_task, read_idx
-from immunize_ext.probing.data.problem import Problem, check_names, load_problem
+from immunize_ext.probing.data.problem import Problem, check_names, load_problem, other_pairs
 from immunize_ext.probing.data.samples import Samples
 from immunize_ext.probing.data.task import Task, TaskLike
 
@@ -37,6 +37,7 @@ __all__ = [
     "load_mnist",
     "load_problem",
     "mnist_task",
+    "other_pairs",
     "parse_digits",
     "read_idx",
 ]

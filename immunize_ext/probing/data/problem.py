@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from functools import lru_cache
+from itertools import combinations
 from pathlib import Path
 from typing import Any, Generic, TypeVar
 
@@ -33,6 +34,7 @@ class Problem(Generic[TaskT]):
         harmful: The tasks to make hard, in the same form; at least one.
         head: Head of the primary task that is trained along, for methods that train one; a linear
             one when ``None``.
+        benign: Other tasks that are to stay easy, for methods that look after them.
 
     Example:
         >>> from immunize_ext.probing.data import digits_task
@@ -44,16 +46,19 @@ class Problem(Generic[TaskT]):
     primary: TaskT
     harmful: tuple[TaskT, ...]
     head: nn.Module | None = None
+    benign: tuple[TaskT, ...] = ()
 
     def __post_init__(self) -> None:
         if not self.harmful:
             raise ValueError("Problem: harmful must hold at least one task, got none")
-        tasks = [task for task in (self.primary, *self.harmful) if isinstance(task, Task)]
-        for task in tasks[1:]:
-            if task.num_features != tasks[0].num_features:
+        named = [("primary", self.primary), *(("harmful", task) for task in self.harmful)]
+        named += [("benign", task) for task in self.benign]
+        widths = [(role, task.num_features) for role, task in named if isinstance(task, Task)]
+        for role, width in widths[1:]:
+            if width != widths[0][1]:
                 raise ValueError(
-                    f"Problem: harmful must have the {tasks[0].num_features} features of primary, "
-                    f"got {task.num_features}; preprocess both tasks alike"
+                    f"Problem: {role} must have the {widths[0][1]} features of primary, got "
+                    f"{width}; preprocess both tasks alike"
                 )
 
     @classmethod
@@ -105,7 +110,7 @@ class Problem(Generic[TaskT]):
         """SHA-256 over all numbers: whether a later attack or a resumed run sees the same data."""
         return tensor_digest(
             (f"{index}.{name}", value)
-            for index, task in enumerate((self.primary, *self.harmful))
+            for index, task in enumerate((self.primary, *self.harmful, *self.benign))
             for name, value in _tensors(task)
         )
 
@@ -261,6 +266,51 @@ def load_problem(
             task = _digits(data, parse_sides(text), data_dir, size, seed)
         tasks.append(_cut(task, max_train))
     return Problem(tasks[0], tuple(tasks[1:]))
+
+
+def other_pairs(
+    data: str,
+    primary: str | None,
+    harmful: tuple[str, ...],
+    *,
+    data_dir: str | None = None,
+    size: int = 28,
+    max_train: int | None = None,
+    seed: int = 0,
+) -> list[Task]:
+    """Pairs of classes of the same data that are neither the primary nor a harmful task.
+
+    What an attacker may choose from whom the immunizer did not think of. Arguments as for
+    :func:`load_problem`.
+
+    Returns:
+        One task a pair, each class against each; none for ``house`` and for files of one task.
+
+    Example:
+        >>> len(other_pairs("digits", "3:8", ("4:9",)))  # of 45 pairs
+        43
+    """
+    if primary is None and not harmful and data in _DEFAULTS:
+        primary, harmful = _DEFAULTS[data]
+    named = [text for text in (primary, *harmful) if text is not None]
+    if data == "house" or not named or any(text.endswith(FILES) for text in named):
+        return []
+    taken = {frozenset(parse_sides(text)) for text in named}
+    classes: list[int] = list(range(10))
+    if data.endswith(FILES):
+        classes = sorted(int(label) for label in load_features(data, seed=seed)[1].unique())
+    texts = [
+        f"{one}:{other}"
+        for one, other in combinations(classes, 2)
+        if frozenset({(one,), (other,)}) not in taken
+    ]
+    tasks = [
+        _classes(data, text, seed)
+        if data.endswith(FILES)
+        else _digits(data, parse_sides(text), data_dir, size, seed)
+        for text in texts
+    ]
+    return [_cut(task, max_train) for task in tasks]
 
 
 def _digits(

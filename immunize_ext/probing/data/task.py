@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any, TypeAlias
 
 import torch
@@ -168,6 +168,22 @@ class Task:
         """
         parts = (self.x_train, self.y_train, self.x_test, self.y_test)
         return Task(self.name, *(part.to(device=device, dtype=dtype) for part in parts))
+
+    def halves(self) -> tuple[Task, Task]:
+        """Two tasks with every second training sample each, and the same test part.
+
+        One for who makes a protection and one for who attacks it: what is made of samples is not
+        judged on them. Loaders shuffle already, and no random state is needed.
+
+        Raises:
+            ValueError: If there is one training sample alone.
+        """
+        if len(self.x_train) < 2:
+            raise ValueError("Task.halves: x_train must hold at least 2 samples, got 1")
+        return (
+            replace(self, x_train=self.x_train[::2], y_train=self.y_train[::2]),
+            replace(self, x_train=self.x_train[1::2], y_train=self.y_train[1::2]),
+        )
 
     def folds(self, count: int) -> list[Task]:
         """Cut the training part into tasks that test on one fold and train on the others.

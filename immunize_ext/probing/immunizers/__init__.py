@@ -25,6 +25,7 @@ from immunize_ext.probing.immunizers.deep_extractor import DeepExtractorImmunize
 from immunize_ext.probing.immunizers.imma import ImmaImmunizer
 from immunize_ext.probing.immunizers.immunized import Immunized, ImmunizedExtractor
 from immunize_ext.probing.immunizers.label_direction import LabelDirectionImmunizer
+from immunize_ext.probing.immunizers.learning_curve import LearningCurveImmunizer
 from immunize_ext.probing.immunizers.lock import (
     Head,
     LinearLock,
@@ -38,6 +39,7 @@ from immunize_ext.probing.immunizers.multiplicative import (
     MultiplicativeImmunizer,
     multiplicative_step,
 )
+from immunize_ext.probing.immunizers.optimizer_aware import OptimizerAwareImmunizer
 from immunize_ext.probing.immunizers.registry import METHODS, MethodName, grid_of, knob_of, label_of
 from immunize_ext.probing.immunizers.several_harms import SeveralHarmsImmunizer, several_harms_theta
 from immunize_ext.probing.immunizers.step_bounds import ill_step_bound, well_step_bound
@@ -55,11 +57,13 @@ __all__ = [
     "ImmunizedExtractor",
     "IterativeImmunizer",
     "LabelDirectionImmunizer",
+    "LearningCurveImmunizer",
     "LinearImmunizer",
     "LinearLock",
     "MethodName",
     "MiniBatchImmunizer",
     "MultiplicativeImmunizer",
+    "OptimizerAwareImmunizer",
     "PencilLock",
     "PlainConditionNumberImmunizer",
     "SeveralHarmsImmunizer",

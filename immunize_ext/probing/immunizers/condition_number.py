@@ -24,6 +24,7 @@ from immunize_ext.ops.precondition import Preconditioner, precondition_gradient
 from immunize_ext.ops.regularizers import gram_r_ill, gram_r_well, r_ill, r_well
 from immunize_ext.probing.data.problem import Problem
 from immunize_ext.probing.data.task import Task
+from immunize_ext.probing.immunizers.closed_form import equal_curvature
 from immunize_ext.probing.immunizers.loop import (
     Advance,
     Descent,
@@ -73,6 +74,9 @@ class ConditionNumberImmunizer(IterativeImmunizer):
             ``"clip"`` it, ``"warn"`` once or ``"raise"``.
         keep: ``"last"`` iterate, or ``"best"``: the one with the largest kappa_H among those whose
             kappa_P is at most that of the start.
+        rotate: Whether what is handed back is rotated so that coordinates of the harmful Hessian
+            have the same curvature, which Adam, Adagrad and standardising cannot undo. No condition
+            number and no step of gradient descent depends on it.
         seed: Seed of the primary head omega.
 
     Raises:
@@ -107,6 +111,7 @@ class ConditionNumberImmunizer(IterativeImmunizer):
     preconditioner: Literal["implicit", "explicit", "none"] = "implicit"
     unsafe_step: Literal["clip", "warn", "raise"] = "clip"
     keep: Literal["last", "best"] = "best"
+    rotate: bool = True
     seed: int = 0
 
     def __post_init__(self) -> None:
@@ -191,9 +196,9 @@ class ConditionNumberImmunizer(IterativeImmunizer):
             descent.marks |= {"best": kappa, "best_step": record["step"]}
 
     def kept(self, descent: Descent) -> Tensor:
-        """The last iterate, or the best one."""
+        """The last iterate, or the best one, in coordinates of equal curvature."""
         if self.keep == "last":
-            return descent.theta.detach()
+            return self._rotated(descent, descent.theta.detach())
         if descent.marks["best_step"] == 0.0:
             warnings.warn(
                 f"{_NAME}.fit: some step must raise kappa_H and leave kappa_P no larger than at "
@@ -202,7 +207,11 @@ class ConditionNumberImmunizer(IterativeImmunizer):
                 NumericalWarning,
                 stacklevel=3,
             )
-        return descent.tensors["best"]
+            return descent.tensors["best"]
+        return self._rotated(descent, descent.tensors["best"])
+
+    def _rotated(self, descent: Descent, theta: Tensor) -> Tensor:
+        return theta @ equal_curvature(descent.harmful @ theta) if self.rotate else theta
 
     def _balance(self, theta: Tensor, well_grad: Tensor, ill_grad: Tensor) -> tuple[float, float]:
         """Choose the lambdas that were left open by the norms of the first two updates."""

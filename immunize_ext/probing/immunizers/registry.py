@@ -24,9 +24,11 @@ MethodName: TypeAlias = Literal[
     "lock",
     "pencil-lock",
     "label-direction",
+    "learning-curve",
     "mini-batch",
     "multiplicative",
     "several-harms",
+    "optimizer-aware",
 ]
 """Names of the methods of the package; those that others register are texts as well."""
 

@@ -13,12 +13,20 @@ from immunize_ext.probing.metrics.convergence import (
     worst_case,
 )
 from immunize_ext.probing.metrics.cost import (
+    Constant,
     FewSampleError,
     RelativeDegradation,
+    best_constant,
     few_sample_error,
     relative_degradation,
 )
 from immunize_ext.probing.metrics.hessian import with_ridge
+from immunize_ext.probing.metrics.optimizers import (
+    EXPONENT,
+    IMPOSSIBLE,
+    WHITENING,
+    kappa_under,
+)
 from immunize_ext.probing.metrics.pencil import Pencil, log_rir_ceiling, pencil
 from immunize_ext.probing.metrics.rir import (
     CeilingRow,
@@ -34,20 +42,27 @@ from immunize_ext.probing.metrics.rir import (
     log_kappa,
     relative_immunization_ratio,
 )
+from immunize_ext.probing.metrics.sample_risk import Moments, tuned_risk
 from immunize_ext.probing.metrics.subspaces import (
     SubspaceAngles,
     leading_subspace_angles,
     principal_angles,
 )
+from immunize_ext.probing.metrics.worst_harm import conditional_value_at_risk, soft_minimum
 from immunize_ext.quantities import Slowdown, Spread, slowdown, steps_to_threshold
 
 __all__ = [
+    "EXPONENT",
+    "IMPOSSIBLE",
+    "WHITENING",
     "AttackerSteps",
     "CeilingRow",
+    "Constant",
     "DeepRatio",
     "FewSampleError",
     "GroupedEstimate",
     "GroupedRatio",
+    "Moments",
     "Pencil",
     "RelativeDegradation",
     "RelativeImmunizationRatio",
@@ -55,14 +70,17 @@ __all__ = [
     "Spread",
     "SubspaceAngles",
     "WorstCase",
+    "best_constant",
     "ceiling_table",
     "computed_rank_rtol",
+    "conditional_value_at_risk",
     "conjugate_gradient_steps",
     "deep_rir",
     "few_sample_error",
     "gradient_descent_steps",
     "grouped_linear_rir",
     "grouped_rir",
+    "kappa_under",
     "leading_subspace_angles",
     "line_search_norm_ratio",
     "log_kappa",
@@ -73,8 +91,10 @@ __all__ = [
     "relative_degradation",
     "relative_immunization_ratio",
     "slowdown",
+    "soft_minimum",
     "spectral_slowdown",
     "steps_to_threshold",
+    "tuned_risk",
     "with_ridge",
     "worst_case",
 ]

@@ -24,7 +24,9 @@ class FewSampleError(NamedTuple):
         loss: Mean squared residual on the test part.
         loss_spread: Its standard deviation over draws.
         error_rate: Share of test samples with the wrong sign; ``None`` for a regression task.
-        ridge: The ridge that was best, relative to the largest eigenvalue of each draw's Hessian.
+        ridge: The ridge that was best, relative to the largest eigenvalue of each draw's scatter.
+        constant_loss: Loss of the best constant on the test part: what shows no skill.
+        constant_error_rate: Share of its less common class, likewise; ``None`` for regression.
     """
 
     samples: int
@@ -32,6 +34,42 @@ class FewSampleError(NamedTuple):
     loss_spread: float
     error_rate: float | None
     ridge: float
+    constant_loss: float
+    constant_error_rate: float | None
+
+
+class Constant(NamedTuple):
+    """What a head without any skill gets on the test part of a task.
+
+    Attributes:
+        loss: Mean squared residual of the mean.
+        error_rate: Share of the less common class; ``None`` for a regression task.
+    """
+
+    loss: float
+    error_rate: float | None
+
+
+def best_constant(task: Task) -> Constant:
+    """The best answer that does not look at the input, judged on the test part.
+
+    Args:
+        task: The task.
+
+    Returns:
+        Its loss, and its error rate: that of always naming the more common class.
+
+    Example:
+        >>> y = torch.tensor([1.0, 1.0, 1.0, -1.0], dtype=torch.float64)
+        >>> best_constant(Task("four", y[:, None], y, y[:, None], y))
+        Constant(loss=0.75, error_rate=0.25)
+    """
+    y = task.y_test.to(torch.float64)
+    positive = float((y > 0).to(torch.float64).mean())
+    return Constant(
+        float((y - y.mean()).square().mean()),
+        min(positive, 1.0 - positive) if task.is_classification else None,
+    )
 
 
 RIDGES = tuple(10.0 ** (exponent / 2.0) for exponent in range(-12, 5))
@@ -48,8 +86,9 @@ def few_sample_error(
 ) -> FewSampleError:
     """Fit ridge heads on random draws of the training part and judge them on the test part.
 
-    The ridge is the one with the lowest mean test loss: the owner tunes as well as anyone could,
-    with theta and without. The same draws are used for every theta.
+    Heads have an intercept, which no ridge holds back. The ridge is the one with the lowest mean
+    test loss: the owner tunes as well as anyone could, with theta and without. The same draws are
+    used for every theta.
 
     Args:
         task: The task, usually the primary one.
@@ -99,22 +138,27 @@ def few_sample_error(
     losses, errors = [], []
     for _ in range(draws):
         chosen = torch.randperm(count, generator=generator)[:samples].to(z.device)
-        left, sigma, right = torch.linalg.svd(z[chosen], full_matrices=False)
+        # An intercept without a ridge: means of the draw are taken off, and put back.
+        middle, mean = z[chosen].mean(0), y[chosen].mean()
+        left, sigma, right = torch.linalg.svd(z[chosen] - middle, full_matrices=False)
         # One column of coefficients per ridge: sigma u^T y / (sigma^2 + r sigma_max^2).
         damped = sigma[:, None].square() + relative * sigma[0].square()
         inverse = torch.where(damped > 0, sigma[:, None] / damped, 0.0)
-        heads = right.mT @ (inverse * (left.mT @ y[chosen])[:, None])
-        predicted = z_test @ heads
+        heads = right.mT @ (inverse * (left.mT @ (y[chosen] - mean))[:, None])
+        predicted = (z_test - middle) @ heads + mean
         losses.append((predicted - y_test[:, None]).square().mean(0))
         errors.append((predicted * y_test[:, None] <= 0).to(torch.float64).mean(0))
     loss = torch.stack(losses)
     best = int(loss.mean(0).argmin())
+    constant = best_constant(task)
     return FewSampleError(
         samples=samples,
         loss=float(loss[:, best].mean()),
         loss_spread=float(loss[:, best].std()) if draws > 1 else 0.0,
         error_rate=float(torch.stack(errors)[:, best].mean()) if task.is_classification else None,
         ridge=float(relative[best]),
+        constant_loss=constant.loss,
+        constant_error_rate=constant.error_rate,
     )
 
 

@@ -201,3 +201,23 @@ def test_losses_that_overflow_are_neither_protection_nor_none() -> None:
         compare_attack(task(), torch.eye(4), attacker=wild)
     with pytest.raises(ValueError, match=r"x @ theta must be finite, got an overflow"):
         compare_attack(task(), 1e308 * torch.ones(4, 4, dtype=torch.float64))
+
+
+def test_a_kernel_probe_learns_what_no_linear_one_does() -> None:
+    """The sign of a product, before and after a lock on the linear direction."""
+    generator = torch.Generator().manual_seed(0)
+    x = torch.randn(400, 2, generator=generator, dtype=torch.float64)
+    y = torch.where(x[:, 0] * x[:, 1] > 0, 1.0, -1.0).double()
+    product = Task("product", x[:300], y[:300], x[300:], y[300:])
+    best = {
+        name: max(ATTACKS[name].run(None, product, steps=30).score("test_accuracy"))
+        for name in ("kernel", "closed_form_ridge")
+    }
+    assert best["kernel"] > 0.9
+    assert best["closed_form_ridge"] < 0.7
+    few = replace(ATTACKS["kernel"], centres=5)  # type: ignore[type-var]
+    assert max(few.run(None, product, steps=30).score("test_accuracy")) < best["kernel"]
+    again = [few.run(None, product, steps=5, seed=s).score("test_loss") for s in (0, 0, 1)]
+    assert again[0] == again[1] != again[2]
+    with pytest.raises(ValueError, match="centres must be at least 1"):
+        replace(ATTACKS["kernel"], centres=0)  # type: ignore[type-var]

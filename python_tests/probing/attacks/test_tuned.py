@@ -172,3 +172,60 @@ def test_refusals() -> None:
         compare_attack(toy(), torch.eye(4), base_budget=0)
     with pytest.raises(ValueError, match="budgets must be numbers of at least 1 step"):
         attack_at_budgets(toy(), torch.eye(4), budgets=[])
+
+
+def matrix(n: int = 30, p: int = 6, seed: int = 4) -> tuple[torch.Tensor, torch.Tensor]:
+    generator = torch.Generator().manual_seed(seed)
+    z = torch.randn(n, p, generator=generator, dtype=torch.float64) * torch.logspace(0, -2, p)
+    return z, torch.randn(n, generator=generator, dtype=torch.float64)
+
+
+def weights(name: str, z: torch.Tensor, y: torch.Tensor, steps: int, **settings: object):
+    iterates = with_(name, **settings).iterates(z, y, LOSSES["squared"])
+    return torch.stack(list(itertools.islice(iterates, steps + 1)))
+
+
+def test_shampoo_takes_a_step_of_the_rate_first_and_knows_no_rotation() -> None:
+    """L and R of one gradient g give L^(-1/4) g R^(-1/4) = g / |g|."""
+    z, y = matrix()
+    rates = [0.1, 0.3]
+    plain = weights("shampoo", z, y, 12, learning_rates=rates)
+    size = float(z.square().mean().sqrt())
+    gradient = z.mT @ y
+    first = torch.outer(gradient / gradient.norm(), torch.tensor(rates, dtype=torch.float64)) / size
+    torch.testing.assert_close(plain[1], first, rtol=1e-9, atol=0)
+    q = torch.linalg.qr(torch.randn(6, 6, generator=torch.Generator().manual_seed(0)).double()).Q
+    turned = weights("shampoo", z @ q, y, 12, learning_rates=rates)
+    torch.testing.assert_close(q @ turned, plain, rtol=1e-6, atol=1e-8)
+
+
+def test_a_cosine_schedule_ends_at_its_horizon() -> None:
+    z, y = matrix()
+    found = weights("adam_cosine", z, y, 50, learning_rates=[0.1], horizons=(10, 40))
+    assert torch.equal(found[10:, :, 0], found[10:11, :, 0].expand(41, -1))
+    assert float((found[11, :, 1] - found[10, :, 1]).norm()) > 0.0
+    assert torch.equal(found[40:, :, 1], found[40:41, :, 1].expand(11, -1))
+    # Warm-up over a twentieth: the first of 40 steps has half of the rate, the second all of it.
+    scale = float(z.square().mean().sqrt())
+    assert float(found[1, :, 1].abs().max()) * scale == pytest.approx(0.05, rel=1e-4)
+    assert float(found[1, :, 0].abs().max()) * scale == pytest.approx(0.1, rel=1e-4)
+    with pytest.raises(ValueError, match="horizons must be numbers of at least 1"):
+        with_("adam_cosine", horizons=(0,))
+
+
+def test_a_low_rank_preconditioner_takes_the_leading_directions_away() -> None:
+    """Whatever the first r are scaled by, the steps are those of the rest."""
+    generator = torch.Generator().manual_seed(2)
+    u = torch.linalg.qr(torch.randn(40, 6, generator=generator, dtype=torch.float64)).Q
+    v = torch.linalg.qr(torch.randn(6, 6, generator=generator, dtype=torch.float64)).Q
+    y = torch.randn(40, generator=generator, dtype=torch.float64)
+    curves = []
+    for large in (10.0, 1e5):
+        sigma = torch.tensor([3 * large, large, 1.0, 0.6, 0.3, 0.1], dtype=torch.float64)
+        z = (u * sigma) @ v.mT
+        curves.append(weights("nystrom_cg", z, y, 6, rank=2)[..., 0] @ z.mT)
+    torch.testing.assert_close(*curves, rtol=1e-6, atol=1e-7)
+    whole = weights("nystrom_cg", z, y, 1, rank=99)[1, :, 0]
+    torch.testing.assert_close(z @ whole, u @ (u.mT @ y), rtol=1e-8, atol=1e-8)
+    with pytest.raises(ValueError, match="rank must not be negative"):
+        with_("nystrom_cg", rank=-1)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -12,9 +13,11 @@ import torch
 from torch import Tensor
 
 from immunize_ext.cli import main
+from immunize_ext.probing.certificate_report import sentences
 from immunize_ext.probing.certificates import (
     EXPONENT,
     Spectrum,
+    aligned,
     best_risk,
     certify,
     effective_ridge,
@@ -29,9 +32,11 @@ from immunize_ext.probing.certificates import (
     served,
     work_cap,
 )
+from immunize_ext.probing.certification import CertificationSettings, certify_run
 from immunize_ext.probing.data import Problem, Task, digits_task
-from immunize_ext.probing.immunizers import METHODS
+from immunize_ext.probing.immunizers import METHODS, Immunized
 from immunize_ext.report import render
+from immunize_ext.storage import to_json
 
 
 def positive(p: int, kappa: float, seed: int = 0) -> Tensor:
@@ -283,6 +288,92 @@ def test_certificate_of_a_lock(problem: Problem[Task]) -> None:
     assert harm.kernel_after is not None
     assert harm.kernel_after > 0.9, "a probe that is not linear gets round it, and the page says so"
     assert math.isinf(found.few_samples[0].factor_best)
+
+
+@pytest.mark.parametrize("samples", [4, 25])
+def test_factors_of_a_task_with_few_samples(problem: Problem[Task], samples: int) -> None:
+    """Multiples are of what there is, and where nothing is learnt there is none."""
+    harm = problem.harmful[0]
+    few = replace(harm, x_train=harm.x_train[:samples], y_train=harm.y_train[:samples])
+    immunized = METHODS["label-direction"].fit(None, problem)
+    found = certify(immunized, problem.primary, few, draws=2)
+    row = found.few_samples[0]
+    assert row.reference == {4: 4, 25: 20}[samples]
+    assert 0.4 < row.constant <= 0.5
+    assert row.factor_best is not None
+    assert not math.isnan(row.factor_best)
+    record = json.loads(json.dumps(to_json(found.to_dict())))
+    said = " ".join(sentences(record))
+    assert f"For what {row.reference} labelled samples gave" in said
+    assert said.count("For what 40 labelled samples gave") == 1, "that of the task to keep"
+    # Labels that the inputs do not tell, nine in ten of one class.
+    generator = torch.Generator().manual_seed(0)
+    train, test = (
+        torch.where(torch.rand(n, generator=generator) < 0.1, -1.0, 1.0).to(harm.x_train)
+        for n in (len(harm.x_train), len(harm.x_test))
+    )
+    blind = certify(immunized, problem.primary, replace(harm, y_train=train, y_test=test), draws=2)
+    row = blind.few_samples[0]
+    assert (row.factor_given, row.factor_best) == (None, None)
+    assert 0.05 < row.constant < 0.15
+    said = " ".join(sentences(json.loads(json.dumps(to_json(blind.to_dict())))))
+    assert "nothing is learnt of the harmful task, even without immunization" in said
+    assert "for the best constant answer" in said
+
+
+def test_a_public_model_undoes_a_price_and_no_lock(problem: Problem[Task]) -> None:
+    """Unlabelled inputs that go through both models bring the variances back, and the prior."""
+    owners, attackers = problem.harmful[0].halves()
+    prices = {}
+    for method in ("label-direction", "lock"):
+        immunized = METHODS[method].fit(None, Problem.of(problem.primary, owners))
+        row = certify(immunized, problem.primary, attackers, draws=4).few_samples[0]
+        prices[method] = row.factor_given, row.factor_best, row.factor_sibling
+        if method == "label-direction":
+            back = aligned(immunized.theta, immunized.theta0, problem.primary.x_train)
+            seen = problem.primary.x_train.double()
+            torch.testing.assert_close(seen @ back, seen, rtol=0, atol=1e-6)
+    given, best, sibling = prices["label-direction"]
+    assert given is not None
+    assert best is not None
+    assert given > 1.8
+    assert best > 1.3
+    assert sibling == pytest.approx(1.0, abs=0.05)
+    assert prices["lock"] == (math.inf, math.inf, math.inf)
+
+
+def test_a_lock_is_judged_on_samples_that_it_was_not_made_of(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """On its own samples a lock leaves nothing; on others it leaks, and the certificate says so."""
+    out = tmp_path / "run"
+    quick = ["--base-budget", "50", "--limit", "4", "--quiet", "--attacks", "whitened"]
+    assert main(["kappa", *quick, "--method", "lock", "--out", str(out)]) == 0
+    for flags in ([], ["--own-samples"]):
+        assert main(["certify", str(out), "--draws", "1", "--quiet", *flags]) == 0
+    capsys.readouterr()
+    others, own = (json.loads((out / "certificates" / f"00{n}.json").read_text()) for n in (1, 2))
+    assert (others["own_samples"], own["own_samples"]) == (False, True)
+    found = [record["certificates"][0]["linear"][0] for record in (others, own)]
+    assert found[0]["r2_after"] > 2.0 * found[1]["r2_after"]
+    # Half of the samples each: the owner's n_d is what the bound is made of.
+    assert found[0]["leak"] == pytest.approx(2.0 * found[1]["leak"], rel=0.01)
+    pages = [(out / "certificates" / f"00{n}.html").read_text() for n in (1, 2)]
+    assert "from every second harmful sample" in pages[0]
+    assert "samples that the lock was made of" in pages[1]
+    assert "samples that the lock was made of" not in pages[0]
+
+
+def test_a_method_that_is_not_registered_is_judged_on_its_own(tmp_path: Path) -> None:
+    out = tmp_path / "run"
+    quick = ["--base-budget", "50", "--limit", "4", "--quiet", "--attacks", "whitened"]
+    assert main(["kappa", *quick, "--method", "closed-form", "--out", str(out)]) == 0
+    foreign = replace(Immunized.load(out / "immunized.safetensors"), method="mine")
+    foreign.save(out / "immunized.safetensors")
+    with pytest.raises(ValueError, match=r"must be a registered one.*--own-samples"):
+        certify_run(out)
+    settings = CertificationSettings(draws=1, own_samples=True)
+    assert certify_run(out, settings).record["method"] == "mine"
 
 
 def test_command_and_page(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -30,6 +30,19 @@ def test_to_converts_every_tensor() -> None:
     }
 
 
+def test_halves_share_no_training_sample() -> None:
+    task = make()
+    owner, attacker = task.halves()
+    joined = torch.cat([owner.x_train, attacker.x_train])
+    assert sorted(joined.tolist()) == sorted(task.x_train.tolist())
+    assert abs(len(owner.x_train) - len(attacker.x_train)) <= 1
+    for half in (owner, attacker):
+        assert torch.equal(half.x_test, task.x_test)
+        assert half.name == task.name
+    with pytest.raises(ValueError, match="at least 2 samples, got 1"):
+        Task("one", task.x_train[:1], task.y_train[:1], task.x_test, task.y_test).halves()
+
+
 def test_folds_partition_the_training_part() -> None:
     task = make()
     folds = task.folds(3)

@@ -63,7 +63,8 @@ def test_plain_gradients_are_another_method() -> None:
 
 def test_first_step_is_the_update_of_algorithm_1() -> None:
     settings = {"learning_rate": 1e-2, "lambda_well": 1e-3, "lambda_ill": 50.0, "ridge": 1e-2}
-    immunizer = ConditionNumberImmunizer(steps=1, keep="last", unsafe_step="warn", **settings)  # type: ignore[arg-type]
+    settings |= {"unsafe_step": "warn", "rotate": False}
+    immunizer = ConditionNumberImmunizer(steps=1, keep="last", **settings)  # type: ignore[arg-type]
     immunized = immunizer.fit(None, Problem.of(PRIMARY, HARMFUL))
     p = PRIMARY.num_features
     omega = torch.randn(p, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
@@ -92,6 +93,23 @@ def test_first_step_is_the_update_of_algorithm_1() -> None:
     torch.testing.assert_close(immunized.theta, expected, rtol=1e-9, atol=1e-9)
 
 
+@pytest.mark.parametrize("keep", ["last", "best"])
+def test_coordinates_of_the_harm_end_with_equal_curvature(keep: str) -> None:
+    """No coordinate scaling gets below kappa / p; nothing that is no coordinate changes."""
+    problem = Problem.of(PRIMARY, HARMFUL)
+    turned, plain = (
+        ConditionNumberImmunizer(steps=20, keep=keep, rotate=rotate).fit(None, problem)  # type: ignore[arg-type]
+        for rotate in (True, False)
+    )
+    h = with_ridge(HARMFUL.x_train, 1e-2) @ turned.theta
+    diagonal = h.square().sum(0)
+    torch.testing.assert_close(diagonal, diagonal.mean().expand_as(diagonal), rtol=1e-9, atol=0)
+    metrics = [one.theta @ one.theta.mT for one in (turned, plain)]
+    torch.testing.assert_close(*metrics, rtol=1e-9, atol=1e-12)
+    assert turned.history == plain.history
+    assert float((turned.theta - plain.theta).norm()) > 1e-3
+
+
 def test_balance_of_the_first_update() -> None:
     immunizer = ConditionNumberImmunizer(
         steps=1, first_change=0.01, ill_share=0.5, keep="last", unsafe_step="warn"
@@ -101,11 +119,13 @@ def test_balance_of_the_first_update() -> None:
         other = {"lambda_well": 0.0, "lambda_ill": 0.0, name: config[name]}
         # A head without gradient on theta: one regularizer is all that moves it.
         silent = Task("silent", PRIMARY.x_train, torch.zeros(20).double(), *_test_part())
-        alone = ConditionNumberImmunizer(steps=1, keep="last", unsafe_step="warn", **other)
+        alone = ConditionNumberImmunizer(
+            steps=1, keep="last", unsafe_step="warn", rotate=False, **other
+        )
         moved = alone.fit(None, Problem.of(silent, HARMFUL))
         start = torch.eye(5, dtype=torch.float64)
         task_only = ConditionNumberImmunizer(
-            steps=1, keep="last", lambda_well=0.0, lambda_ill=0.0
+            steps=1, keep="last", lambda_well=0.0, lambda_ill=0.0, rotate=False
         ).fit(None, Problem.of(silent, HARMFUL))
         change = (moved.theta - task_only.theta).norm() / start.norm()
         assert float(change) == pytest.approx(0.01 * share, rel=1e-6)

@@ -173,3 +173,43 @@ def test_refusals(problem: Problem[Task]) -> None:
         LabelDirectionImmunizer(strength=0.5)
     with pytest.raises(ValueError, match="must leave a direction to the primary task"):
         LinearLock(variance_floor=0.9).fit(None, problem)
+
+
+@pytest.mark.parametrize("classes", [2, 3])
+def test_the_same_linear_functions_are_left_as_by_leace(classes: int) -> None:
+    """LEACE keeps all of x that is not correlated with the labels, and so does the lock.
+
+    As an independent reference: ``concept-erasure`` by the authors of LEACE (Belrose et al., 2023).
+    The metric in which it projects decides what is nearest to x, not what a probe can read.
+    """
+    leace = pytest.importorskip("concept_erasure", reason="concept-erasure is not installed")
+    generator = torch.Generator().manual_seed(classes)
+    mix = torch.randn(8, 8, generator=generator, dtype=torch.float64)
+    labels = torch.arange(600) % classes
+    means = torch.randn(classes, 8, generator=generator, dtype=torch.float64)
+    x = (torch.randn(600, 8, generator=generator, dtype=torch.float64) + means[labels]) @ mix
+    eraser = leace.LeaceEraser.fit(
+        x,
+        torch.nn.functional.one_hot(labels).double(),
+        shrinkage=False,
+        svd_tol=1e-8,
+        constrain_cov_trace=False,
+    )
+    y = x @ torch.randn(8, generator=generator, dtype=torch.float64)
+    harms = [
+        Task(f"class {k}", x, torch.where(labels == k, 1.0, -1.0).double(), x, y.sign())
+        for k in range(1, classes)
+    ]
+    primary = Task("primary", x, y, x, y)
+    locked = LinearLock(variance_floor=0.0).fit(None, Problem.of(primary, *harms))
+    assert locked.theta.shape == (8, 8 - (classes - 1))
+    ours = torch.linalg.qr(locked.theta).Q
+    # Rows of the eraser's projection span the heads that its features allow.
+    left, sigma, _ = torch.linalg.svd(eraser.P.double().mT)
+    theirs = left[:, : 8 - (classes - 1)]
+    assert float(sigma[8 - classes]) > 0.1 > 1e6 * float(sigma[8 - classes + 1])
+    cosines = torch.linalg.svdvals(ours.mT @ theirs)
+    torch.testing.assert_close(cosines, torch.ones_like(cosines), rtol=0, atol=1e-7)
+    for target in (y, harms[0].y_train):
+        losses = [best_head(z, target).loss(z, target) for z in (x @ locked.theta, eraser(x))]
+        assert losses[0] == pytest.approx(losses[1], rel=1e-6)

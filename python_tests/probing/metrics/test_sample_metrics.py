@@ -27,12 +27,40 @@ def toy(*, labels: bool = False, p: int = 5) -> Task:
 def test_few_sample_error_is_ridge_regression_on_all_samples() -> None:
     task = toy()
     found = few_sample_error(task, samples=60, draws=1, ridges=[0.01])
-    gram = task.x_train.mT @ task.x_train
-    ridge = 0.01 * torch.linalg.eigvalsh(gram)[-1] * torch.eye(5).double()
-    head = torch.linalg.solve(gram + ridge, task.x_train.mT @ task.y_train)
-    expected = float((task.x_test @ head - task.y_test).square().mean())
+    # The bordered normal equations: no ridge on the intercept.
+    x, y = task.x_train, task.y_train
+    largest = torch.linalg.eigvalsh((x - x.mean(0)).mT @ (x - x.mean(0)))[-1]
+    bordered = torch.cat([x, torch.ones(60, 1, dtype=torch.float64)], dim=1)
+    ridge = 0.01 * largest * torch.diag(torch.tensor([1.0] * 5 + [0.0], dtype=torch.float64))
+    head = torch.linalg.solve(bordered.mT @ bordered + ridge, bordered.mT @ y)
+    expected = float((task.x_test @ head[:5] + head[5] - task.y_test).square().mean())
     assert found.loss == pytest.approx(expected)
     assert (found.loss_spread, found.error_rate, found.ridge) == (0.0, None, 0.01)
+
+
+def test_heads_have_an_intercept() -> None:
+    """Neither the origin of the inputs nor that of the targets is told to the attacker."""
+    task = toy()
+    moved = Task(
+        "moved", task.x_train + 7.0, task.y_train - 30.0, task.x_test + 7.0, task.y_test - 30.0
+    )
+    plain, shifted = (few_sample_error(one, samples=10) for one in (task, moved))
+    assert shifted.loss == pytest.approx(plain.loss, rel=1e-9)
+    assert shifted.constant_loss == pytest.approx(plain.constant_loss, rel=1e-9)
+
+
+def test_the_best_constant_stands_beside_the_error() -> None:
+    """Labels that the inputs do not tell, four in five of one class: the head has no skill."""
+    generator = torch.Generator().manual_seed(1)
+    x = torch.randn(500, 4, dtype=torch.float64, generator=generator) + 1.0
+    y = torch.where(torch.arange(500) % 5 == 0, -1.0, 1.0).double()
+    found = few_sample_error(Task("majority", x[:250], y[:250], x[250:], y[250:]), samples=200)
+    assert found.constant_error_rate == pytest.approx(0.2)
+    assert found.constant_loss == pytest.approx(0.64)  # 1 - 0.6 ** 2
+    assert found.error_rate is not None
+    assert found.error_rate == pytest.approx(0.2, abs=0.01)
+    assert found.loss == pytest.approx(0.64, abs=0.02)
+    assert few_sample_error(toy()).constant_error_rate is None
 
 
 @given(seed=st.integers(0, 1000))

@@ -62,6 +62,27 @@ IMPOSSIBLE = (
 """What the theorem says, in one sentence."""
 
 
+def check_optimizer(function: str, optimizer: str) -> None:
+    """Refuse an optimizer that no condition number slows, with the theorem, and unknown ones.
+
+    Args:
+        function: Who asks; stands in the error.
+        optimizer: The name.
+
+    Raises:
+        ValueError: If it is not one of :data:`Optimizer`.
+    """
+    if optimizer in WHITENING:
+        raise ValueError(
+            f"{function}: optimizer must be one that kappa slows, got {optimizer!r}: {IMPOSSIBLE}"
+        )
+    if optimizer not in get_args(Optimizer):
+        raise ValueError(
+            f"{function}: optimizer must be one of {', '.join(get_args(Optimizer))}, got "
+            f"{optimizer!r}"
+        )
+
+
 def kappa_under(optimizer: str, h: Tensor, *, rank: int = 0) -> Tensor:
     r"""The condition number that an optimizer pays for on a quadratic of Hessian ``h``.
 
@@ -95,15 +116,7 @@ def kappa_under(optimizer: str, h: Tensor, *, rank: int = 0) -> Tensor:
         >>> float(kappa_under("nystrom", h, rank=1))
         10.0
     """
-    if optimizer in WHITENING:
-        raise ValueError(
-            f"kappa_under: optimizer must be one that kappa slows, got {optimizer!r}: {IMPOSSIBLE}"
-        )
-    if optimizer not in get_args(Optimizer):
-        raise ValueError(
-            f"kappa_under: optimizer must be one of {', '.join(get_args(Optimizer))}, got "
-            f"{optimizer!r}"
-        )
+    check_optimizer("kappa_under", optimizer)
     p = h.shape[-1]
     if h.dim() != 2 or h.shape[0] != p:
         raise ValueError(f"kappa_under: h must have shape (p, p), got {tuple(h.shape)}")
