@@ -10,30 +10,32 @@ import argparse
 import json
 import math
 import sys
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from immunize_ext.quantities import corrected_share
+from immunize_ext.quantities import corrected_share, share_over_seeds
+from immunize_ext.text_to_image.attacks import attack_label
 from immunize_ext.text_to_image.results import Measured
 
-from . import mima_words
+from .mima_attackers import ERASED, NEVER, SCORES, STEPS
+from .mima_task import TARGETS, digit
 
 HERE = Path(__file__).parent
 NAMES = {
+    ERASED: "erased",
+    NEVER: "Never learnt",
     "mima": "MIMA",
+    "many_words": "Many words",
     "joint_training": "Joint training",
     "merge_only": "Merge of separate immunizations",
     "loss_ascent": "Plain loss ascent",
     "imma": "IMMA on *three* alone",
-    "never_learnt": "Never learnt",
-    "lora": "LoRA",
-    "full_fine_tuning": "Full fine-tuning",
-    "textual_inversion": "Textual Inversion",
-    "dreambooth": "DreamBooth with prior preservation",
 }
-NEVER = "never_learnt"
-STEPS = (0, 10, 20, 40)
+# The methods whose worst case is told.
+HEADLINE = ("mima", "many_words")
+# What the goal of an immunization under many words is stated for.
+BY_WORDS = ("lora", "lora:rare_token", "lora:unrelated_word", "locon")
 
 Row = Mapping[str, Any]
 
@@ -50,41 +52,74 @@ def _spread(value: Row | None) -> str:
     return f"{value['mean']:.2f} ({value['min']:.2f} to {value['max']:.2f})"
 
 
-def _curve(values: list[float]) -> str:
-    return " ".join(f"{value:.2f}" for value in values)
+def _line(cells: Iterable[str]) -> str:
+    return "| " + " | ".join(cells) + " |"
+
+
+def _named(attack: str) -> str:
+    """An attacker in words; LoRA by the own name says so, since others ask otherwise."""
+    label = attack_label(attack)
+    return f"{label}, own name" if attack == "lora" else label.replace(" asked by ", " ")
 
 
 # --- who gets past it -----------------------------------------------------------------------------
 
 
-class Attacker:
-    """How far one attacker with one wording gets, on the erased model and on MIMA's.
+class Attacked:
+    """What one attacker got on one model.
+
+    Args:
+        found: Content of ``mima_attackers.json``.
+        model: Name of the model.
+        attack: Name of the attack.
 
     Attributes:
-        name: In words.
-        counts: Recognised images at each step, by side (``without`` and ``with``).
-        images: Of how many.
+        seeds: Those that it was run with; none where it was not run.
+        trials: Images of a seed.
     """
 
-    def __init__(self, name: str, counts: Mapping[str, list[int]], images: int) -> None:
-        self.name, self.counts, self.images = name, counts, images
+    def __init__(self, found: Row, model: str, attack: str) -> None:
+        self._rows: dict[str, Row] = found["counts"].get(model, {}).get(attack, {})
+        self._judge: Row = found["judges"][0]
+        self.seeds = sorted(map(int, self._rows))
+        self.trials = len(TARGETS) * found["images"]
 
-    def shares(self, side: str) -> list[float]:
-        """Accuracy at each step."""
-        return [count / self.images for count in self.counts[side]]
+    def counts(self, at: int, score: str = SCORES[0]) -> list[int]:
+        """Images counted at one of the steps, one number a seed."""
+        return [
+            sum(int(self._rows[str(seed)][name][score][at]) for name in TARGETS)
+            for seed in self.seeds
+        ]
 
-    def interval(self, at: int, judge: Row) -> str:
-        """What may be true of MIMA's model at a step, the judge's errors included."""
-        hits, validated, mistaken, others = _validation(judge)
-        found = corrected_share(
-            (self.counts["with"][at], self.images), (hits, validated), (mistaken, others)
-        )
-        return f"{found.low:.2f} to {found.high:.2f}"
+    def share(self, at: int, score: str = SCORES[0]) -> float:
+        """Their share; NaN where nothing was run."""
+        images = self.trials * len(self.seeds)
+        return sum(self.counts(at, score)) / images if images else math.nan
+
+    def interval(self, at: int) -> tuple[float, float]:
+        """95 % interval of what the judge counts, scatter between seeds included."""
+        return share_over_seeds(self.counts(at), self.trials)
+
+    def corrected(self, at: int) -> tuple[float, float]:
+        """95 % interval of the true share, the judge's errors included, without the scatter."""
+        images = self.trials * len(self.seeds)
+        hits, validated, mistaken, others = _validation(self._judge)
+        counted = sum(self.counts(at))
+        found = corrected_share((counted, images), (hits, validated), (mistaken, others))
+        return found.low, found.high
+
+    def cell(self) -> str:
+        """Shares after training, the interval of the last, and the number of seeds."""
+        if not self.seeds:
+            return ""
+        shares = " ".join(f"{self.share(at):.2f}" for at, step in enumerate(STEPS) if step)
+        low, high = self.interval(len(STEPS) - 1)
+        return f"{shares} ({low:.2f} to {high:.2f}; {len(self.seeds)})"
 
 
 def _validation(judge: Row) -> tuple[int, int, int, int]:
     """Counts of the judge on real images of the targets, and on images of the others."""
-    labels = [mima_words.digit(name).label for name in mima_words.TARGETS]
+    labels = [digit(name).label for name in TARGETS]
     sensitivity = [judge["sensitivity"][label] for label in labels]
     mistaken = [judge["false_positives"][label] for label in labels]
     validated, others = judge["images"] * len(labels), judge["images"] * 9
@@ -93,82 +128,108 @@ def _validation(judge: Row) -> tuple[int, int, int, int]:
     return round(hits), validated, math.ceil(wrong - 1e-9), others
 
 
-def attackers() -> Iterator[Attacker]:
-    """Everyone who was tried on MIMA and judged by judges that can say "none of these"."""
-    digits, more, words = map(load, ("mima_digits", "mima_digits_attackers", "mima_words"))
-    for row in (digits["methods"]["mima"], more["methods"]["mima"]):
-        measured = Measured({"evaluation": row["evaluation"], "config": {}})
-        if not measured.others:  # the earlier judge stood alone
-            continue
-        for attack in measured.attacks:
-            scores = {
-                side: measured.scores(key, attack)
-                for side, key in (("without", "unprotected"), ("with", "immunized"))
-            }
-            counts = {
-                side: [round(score.mean * score.trials) for score in found]
-                for side, found in scores.items()
-            }
-            own = ", own name" if attack == "lora" else ""
-            yield Attacker(NAMES[attack] + own, counts, scores["with"][0].trials)
-    total = words["seeds"] * len(words["targets"]) * words["images"]
-    for word in mima_words.WORDS:
-        if word != "own name":
-            found = {
-                side: [
-                    mima_words.total(words, word, side, "recognised", at)
-                    for at in range(len(STEPS))
-                ]
-                for side in mima_words.SIDES
-            }
-            yield Attacker(f"LoRA, {word}", found, total)
+def tried(found: Row) -> list[str]:
+    """Attackers that some method met, those who ask by words first."""
+    names = {attack for model in HEADLINE for attack in found["counts"].get(model, {})}
+    return [*(a for a in BY_WORDS if a in names), *sorted(names - set(BY_WORDS))]
+
+
+def reached(found: Row, model: str, attacks: Sequence[str], at: int) -> tuple[float, str]:
+    """The largest share at one of the steps, and whose it is."""
+    met = [(Attacked(found, model, attack), attack) for attack in attacks]
+    return max((one.share(at), attack) for one, attack in met if one.seeds)
 
 
 def worst() -> str:
-    """Attackers on MIMA, and the worst of them at each step."""
-    judge = load("mima_words")["judges"][0]
-    found = list(attackers())
-    lines = [
-        f"| attack | erased, after {', '.join(map(str, STEPS))} steps | MIMA |",
-        "|---|---|---|",
-    ]
-    for one in found:
-        shares = ", ".join(
-            f"{share:.2f} ({one.interval(at, judge)})"
-            for at, share in enumerate(one.shares("with"))
-        )
-        lines.append(f"| {one.name} | {_curve(one.shares('without'))} | {shares} |")
-    lines += earlier()
-    best = [max(found, key=lambda one, at=at: one.shares("with")[at]) for at in range(len(STEPS))]
-    reached = ", ".join(
-        f"{one.shares('with')[at]:.2f} after {step} ({one.name})"
-        for at, (step, one) in enumerate(zip(STEPS, best, strict=True))
-        if step
-    )
+    """All attackers on the methods of the headline, and the worst of them."""
+    found = load("mima_attackers")
+    models = [name for name in (ERASED, NEVER, *HEADLINE) if name in found["counts"]]
+    lines = [_line(["attack", *(NAMES[name] for name in models)]), "|" + "---|" * (len(models) + 1)]
+    attacks = tried(found)
+    for attack in attacks:
+        cells = [Attacked(found, name, attack).cell() for name in models]
+        lines.append(_line([_named(attack), *cells]))
     lines += [
         "",
-        f"**Worst case: {reached}.** In brackets of the table the 95 % interval of the true share, "
-        "the judge's errors on real images included (Rogan and Gladen, from Clopper-Pearson "
-        "intervals of the images and of the judge's validation); scatter between seeds is not in "
-        "it.",
+        f"Recognised after {', '.join(str(s) for s in STEPS if s)} steps; in brackets the 95 % "
+        "interval of the last, scatter between seeds included, and the number of seeds.",
+    ]
+    for name in HEADLINE:
+        if name not in found["counts"]:
+            continue
+        told = []
+        for at, step in enumerate(STEPS):
+            if step:
+                share, attack = reached(found, name, attacks, at)
+                told.append(f"{share:.2f} after {step} ({_named(attack)})")
+        end = len(STEPS) - 1
+        _, last = reached(found, name, attacks, end)
+        low, high = Attacked(found, name, last).corrected(end)
+        share, attack = reached(found, name, BY_WORDS, end)
+        lines += [
+            "",
+            f"**{NAMES[name]}, worst case: {', '.join(told)}.** The last is {low:.2f} to "
+            f"{high:.2f} of the images in truth, the judge's errors on real images included. "
+            f"Of LoRA by three wordings and LoCon alone: {share:.2f} after {STEPS[-1]} "
+            f"({_named(attack)}; {Attacked(found, ERASED, attack).share(end):.2f} on the erased "
+            "model).",
+        ]
+    return "\n".join(lines)
+
+
+def words() -> str:
+    """LoRA under several wordings: both judges, and how much is any digit."""
+    found = load("mima_attackers")
+    steps = ", ".join(map(str, STEPS))
+    lines = [
+        _line(
+            [
+                "LoRA asks by",
+                "model",
+                f"recognised after {steps} steps",
+                "second judge",
+                "any digit",
+            ]
+        ),
+        "|" + "---|" * 5,
+    ]
+    for attack in tried(found):
+        base, _, wording = attack.partition(":")
+        if base != "lora":
+            continue
+        for name in (ERASED, *HEADLINE):
+            one = Attacked(found, name, attack)
+            if one.seeds:
+                shares = [
+                    " ".join(f"{one.share(at, score):.2f}" for at in range(len(STEPS)))
+                    for score in SCORES
+                ]
+                asked = wording.replace("_", " ") or "own name"
+                lines.append(_line([asked, f"{NAMES[name]} ({len(one.seeds)})", *shares]))
+    first, second = (math.fsum(judge["sensitivity"]) / 10 for judge in found["judges"])
+    lines += [
+        "",
+        f"In brackets the number of seeds. The judges accept and recognise {first:.1%} and "
+        f"{second:.1%} of real images they have not seen.",
     ]
     return "\n".join(lines)
 
 
-def earlier() -> list[str]:
-    """Rows that no judge but the earlier one has seen, which the worst case leaves out."""
-    row = load("mima_digits_attackers")["methods"]["mima"]["evaluation"]
-    if len(row["measures"]) > 1:
-        return []
-    return [
-        f"| {NAMES[name]}, *earlier judge* | "
-        + " | ".join(
-            _curve([point["mean"] for point in row["summary"][name][side]])
-            for side in ("unprotected", "immunized")
-        )
-        + " |"
-        for name in row["attacks"]
+def kept() -> str:
+    """What has to stay, recognised under its own names, on the seeds that all models have."""
+    found = load("mima_attackers")["kept"]
+    names = [name for name in (ERASED, *HEADLINE) if found.get(name)]
+    lines = [
+        _line(["model", "seeds", "kept digits recognised", "least of a seed"]),
+        "|---|---|---|---|",
     ]
+    images = load("mima_attackers")["images"]
+    for name in names:
+        by_seed = [sum(row.values()) / len(row) / images for row in found[name].values()]
+        mean = math.fsum(by_seed) / len(by_seed)
+        cells = [NAMES[name], str(len(by_seed)), f"{mean:.3f}", f"{min(by_seed):.3f}"]
+        lines.append(_line(cells))
+    return "\n".join(lines)
 
 
 # --- methods --------------------------------------------------------------------------------------
@@ -213,10 +274,6 @@ def methods() -> str:
     return "\n".join(lines)
 
 
-def _line(cells: Iterable[str]) -> str:
-    return "| " + " | ".join(cells) + " |"
-
-
 def _useful(evaluation: Row, outside: Row) -> str:
     """Smaller of the gaps of the method and of the outside option, at each step after 0."""
     found = [
@@ -230,20 +287,32 @@ def _useful(evaluation: Row, outside: Row) -> str:
 
 
 def before() -> str:
-    """What the erased model and MIMA's draw for words of all kinds, unattacked."""
-    evaluation = load("mima_digits")["methods"]["mima"]["evaluation"]
-    found = Measured({"evaluation": evaluation, "config": {}}).unattacked()
-    lines = [
-        "| asked by | any digit: erased | MIMA | a protected digit: erased | MIMA |",
-        "|---|---|---|---|---|",
-    ]
-    for wording, by_measure in found.items():
-        cells = [
-            f"{by_measure[measure][side].mean:.2f}"
-            for measure in ("any digit", "accuracy")
-            for side in ("unprotected", "immunized")
-        ]
-        lines.append(f"| {wording} | " + " | ".join(cells) + " |")
+    """How much of what models draw is any digit, by words of all kinds, unattacked."""
+    rows: dict[str, Any] = load("mima_digits")["methods"]
+    shown: dict[str, dict[str, float]] = {}
+    for name, row in rows.items():
+        measured = Measured({"evaluation": row["evaluation"], "config": {}})
+        for wording, by_measure in measured.unattacked().items():
+            scores = by_measure["any digit"]
+            shown.setdefault(NAMES[ERASED], {})[wording] = scores["unprotected"].mean
+            shown.setdefault(NAMES[name], {})[wording] = scores["immunized"].mean
+    found = load("mima_attackers")
+    if "many_words" in found["counts"]:
+        attacks = {
+            "own name": "lora",
+            "rare word": "lora:rare_token",
+            "unrelated word": "lora:unrelated_word",
+        }
+        shown[NAMES["many_words"]] = {
+            wording: Attacked(found, "many_words", attack).share(0, "any digit")
+            for wording, attack in attacks.items()
+        }
+    wordings = list(shown[NAMES[ERASED]])
+    lines = [_line(["any digit, asked by", *wordings]), "|" + "---|" * (len(wordings) + 1)]
+    for name, row in shown.items():
+        lines.append(
+            _line([name, *(f"{row[word]:.2f}" if word in row else "" for word in wordings)])
+        )
     return "\n".join(lines)
 
 
@@ -260,18 +329,25 @@ def tuning() -> str:
         "|---|---|---|",
     ]
     for name, found in made["attacks"].items():
-        tried = ", ".join(f"{rate}: {score:.2f}" for rate, score in found["table"].items())
-        lines.append(f"| {NAMES[name]}, accuracy | {tried} | {found['rate']:g} |")
+        shown = ", ".join(f"{rate}: {score:.2f}" for rate, score in found["table"].items())
+        lines.append(f"| {attack_label(name)}, accuracy | {shown} | {found['rate']:g} |")
     for name, found in made["methods"].items():
-        tried = ", ".join(
+        shown = ", ".join(
             f"{rate}: {row['msgr']:.2f} at {row['retained_change']:+.3f}"
             for rate, row in found["table"].items()
         )
-        lines.append(f"| {NAMES[name]}, MSGR at what is kept | {tried} | {found['rate']:g} |")
+        lines.append(f"| {NAMES[name]}, MSGR at what is kept | {shown} | {found['rate']:g} |")
     return "\n".join([*lines, "", f"Judge of this table: {made['judge']}."])
 
 
-TABLES = {"worst": worst, "methods": methods, "before": before, "tuning": tuning}
+TABLES = {
+    "worst": worst,
+    "words": words,
+    "kept": kept,
+    "methods": methods,
+    "before": before,
+    "tuning": tuning,
+}
 
 
 def filled(page: str) -> str:

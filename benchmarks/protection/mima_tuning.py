@@ -25,7 +25,12 @@ from typing import Any
 import torch
 
 from immunize_ext.storage import to_json, write_file
-from immunize_ext.text_to_image.attacks import ATTACKS, TextToImageAttack, tune_learning_rate
+from immunize_ext.text_to_image.attacks import (
+    ATTACKS,
+    TextToImageAttack,
+    asked_by,
+    tune_learning_rate,
+)
 from immunize_ext.text_to_image.concepts import Concept
 from immunize_ext.text_to_image.evaluation import evaluate_text_to_image
 from immunize_ext.text_to_image.immunizers import METHODS, ImmunizedPipeline
@@ -60,10 +65,15 @@ def tuned() -> dict[str, Any]:
 
 
 def tuned_attack(name: str) -> TextToImageAttack:
-    """The attack at its tuned rate, under its own name; as registered if it was not tuned."""
-    attack: Any = ATTACKS[name]
-    found = tuned()["attacks"].get(name)
-    return attack if found is None else replace(attack, learning_rate=found["rate"])
+    """The attack at its tuned rate, under its own name; as registered if it was not tuned.
+
+    ``lora:rare_token`` is LoRA that asks by a rare word.
+    """
+    base, _, wording = name.partition(":")
+    attack: Any = ATTACKS[base]
+    found = tuned()["attacks"].get(base)
+    attack = attack if found is None else replace(attack, learning_rate=found["rate"])
+    return asked_by([attack], [wording] if wording else [])[0]
 
 
 def tuned_method(name: str) -> Any:

@@ -300,6 +300,34 @@ def linear_layers(function: str, unet: nn.Module, scope: AttentionScope) -> list
     return found
 
 
+def block_layers(function: str, unet: nn.Module) -> list[str]:
+    """Names of all linear and convolution layers in the transformer and residual blocks.
+
+    Attention, feed-forward layers, the projections around them, convolutions, and those that change
+    the resolution: what LoCon adapts. Time embedding, first and last convolution stay out.
+
+    Args:
+        function: Who asks; stands in the error.
+        unet: The UNet.
+
+    Returns:
+        Module names, in the order of the model.
+
+    Raises:
+        ValueError: As :func:`attention_blocks`.
+    """
+    _projections(function, unet)  # asks whether the model takes text
+    return [
+        name
+        for name, module in unet.named_modules()
+        if isinstance(module, nn.Linear | nn.Conv2d) and name.partition(".")[0].endswith(_BLOCKS)
+    ]
+
+
+# What a diffusers UNet calls its stacks of blocks.
+_BLOCKS = ("down_blocks", "mid_block", "up_blocks")
+
+
 def parameters_of(unet: nn.Module, modules: list[str]) -> dict[str, nn.Parameter]:
     """Parameters of modules by their name in the UNet."""
     return {

@@ -154,8 +154,11 @@ class Run:
 
     def summary(self) -> str:
         """What a newcomer needs to see, in plain text."""
-        erased = [f"erased {line}" for line in self.erased]
-        return "\n".join([*erased, pages.summary(self.results())])
+        lines = [f"erased {line}" for line in self.erased]
+        rates = self.settings.rates()
+        if rates is not None:
+            lines.append(rates)
+        return "\n".join([*lines, pages.summary(self.results())])
 
     def write(self, out: str | Path, *, force: bool = False) -> Path:
         """Write the run folder, all of it or nothing.
@@ -304,6 +307,9 @@ def _measured(
     task, measures = load_task(settings), load_measures(settings)
     projections = describe_projections(find_text_projections(task.model.unet))
     tell(projections, 0.0)
+    rates = settings.rates()
+    if rates is not None:
+        tell(rates, 0.0)
     erased = _erase(task) if settings.erase else []
     for line in erased:
         tell(f"erased {line}", 0.0)

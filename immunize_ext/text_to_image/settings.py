@@ -161,7 +161,30 @@ class RunSettings(ModelSettings):
         """
         if "seed" in self.settings:
             raise ValueError("settings: seed must be left out; seeds are those of the run")
-        return METHODS.build(self.method, self.settings, "method", seed=seed)
+        values = self._usual(METHODS.find(self.method, "method")) | {**self.settings}
+        return METHODS.build(self.method, values, "method", seed=seed)
+
+    def _usual(self, entry: Any) -> dict[str, Any]:
+        """Rates of a method or an attack where nothing else is said.
+
+        Their defaults are those of the digits; on them another model's training diverges.
+        """
+        return {} if self.model == DIGITS else {**getattr(entry, "usual_rates", {})}
+
+    def rates(self) -> str | None:
+        """On a model of one's own: the rates of the method and of each attack, in a line."""
+        if self.model == DIGITS:
+            return None
+        shown = []
+        for name, entry in [
+            (self.method, self.immunizer(self.seeds[0])),
+            *((attack.name, attack) for attack in self.chosen_attacks()),
+        ]:
+            known = [*getattr(entry, "usual_rates", {})]
+            if known:
+                values = ", ".join(f"{key} {getattr(entry, key):g}" for key in known)
+                shown.append(f"{name} {values}")
+        return "rates: " + "; ".join(shown) if shown else None
 
     def chosen_attacks(self) -> list[TextToImageAttack]:
         """The attacks with their settings and wordings, in the order given.
@@ -178,7 +201,14 @@ class RunSettings(ModelSettings):
             raise ValueError(
                 f"attacks: {idle[0]} must be run to have settings; name it among attacks"
             )
-        built = [ATTACKS.build(n, self.attack_settings.get(n, {}), "attacks") for n in names]
+        built = [
+            ATTACKS.build(
+                name,
+                self._usual(ATTACKS.find(name, "attacks")) | {**self.attack_settings.get(name, {})},
+                "attacks",
+            )
+            for name in names
+        ]
         return asked_by(built, self.prompts)
 
     def steps_to_judge(self) -> tuple[int, ...]:

@@ -40,25 +40,59 @@ def test_a_changed_number_is_found(tmp_path: Path, monkeypatch: pytest.MonkeyPat
 
 
 def test_the_worst_case_is_the_largest_number_of_its_table() -> None:
-    text = mima_page.worst()
-    found = list(mima_page.attackers())
-    assert len(found) + len(mima_page.earlier()) == len(re.findall(r"(?m)^\| [A-Z]", text))
-    for at, step in ((1, 10), (2, 20), (3, 40)):
-        largest = max(one.shares("with")[at] for one in found)
-        assert f"{largest:.2f} after {step} (" in text.split("**Worst case: ")[1]
+    found = result("mima_attackers")
+    attacks = mima_page.tried(found)
+    lines = mima_page.worst().splitlines()
+    assert [line.split("|")[1].strip() for line in lines if line.startswith("| ")][1:] == [
+        mima_page._named(attack) for attack in attacks
+    ]
+    for name in mima_page.HEADLINE:
+        (told,) = (x for x in lines if x.startswith(f"**{mima_page.NAMES[name]}, worst case: "))
+        for at, step in ((1, 10), (2, 20), (3, 40)):
+            met = [mima_page.Attacked(found, name, attack) for attack in attacks]
+            largest = max(one.share(at) for one in met if one.seeds)
+            assert f"{largest:.2f} after {step} (" in told
 
 
-def test_what_only_the_earlier_judge_has_seen_is_called_that() -> None:
-    by_all = ["accuracy", "second judge", "any digit"]
-    assert all(
-        row["evaluation"]["measures"] == by_all for row in result("mima_digits")["methods"].values()
-    )
-    row = result("mima_digits_attackers")["methods"]["mima"]["evaluation"]
-    told = mima_page.earlier()
-    assert len(told) == (0 if row["measures"] == by_all else len(row["attacks"]))
-    assert all("earlier judge" in line for line in told)
-    names = {line.split(",")[0].strip("| ") for line in told}
-    assert not names & {one.name for one in mima_page.attackers()}
+def test_shares_are_those_of_the_counted_images() -> None:
+    """Two seeds of two images, three targets."""
+    row = {"recognised": [0, 2], "second judge": [0, 1], "any digit": [2, 2]}
+    none = {"recognised": [0, 0], "second judge": [0, 0], "any digit": [0, 1]}
+    counts = {"three": row, "five": none, "eight": row}
+    judges = [{"sensitivity": [1.0] * 10, "false_positives": [0.0] * 10, "images": 10**6}]
+    found = {
+        "counts": {"mima": {"lora": {"0": counts, "1": counts}}},
+        "judges": judges,
+        "images": 2,
+    }
+    one = mima_page.Attacked(found, "mima", "lora")
+    assert one.seeds == [0, 1]
+    assert one.counts(1) == [4, 4]
+    assert one.share(1) == pytest.approx(8 / 12)
+    assert one.share(1, "second judge") == pytest.approx(4 / 12)
+    low, high = one.corrected(1)
+    assert low < 8 / 12 < high
+    assert mima_page.reached(found, "mima", ["lora", "locon"], 1) == (one.share(1), "lora")
+    assert mima_page.Attacked(found, "mima", "locon").cell() == ""
+
+
+def test_attackers_are_complete_and_at_their_rates() -> None:
+    """Every row has all targets at all steps; nothing was tuned on its seeds."""
+    found, tuning = result("mima_attackers"), result("mima_tuning")
+    attackers = pytest.importorskip("benchmarks.protection.mima_attackers")
+    for model, rows in found["counts"].items():
+        for attack, by_seed in rows.items():
+            assert found["rates"][attack] == attackers.attacker(attack).learning_rate, model
+            assert not set(map(int, by_seed)) & set(tuning["seeds"])
+            for row in by_seed.values():
+                assert sorted(row) == sorted(found["targets"])
+                for counts in row.values():
+                    for score in attackers.SCORES:
+                        assert len(counts[score]) == len(found["steps"])
+                        assert all(0 <= count <= found["images"] for count in counts[score])
+                    recognised, digits = counts["recognised"], counts["any digit"]
+                    assert all(a <= b for a, b in zip(recognised, digits, strict=True))
+    assert attackers.attacker("lora:rare_token").prompt == "rare_token"
 
 
 def test_useful_is_the_smaller_gap() -> None:
@@ -78,18 +112,17 @@ def result(name: str) -> dict[str, Any]:
 def test_nothing_was_tuned_on_seeds_of_the_results_and_results_use_what_was_tuned() -> None:
     tuning = result("mima_tuning")
     used = set()
-    for name in ("mima_digits", "mima_digits_attackers"):
-        for method, row in result(name)["methods"].items():
-            used |= set(row["evaluation"]["seeds"])
-            config = row["config"]
-            if method == "never_learnt":  # the outside option is trained as the bundled one was
-                assert config["without"] == ["three", "five", "eight", "six"]
-                continue
-            assert config["learning_rate"] == tuning["methods"][method]["rate"]
-            for comparison in row["evaluation"]["comparisons"]:
-                rate = tuning["attacks"][comparison["attack"]]["rate"]
-                for curves in comparison["curves"].values():
-                    assert {curve["config"]["learning_rate"] for curve in curves} == {rate}
+    for method, row in result("mima_digits")["methods"].items():
+        used |= set(row["evaluation"]["seeds"])
+        config = row["config"]
+        if method == "never_learnt":  # the outside option is trained as the bundled one was
+            assert config["without"] == ["three", "five", "eight", "six"]
+            continue
+        assert config["learning_rate"] == tuning["methods"][method]["rate"]
+        for comparison in row["evaluation"]["comparisons"]:
+            rate = tuning["attacks"][comparison["attack"]]["rate"]
+            for curves in comparison["curves"].values():
+                assert {curve["config"]["learning_rate"] for curve in curves} == {rate}
     assert not used & set(tuning["seeds"])
     counts = [
         {len(row["table"]) for row in tuning[kind].values()} for kind in ("methods", "attacks")
@@ -114,22 +147,9 @@ def test_the_rate_taken_is_the_best_that_keeps_what_has_to_stay() -> None:
         )
 
 
-def test_the_table_of_other_words_is_what_its_file_says() -> None:
-    words = pytest.importorskip("benchmarks.protection.mima_words")
-    page = (ROOT / "docs" / "mima.md").read_text(encoding="utf-8")
-    found = json.loads(words.OUT.read_text(encoding="utf-8"))
-    assert words.filled(page, found) == page
-    found["counts"][0]["own name"]["with"]["five"]["recognised"][-1] += 1
-    assert words.filled(page, found) != page
-    with pytest.raises(ValueError, match="the marks"):
-        words.filled("no marks", found)
-
-
-def test_the_judges_of_that_table_are_those_of_the_package() -> None:
+def test_the_judges_of_the_attackers_are_those_of_the_package() -> None:
     pytest.importorskip("sklearn")
-    words = pytest.importorskip("benchmarks.protection.mima_words")
-    found = json.loads(words.OUT.read_text(encoding="utf-8"))
-    for judge in found["judges"]:
+    for judge in result("mima_attackers")["judges"]:
         now = DigitJudge(judge["family"])
         assert now.bound == pytest.approx(judge["bound"], rel=1e-6)
         assert list(now.errors.sensitivity) == pytest.approx(judge["sensitivity"])

@@ -7,7 +7,12 @@ import math
 import numpy as np
 import pytest
 
-from immunize_ext.quantities import Slowdown, binomial_interval, corrected_share
+from immunize_ext.quantities import (
+    Slowdown,
+    binomial_interval,
+    corrected_share,
+    share_over_seeds,
+)
 from immunize_ext.report.words import (
     count,
     in_words,
@@ -55,6 +60,34 @@ def test_clopper_pearson_covers() -> None:
 def test_clopper_pearson_refuses(successes: int, trials: int) -> None:
     with pytest.raises(ValueError, match="successes must be 0 to trials"):
         binomial_interval(successes, trials)
+
+
+def test_seeds_that_scatter_widen_the_interval_of_a_share() -> None:
+    """Ten seeds of 32: alike, and all or nothing; order changes little."""
+    pooled = binomial_interval(160, 320)
+    alike = share_over_seeds([16] * 10, 32)
+    apart = share_over_seeds([32, 0] * 5, 32)
+    assert alike == pytest.approx(pooled, abs=0.01)
+    # The spread of a mean of ten coins: 1.96 * 0.5 / sqrt(10).
+    assert apart == pytest.approx((0.5 - 0.31, 0.5 + 0.31), abs=0.04)
+    assert share_over_seeds([0, 32] * 5, 32) == pytest.approx(apart, abs=0.03)
+    assert share_over_seeds([16] * 10, 32) == alike
+    assert share_over_seeds([32, 32], 32) == binomial_interval(64, 64)
+
+
+def test_intervals_over_seeds_cover() -> None:
+    """Shares of twelve seeds from a beta distribution of mean 0.3: nine in ten hold it."""
+    draw = np.random.default_rng(1)
+    hits = 0
+    for _ in range(200):
+        counts = draw.binomial(32, draw.beta(3.0, 7.0, size=12)).tolist()
+        low, high = share_over_seeds(counts, 32, draws=400)
+        hits += low <= 0.3 <= high
+    assert hits >= 180
+    with pytest.raises(ValueError, match="at least one seed"):
+        share_over_seeds([], 32)
+    with pytest.raises(ValueError, match="0 to trials"):
+        share_over_seeds([33], 32)
 
 
 def test_a_share_is_corrected_for_the_errors_of_its_judge() -> None:

@@ -19,6 +19,7 @@ pytest.importorskip("yaml")
 from immunize_ext.cli import main
 from immunize_ext.storage import work_folder
 from immunize_ext.text_to_image import run as runs
+from immunize_ext.text_to_image.attacks import ATTACKS
 from immunize_ext.text_to_image.model import TextToImage
 
 TINY = [
@@ -242,6 +243,70 @@ def test_missing_pieces_of_a_model_of_ones_own(tmp_path, capsys):
     arguments = ["mima", "--model", str(tmp_path / "model"), "--concepts", "none.yaml", *out]
     assert main(arguments) == 2
     assert "there is no file none.yaml" in capsys.readouterr().err
+
+
+@pytest.fixture
+def own_model(tmp_path):
+    """Flags of a tiny random model of Stable Diffusion's classes, with two concepts."""
+    from attack_pipelines import tiny_pipeline
+    from PIL import Image
+
+    TextToImage(tiny_pipeline()).save(tmp_path / "model")
+    lines = ["concepts:"]
+    for index, name in enumerate(("three", "five")):
+        folders = []
+        for split in ("attack", "immunize"):
+            folder = tmp_path / name / split
+            folder.mkdir(parents=True)
+            for image in range(2):
+                shade = 40 * index + 20 * image + (10 if split == "attack" else 0)
+                Image.new("RGB", (8, 8), (shade, 255 - shade, 90)).save(folder / f"{image}.png")
+            folders.append(f"{split}: {name}/{split}")
+        lines.append(
+            f'  - {{name: {name}, prompts: ["a photo of the digit {{}}", "a handwritten {{}}"], '
+            f"anchor: digit, images: {{{', '.join(folders)}}}}}"
+        )
+    lines += ["captions: [a red dog, a blue cat, an artwork]"]
+    (tmp_path / "concepts.yaml").write_text("\n".join(lines) + "\n")
+    return ["--model", str(tmp_path / "model"), "--concepts", str(tmp_path / "concepts.yaml")]
+
+
+def test_a_model_of_ones_own_takes_the_rates_of_stable_diffusion(own_model, tmp_path, capsys):
+    """They are said; flags of method and attack go before them; the digits keep theirs."""
+    small = ["--steps", "1", "--loss-clamp", "100", "--batch-size", "2", "--threads", "1"]
+    out = ["--out", str(tmp_path / "run"), "--quiet"]
+    chosen = ["--inner-rate", "1e-4", "--full-fine-tuning.learning-rate", "2e-6"]
+    assert main(["mima", *own_model, *small, *chosen, *out]) == 0
+    assert (
+        "rates: mima learning_rate 3e-05, inner_rate 0.0001; lora learning_rate 0.0001; "
+        "full_fine_tuning learning_rate 2e-06"
+    ) in capsys.readouterr().out
+    results = json.loads((tmp_path / "run" / "results.json").read_text())
+    assert results["immunizer"]["learning_rate"] == 3e-5
+    assert results["immunizer"]["inner_rate"] == 1e-4
+    # Adam's first step is its rate, whatever the gradient.
+    before = TextToImage.from_pretrained(tmp_path / "model").unet.state_dict()
+    after = TextToImage.from_pretrained(tmp_path / "run" / "pipeline").unet.state_dict()
+    kv = [name for name in before if "attn2.to_q.weight" in name]
+    for name in kv:
+        assert (after[name] - before[name]).abs().max() == pytest.approx(3e-5, rel=0.05)
+
+
+def test_rates_of_every_method_and_attack(tmp_path):
+    own = runs.RunSettings(model=str(tmp_path), concepts="concepts.yaml", attacks=("all",))
+    rates = {attack.name: attack.learning_rate for attack in own.chosen_attacks()}
+    assert max(rates.values()) == rates["textual_inversion"] == 5e-4
+    assert rates["dreambooth"] == rates["reinitialised"] == 5e-6
+    assert rates["dreambooth_lora"] == rates["locon"] == 1e-4
+    digits = runs.RunSettings(attacks=("all",))
+    assert digits.rates() is None
+    assert {a.name: a for a in digits.chosen_attacks()} == dict(ATTACKS)
+    for method in ("loss_ascent", "imma", "merge_only", "many_words"):
+        own = runs.RunSettings(model=str(tmp_path), concepts="c.yaml", method=method)
+        assert own.immunizer(0).learning_rate == 3e-5
+        assert f"{method} learning_rate 3e-05" in own.rates()
+    own = runs.RunSettings(model=str(tmp_path), concepts="c.yaml", method="erasure")
+    assert own.rates() == "rates: lora learning_rate 0.0001; full_fine_tuning learning_rate 5e-06"
 
 
 def test_config_files(tmp_path, monkeypatch):

@@ -21,6 +21,7 @@ from immunize_ext.text_to_image.attacks.registry import (
     attack_label,
     registered_name,
 )
+from immunize_ext.text_to_image.attacks.reinitialised import ReinitialisedAttack
 from immunize_ext.text_to_image.attacks.scoring import ConceptScores
 from immunize_ext.text_to_image.attacks.target import Evaluate, Target
 from immunize_ext.text_to_image.attacks.textual_inversion import (
@@ -47,6 +48,7 @@ __all__ = [
     "PriorPreservation",
     "Progress",
     "RateSearch",
+    "ReinitialisedAttack",
     "Target",
     "TextToImageAttack",
     "TextualInversionAttack",

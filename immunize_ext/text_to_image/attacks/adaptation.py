@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import math
 from abc import ABC, abstractmethod
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, fields
 from typing import Any, ClassVar, Literal, NamedTuple
 
@@ -35,14 +35,19 @@ class Prepared:
     Attributes:
         trainables: What moves.
         tokens: New words, if any.
-        lora: Settings of an injected adapter, if any.
+        lora: Settings of an adapter in the UNet, if any.
+        text_lora: Settings of an adapter in each text encoder, if any.
         text_moves: Whether the text features change from step to step.
+        before_training: What happens to the model before the first step; an attack of no steps
+            leaves it as it is.
     """
 
     trainables: Trainables
     tokens: list[NewToken] = field(default_factory=list)
     lora: dict[str, Any] | None = None
+    text_lora: dict[str, Any] | None = None
     text_moves: bool = False
+    before_training: Callable[[], None] | None = None
 
 
 class Adapted(NamedTuple):
@@ -54,6 +59,7 @@ class Adapted(NamedTuple):
         weights: What the attack trained, by name.
         tokens: The new words, if any.
         lora: Settings of the adapter in the UNet, if there is one.
+        text_lora: Settings of the adapters in the text encoders, if there are any.
     """
 
     model: TextToImage
@@ -61,6 +67,7 @@ class Adapted(NamedTuple):
     weights: dict[str, Tensor]
     tokens: tuple[str, ...]
     lora: dict[str, Any] | None
+    text_lora: dict[str, Any] | None = None
 
 
 class _Pool(NamedTuple):
@@ -73,6 +80,9 @@ class _Pool(NamedTuple):
 @dataclass(frozen=True, kw_only=True)
 class Adaptation(ABC):
     """Settings that all attacks share; see the subclasses.
+
+    Defaults suit the embedded digits pipeline; runs on other models start from ``usual_rates``,
+    those that scripts for Stable Diffusion have.
 
     Attributes:
         name: Name in curves and reports.
@@ -89,6 +99,8 @@ class Adaptation(ABC):
     """
 
     labels: ClassVar[Mapping[str, str]] = {}
+
+    usual_rates: ClassVar[Mapping[str, float]] = {}
 
     name: str = "adaptation"
     learning_rate: float = 1e-3
@@ -204,7 +216,7 @@ class Adaptation(ABC):
             name: master.detach().clone() for name, master in prepared.trainables.masters.items()
         }
         words = tuple(token.token for token in prepared.tokens)
-        return Adapted(clone, curve, weights, words, prepared.lora)
+        return Adapted(clone, curve, weights, words, prepared.lora, prepared.text_lora)
 
     def settings(self) -> dict[str, Any]:
         """Settings as JSON can say them, with the kind of attack."""
@@ -356,8 +368,12 @@ class _Run:
         losses: list[float] = []
         scores: dict[str, list[float]] = {}
         done = 0
+        first = self.prepared.before_training
         for until in dict.fromkeys([*checkpoints, steps]):
             with meter.measure():
+                if first is not None and until > 0:
+                    first()
+                    first = None
                 for step in range(done + 1, until + 1):
                     losses.append(self._step(optimizer, step))
                     if progress is not None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import ClassVar, Literal
+from typing import ClassVar, Literal, get_args
 
 from immunize_ext.text_to_image.attacks.adaptation import Adaptation, Prepared
 from immunize_ext.text_to_image.attacks.trainables import Trainables
@@ -12,7 +12,7 @@ from immunize_ext.text_to_image.concepts import Concept
 from immunize_ext.text_to_image.model import TextToImage
 from immunize_ext.text_to_image.projections import attention_blocks, linear_layers, parameters_of
 
-FineTuningScope = Literal["all", "attention", "attn2", "kv"]
+FineTuningScope = Literal["all", "all_but_attn2", "attention", "attn2", "kv"]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -20,15 +20,21 @@ class FineTuningAttack(Adaptation):
     """Train the UNet's own weights.
 
     Attributes:
-        scope: ``"all"`` of the UNet, its ``"attention"``, its cross-attention (``"attn2"``) or the
+        scope: ``"all"`` of the UNet, ``"all_but_attn2"`` (what immunizers move, cross-attention,
+            stays as they left it), its ``"attention"``, its cross-attention (``"attn2"``) or the
             projections of the text alone (``"kv"``).
         train_text_encoder: Train the text encoders too.
     """
 
     labels: ClassVar[Mapping[str, str]] = {
+        "full_fine_tuning": "Full fine-tuning",
+        "full_fine_tuning_with_text": "Full fine-tuning with text encoder",
+        "other_layers_fine_tuning": "Fine-tuning of all but cross-attention",
         "attn2_fine_tuning": "Fine-tuning of cross-attention",
         "kv_fine_tuning": "Fine-tuning of K and V",
     }
+
+    usual_rates: ClassVar[Mapping[str, float]] = {"learning_rate": 5e-6}
 
     name: str = "full_fine_tuning"
     learning_rate: float = 3e-4
@@ -38,9 +44,9 @@ class FineTuningAttack(Adaptation):
     def __post_init__(self) -> None:
         """Refuse settings out of range."""
         super().__post_init__()
-        if self.scope not in ("all", "attention", "attn2", "kv"):
+        if self.scope not in get_args(FineTuningScope):
             raise ValueError(
-                f"{self.name}: scope must be 'all', 'attention', 'attn2' or 'kv', got "
+                f"{self.name}: scope must be one of {', '.join(get_args(FineTuningScope))}, got "
                 f"{self.scope!r}"
             )
 
@@ -48,6 +54,9 @@ class FineTuningAttack(Adaptation):
         unet = model.unet
         if self.scope == "all":
             chosen = dict(unet.named_parameters())
+        elif self.scope == "all_but_attn2":
+            left = parameters_of(unet, attention_blocks(self.name, unet, "attn2"))
+            chosen = {name: p for name, p in unet.named_parameters() if name not in left}
         elif self.scope == "kv":
             chosen = parameters_of(unet, linear_layers(self.name, unet, "kv"))
         else:

@@ -1,4 +1,4 @@
-"""LoRA: low-rank updates of the attention layers, through PEFT."""
+"""LoRA: low-rank updates of linear and convolution layers, through PEFT."""
 
 from __future__ import annotations
 
@@ -14,35 +14,42 @@ from immunize_ext.text_to_image.attacks.adaptation import Adaptation, Prepared
 from immunize_ext.text_to_image.attacks.trainables import Trainables
 from immunize_ext.text_to_image.concepts import Concept
 from immunize_ext.text_to_image.model import TextToImage
-from immunize_ext.text_to_image.projections import AttentionScope, linear_layers
+from immunize_ext.text_to_image.projections import AttentionScope, block_layers, linear_layers
 
 # Marks the parameters of an adapter in a UNet.
 _FACTORS = re.compile(r"\.lora_[AB]\.")
 
 
-def inject(unet: Any, values: dict[str, Any]) -> dict[str, nn.Parameter]:
-    """Put a LoRA adapter into a UNet, in place, with float32 factors.
+# The projections of CLIP's attention, which the usual scripts adapt in text encoders.
+_TEXT_LAYERS = r".*\.(q_proj|k_proj|v_proj|out_proj)"
+
+LoRATargets = AttentionScope | Literal["blocks"]
+
+
+def inject(part: Any, values: dict[str, Any]) -> dict[str, nn.Parameter]:
+    """Put a LoRA adapter into a UNet or a text encoder, in place, with float32 factors.
 
     Args:
-        unet: A diffusers UNet.
+        part: A diffusers UNet, or a text encoder of transformers.
         values: Arguments of ``peft.LoraConfig``.
 
     Returns:
-        The factors by parameter name; a float64 UNet has float64 factors.
+        The factors by parameter name; a float64 model has float64 factors.
 
     Raises:
         MissingExtraError: If PEFT is not installed.
-        ValueError: If the UNet has an adapter already.
+        ValueError: If there is an adapter already.
     """
     peft = require_extra("peft", extra="diffusion", purpose="the LoRA attack")
-    if any(_FACTORS.search(name) for name, _ in unet.named_parameters()):
+    if any(_FACTORS.search(name) for name, _ in part.named_parameters()):
         raise ValueError(
-            "LoRAAttack: the UNet must not have an adapter already, got one; merge it into the "
-            "weights first"
+            f"LoRAAttack: the {type(part).__name__} must not have an adapter already, got one; "
+            "merge it into the weights first"
         )
-    unet.add_adapter(peft.LoraConfig(**values))
+    # Not by the add_adapter that both have: that of transformers asks for the newest PEFT.
+    peft.inject_adapter_in_model(peft.LoraConfig(**values), part)
     factors = {}
-    for name, parameter in unet.named_parameters():
+    for name, parameter in part.named_parameters():
         if _FACTORS.search(name):
             if parameter.dtype.itemsize < 4:
                 parameter.data = parameter.data.float()
@@ -58,25 +65,33 @@ class LoRAAttack(Adaptation):
         rank: Rank of the updates.
         alpha: Their scale; equal to the rank when omitted, which makes the factor 1.
         targets: ``"attention"`` (all of it, as the usual training scripts do), ``"attn2"`` (Q, K,
-            V and output of cross-attention) or ``"kv"``.
+            V and output of cross-attention), ``"kv"``, or ``"blocks"``: feed-forward layers and
+            convolutions too (LoCon).
+        train_text_encoder: Adapt the attention of the text encoders too.
         rs_lora: Scale by alpha / sqrt(rank) instead, which keeps updates of all ranks alike.
         init: How A starts: ``"kaiming"`` (PEFT's default) or ``"gaussian"`` (that of diffusers'
             scripts); B starts at 0 in both.
 
     Source:
-        Hu et al., ICLR 2022; Kalajdzievski, 2023 (rs_lora).
+        Hu et al., ICLR 2022; Kalajdzievski, 2023 (rs_lora); Yeh et al., LyCORIS, ICLR 2024
+        (LoCon).
     """
 
     labels: ClassVar[Mapping[str, str]] = {
         "lora": "LoRA",
         "lora_attn2": "LoRA on cross-attention",
+        "locon": "LoCon",
+        "lora_with_text": "LoRA with text encoder",
     }
+
+    usual_rates: ClassVar[Mapping[str, float]] = {"learning_rate": 1e-4}
 
     name: str = "lora"
     learning_rate: float = 9e-3
     rank: int = 4
     alpha: float | None = None
-    targets: AttentionScope = "attention"
+    targets: LoRATargets = "attention"
+    train_text_encoder: bool = False
     rs_lora: bool = False
     init: Literal["kaiming", "gaussian"] = "kaiming"
 
@@ -93,17 +108,36 @@ class LoRAAttack(Adaptation):
             )
 
     def _prepare(self, model: TextToImage, target: Sequence[Concept]) -> Prepared:
-        layers = linear_layers(self.name, model.unet, self.targets)
-        values = {
+        unet = model.unet
+        if self.targets == "blocks":
+            layers = block_layers(self.name, unet)
+        else:
+            layers = linear_layers(self.name, unet, self.targets)
+        values = self._values("|".join(map(re.escape, layers)))
+        named = {f"unet.{name}": factor for name, factor in inject(unet, values).items()}
+        text: dict[str, nn.Parameter] = {}
+        if self.train_text_encoder:
+            for index, encoder in enumerate(model.text_encoders):
+                found = inject(encoder, self._values(_TEXT_LAYERS))
+                text |= {f"text_encoder.{index}.{name}": factor for name, factor in found.items()}
+        # While B is 0, no gradient reaches A.
+        silent = [name for name in named if ".lora_A." in name]
+        # The last layer of a text encoder is there whether a UNet looks at it or not.
+        trainables = Trainables(named | text, silent_at_first=silent, may_be_unused=text)
+        return Prepared(
+            trainables,
+            lora=values,
+            text_lora=self._values(_TEXT_LAYERS) if self.train_text_encoder else None,
+            text_moves=self.train_text_encoder,
+        )
+
+    def _values(self, layers: str) -> dict[str, Any]:
+        """Arguments of ``peft.LoraConfig``."""
+        return {
             "r": self.rank,
             "lora_alpha": self.rank if self.alpha is None else self.alpha,
             # A pattern, matched as a whole: a list would match ends of names too.
-            "target_modules": "|".join(map(re.escape, layers)),
+            "target_modules": layers,
             "use_rslora": self.rs_lora,
             "init_lora_weights": True if self.init == "kaiming" else "gaussian",
         }
-        factors = inject(model.unet, values)
-        named = {f"unet.{name}": parameter for name, parameter in factors.items()}
-        # While B is 0, no gradient reaches A.
-        silent = [name for name in named if ".lora_A." in name]
-        return Prepared(Trainables(named, silent_at_first=silent), lora=values)

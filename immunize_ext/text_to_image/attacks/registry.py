@@ -1,9 +1,7 @@
 """The attacks by name, with settings that re-learn an erased digit of the embedded pipeline.
 
-The rates are those that served best, or nearly so, in ``benchmarks.protection.mima_tuning``. On
-another model tune them first (``tune_learning_rate``): the rates usual for Stable Diffusion are
-smaller (LoRA 1e-4, DreamBooth and full fine-tuning 5e-6, Textual Inversion 5e-4, Custom Diffusion
-1e-5).
+The rates are those that served best, or nearly so, in ``benchmarks.protection.mima_tuning``. Runs
+on another model take each attack's ``usual_rates``; tune them there first (``tune_learning_rate``).
 """
 
 from __future__ import annotations
@@ -17,6 +15,7 @@ from immunize_ext.settings import Registry
 from immunize_ext.text_to_image.attacks.dreambooth import DreamBoothAttack, DreamBoothLoRAAttack
 from immunize_ext.text_to_image.attacks.fine_tuning import FineTuningAttack
 from immunize_ext.text_to_image.attacks.lora import LoRAAttack
+from immunize_ext.text_to_image.attacks.reinitialised import ReinitialisedAttack
 from immunize_ext.text_to_image.attacks.target import Target
 from immunize_ext.text_to_image.attacks.textual_inversion import (
     CustomDiffusionAttack,
@@ -43,7 +42,12 @@ ATTACKS: Registry[TextToImageAttack] = Registry(
 AttackName: TypeAlias = Literal[
     "lora",
     "lora_attn2",
+    "locon",
+    "lora_with_text",
     "full_fine_tuning",
+    "full_fine_tuning_with_text",
+    "other_layers_fine_tuning",
+    "reinitialised",
     "attn2_fine_tuning",
     "kv_fine_tuning",
     "dreambooth",
@@ -57,7 +61,12 @@ AttackName: TypeAlias = Literal[
 for _attack in (
     LoRAAttack(),
     LoRAAttack(name="lora_attn2", targets="attn2"),
+    LoRAAttack(name="locon", targets="blocks"),
+    LoRAAttack(name="lora_with_text", train_text_encoder=True),
     FineTuningAttack(),
+    FineTuningAttack(name="full_fine_tuning_with_text", train_text_encoder=True),
+    FineTuningAttack(name="other_layers_fine_tuning", scope="all_but_attn2"),
+    ReinitialisedAttack(),
     FineTuningAttack(name="attn2_fine_tuning", scope="attn2", learning_rate=1e-3),
     FineTuningAttack(name="kv_fine_tuning", scope="kv", learning_rate=3e-3),
     DreamBoothAttack(),

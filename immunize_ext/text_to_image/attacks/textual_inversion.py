@@ -85,6 +85,8 @@ class TextualInversionAttack(NewWordAttack):
 
     labels: ClassVar[Mapping[str, str]] = {"textual_inversion": "Textual Inversion"}
 
+    usual_rates: ClassVar[Mapping[str, float]] = {"learning_rate": 5e-4}
+
     name: str = "textual_inversion"
     learning_rate: float = 2e-2
     weight_decay: float = 0.0
@@ -105,6 +107,8 @@ class CustomDiffusionAttack(NewWordAttack):
     """
 
     labels: ClassVar[Mapping[str, str]] = {"custom_diffusion": "Custom Diffusion"}
+
+    usual_rates: ClassVar[Mapping[str, float]] = {"learning_rate": 1e-5}
 
     name: str = "custom_diffusion"
     learning_rate: float = 3e-3

@@ -87,6 +87,13 @@ class Trainables:
                 gradient = gradient.to(master.dtype)
             master.grad = gradient if scale == 1.0 else gradient / scale
 
+    def take(self) -> None:
+        """Read the masters anew from the model."""
+        with torch.no_grad():
+            for name, parameter in self.parameters.items():
+                if self.masters[name] is not parameter:
+                    self.masters[name].copy_(parameter)
+
     def publish(self) -> None:
         """Write the masters to the model."""
         with torch.no_grad():

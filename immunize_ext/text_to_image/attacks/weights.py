@@ -34,6 +34,7 @@ def save_adaptation(path: str | os.PathLike[str], adapted: Adapted) -> None:
             "names": sorted(adapted.weights),
             "tokens": list(adapted.tokens),
             "lora": adapted.lora,
+            "text_lora": adapted.text_lora,
             "config": adapted.curve.config,
         },
     )
@@ -62,6 +63,10 @@ def load_adaptation(model: TextToImage, path: str | os.PathLike[str]) -> TextToI
     expected = set(rows) | set(values["names"])
     if values["lora"] is not None:
         expected |= {f"unet.{name}" for name in inject(clone.unet, values["lora"])}
+    if values.get("text_lora") is not None:  # files of earlier versions do not know it
+        for index, encoder in enumerate(clone.text_encoders):
+            found = inject(encoder, values["text_lora"])
+            expected |= {f"text_encoder.{index}.{name}" for name in found}
     places = {f"unet.{name}": p for name, p in clone.unet.named_parameters()} | rows
     for index, encoder in enumerate(clone.text_encoders):
         prefix = f"text_encoder.{index}."

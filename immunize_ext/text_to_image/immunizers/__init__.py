@@ -12,6 +12,7 @@ from immunize_ext.text_to_image.immunizers.erase import Erasure, describe_erasur
 from immunize_ext.text_to_image.immunizers.imma import DiffusionIMMA
 from immunize_ext.text_to_image.immunizers.immunized import ImmunizedPipeline
 from immunize_ext.text_to_image.immunizers.loop import ImmunizationError, Immunizer
+from immunize_ext.text_to_image.immunizers.many_words import ManyWords
 from immunize_ext.text_to_image.immunizers.mima import MIMA
 from immunize_ext.text_to_image.immunizers.registry import (
     METHODS,
@@ -31,6 +32,7 @@ __all__ = [
     "Immunizer",
     "JointTraining",
     "LossAscent",
+    "ManyWords",
     "Merge",
     "MergeOnly",
     "MethodName",

@@ -13,7 +13,7 @@ from immunize_ext.text_to_image.concepts import ConceptSet
 from immunize_ext.text_to_image.immunizers.concept_merge import ConceptMerge, check_merge
 from immunize_ext.text_to_image.immunizers.imma import DiffusionIMMA
 from immunize_ext.text_to_image.immunizers.immunized import ImmunizedPipeline
-from immunize_ext.text_to_image.immunizers.loop import Immunizer, Run
+from immunize_ext.text_to_image.immunizers.loop import Immunizer
 from immunize_ext.text_to_image.immunizers.parameters import Parameters, scope_parameters
 from immunize_ext.text_to_image.model import ModelLike, TextToImage
 
@@ -47,11 +47,6 @@ class LossAscent(Immunizer):
     method: ClassVar[str] = "loss_ascent"
 
     label: ClassVar[str] = "Plain loss ascent"
-
-    def adapted(self, run: Run, parameters: Parameters, step: int) -> Parameters:
-        """Nobody adapts."""
-        del run, step
-        return parameters
 
 
 @dataclass(frozen=True, kw_only=True)

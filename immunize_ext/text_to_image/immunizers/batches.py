@@ -78,13 +78,21 @@ class ConceptPool:
         config: Any = model.scheduler.config
         self.train_steps = int(config.num_train_timesteps)
 
-    def draw(self, count: int, generator: torch.Generator) -> Batch:
-        """A random batch; no image twice while there are enough."""
+    def draw(self, count: int, generator: torch.Generator, wording: int | None = None) -> Batch:
+        """A random batch; no image twice while there are enough.
+
+        Args:
+            count: Samples.
+            generator: What draws.
+            wording: Which prompt all of them have; each one of its own, at random, when omitted.
+        """
         size = len(self.latents)
         rounds = -(-count // size)
         order = torch.cat([torch.randperm(size, generator=generator) for _ in range(rounds)])
         latents = self.latents[order[:count].to(self.latents.device)]
         prompt = torch.randint(len(self.conditioning.hidden), (count,), generator=generator)
+        if wording is not None:
+            prompt = torch.full_like(prompt, wording)
         timesteps = torch.randint(self.train_steps, (count,), generator=generator)
         noise = torch.randn(latents.shape, generator=generator)
         return Batch(
@@ -129,17 +137,25 @@ class Retain:
         model: The model; what it predicts now is what is kept.
         concepts: What to keep.
         seed: Seed of images that have to be generated.
-
+        prompts: Prompts beside the empty one under which all of it is kept.
     """
 
-    def __init__(self, model: TextToImage, concepts: Sequence[Concept], *, seed: int) -> None:
+    def __init__(
+        self,
+        model: TextToImage,
+        concepts: Sequence[Concept],
+        *,
+        seed: int,
+        prompts: Sequence[str] = (),
+    ) -> None:
         self.model = model
         self.pools = [
             ConceptPool(model, _images(model, concept, seed), concept.prompts)
             for concept in concepts
         ]
         if self.pools:
-            self.pools.append(_without_text(model, self.pools))
+            images = torch.cat([pool.images for pool in self.pools])
+            self.pools += [ConceptPool(model, images, (prompt,)) for prompt in ("", *prompts)]
 
     def draw(self, count: int, generator: torch.Generator) -> Batch | None:
         """A batch over random concepts; ``None`` if there is nothing to keep."""
@@ -157,11 +173,6 @@ class Retain:
             before = at_least_float(batch.prediction(self.model))
         now = at_least_float(batch.prediction(self.model, parameters))
         return (now - before).square().mean()
-
-
-def _without_text(model: TextToImage, pools: Sequence[ConceptPool]) -> ConceptPool:
-    """The images of all pools under the empty prompt."""
-    return ConceptPool(model, torch.cat([pool.images for pool in pools]), ("",))
 
 
 def _images(model: TextToImage, concept: Concept, seed: int) -> Tensor:

@@ -31,6 +31,8 @@ class BilevelImmunizer(Immunizer):
 
     published: ClassVar[str]
 
+    usual_rates: ClassVar[Mapping[str, float]] = {"learning_rate": 3e-5, "inner_rate": 5e-6}
+
     inner_steps: int = 1
     inner_rate: float = 10.0
     second_order: bool = False

@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 import math
 import time
-from abc import ABC, abstractmethod
+from abc import ABC
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import asdict, dataclass, replace
@@ -37,7 +37,7 @@ OUTER, INNER, RETAIN = 0, 1, 2
 
 
 # The probe of the best iterate is drawn once, as if in a step before the first.
-_PROBE_STEP = -1
+PROBE_STEP = -1
 
 
 _FLOAT16_SCALE = 1024.0
@@ -61,8 +61,9 @@ class ImmunizationError(ValueError):
 class Immunizer(ABC):
     """Settings of the outer loop; methods add their own.
 
-    The defaults suit the embedded digits pipeline. Stable Diffusion takes smaller ones (published:
-    3e-5 for re-learning, 2e-5 for personalization, inner 5e-6, 500 steps).
+    The defaults suit the embedded digits pipeline. Runs on other models start from
+    ``usual_rates`` (published for Stable Diffusion: 3e-5 for re-learning, 2e-5 for personalization,
+    inner 5e-6, 500 steps).
 
     Attributes:
         steps: Outer steps.
@@ -88,6 +89,11 @@ class Immunizer(ABC):
     method: ClassVar[str]
 
     label: ClassVar[str]
+
+    usual_rates: ClassVar[Mapping[str, float]] = {"learning_rate": 3e-5}
+
+    # What does not decide the outcome of a step: how long a run is, and what it leaves on the way.
+    free: ClassVar[tuple[str, ...]] = ("steps", "checkpoint_every", "log_with")
 
     steps: int = 60
     learning_rate: float = 1e-2
@@ -141,9 +147,8 @@ class Immunizer(ABC):
         """The same method with another seed."""
         return replace(self, seed=seed)
 
-    @abstractmethod
     def adapted(self, run: Run, parameters: Parameters, step: int) -> Parameters:
-        """What an attacker makes of the parameters, as a function of them.
+        """What an attacker makes of the parameters, as a function of them; nothing by default.
 
         Args:
             run: The run.
@@ -153,6 +158,22 @@ class Immunizer(ABC):
         Returns:
             theta', by name.
         """
+        del run, step
+        return parameters
+
+    def rate(self, step: int) -> float:
+        """Adam's rate in a step."""
+        del step
+        return self.learning_rate
+
+    def wordings(self, concept: Concept) -> Sequence[str]:
+        """Prompts that a concept is shown with."""
+        return concept.prompts[: self.prompts]
+
+    def kept_prompts(self, problem: ConceptSet) -> Sequence[str]:
+        """Prompts, beside their own and the empty one, under which concepts are kept."""
+        del problem
+        return ()
 
     def attacked_losses(self, run: Run, leaves: Parameters, step: int, batch: int) -> Tensor:
         """Losses that an attacker still meets after adapting, to be raised.
@@ -160,7 +181,7 @@ class Immunizer(ABC):
         Args:
             run: The run.
             leaves: theta, by name.
-            step: The step; with ``batch`` it seeds what is drawn.
+            step: The step, ``PROBE_STEP`` for a probe; with ``batch`` it seeds what is drawn.
             batch: Which of the accumulated batches.
 
         Returns:
@@ -171,6 +192,11 @@ class Immunizer(ABC):
         return torch.cat(
             [drawn.losses(run.model, attacked) for drawn in run.draw(step, OUTER, batch)]
         )
+
+    def over_concepts(self, run: Run, losses: Tensor, step: int) -> Tensor:
+        """Mean over concepts of their samples' losses, as :meth:`attacked_losses` orders them."""
+        del run, step
+        return losses.mean()
 
     def prepare(self, run: Run, leaves: Parameters, step: int) -> None:
         """What changes the parameters before the step, if anything does."""
@@ -290,14 +316,18 @@ class Run:
         self.scale = _FLOAT16_SCALE if half else 1.0
         self.names = list(concepts.names)
         self.pools = [self._pool(concept) for concept in concepts.concepts]
-        self.retain = Retain(model, concepts.retain, seed=immunizer.seed)
+        self.retain = Retain(
+            model,
+            concepts.retain,
+            seed=immunizer.seed,
+            prompts=immunizer.kept_prompts(concepts),
+        )
         self.merge: Merge | None = self._merge() if immunizer.needs_merge() else None
         self.inner_losses: list[float] = []
         self.memory: Parameters = {}
 
     def _pool(self, concept: Concept) -> ConceptPool:
-        prompts: Sequence[str] = concept.prompts[: self.settings.prompts]
-        return ConceptPool(self.model, concept.images("immunize"), prompts)
+        return ConceptPool(self.model, concept.images("immunize"), self.settings.wordings(concept))
 
     def _merge(self) -> ConceptMerge:
         settings: Any = self.settings
@@ -309,14 +339,17 @@ class Run:
             prompts_per_concept=settings.merge_prompts,
         )
 
-    def draw(self, step: int, purpose: int, batch: int = 0) -> list[Batch]:
-        """A batch of every concept, the same in every repetition of the step."""
+    def generator(self, step: int, purpose: int, batch: int = 0) -> torch.Generator:
+        """What draws in a step: the same in every repetition, another in every process."""
         rank = self.accelerator.process_index
         processes = self.accelerator.num_processes
-        settings = self.settings
-        place = (step * settings.gradient_accumulation + batch) * processes + rank
-        generator = generator_of(settings.seed, place, purpose)
-        return [pool.draw(settings.batch_size, generator) for pool in self.pools]
+        place = (step * self.settings.gradient_accumulation + batch) * processes + rank
+        return generator_of(self.settings.seed, place, purpose)
+
+    def draw(self, step: int, purpose: int, batch: int = 0) -> list[Batch]:
+        """A batch of every concept, the same in every repetition of the step."""
+        generator = self.generator(step, purpose, batch)
+        return [pool.draw(self.settings.batch_size, generator) for pool in self.pools]
 
     def autocast(self) -> AbstractContextManager[Any]:
         """The precision that forward passes are computed in."""
@@ -417,6 +450,8 @@ class Run:
         size = float(nn.utils.clip_grad_norm_(leaves.values(), settings.gradient_clip))
         if not math.isfinite(size):
             raise self._failure(f"the gradient's norm became {size}", leaves, optimizer, state)
+        for group in optimizer.param_groups:
+            group["lr"] = settings.rate(step)
         optimizer.step()
         inner = self.inner_losses
         record = {
@@ -445,15 +480,12 @@ class Run:
     ) -> tuple[Tensor, dict[str, float]]:
         """What is minimised, and its parts."""
         settings = self.settings
-        place = step * settings.gradient_accumulation + batch
-        # Every process draws what it retains for itself, as it does its batches.
-        kept_place = place * self.accelerator.num_processes + self.accelerator.process_index
-        retained = generator_of(settings.seed, kept_place, RETAIN)
+        retained = self.generator(step, RETAIN, batch)
         with self.autocast():
             upper = settings.attacked_losses(self, leaves, step, batch)
             kept = self.retain.loss(self.retain.draw(settings.retain_batch, retained), leaves)
         raised = upper.clamp(max=settings.loss_clamp)
-        objective = settings.retain_weight * kept - raised.mean()
+        objective = settings.retain_weight * kept - settings.over_concepts(self, raised, step)
         clamped = float((upper.detach() >= settings.loss_clamp).float().mean())
         return objective, {
             "loss": float(upper.detach().mean()),
@@ -466,7 +498,7 @@ class Run:
         inner = list(self.inner_losses)
         here = {name: leaf.detach().clone().requires_grad_() for name, leaf in leaves.items()}
         with self._reported(state):
-            objective, _ = self._objective(here, _PROBE_STEP, 0)
+            objective, _ = self._objective(here, PROBE_STEP, 0)
         self.inner_losses[:] = inner
         # The mean over processes, so that all of them keep the same iterate.
         value = float(self.accelerator.reduce(objective.detach(), reduction="mean"))
@@ -543,10 +575,6 @@ class Run:
         )
 
 
-# What does not decide the outcome of a step: how long a run is, and what it leaves on the way.
-_FREE = ("steps", "checkpoint_every", "log_with")
-
-
 def run_identity(settings: Any, model: str, problem: ConceptSet) -> dict[str, Any]:
     """What decides what each step of a run computes, as plain values.
 
@@ -555,7 +583,7 @@ def run_identity(settings: Any, model: str, problem: ConceptSet) -> dict[str, An
         model: Digest of the model.
         problem: The concepts.
     """
-    found = {name: value for name, value in asdict(settings).items() if name not in _FREE}
+    found = {name: value for name, value in asdict(settings).items() if name not in settings.free}
     return {"method": settings.method, "model": model, "concepts": problem.digest(), **found}
 
 

@@ -61,6 +61,41 @@ def gradient(loss: Tensor, parameters: Parameters, *, create_graph: bool = False
     }
 
 
+def descend_by_adam(
+    parameters: Parameters, losses: Sequence[Loss], *, rate: float, scale: float = 1.0
+) -> tuple[Parameters, list[float]]:
+    r"""Steps of Adam, as attackers take them, out of place and to first order.
+
+    .. math:: \theta' = \theta + \mathrm{stopgrad}(\text{what Adam adds to } \theta)
+
+    Args:
+        parameters: theta, which may require gradients; all of them move.
+        losses: One loss a step.
+        rate: Adam's.
+        scale: Factor on the loss while its gradient is computed, for float16.
+
+    Returns:
+        theta' after the last step, which depends on theta through the identity alone, and the
+        losses met on the way.
+
+    Source:
+        Kingma and Ba, ICLR 2015, Algorithm 1.
+    """
+    current = {name: value.detach().clone() for name, value in parameters.items()}
+    adam = torch.optim.Adam(list(current.values()), lr=rate)
+    met = []
+    for loss in losses:
+        here = {name: value.detach().requires_grad_() for name, value in current.items()}
+        with torch.enable_grad():
+            value = loss(here)
+        found = gradient(value * scale, here)
+        for name, moved in current.items():
+            moved.grad = found[name] / scale
+        adam.step()
+        met.append(float(value.detach()))
+    return {n: value + (current[n] - value.detach()) for n, value in parameters.items()}, met
+
+
 def descend(
     parameters: Parameters,
     losses: Sequence[Loss],

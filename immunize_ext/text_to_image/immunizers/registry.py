@@ -11,6 +11,7 @@ from immunize_ext.text_to_image.immunizers.baselines import JointTraining, LossA
 from immunize_ext.text_to_image.immunizers.erase import Erasure
 from immunize_ext.text_to_image.immunizers.imma import DiffusionIMMA
 from immunize_ext.text_to_image.immunizers.immunized import ImmunizedPipeline
+from immunize_ext.text_to_image.immunizers.many_words import ManyWords
 from immunize_ext.text_to_image.immunizers.mima import MIMA
 from immunize_ext.text_to_image.model import TextToImage
 
@@ -23,6 +24,7 @@ METHODS: Registry[TextToImageImmunizer] = Registry(
 
 MethodName: TypeAlias = Literal[
     "mima",
+    "many_words",
     "imma",
     "joint_training",
     "loss_ascent",
@@ -32,7 +34,7 @@ MethodName: TypeAlias = Literal[
 """Names of the methods of the package; those that others register are texts as well."""
 """Method by name; ``METHODS.register`` adds one."""
 
-for _method in (MIMA, DiffusionIMMA, JointTraining, LossAscent, MergeOnly, Erasure):
+for _method in (MIMA, ManyWords, DiffusionIMMA, JointTraining, LossAscent, MergeOnly, Erasure):
     METHODS.register(_method)
 
 

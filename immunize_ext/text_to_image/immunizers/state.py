@@ -132,7 +132,8 @@ def load_state(
         best,
         values["history"],
         {
-            name.partition("/")[2]: tensor.to(best[name.partition("/")[2]].device)
+            # A method may remember what no parameter is called.
+            name.partition("/")[2]: tensor.to(next(iter(best.values())).device)
             for name, tensor in tensors.items()
             if name.startswith("memory/")
         },

@@ -69,7 +69,10 @@ def scores_of(attack: Any, concepts: list[Any], **settings: Any) -> ConceptScore
     )
 
 
-@pytest.mark.parametrize("name", ["dreambooth", "full_fine_tuning", "lora"])
+@pytest.mark.parametrize(
+    "name",
+    ["dreambooth", "full_fine_tuning", "lora", "locon", "lora_with_text", "reinitialised"],
+)
 def test_an_attack_of_no_steps_is_the_model(model: TextToImage, name: str) -> None:
     attack: Any = replace(ATTACKS[name], prior=None)  # type: ignore[type-var]
     target = Target([concept()], evaluate=scores_of(attack, [concept()]), evaluate_at=[0])

@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 pytest.importorskip("diffusers")
 pytest.importorskip("transformers")
@@ -22,6 +22,7 @@ from immunize_ext.text_to_image.attacks import (
     FineTuningAttack,
     LoRAAttack,
     PriorPreservation,
+    ReinitialisedAttack,
     TextualInversionAttack,
     prior_preservation_loss,
 )
@@ -113,6 +114,43 @@ def test_lora_leaves_the_base_weights(model: TextToImage) -> None:
     assert all(torch.equal(before[name], after[name]) for name in before)
 
 
+def test_locon_reaches_every_layer_of_the_blocks(model: TextToImage) -> None:
+    """Attention, feed-forward, convolutions and samplers; not the time embedding or the ends."""
+    adapted = LoRAAttack(targets="blocks").adapt(model, [concept()], steps=2)
+    reached = {name[len("unet.") :].partition(".lora_")[0] for name in adapted.weights}
+    within = ("down_blocks", "mid_block", "up_blocks")
+    assert reached == {
+        name
+        for name, module in model.unet.named_modules()
+        if isinstance(module, nn.Linear | nn.Conv2d) and name.startswith(within)
+    }
+    for part in (".ff.net.", ".attn1.", ".attn2.", ".resnets.0.conv1", ".downsamplers.", "proj_in"):
+        assert any(part in name for name in reached), part
+    assert all(bool(weight.any()) for weight in adapted.weights.values())
+
+
+@pytest.mark.parametrize("build", [tiny_pipeline, tiny_xl_pipeline])
+def test_lora_with_text_encoder(build: Any) -> None:
+    """Factors in UNet and text encoders move, the weights under them do not."""
+    model = TextToImage(build())
+    adapted = LoRAAttack(targets="kv", train_text_encoder=True).adapt(model, [concept()], steps=2)
+    for index, encoder in enumerate(model.text_encoders):
+        prefix = f"text_encoder.{index}."
+        own = {name: w for name, w in adapted.weights.items() if name.startswith(prefix)}
+        layers = {name[len(prefix) :].partition(".lora_")[0] for name in own}
+        parts = ("q_proj", "k_proj", "v_proj", "out_proj")
+        assert layers == {name for name, _ in encoder.named_modules() if name.endswith(parts)}
+        assert any(bool(weight.any()) for name, weight in own.items() if ".lora_B." in name)
+        after = {
+            name.replace(".base_layer", ""): value
+            for name, value in adapted.model.text_encoders[index].state_dict().items()
+        }
+        assert all(torch.equal(after[name], w) for name, w in encoder.state_dict().items())
+    frozen = LoRAAttack(targets="kv").adapt(model, [concept()], steps=2)
+    assert adapted.curve.losses[0] == frozen.curve.losses[0]
+    assert frozen.text_lora is None
+
+
 def test_lora_refuses_an_adapter_and_bad_settings(model: TextToImage) -> None:
     adapted = LoRAAttack().adapt(model, [concept()], steps=1)
     with pytest.raises(ValueError, match="adapter"):
@@ -130,12 +168,13 @@ def test_lora_refuses_an_adapter_and_bad_settings(model: TextToImage) -> None:
 # --- fine-tuning --------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("scope", ["all", "attention", "attn2", "kv"])
+@pytest.mark.parametrize("scope", ["all", "all_but_attn2", "attention", "attn2", "kv"])
 def test_scopes_of_fine_tuning(model: TextToImage, scope: Any) -> None:
     adapted = FineTuningAttack(scope=scope).adapt(model, [concept()], steps=1)
     changed = moved(model.unet, adapted.model.unet)
     inside = {
         "all": lambda name: True,
+        "all_but_attn2": lambda name: ".attn2." not in name,
         "attention": lambda name: ".attn1." in name or ".attn2." in name,
         "attn2": lambda name: ".attn2." in name,
         "kv": lambda name: ".attn2.to_k." in name or ".attn2.to_v." in name,
@@ -143,6 +182,42 @@ def test_scopes_of_fine_tuning(model: TextToImage, scope: Any) -> None:
     assert changed == {name for name, _ in model.unet.named_parameters() if inside(name)}
     assert not moved(model.text_encoders[0], adapted.model.text_encoders[0])
     assert not moved(model.vae, adapted.model.vae)
+
+
+@pytest.mark.parametrize("layers", ["kv", "attn2"])
+def test_layers_are_drawn_anew_before_the_first_step(model: TextToImage, layers: Any) -> None:
+    """Not at step 0, within the bound of a new layer, and by the seed."""
+    attack = ReinitialisedAttack(layers=layers, learning_rate=1e-12, weight_decay=0.0)
+    assert not moved(model.unet, attack.adapt(model, [concept()], steps=0).model.unet)
+    once, again, other = (
+        attack.adapt(model, [concept()], steps=1, seed=seed).model.unet for seed in (1, 1, 2)
+    )
+    drawn = {
+        f"{name}.weight": module
+        for name, module in once.named_modules()
+        if isinstance(module, nn.Linear)
+        and name.endswith(("attn2.to_k", "attn2.to_v"))
+        | (layers == "attn2" and name.endswith(("attn2.to_q", "attn2.to_out.0")))
+    }
+    for name, module in drawn.items():
+        weight = once.get_parameter(name)
+        assert (weight - model.unet.get_parameter(name)).abs().max() > 1e-3
+        assert weight.abs().max() <= 1.0 / math.sqrt(module.in_features) + 1e-6
+        assert torch.equal(weight, again.get_parameter(name))
+        assert not torch.equal(weight, other.get_parameter(name))
+    for name, parameter in model.unet.named_parameters():
+        if name.removesuffix(".bias").removesuffix(".weight") + ".weight" not in drawn:
+            torch.testing.assert_close(once.get_parameter(name), parameter, rtol=0, atol=1e-9)
+
+
+def test_half_precision_masters_follow_what_is_drawn() -> None:
+    model = TextToImage(tiny_pipeline(dtype=torch.bfloat16))
+    attack = ReinitialisedAttack(learning_rate=1e-12)
+    adapted = attack.adapt(model, [concept()], steps=1)
+    name = f"{find_text_projections(model.unet)[0].name}.weight"
+    drawn = adapted.model.unet.get_parameter(name)
+    assert not torch.equal(drawn, model.unet.get_parameter(name))
+    assert torch.equal(adapted.weights[f"unet.{name}"].bfloat16(), drawn)
 
 
 def test_text_encoder_fine_tuning(model: TextToImage) -> None:

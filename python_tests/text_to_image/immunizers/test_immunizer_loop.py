@@ -26,6 +26,7 @@ from immunize_ext.text_to_image.immunizers import (
     ImmunizedPipeline,
     JointTraining,
     LossAscent,
+    ManyWords,
     MergeOnly,
 )
 from immunize_ext.text_to_image.model import TextToImage
@@ -33,6 +34,12 @@ from immunize_ext.text_to_image.model import TextToImage
 pytest.importorskip("accelerate")
 
 ASCENT = {name: value for name, value in SMALL.items() if name != "inner_rate"}
+# Words of the small tokenizer.
+WORDS: dict[str, Any] = {
+    "rare_words": ("sks",),
+    "unrelated_prompts": ("a red dog",),
+    "attacker_steps": 2,
+}
 ALL = {
     "mima": MIMA(**SMALL),
     "mima-unrolled": MIMA(**SMALL, second_order=True, inner_steps=2),
@@ -43,6 +50,8 @@ ALL = {
     "joint": JointTraining(**SMALL),
     "ascent": LossAscent(**ASCENT),
     "merge-only": MergeOnly(**SMALL),
+    "many-words": ManyWords(**ASCENT, scope="attn2", **WORDS),
+    "many-words-everything": ManyWords(**ASCENT, **WORDS),
 }
 EVERY = pytest.mark.parametrize("name", ALL)
 
@@ -61,7 +70,7 @@ def equal(left: TextToImage, right: TextToImage) -> bool:
 
 
 @EVERY
-def test_every_method_moves_the_cross_attention_of_a_clone_and_nothing_else(name: str) -> None:
+def test_every_method_moves_its_scope_of_a_clone_and_nothing_else(name: str) -> None:
     base = model()
     before, state = weights(base), torch.random.get_rng_state()
     immunized = ALL[name].fit(base, targets(name))
@@ -70,7 +79,7 @@ def test_every_method_moves_the_cross_attention_of_a_clone_and_nothing_else(name
     after = weights(immunized.model)
     moved = {key for key in after if not torch.equal(after[key], before[key])}
     assert moved
-    assert all(".attn2." in key for key in moved)
+    assert all(".attn2." in key for key in moved) == (ALL[name].scope == "attn2")
     # All of it lives in weights: processors are the defaults, and stay what they were.
     kinds = [{type(p) for p in m.unet.attn_processors.values()} for m in (base, immunized.model)]
     assert kinds[0] == kinds[1]
@@ -95,11 +104,24 @@ def test_sdxl() -> None:
     assert len(immunized.history) == 2
 
 
+class StoppedError(Exception):
+    """Someone pulled the plug."""
+
+
+def stop_half_way(words: str, share: float) -> None:
+    if share >= 0.5:
+        raise StoppedError(words)
+
+
 @pytest.mark.parametrize("name", [key for key in ALL if key != "merge-only"])
 def test_two_and_two_steps_are_four(name: str, tmp_path: Path) -> None:
-    chosen: Any = replace(ALL[name], steps=4)
+    chosen: Any = replace(ALL[name], steps=4, checkpoint_every=2)
     straight = chosen.fit(model(), targets(name))
-    replace(chosen, steps=2).fit(model(), targets(name), resume=tmp_path)
+    if "steps" in chosen.free:
+        replace(chosen, steps=2).fit(model(), targets(name), resume=tmp_path)
+    else:
+        with pytest.raises(StoppedError):
+            chosen.fit(model(), targets(name), progress=stop_half_way, resume=tmp_path)
     resumed = chosen.fit(model(), targets(name), resume=tmp_path)
     assert equal(straight.model, resumed.model)
     clock = {"seconds", "merge_seconds"}
