@@ -31,6 +31,16 @@ def test_examples_run(path: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatc
         exec(code, namespace)
 
 
+def test_the_readme_prints_what_it_says(capsys: pytest.CaptureFixture[str]) -> None:
+    text = README.read_text(encoding="utf-8")
+    block = BLOCK.search(text)
+    assert block is not None
+    said = re.match(r"\n\n```text\n(.*?)^```$", text[block.end() :], re.MULTILINE | re.DOTALL)
+    assert said is not None
+    exec(block.group(1), {"__name__": "__main__"})
+    assert capsys.readouterr().out == said.group(1)
+
+
 def test_speeds_of_the_readme_are_those_that_were_measured() -> None:
     rows = re.findall(r"^\| (.+) \| ([\d.]+) ms \|(.*)$", README.read_text(), re.MULTILINE)
     measured = [line.split("|") for line in (ROOT / "docs" / "speed.md").read_text().splitlines()]
