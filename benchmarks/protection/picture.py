@@ -253,17 +253,15 @@ def _colours(of: Mapping[str, str]) -> str:
 
 def in_words(panels: Sequence[Panel]) -> str:
     """The picture for who does not see it."""
-    return " ".join(
-        f"{panel.title}. "
-        + " ".join(
-            f"{block.scale}. {group.attacker}: "
-            + ", ".join(f"{bar.name} {bar.text}" for bar in group.bars)
-            + "."
-            for block in panel.blocks
-            for group in block.groups
-        )
-        for panel in panels
-    )
+    said = []
+    for panel in panels:
+        said += [panel.title, panel.note]
+        for block in panel.blocks:
+            said.append(block.scale)
+            for group in block.groups:
+                bars = ", ".join(f"{bar.name} {bar.text}" for bar in group.bars)
+                said.append(f"{group.attacker}: {bars}")
+    return ". ".join(said) + "."
 
 
 def picture(panels: Sequence[Panel]) -> str:
