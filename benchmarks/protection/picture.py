@@ -2,8 +2,8 @@
 
     python -m benchmarks.protection.picture --write docs/holds.svg    or --check
 
-Everything in it comes from ``certificates.json`` and from the counts of LoRA by other words. It is
-put together by hand, not by matplotlib: whatever is installed, the same results give the same file.
+Everything in it comes from ``certificates.json`` and ``mima_attackers.json``. It is put together
+by hand, not by matplotlib: whatever is installed, the same results give the same file.
 """
 
 from __future__ import annotations
@@ -139,25 +139,11 @@ def features(found: Row) -> Panel:
 
 def counts() -> tuple[Counts, int, int]:
     """Judged images of attacks on text-to-image models, images of a concept, steps."""
-    if (HERE / "mima_attackers.json").is_file():
-        found = load("mima_attackers")
-        by_model = {
-            model: {attack: list(seeds.values()) for attack, seeds in attacks.items()}
-            for model, attacks in found["counts"].items()
-        }
-    else:
-        found = load("mima_words")
-        words = {
-            "lora": "own name",
-            "lora:rare_token": "rare word",
-            "lora:unrelated_word": "unrelated word",
-        }
-        by_model = {
-            model: {
-                name: [row[word][side] for row in found["counts"]] for name, word in words.items()
-            }
-            for model, side in (("erased", "without"), ("mima", "with"))
-        }
+    found = load("mima_attackers")
+    by_model = {
+        model: {attack: list(seeds.values()) for attack, seeds in attacks.items()}
+        for model, attacks in found["counts"].items()
+    }
     return by_model, found["images"], found["steps"][-1]
 
 
