@@ -130,6 +130,7 @@ def run(script: str, **environment: str) -> str:
         text=True,
         env={**os.environ, **environment},
         check=False,
+        timeout=300,
     )
     assert done.returncode == 0, done.stderr
     return done.stdout.strip()
@@ -157,27 +158,29 @@ for step in range(%d):
     loss.backward()
     for w in adapted:
         w.grad = None
-    if step in (%d, %d):
+    if step in (%d, %d, %d):
         gc.collect()
         sizes.append(resident())
-print(sizes[1] - sizes[0], cached_bytes())
+# A leak goes on; a page that is touched late comes once.
+print(min(sizes[1] - sizes[0], sizes[2] - sizes[1]), cached_bytes())
 """
 
 
 @pytest.mark.skipif(not Path("/proc/self/statm").exists(), reason="needs Linux")
 def test_resident_memory_is_flat_over_a_thousand_steps() -> None:
-    growth, waiting = map(int, run(TRAIN % (1000, 100, 999)).split())
-    assert growth < 2**20
+    growth, waiting = map(int, run(TRAIN % (1000, 100, 550, 999)).split())
+    assert growth < 2**19
     assert 0 < waiting <= 6 * 2**20  # two outputs, two gradients and those of the base
 
 
 def test_the_environment_turns_it_off() -> None:
-    assert run(TRAIN % (3, 1, 2), IMMUNIZE_EXT_POOL="0").split()[-1] == "0"
+    assert run(TRAIN % (3, 0, 1, 2), IMMUNIZE_EXT_POOL="0").split()[-1] == "0"
 
 
 FORK = """
 import os, threading
 import torch
+from immunize_ext.memory import cached_bytes, empty_cache
 from python_tests.test_memory import merge
 
 torch.set_num_threads(1)
@@ -189,10 +192,13 @@ def busy():
 
 thread = threading.Thread(target=busy)
 thread.start()
-for _ in range(20):
+for _ in range(50):
     child = os.fork()
     if child == 0:
-        merge(256)
+        # What takes the pool's lock. Not the merge itself: a fork may catch the other thread with
+        # a lock of MKL's, which no child gets back.
+        cached_bytes()
+        empty_cache()
         os._exit(0)
     assert os.waitpid(child, 0)[1] == 0
 stop.set()
@@ -201,7 +207,7 @@ print("done")
 """
 
 
-def test_a_child_forked_while_another_thread_merges_gets_memory() -> None:
+def test_a_child_forked_while_another_thread_merges_finds_the_pool_unlocked() -> None:
     assert run(FORK) == "done"
 
 

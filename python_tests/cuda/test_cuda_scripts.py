@@ -58,6 +58,7 @@ def test_the_committed_table_and_page_hold_the_same_kernels(build: Any) -> None:
         "merge",
         "precondition",
         "spectrum",
+        "regularizer",
         "triangular",
     }
 
