@@ -144,7 +144,7 @@ def phases(architecture: str | None, staging: Path) -> list[Phase]:
     # Freed memory goes back to CUDA, so that what is read from it is seen.
     uncached = {"PYTORCH_NO_CUDA_MEMORY_CACHING": "1"}
     small = "python_tests/gpu/test_gpu_sanitizer.py"
-    path = {"PYTHONPATH": str(ROOT)}
+    importable = {"PYTHONPATH": str(ROOT)}
 
     def complete(printed: str) -> str:
         missing = [name for name in KERNELS if name not in printed.splitlines()[-1].split()]
@@ -169,7 +169,9 @@ def phases(architecture: str | None, staging: Path) -> list[Phase]:
         Phase("memcheck", sanitized("memcheck", "-x", small), 90, uncached),
         bench("spectrum", "spectrum", 60, "pair-64x784", "batch-90x64x784"),
         bench("merge", "merge", 50, "sd14-weights"),
-        Phase("profile", [sys.executable, ".ci/gpu_profile.py", "--device", device], 70, path),
+        Phase(
+            "profile", [sys.executable, ".ci/gpu_profile.py", "--device", device], 70, importable
+        ),
         # A process each: one that crashes takes no other tests along.
         *(
             Phase(f"{part}-suite", pytest(f"python_tests/gpu/test_gpu_{part}.py"), 60)
