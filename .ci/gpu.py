@@ -266,6 +266,7 @@ def main(arguments: Sequence[str]) -> int:
     full.add_argument("--out", type=Path, default=Path(os.environ.get("OUT", "results")))
     full.add_argument("--minutes", type=float, default=9.5, help="for all of it")
     full.add_argument("--rehearse", action="store_true", help="with the CPU in place of a GPU")
+    full.add_argument("--built", action="store_true", help="the operators are built already")
     full.add_argument("--until", metavar="PHASE", help="the last phase to run; all of them")
     tools = commands.add_parser("sanitizer", help="a reduced suite under compute-sanitizer")
     tools.add_argument("tools", nargs="*", metavar="TOOL", help=", ".join(TOOLS))
@@ -289,6 +290,8 @@ def main(arguments: Sequence[str]) -> int:
     architecture = None if chosen.rehearse else check_machine()
     with tempfile.TemporaryDirectory() as folder:
         steps = phases(architecture, Path(folder))
+        if chosen.built:
+            steps = [phase for phase in steps if phase.name != "build"]
         names = [phase.name for phase in steps]
         if chosen.until is not None and chosen.until not in names:
             fail(f"no such phase: {chosen.until}; there are {', '.join(names)}")
