@@ -70,9 +70,12 @@ def _same_shape(function: str, cotangent: Tensor, value: Tensor) -> Tensor:
     return cotangent.to(torch.float64)
 
 
-def _scale_of(a: Tensor) -> Tensor:
-    """Power of two (*, 1, 1) that brings the largest entry of each matrix into [1, 2), exactly."""
-    largest = a.abs().amax(dim=(-2, -1), keepdim=True)
+def _scale_of(a: Tensor, dim: tuple[int, ...] = (-2, -1)) -> Tensor:
+    """Power of two that brings the largest entry along dim, kept, into [1, 2), exactly.
+
+    1 for zeros; that of infinity is no matter.
+    """
+    largest = a.abs().amax(dim=dim, keepdim=True)
     _, exponent = torch.frexp(torch.where(largest > 0, largest, 1.0))
     # One less than the exponent of [0.5, 1): finite for the largest number there is.
     return torch.ldexp(torch.ones_like(largest), exponent - 1)
@@ -848,18 +851,11 @@ def precondition_rows(
     within = wide @ basis.mT
     beside = wide - within @ basis
     # Squares of rows of any scale; a power of two changes no bit.
-    scale = _row_scale(wide)
+    scale = _scale_of(wide, (-1,))
     outside, size = ((part / scale).norm(dim=-1, keepdim=True) for part in (beside, wide))
     rounding = outside <= (rounding_beside(rows) if share is None else share) * size
     solved = torch.cholesky_solve(within.mT, factor).mT @ basis
     return solved + beside.masked_fill(rounding, 0.0) / ridge
-
-
-def _row_scale(rows: Tensor) -> Tensor:
-    """Power of two (*, r, 1) near the largest entry of each row; that of infinity is no matter."""
-    largest = rows.abs().amax(-1, keepdim=True)
-    exponent = torch.frexp(torch.where(largest > 0, largest, 1.0))[1]
-    return torch.ldexp(torch.ones_like(largest), exponent - 1)
 
 
 def rounding_beside(grad: Tensor) -> float:
