@@ -1,4 +1,4 @@
-"""Plots of cost against size from the result files.
+"""Plots of cost against size from the result files, and of ours against a few lines.
 
 ``python -m benchmarks.plots [--results benchmarks/results] [--out benchmarks/results]``
 """
@@ -107,6 +107,73 @@ def draw(content: Mapping[str, Any], out: Path) -> list[Path]:
     return written
 
 
+def ratios(content: Mapping[str, Any]) -> dict[str, tuple[Sweep, dict[str, Curve]]]:
+    """How many times longer a few lines take, along every plot that has them.
+
+    The quartiles of ours and of the other are set against each other, the widest way.
+    """
+    found = {}
+    for name, sweep in sweeps(content).items():
+        curves = {}
+        for ours, bare in (("ours", "bare"), ("ours_cached", "bare_cached")):
+            if ours in sweep.curves and bare in sweep.curves:
+                a, b = sweep.curves[ours], sweep.curves[bare]
+                sizes = [size for size in b.sizes if size in a.sizes]
+                at = [(a.sizes.index(size), b.sizes.index(size)) for size in sizes]
+                curves[ours] = Curve(
+                    sizes,
+                    [b.medians[j] / a.medians[i] for i, j in at],
+                    [b.q25[j] / a.q75[i] for i, j in at],
+                    [b.q75[j] / a.q25[i] for i, j in at],
+                )
+        if curves:
+            found[name] = (sweep, curves)
+    return found
+
+
+def draw_ratios(content: Mapping[str, Any], out: Path) -> list[Path]:
+    """One figure of a result file: where ours wins against a few lines, and where it loses."""
+    found = ratios(content)
+    if not found:
+        return []
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot
+
+    columns = 2
+    rows = -(-len(found) // columns)
+    with matplotlib.rc_context({"svg.hashsalt": "immunize_ext", "font.size": 8}):
+        figure, grid = pyplot.subplots(
+            rows, columns, figsize=(7.0, 2.3 * rows), layout="constrained", squeeze=False
+        )
+        for axes, (name, (sweep, curves)) in zip(grid.flat, found.items(), strict=False):
+            for contender, curve in curves.items():
+                color, line = STYLES[contender]
+                axes.plot(
+                    curve.sizes, curve.medians, line, color=color, marker="o", ms=3, label=contender
+                )
+                axes.fill_between(curve.sizes, curve.q25, curve.q75, color=color, alpha=0.2, lw=0)
+            axes.axhline(1.0, color="black", lw=0.8)
+            axes.set_xscale("log", base=2)
+            axes.set_yscale("log", base=2)
+            axes.set_title(name)
+            axes.set_xlabel(sweep.x)
+            axes.set_ylabel("a few lines / ours")
+            axes.grid(visible=True, which="both", alpha=0.2)
+            if len(curves) > 1:
+                axes.legend(fontsize=7)
+        for axes in grid.flat[len(found) :]:
+            axes.set_visible(False)
+        figure.suptitle(machine_in_words(content["environment"]), fontsize=8)
+        out.mkdir(parents=True, exist_ok=True)
+        environment = content["environment"]
+        path = out / f"{content['benchmark']}-{environment['device']}-ratios.svg"
+        figure.savefig(path, metadata={"Date": None})
+        pyplot.close(figure)
+    return [path]
+
+
 def main(argv: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
     parser.add_argument("--results", type=Path, default=RESULTS)
@@ -120,7 +187,8 @@ def main(argv: Sequence[str] | None = None) -> int:
                 f"python -m benchmarks.run --out {arguments.results}"
             )
         for content in contents:
-            for path in draw(content, arguments.out or arguments.results):
+            out = arguments.out or arguments.results
+            for path in (*draw(content, out), *draw_ratios(content, out)):
                 print(f"written: {path}")
     except ValueError as error:
         print(f"benchmarks.plots: {error}", file=sys.stderr)

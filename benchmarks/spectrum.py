@@ -700,11 +700,55 @@ def sweep_cases(options: Options) -> list[Case]:
         *(_matrices_case(options, count, (6, 20) if quick else (64, 784)) for count in counts),
         *(_side_case(options, side) for side in sides),
         *(_kappa_case(options, kappa, (6, 20) if quick else (64, 784)) for kappa in kappas),
+        *grid_cases(options),
     ]
 
 
+# What a user may have: a small layer to a whole digit of MNIST.
+GRID = (
+    *((4, 8), (8, 8), (16, 32), (32, 64), (64, 128), (64, 784), (256, 256), (256, 1024)),
+    *((512, 784), (1000, 2048), (5000, 784)),
+)
+
+
+def grid_cases(options: Options) -> list[Case]:
+    """Ours against a few lines, from one tiny matrix to a large one and for many tiny ones."""
+    shapes = ((3, 4), (4, 8)) if options.quick else GRID
+    sides = (2, 3) if options.quick else (2, 4, 8, 16, 32)
+    count = 5 if options.quick else 1000
+    return [
+        case
+        for dtype in (torch.float64, torch.float32)
+        for case in (
+            *(_grid_case(options, 1, shape, shape[0] * shape[1], dtype) for shape in shapes),
+            *(_grid_case(options, count, (side, 2 * side), side, dtype) for side in sides),
+        )
+    ]
+
+
+def _grid_case(
+    options: Options, count: int, shape: tuple[int, int], size: int, dtype: torch.dtype
+) -> Case:
+    n, p = shape
+    word = str(dtype).removeprefix("torch.")
+    one = count == 1
+    name, x = ("one n x p matrix", "entries n p") if one else (f"{count} of n x 2 n", "n")
+    return Case(
+        f"grid-{'' if one else f'{count}x'}{n}x{p}-{word}",
+        f"R_ill of {'one matrix' if one else f'{count} matrices'} of {n} x {p} in {word}",
+        {"matrices": count, "n": n, "p": p},
+        word,
+        "call",
+        lambda: r_ill_contenders(
+            features(options, *(() if one else (count,)), n, p).to(dtype), (OURS, BARE)
+        ),
+        sweep={"name": f"R_ill of {name}, {word}", "x": x, "value": size},
+        budget=Budget(1.5, 3, 100),
+    )
+
+
 def _samples_case(options: Options, n: int, p: int) -> Case:
-    ways = (OURS, PUBLISHED, COMPOSITE, SVDVALS)
+    ways = (OURS, PUBLISHED, COMPOSITE, BARE, SVDVALS)
     return Case(
         f"samples-{n}",
         f"R_ill of features {n} x {p}",
@@ -723,9 +767,9 @@ MOST_PUBLISHED_MATRICES = 16
 
 def _matrices_case(options: Options, count: int, shape: tuple[int, int]) -> Case:
     n, p = shape
-    ways: tuple[Way, ...] = (OURS, COMPOSITE, SVDVALS)
+    ways: tuple[Way, ...] = (OURS, COMPOSITE, BARE, SVDVALS)
     if count <= MOST_PUBLISHED_MATRICES:
-        ways = (OURS, PUBLISHED, COMPOSITE, SVDVALS)
+        ways = (OURS, PUBLISHED, COMPOSITE, BARE, SVDVALS)
     return Case(
         f"matrices-{count}",
         f"R_ill of {count} matrices of {n} x {p}",

@@ -564,9 +564,6 @@ def any_route(monkeypatch):
     monkeypatch.setattr(_session, "refuse_fallback", lambda what, device: None)
 
 
-_USUAL = {"composite", "floor"}
-
-
 @pytest.mark.usefixtures("any_route")
 @pytest.mark.parametrize(("script", "name"), [(spectrum, "spectrum"), (merge, "merge")])
 def test_quick_run(script, name, tmp_path, capsys):
@@ -582,8 +579,11 @@ def test_quick_run(script, name, tmp_path, capsys):
         timed = {entry["name"]: entry for entry in row["contenders"] if entry["both"]}
         assert timed["ours"]["relative_error"] < 1e-3
         # Tiny matrices are compared with what one would write instead, and have no other floor.
-        tiny = row["id"].startswith(("tiny-", "one-"))
-        assert ({"eigvalsh", "svdvals"} & timed.keys()) if tiny else timed.keys() >= _USUAL
+        if row["id"].startswith(("tiny-", "one-")):
+            assert {"eigvalsh", "svdvals"} & timed.keys()
+        else:
+            grid = row["id"].startswith("grid-")
+            assert timed.keys() >= ({"bare", "floor"} if grid else {"composite", "floor"})
         assert all(target["met"] is None for target in row["targets"])
         assert all(target["measured"] is not None for target in row["targets"])
     printed = capsys.readouterr().out
@@ -594,6 +594,13 @@ def test_quick_run(script, name, tmp_path, capsys):
     written = plots.draw(content, tmp_path / "plots")
     assert len(written) == len(plots.sweeps(content)) >= 2
     assert all("<svg" in path.read_text(encoding="utf-8") for path in written)
+    (against,) = plots.draw_ratios(content, tmp_path / "plots")
+    assert "<svg" in against.read_text(encoding="utf-8")
+    for sweep, curves in plots.ratios(content).values():
+        for ours, curve in curves.items():
+            bare = sweep.curves[ours.replace("ours", "bare")]
+            assert curve.medians[0] == bare.medians[0] / sweep.curves[ours].medians[0]
+            assert all(a <= b for a, b in zip(curve.q25, curve.q75, strict=True))
 
 
 @pytest.mark.usefixtures("any_route")
