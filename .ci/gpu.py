@@ -180,6 +180,13 @@ def phases(architecture: str | None, staging: Path) -> list[Phase]:
         Phase("racecheck", sanitized("racecheck", "-x", small, "-k", "float64"), 60, uncached),
         bench("spectrum-more", "spectrum", 60, "side-32-33", "hessian-2048", "groups-20x100x768"),
         bench("merge-more", "merge", 60, "sd14-embeddings", "sdxl-weights"),
+        bench(
+            "spectrum-most",
+            "spectrum",
+            90,
+            *("pair-64x784-float32", "digit-5949x784", "tiny-8x8", "tiny-32x32", "one-8x8"),
+            "hessian-768",
+        ),
     ]
 
 
@@ -266,8 +273,7 @@ def main(arguments: Sequence[str]) -> int:
     full.add_argument("--out", type=Path, default=Path(os.environ.get("OUT", "results")))
     full.add_argument("--minutes", type=float, default=9.5, help="for all of it")
     full.add_argument("--rehearse", action="store_true", help="with the CPU in place of a GPU")
-    full.add_argument("--built", action="store_true", help="the operators are built already")
-    full.add_argument("--until", metavar="PHASE", help="the last phase to run; all of them")
+    full.add_argument("--phases", nargs="+", metavar="PHASE", help="only these; all of them")
     tools = commands.add_parser("sanitizer", help="a reduced suite under compute-sanitizer")
     tools.add_argument("tools", nargs="*", metavar="TOOL", help=", ".join(TOOLS))
     chosen = parser.parse_args(arguments)
@@ -290,12 +296,10 @@ def main(arguments: Sequence[str]) -> int:
     architecture = None if chosen.rehearse else check_machine()
     with tempfile.TemporaryDirectory() as folder:
         steps = phases(architecture, Path(folder))
-        if chosen.built:
-            steps = [phase for phase in steps if phase.name != "build"]
         names = [phase.name for phase in steps]
-        if chosen.until is not None and chosen.until not in names:
-            fail(f"no such phase: {chosen.until}; there are {', '.join(names)}")
-        steps = steps[: len(steps) if chosen.until is None else names.index(chosen.until) + 1]
+        if unknown := set(chosen.phases or ()) - set(names):
+            fail(f"no such phase: {', '.join(sorted(unknown))}; there are {', '.join(names)}")
+        steps = [phase for phase in steps if phase.name in (chosen.phases or names)]
         return run(steps, Path(folder), chosen.out.absolute(), 60.0 * chosen.minutes)
 
 
