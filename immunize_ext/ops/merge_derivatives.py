@@ -109,6 +109,8 @@ class _MergeApply(_SingleLevelFunction):
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
+        # R and the status have no gradient: zeros for them would be a launch a layer on a device.
+        ctx.set_materialize_grads(False)
         ctx.layout, *tensors = inputs
         *residual, status = output[ctx.layout.layers :]
         ctx.save_for_backward(*tensors, *residual)
@@ -116,22 +118,25 @@ class _MergeApply(_SingleLevelFunction):
         ctx.mark_non_differentiable(*residual, status)
 
     @staticmethod
-    def backward(ctx: Any, *grads: Tensor) -> tuple[Any, ...]:
+    def backward(ctx: Any, *grads: Tensor | None) -> tuple[Any, ...]:
         layout: MergeLayout = ctx.layout
+        if all(grad is None for grad in grads):
+            return (None,) * len(ctx.needs_input_grad)
         c, b, *rest = ctx.saved_tensors
         base, targets, residual = _split(layout, rest)
         _, need_c, need_b, *need_weights = ctx.needs_input_grad
         need_base, need_targets = need_weights[: layout.layers], need_weights[layout.layers :]
         needs = (any(need_base), any(need_targets), need_c, need_b)
         of_base, of_targets, of_c, of_b = torch.ops.immunize_ext.merge_apply_backward(
-            list(grads[: layout.layers]),
+            # A layer that the loss does not depend on has no gradient.
+            [torch.zeros_like(w) if g is None else g for g, w in zip(grads, base, strict=False)],
             base,
             targets,
             layout.rows,
             layout.targets_are_values,
             c,
             b,
-            [r.detach() for r in residual],
+            residual,
             *needs,
         )
         return (
@@ -191,13 +196,14 @@ class _MergeApplyBackward(_SingleLevelFunction):
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
         # R is computed again where it is needed: it depends on the other inputs.
+        ctx.set_materialize_grads(False)
         ctx.layout, ctx.needs, *tensors = inputs
         kept = tensors[: len(tensors) - ctx.layout.layers]
         ctx.save_for_backward(*kept)
         ctx.save_for_forward(*kept)
 
     @staticmethod
-    def backward(ctx: Any, *cotangents: Tensor) -> tuple[Any, ...]:
+    def backward(ctx: Any, *cotangents: Tensor | None) -> tuple[Any, ...]:
         # Autocast would round the products to half precision.
         with torch.autocast(ctx.saved_tensors[0].device.type, enabled=False):
             return _double_backward(ctx.layout, ctx.needs, ctx.saved_tensors, cotangents)
@@ -293,7 +299,7 @@ def _double_backward(
     layout: MergeLayout,
     needs: tuple[bool, ...],
     saved: Sequence[Tensor],
-    cotangents: Sequence[Tensor],
+    cotangents: Sequence[Tensor | None],
 ) -> tuple[Any, ...]:
     """The formulas of :class:`_MergeApplyBackward`."""
     c, b, *rest = saved
@@ -363,13 +369,13 @@ def _backward_tangents(
 
 
 def _unpack(
-    outputs: Sequence[Tensor], needs: tuple[bool, ...], layout: MergeLayout
+    outputs: Sequence[Tensor | None], needs: tuple[bool, ...], layout: MergeLayout
 ) -> tuple[Tensor | None, ...]:
     """Gradients of c, b, base and targets from those that were asked for, in that order."""
-    found = list(outputs)
+    found = iter(outputs)
     need_base, need_targets, need_c, need_b = needs
-    base = [found.pop(0) if need_base else None for _ in range(layout.layers)]
-    targets = [found.pop(0) if need_targets else None for _ in range(layout.targets)]
-    grad_c = found.pop(0) if need_c else None
-    grad_b = found.pop(0) if need_b else None
-    return (grad_c, grad_b, *base, *targets)
+    weights = [next(found) if need_base else None for _ in range(layout.layers)]
+    weights += [next(found) if need_targets else None for _ in range(layout.targets)]
+    grad_c = next(found) if need_c else None
+    grad_b = next(found) if need_b else None
+    return (grad_c, grad_b, *weights)

@@ -202,15 +202,10 @@ def check_merge_problem(
             raise ValueError(f"merge_kv: {name} must not be empty")
     factor.require_current("merge_kv")
     dim, dtype = factor.dim, base[0].dtype
-    named = [(f"base[{layer}]", w) for layer, w in enumerate(base)]
-    named += [(f"embeddings[{n}]", e) for n, e in enumerate(embeddings)]
-    for name, tensor in named:
-        require_floating("merge_kv", name, tensor)
-        if tensor.dim() != 2 or tensor.shape[1] != dim:
-            raise ValueError(
-                f"merge_kv: {name} must have shape (rows, {dim}), the width of the factor, got "
-                f"{tuple(tensor.shape)}"
-            )
+    # Names are for errors: to write one for every tensor takes longer than to look at it.
+    for name, tensors in (("base", base), ("embeddings", embeddings)):
+        for i, tensor in enumerate(tensors):
+            _check_matrix(name, i, tensor, dim)
     if concepts is not None:
         if len(concepts) != len(embeddings):
             raise ValueError(
@@ -224,8 +219,13 @@ def check_merge_problem(
                     f"{len(layers)}"
                 )
             for layer, weight in enumerate(layers):
-                _check_like(f"concepts[{n}][{layer}]", weight, f"base[{layer}]", base[layer])
-                named.append((f"concepts[{n}][{layer}]", weight))
+                other = base[layer]
+                if weight.shape != other.shape or weight.dtype != other.dtype:
+                    raise ValueError(
+                        f"merge_kv: concepts[{n}][{layer}] must have the shape and dtype of "
+                        f"base[{layer}], {tuple(other.shape)} {other.dtype}, got "
+                        f"{tuple(weight.shape)} {weight.dtype}"
+                    )
     for layer, weight in enumerate(base):
         if weight.dtype != dtype:
             raise ValueError(
@@ -241,20 +241,24 @@ def check_merge_problem(
             )
         for layer, value in enumerate(values):
             expected = (base[layer].shape[0], s)
-            require_floating("merge_kv", f"values[{layer}]", value)
+            require_floating("merge_kv", "values", value, layer)
             if tuple(value.shape) != expected:
                 raise ValueError(
                     f"merge_kv: values[{layer}] must have shape {expected}, (outputs, tokens), got "
                     f"{tuple(value.shape)}"
                 )
-            named.append((f"values[{layer}]", value))
-    require_same_device("merge_kv", [*named, ("factor", factor.chol)])
     if concepts is not None:
         targets = tuple(weight for layers in concepts for weight in layers)
     else:
         assert values is not None
+        targets = tuple(values)
+    device = base[0].device
+    for tensor in (*base, *embeddings, *targets, factor.chol):
+        if tensor.device != device:
+            _refuse_devices(base, embeddings, concepts, values, factor)
+    if values is not None:
         accumulate = torch.float64 if dtype == torch.float64 else torch.float32
-        targets = tuple(value.to(accumulate) for value in values)
+        targets = tuple(value.to(accumulate) for value in targets)
     return MergeProblem(
         base=tuple(base),
         targets=targets,
@@ -266,30 +270,53 @@ def check_merge_problem(
     )
 
 
-def require_floating(function: str, name: str, value: Tensor) -> None:
-    """Refuse anything but a real floating-point tensor. Without rows it asks nothing."""
+def require_floating(function: str, name: str, value: Tensor, index: int | None = None) -> None:
+    """Refuse anything but a real floating-point tensor, ``name`` or ``name[index]``."""
+    if isinstance(value, Tensor) and value.dtype.is_floating_point:
+        return
+    name = name if index is None else f"{name}[{index}]"
     if not isinstance(value, Tensor):
         raise TypeError(
             f"{function}: {name} must be a torch.Tensor, got {type(value).__name__}; convert it "
             "with torch.as_tensor"
         )
-    if not value.dtype.is_floating_point:
+    raise ValueError(
+        f"{function}: {name} must have a real floating-point dtype, got {value.dtype}; convert "
+        "it with .to(torch.float64)"
+    )
+
+
+def _check_matrix(name: str, index: int, tensor: Tensor, dim: int) -> None:
+    require_floating("merge_kv", name, tensor, index)
+    if tensor.dim() != 2 or tensor.shape[1] != dim:
         raise ValueError(
-            f"{function}: {name} must have a real floating-point dtype, got {value.dtype}; convert "
-            "it with .to(torch.float64)"
+            f"merge_kv: {name}[{index}] must have shape (rows, {dim}), the width of the factor, "
+            f"got {tuple(tensor.shape)}"
         )
 
 
-def _check_like(name: str, weight: Tensor, other_name: str, other: Tensor) -> None:
-    if weight.shape != other.shape or weight.dtype != other.dtype:
-        raise ValueError(
-            f"merge_kv: {name} must have the shape and dtype of {other_name}, "
-            f"{tuple(other.shape)} {other.dtype}, got {tuple(weight.shape)} {weight.dtype}"
-        )
+def _refuse_devices(
+    base: Sequence[Tensor],
+    embeddings: Sequence[Tensor],
+    concepts: Sequence[Sequence[Tensor]] | None,
+    values: Sequence[Tensor] | None,
+    factor: RegularizationFactor,
+) -> None:
+    """The error about arguments on several devices."""
+    lists = [("base", base), ("embeddings", embeddings)]
+    lists += [(f"concepts[{n}]", layers) for n, layers in enumerate(concepts or ())]
+    lists += [("values", values or ())]
+    named = [(f"{name}[{i}]", tensor) for name, found in lists for i, tensor in enumerate(found)]
+    require_same_device("merge_kv", [*named, ("factor", factor.chol)])
 
 
 def inverse_hardness_of(function: str, hardness: float | Tensor, s: int, c: Tensor) -> Tensor:
     """1 / mu (s,), float64, of a number or of one a row."""
+    expected = "positive (infinite for a hard constraint)"
+    if isinstance(hardness, (int, float)):  # judged here: no trip to the device and back
+        if not hardness > 0:  # NaN too
+            raise ValueError(f"{function}: hardness must be {expected}, got {float(hardness)}")
+        return c.new_full((s,), 1.0 / hardness)
     mu = torch.as_tensor(hardness, dtype=torch.float64, device=c.device)
     if mu.dim() > 1 or (mu.dim() == 1 and mu.shape[0] != s):
         raise ValueError(
@@ -297,7 +324,7 @@ def inverse_hardness_of(function: str, hardness: float | Tensor, s: int, c: Tens
             f"embeddings, got {tuple(mu.shape)}"
         )
     if not torch.compiler.is_compiling():
-        require_positive(function, "hardness", mu, "positive (infinite for a hard constraint)")
+        require_positive(function, "hardness", mu, expected)
     return mu.reciprocal().expand(s)
 
 
