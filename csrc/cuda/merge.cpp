@@ -272,8 +272,7 @@ std::tuple<std::vector<Tensor>, std::vector<Tensor>, Tensor, Tensor> merge_apply
   if (need_targets && targets_are_values)
     grad_targets = dr;
   if (need_targets && !targets_are_values)
-    for (const Tensor& t : p.targets)
-      grad_targets.push_back(at::empty_like(t));
+    grad_targets = allocate(p.targets, p.d, p.dtype);
   if (p.d == 0)
     for (const Tensor& t : dr)
       t.zero_();

@@ -200,9 +200,16 @@ struct Place {
   const int row = static_cast<int>(threadIdx.x) * kWidth / kChunk;
 };
 
+// Elements in a line of L2, 128 bytes.
+template <typename T>
+constexpr int kLine = static_cast<int>(128 / sizeof(T));
+
 // Elements [16 rows, 128 columns from `column`] of a row-major matrix, zero outside of it. With
 // packs, rows are aligned and d is a multiple of a pack.
-template <typename T, bool kPacks>
+//
+// Registers hold one chunk ahead, which is on its way for half a product: less than DRAM takes. So
+// with kAsk the chunk after it is asked for, too, by a thread a line; its load then waits for L2.
+template <typename T, bool kPacks, bool kAsk = false>
 __device__ __forceinline__ void load_chunk(
     GlobalPtr<const T> from,
     int rows,
@@ -214,6 +221,7 @@ __device__ __forceinline__ void load_chunk(
   const int k = column + place.column;
   // Rows that do not exist count as far away, so that one comparison serves rows and columns.
   const int left = k < d ? rows - place.row : 0;
+  const bool asks = place.column % kLine<T> == 0 && k + kChunk < d;
   SharedPtr<const T> at = from + (place.row * d + k);
   IMMUNIZE_EXT_UNROLL
   for (int i = 0; i < kPerThread / P::kWidth; ++i) {
@@ -223,6 +231,9 @@ __device__ __forceinline__ void load_chunk(
       for (int v = 0; v < P::kWidth; ++v) {
         values[i * P::kWidth + v] = Storage<T>::widen(pack.values[v]);
       }
+      if (kAsk && asks) {
+        simt::prefetch(at + kChunk);
+      }
     } else {
       IMMUNIZE_EXT_UNROLL
       for (int v = 0; v < P::kWidth; ++v) {
@@ -230,6 +241,22 @@ __device__ __forceinline__ void load_chunk(
       }
     }
     at += P::kStep * d;
+  }
+}
+
+// Asks for rows of a block to be brought into L2: the columns that combine does at a time, from
+// `column` on. A product later they are read from there.
+template <typename T>
+__device__ __forceinline__ void prefetch_rows(
+    GlobalPtr<const T> from, int rows, std::int64_t d, int column) {
+  constexpr int kLines = kPairColumns / kLine<T>;
+  IMMUNIZE_EXT_UNROLL
+  for (int i = 0; i < kTileRows * kLines; i += kThreads) {
+    const int line = i + static_cast<int>(threadIdx.x);
+    const int k = column + line % kLines * kLine<T>;
+    if (line / kLines < rows && k < d) {
+      simt::prefetch(from + (line / kLines * d + k));
+    }
   }
 }
 
@@ -348,10 +375,10 @@ std::size_t workspace_bytes(const Plan& plan) {
 
 // Blocks of a row kernel that a multiprocessor shall hold at the same time, as far as registers go:
 // three take 80 of them, which is enough for float32 weights read in packs, with the code that nvcc
-// makes from sm_90 on.
+// makes for sm_90 and sm_100.
 template <typename T, bool kLean>
 struct Blocks {
-#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ < 900
+#if defined(__CUDA_ARCH__) && (__CUDA_ARCH__ < 900 || __CUDA_ARCH__ >= 1200)
   static constexpr bool kThree = false;
 #else
   static constexpr bool kThree = kLean && std::is_same_v<T, float>;
@@ -451,13 +478,13 @@ __device__ __forceinline__ void project(
       move_shared<T, kPacks, false>(w.kept + column, w.kept_stride, kept);
     } else {
       const Rows<T> of = rows();
-      load_chunk<T, kPacks>(of.kept, of.count, d, column, kept);
+      load_chunk<T, kPacks, true>(of.kept, of.count, d, column, kept);
     }
   };
   const auto load_tile = [&](int i, bool with_rows, int column) {
     const Tokens<T> of = tile(i);
     if (kAdapted && with_rows) {
-      load_chunk<T, kPacks>(of.adapted, rows().count, d, column, moved);
+      load_chunk<T, kPacks, true>(of.adapted, rows().count, d, column, moved);
     }
     load_chunk<A, kPacks>(of.y, of.count, d, column, token_rows);
   };
@@ -561,9 +588,17 @@ __device__ __forceinline__ bool combine(
   if (from_kept) {
     previous = rows.kept;
   }
-  bool finite = true;
-  for (std::int64_t k = 2 * threadIdx.x; k < rows.d; k += kPairColumns) {
-    const bool has_second = k + 1 < rows.d;
+  constexpr int kRowsAtOnce = 4;
+  A spoiled = 0;  // x - x of all results: 0, or NaN if one is infinite or NaN
+  for (int start = 0; start < rows.d; start += kPairColumns) {
+    if (from_kept && !in_shared) {
+      prefetch_rows<T>(rows.kept, rows.count, rows.d, start);
+    }
+    const int k = start + 2 * static_cast<int>(threadIdx.x);
+    if (k >= rows.d) {
+      break;
+    }
+    const bool has_second = kPacks || k + 1 < rows.d;
     A sums[kTileRows][2] = {};
     SharedPtr<const A> z_row = z + k;
     SharedPtr<const A> factors = coefficients;
@@ -594,28 +629,45 @@ __device__ __forceinline__ bool combine(
     if (previous) {
       from_row += k;
     }
+    // Some rows at a time: all of their loads are under way before one is waited for. A store may
+    // be to where the next load is from, for all the compiler knows.
     IMMUNIZE_EXT_UNROLL
-    for (int i = 0; i < kTileRows; ++i) {
-      if (i < rows.count) {
-        A pair[2] = {};
-        if (in_shared) {
-          const SharedPtr<const Kept<T, kPacks>> kept_row = w.kept + (i * w.kept_stride + k);
-          load_pair<Kept<T, kPacks>, true>(kept_row, true, pair);
-        } else if (previous) {
-          load_pair<T, kPacks>(from_row, has_second, pair);
+    for (int begin = 0; begin < kTileRows; begin += kRowsAtOnce) {
+      A old[kRowsAtOnce][2] = {};
+      const int count = rows.count - begin;
+      if (in_shared) {
+        IMMUNIZE_EXT_UNROLL
+        for (int i = 0; i < kRowsAtOnce; ++i) {
+          const SharedPtr<const Kept<T, kPacks>> row = w.kept + ((begin + i) * w.kept_stride + k);
+          if (i < count) {
+            load_pair<Kept<T, kPacks>, true>(row, true, old[i]);
+          }
+        }
+      } else if (previous) {
+        IMMUNIZE_EXT_UNROLL
+        for (int i = 0; i < kRowsAtOnce; ++i) {
+          if (i < count) {
+            load_pair<T, kPacks>(from_row, has_second, old[i]);
+          }
           from_row += rows.d;
         }
-        const A first = pair[0] + sign * sums[i][0], second = pair[1] + sign * sums[i][1];
-        store_pair<T, kPacks>(out_row, has_second, first, second);
-        // As they are stored: a half type overflows where float32 does not.
-        const A stored = Storage<T>::widen(Storage<T>::narrow(first));
-        const A other = has_second ? Storage<T>::widen(Storage<T>::narrow(second)) : A(0);
-        finite = finite && stored - stored == A(0) && other - other == A(0);
-        out_row += rows.d;
+      }
+      IMMUNIZE_EXT_UNROLL
+      for (int i = 0; i < kRowsAtOnce; ++i) {
+        if (i < count) {
+          const A first = old[i][0] + sign * sums[begin + i][0];
+          const A second = old[i][1] + sign * sums[begin + i][1];
+          store_pair<T, kPacks>(out_row, has_second, first, second);
+          out_row += rows.d;
+          // As they are stored: a half type overflows where float32 does not.
+          const A stored = Storage<T>::widen(Storage<T>::narrow(first));
+          const A other = has_second ? Storage<T>::widen(Storage<T>::narrow(second)) : A(0);
+          spoiled += (stored - stored) + (other - other);
+        }
       }
     }
   }
-  return finite;
+  return spoiled == A(0);
 }
 
 // The rows of a block. They lie in shared memory and are read wherever they are used: in registers

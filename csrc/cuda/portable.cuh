@@ -61,6 +61,15 @@ __device__ __forceinline__ void store_pack(T* p, const Pack<T, count>& pack) {
   *reinterpret_cast<Pack<T, count>*>(p) = pack;
 }
 
+// Asks for the line of 128 bytes around `p`, which must be readable, to be brought into L2. Nothing
+// waits for it, and no register is held until it is there.
+template <typename T>
+__device__ __forceinline__ void prefetch(const T* p) {
+#if defined(__CUDACC__)
+  asm volatile("prefetch.global.L2 [%0];" ::"l"(p));
+#endif
+}
+
 using Stream = cudaStream_t;
 
 // Throws LaunchError for a failed call, and leaves no error state behind.

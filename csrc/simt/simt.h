@@ -38,6 +38,12 @@ template <typename T, int count>
   *p.template cast<Pack<T, count>>() = pack;
 }
 
+// Nothing but a check: what is asked for must be readable.
+template <typename T>
+[[gnu::always_inline]] inline void prefetch(Ptr<T> p) {
+  static_cast<void>(load_pack<1>(p));
+}
+
 }  // namespace simt
 
 // SIMT_SHARED_ARRAY(float, partial, 32): a shared array of 32 floats named partial.

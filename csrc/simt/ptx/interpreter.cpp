@@ -408,6 +408,9 @@ void branch(Frame& f, const Instruction& i) {
 void leave(Frame& f, const Instruction&) {
   f.done = true;
 }
+// A hint, without effect on the numbers.
+void prefetch(Frame&, const Instruction&) {}
+
 void fence(Frame&, const Instruction&) {
   __threadfence();
 }
@@ -683,6 +686,7 @@ Table make_table() {
   t["bra"] = &branch;
   t["ret"] = &leave;
   t["exit"] = &leave;
+  t["prefetch.global.L2"] = &prefetch;
   t["membar.gl"] = &fence;
   t["fence.acq_rel.gpu"] = &fence;
   t["bar.sync"] = &barrier;
