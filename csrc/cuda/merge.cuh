@@ -38,8 +38,8 @@
 // shared memory (one wavefront), and 12400 of DRAM for a 132nd of 3.35 TB/s at 1.6 GHz. Three
 // blocks overlap them. 4 rows x t tokens a lane would read 0.29 d s instead of 0.42, with 16 more
 // registers for the sums, those of the third block. What is left is latency, so nothing waits for
-// DRAM that can be known before: chunks are asked for two ahead, the rows that combine reads again a
-// product ahead (simt::prefetch, into L2, which holds no register), and it loads rows before it
+// DRAM that can be known before: chunks are asked for two ahead, the rows that combine reads again
+// a product ahead (simt::prefetch, into L2, which holds no register), and it loads rows before it
 // stores any.
 //
 // The sums over all rows, dB and dC, read G (or W_n and W0) once more, in a kernel of their own
