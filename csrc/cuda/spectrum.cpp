@@ -415,20 +415,19 @@ void go_on_by_kernels(
 }
 
 // Whether the library's decomposition, one matrix after another, takes less time than the blocked
-// route, which works on as many as the card has room for. On an H100, forward and backward:
+// route, which works on as many as the card has room for. Milliseconds on an H100:
 //   side                                     256       784     1000
-//   the library, ms a matrix                 4         12      15      about side / 64
-//   blocked route, ms for one                35        185     221     about 5 r (1 + r / 60)
+//   the library's decomposition of one       2.2       8.9     11.6    about side / 100; 2 beside it
+//   blocked route, one                       35        185     221     about 5 r (1 + r / 60)
 //   rounds of a sweep r, pairs in a round    7, 4      25, 13  31, 16
-// A pair of column blocks keeps a multiprocessor busy, so that 33 matrices of side 256 take the time
-// of one (17 took 38 ms); of side 784 even many are faster by the library (by this rule; one was
-// measured).
+// A pair of column blocks keeps a multiprocessor busy: 33 matrices of side 256 take the time of one
+// (17 took 38 ms). At larger sides the library is ahead whatever their number.
 bool is_for_library(const MatrixBatch& a, int64_t multiprocessors) {
   const LargePlan plan = spectrum::large_plan(a.n, a.p);
-  const double r = plan.rounds(), side = static_cast<double>(a.thin());
+  const double r = plan.rounds(), batch = static_cast<double>(a.batch);
   const int64_t turns = (a.batch * plan.pairs() + multiprocessors - 1) / multiprocessors;
-  const double blocked = 5.0 * r * (1.0 + r / 60.0) * static_cast<double>(turns);
-  return static_cast<double>(a.batch) * side / 64.0 <= blocked;
+  const double library = 2.0 + batch * static_cast<double>(a.thin()) / 100.0;
+  return library <= 5.0 * r * (1.0 + r / 60.0) * static_cast<double>(turns);
 }
 
 ExtremesBatch extremes_of(
