@@ -250,7 +250,12 @@ void decompose_some(
     some(results.long_min).copy_(look.v.select(2, 1));
   }
   for (int64_t b = 0; b < count; ++b) {
-    const thin_gram::Extremes found = thin_gram::extremes(s[b], pairs[b], look, b, policy, wanted);
+    thin_gram::Extremes found;
+    try {
+      found = thin_gram::extremes(s[b], pairs[b], look, b, policy, wanted);
+    } catch (const c10::LinAlgError&) {
+      found.proven = false;
+    }
     if (!found.proven) {
       go_on(b, u[b].flip(1));  // descending, as Jacobi's method brings them
       continue;
