@@ -47,10 +47,10 @@ preconditioned gradient beyond a side of 128 or in Woodbury form (cuBLAS: triang
 products with many right-hand sides; up to 128 `small_precondition` fuses them), the eigenvectors of
 symmetric, possibly indefinite matrices and the second derivatives (cuSOLVER), the solves with the
 factor of Q for more than 128 tokens (cuBLAS; for fewer `solve_triangular`), and features whose thin
-side is beyond the shared memory of a block, up to 14 at a time of side 256 and of side 784
-whatever their number (`csrc/thin_gram.h`: cuSOLVER's eigenvectors, proven on the features; what lies
-below the noise of the Gram matrix is found from the features by products and smaller
-eigendecompositions, `csrc/thin_gram_eigenpairs.h`; what is refused starts Jacobi's method). These
+side is beyond the shared memory of a block, up to 14 at a time of side 256 and of side 784 whatever
+their number (`csrc/thin_gram.h`: cuSOLVER's eigenvectors, proven on the features; what lies below
+the noise of the Gram matrix is found from the features by products and smaller decompositions,
+`csrc/thin_gram_eigenpairs.h`; what is refused starts Jacobi's method). These
 compositions are run on CPU tensors in the same step.
 
 ## Features with a small thin side
