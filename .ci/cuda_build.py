@@ -46,9 +46,11 @@ Where the package launches no kernel of its own on CUDA, a library has the bette
 preconditioned gradient beyond a side of 128 or in Woodbury form (cuBLAS: triangular solves and
 products with many right-hand sides; up to 128 `small_precondition` fuses them), the eigenvectors of
 symmetric, possibly indefinite matrices and the second derivatives (cuSOLVER), the solves with the
-factor of Q for more than 128 tokens (cuBLAS; for fewer `solve_triangular`), and up to 16 features
-at a time whose thin side is beyond the shared memory of a block (`csrc/thin_gram.h`: cuSOLVER's
-eigenvectors, proven on the features; what they cannot prove starts Jacobi's method). These
+factor of Q for more than 128 tokens (cuBLAS; for fewer `solve_triangular`), and features whose thin
+side is beyond the shared memory of a block, up to 14 at a time of side 256 and of side 784 whatever
+their number (`csrc/thin_gram.h`: cuSOLVER's eigenvectors, proven on the features; what lies below
+the noise of the Gram matrix is found from the features by products and smaller decompositions,
+`csrc/thin_gram_eigenpairs.h`; what is refused starts Jacobi's method). These
 compositions are run on CPU tensors in the same step.
 
 ## Features with a small thin side

@@ -8,9 +8,11 @@ and the built package in its path.
 """
 
 import sys
+from collections.abc import Callable
 
 import torch
 from torch import Tensor
+from torch.profiler import ProfilerActivity, profile
 
 import immunize_ext.ops  # noqa: F401  registers the operators
 
@@ -125,6 +127,103 @@ def short_of_rank() -> None:
     print("  features short of rank: as on the CPU")
 
 
+def starts_jacobi(call: Callable[[], object]) -> bool:
+    """Whether some matrix of a call goes on to Jacobi's method: its results are put in place."""
+    with profile(activities=[ProfilerActivity.CPU]) as recorded:
+        call()
+    return any(event.key == "aten::index_copy_" for event in recorded.key_averages())
+
+
+def compare(what: str, x: Tensor, full: bool, *, jacobi: bool) -> None:
+    """Values, rank, multiplicities, vectors and gradients are those of the CPU operator."""
+    tolerance = max(x.shape[1:]) * torch.finfo(x.dtype).eps
+    arguments = (tolerance, tolerance, full)
+    for name in ("extremal_singular_values", "gram_extremes"):
+        call = getattr(torch.ops.immunize_ext, name).default.redispatch
+        expected, found = (call(keys, x, *arguments) for keys in (CPU, CUDA))
+        if starts_jacobi(lambda call=call: call(CUDA, x, *arguments)) != jacobi:
+            sys.exit(f"cuda_compositions: {name}, {what}: Jacobi was {'not ' * jacobi}started")
+        gram = name == "gram_extremes"
+        values = 3 if gram else 2
+        for number in range(values, values + 3):
+            if not torch.equal(found[number], expected[number]):
+                sys.exit(f"cuda_compositions: {name}, {what}: output {number} differs")
+        sigma = [[o.sqrt() if gram else o for o in out[:2]] for out in (expected, found)]
+        eps = torch.finfo(torch.float64).eps
+        bound = 8 * sum(x.shape[1:]) ** 0.5 * eps * sigma[0][0]
+        for ours, right in zip(sigma[1], sigma[0], strict=True):
+            if not bool(((ours - right).abs() <= bound).all()):
+                sys.exit(f"cuda_compositions: {name}, {what}: {ours} is not {right}")
+        if not gram:
+            for end, left, right in ((0, 5, 6), (1, 7, 8)):
+                one, two = found[left].unsqueeze(2), found[right].unsqueeze(2)
+                size = found[end].view(-1, 1, 1)
+                for off in (
+                    x.double() @ two - size * one,
+                    x.double().mT @ one - size * two,
+                ):
+                    if not bool((off.norm(dim=(1, 2)) <= bound).all()):
+                        sys.exit(f"cuda_compositions: {name}, {what}: vectors of end {end}")
+        back = getattr(torch.ops.immunize_ext, name + "_backward").default.redispatch
+        ones = [torch.ones(len(x), dtype=torch.float64)] * values
+        saved = [0, 1, *range(4, 11)] if gram else list(range(3, 9))
+        right, ours = (
+            back(CPU, *ones, x, *(out[n] for n in saved), *arguments) for out in (expected, found)
+        )
+        # Vectors of the smallest hang on the gap beside it, a tenth of its own size here.
+        smallest = sigma[0][1][sigma[0][1] > 0]
+        gap = float((smallest / sigma[0][0][sigma[0][1] > 0]).min()) / 30 if len(smallest) else 1.0
+        if not float((ours - right).norm()) <= max(1e-11, 100 * eps / gap) * float(right.norm()):
+            sys.exit(f"cuda_compositions: {name}, {what}: gradients differ")
+
+
+def small_ends() -> None:
+    """What the Gram matrix cannot tell from zero is found without Jacobi's method."""
+    wide = {"dtype": torch.float64}
+
+    def graded(t: int, decades: float) -> Tensor:
+        return torch.logspace(0, -decades, t, **wide)
+
+    def joined(*parts: Tensor | float) -> Tensor:
+        return torch.cat(
+            [p if isinstance(p, Tensor) else torch.full((1,), p, **wide) for p in parts]
+        )
+
+    for t, k in ((150, 170), (140, 140)):
+        u, _ = torch.linalg.qr(normal(t, t, seed=5))
+        v, _ = torch.linalg.qr(normal(k, t, seed=6))
+        none, flat = torch.zeros(40, **wide), torch.linspace(1, 0.5, t - 40, **wide)
+        cases = {
+            "of low rank": joined(flat, none),
+            "of low rank, graded": joined(graded(t - 40, 5), none),
+            "of low rank, kappa 1e10": joined(graded(t - 40, 10), none),
+            "graded, kappa 1e8": graded(t, 8),
+            "graded, kappa 1e12": graded(t, 12),
+            "one small value": joined(flat, graded(39, 1) / 3, 1e-9),
+            "clusters": joined(flat, torch.full((4,), 1e-5, **wide), none[4:]),
+            "a cluster below the noise": joined(flat, graded(37, 1) / 3, *[1e-9] * 3),
+            "groups": joined(flat, 1e-6 * flat[:15], 1e-10 * flat[:15], none[30:]),
+            "of rank one": joined(1.0, none[:1].expand(t - 1)),
+            "zero": none[:1].expand(t),
+        }
+        a = {name: ((u * sigma) @ v.mT).unsqueeze(0) for name, sigma in cases.items()}
+        for name, x in a.items():
+            for full in (False, True):
+                compare(f"{name}, full {full}", x, full, jacobi=False)
+        tall = a["of low rank, graded"].mT.contiguous()
+        compare("tall", tall, False, jacobi=False)
+        compare("float32", tall.float(), False, jacobi=False)
+        compare("scaled up", tall * 2.0**230, False, jacobi=False)
+        compare("scaled down", tall * 2.0**-230, False, jacobi=False)
+        # At the threshold of the rank nothing is proven; the others of a batch are not held up.
+        doubtful = joined(flat, graded(39, 3), k * 2.2e-16).sort(descending=True).values
+        compare("doubtful", ((u * doubtful) @ v.mT).unsqueeze(0), False, jacobi=True)
+        several = [(u * doubtful) @ v.mT, *(x[0] for name, x in a.items() if "cluster" not in name)]
+        compare("a batch", torch.stack(several), False, jacobi=True)
+        compare("a batch, proven", torch.stack(several[1:]), False, jacobi=False)
+        print(f"  small ends, {t} x {k}: as on the CPU, without Jacobi")
+
+
 def unproven_features() -> None:
     """What the Gram matrix cannot decide goes on from its eigenvectors, and comes back in place."""
     t, k = 150, 170
@@ -203,5 +302,6 @@ if __name__ == "__main__":
     for shape in ((150, 170), (200, 200), (300, 900)):
         large_features(*shape)
     short_of_rank()
+    small_ends()
     unproven_features()
     regularizers()

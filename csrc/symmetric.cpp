@@ -66,24 +66,15 @@ void refuse_capture(const char* op) {
 
 // h / scale, exactly symmetric, in float64.
 struct Scaled {
-  Tensor h;          // [batch, p, p]
-  Tensor scale;      // [batch, 1, 1], a power of two
-  Tensor asymmetry;  // [batch], of h / scale; not a number where h is not finite
+  Tensor h;      // [batch, p, p]
+  Tensor scale;  // [batch, 1, 1], a power of two
 };
 
 Scaled scaled(const Tensor& h) {
-  const Tensor wide = h.to(at::kDouble), largest = wide.abs().amax({1, 2}, /*keepdim=*/true);
-  Scaled s;
-  s.scale = power_of_two_scale(largest);
-  const Tensor first = wide / s.scale, mirrored = first.mT();
-  s.h = first * 0.5 + mirrored * 0.5;
-  s.asymmetry = (first - mirrored)
-                    .abs()
-                    .amax({1, 2})
-                    .masked_fill_(
-                        largest.view({-1}).isfinite().logical_not(),
-                        std::numeric_limits<double>::quiet_NaN());
-  return s;
+  const Tensor wide = h.to(at::kDouble);
+  const Tensor scale = power_of_two_scale(wide.abs().amax({1, 2}, /*keepdim=*/true));
+  const Tensor first = wide / scale;
+  return {first * 0.5 + first.mT() * 0.5, scale};
 }
 
 // Eigenvalues ascending, vectors as columns, and which of them belong to each extreme.
@@ -138,19 +129,29 @@ SymmetricBatch composed_extremes(
     const Tensor vectors = at::empty({0, h.size(-1)}, numbers);
     return {values, values.clone(), counts, counts.clone(), vectors, vectors.clone()};
   }
-  const Scaled s = scaled(h);
-  const Tensor asymmetry = s.asymmetry.cpu(), largest = s.h.abs().amax({1, 2}).cpu();
+  // One wait, and far from the ends of the range nothing to scale: a launch costs more than a pass.
+  const Tensor wide = h.to(at::kDouble);
+  const auto largest = [](const Tensor& x) {
+    return at::linalg_vector_norm(x, std::numeric_limits<double>::infinity(), {1, 2});
+  };
+  const Tensor numbers = at::stack({largest(wide), largest(wide - wide.mT())}).cpu();
+  bool plain = true;
   for (int64_t b = 0; b < h.size(0); ++b) {
-    const double found = asymmetry.const_data_ptr<double>()[b];
-    if (std::isnan(found))
+    const double entry = numbers.const_data_ptr<double>()[b];
+    const double difference = numbers.const_data_ptr<double>()[h.size(0) + b];
+    if (!std::isfinite(entry))
       refuse_infinite(op, b);
-    if (!(found <= allowed * largest.const_data_ptr<double>()[b]))
-      refuse_asymmetric(op, found * s.scale[b].item<double>(), b);
+    if (!(difference <= allowed * entry))
+      refuse_asymmetric(op, difference, b);
+    plain = plain && std::abs(std::ilogb(power_of_two_scale(entry))) <= 100;
   }
+  const Scaled s = plain ? Scaled{(wide + wide.mT()).mul_(0.5), Tensor()} : scaled(h);
   SymmetricBatch x = decomposed_extremes(s.h, cluster_rtol);
-  const Tensor scale = s.scale.view({-1});
-  x.lambda_max = x.lambda_max * scale;
-  x.lambda_min = x.lambda_min * scale;
+  const auto value = [&s](const Tensor& lambda) {
+    return s.scale.defined() ? lambda * s.scale.view({-1}) : lambda.clone();
+  };
+  x.lambda_max = value(x.lambda_max);
+  x.lambda_min = value(x.lambda_min);
   x.v_max = x.v_max.contiguous();
   x.v_min = x.v_min.contiguous();
   return x;
@@ -158,13 +159,16 @@ SymmetricBatch composed_extremes(
 
 Tensor composed_gradient(
     const char* op, const Tensor& h, const SymmetricGradient& in, double cluster_rtol) {
-  const auto outer = [](const Tensor& v, const Tensor& weight) {
-    return (v * weight.unsqueeze(1)).unsqueeze(2) * v.unsqueeze(1);
+  const auto weighted = [](const Tensor& v, const Tensor& weight) {
+    return (v * weight.unsqueeze(1)).unsqueeze(2);
   };
-  Tensor grad = outer(in.v_max, in.grad_max) + outer(in.v_min, in.grad_min);
+  Tensor grad = weighted(in.v_max, in.grad_max) * in.v_max.unsqueeze(1);
+  grad.addcmul_(weighted(in.v_min, in.grad_min), in.v_min.unsqueeze(1));
   if (grad.numel() == 0)
     return grad;
   refuse_capture(op);
+  if (!(at::maximum(in.multiplicity_max, in.multiplicity_min) > 1).any().item<bool>())
+    return grad;
   const Tensor repeated = (in.multiplicity_max > 1)
                               .logical_and(in.grad_max != 0)
                               .logical_or((in.multiplicity_min > 1).logical_and(in.grad_min != 0));

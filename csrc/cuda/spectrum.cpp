@@ -2,9 +2,9 @@
 //
 // Matrices whose thin side fits the shared memory of a block (t <= 116 with 163 KiB, 136 with 227
 // KiB) have one block each: up to a side of 128 for their two ends alone (spectrum_tridiagonal.cuh),
-// and for a decomposition where those are not proven. A few larger ones go through the library's
-// eigendecomposition of the thin Gram matrix (thin_gram.h), with what it cannot prove, and many of
-// them, by the blocked route. Everything runs on the current stream of the tensor's device and
+// and for a decomposition where those are not proven. Larger ones go through the library's
+// eigendecomposition of the thin Gram matrix (thin_gram.h) or, where it proves nothing or there are
+// many of a moderate side, by the blocked route (is_for_library). Everything runs on the current stream of the tensor's device and
 // allocates through torch's allocator.
 //
 // What waits for the GPU. The forward operators read one integer back, to raise for NaN and
@@ -20,6 +20,7 @@
 #include <algorithm>
 #include <climits>
 #include <cmath>
+#include <limits>
 #include <vector>
 
 #include "../capture.h"
@@ -48,11 +49,6 @@ using spectrum::SmallPlan;
 at::TensorOptions float64(const MatrixBatch& a) {
   return a.matrices.options().dtype(at::kDouble);
 }
-
-// Up to this many matrices the library's decomposition, one after another, is faster than the blocked
-// route, which takes as many at a time as the card has room for. On an H100 one of side 256, 784 and
-// 1000 took 2.2, 8.9 and 11.6 ms there, and 31, 179 and 215 ms here.
-constexpr int64_t kLibraryBatch = 16;
 
 void check_limits(const char* op, const char* name, const MatrixBatch& a) {
   TORCH_CHECK_VALUE(
@@ -167,6 +163,127 @@ struct Unproven {
   std::vector<double> scale;
 };
 
+// Numbers of a whole batch, gathered on the host: a copy each at the end.
+struct Numbers {
+  Tensor values, counts;  // [2, batch], [3, batch]
+
+  explicit Numbers(int64_t batch)
+      : values(at::zeros({2, batch}, at::kDouble)), counts(at::zeros({3, batch}, at::kLong)) {}
+  void give(const ExtremesBatch& results) const {
+    results.value_max.copy_(values[0]);
+    results.value_min.copy_(values[1]);
+    results.rank.copy_(counts[0]);
+    results.multiplicity_max.copy_(counts[1]);
+    results.multiplicity_min.copy_(counts[2]);
+  }
+};
+
+// The powers of two to divide the matrices by: all 1 where none comes near the ends of the range.
+std::vector<double> scales(const double* largest, int64_t count) {
+  std::vector<double> out(count);
+  bool plain = true;
+  for (int64_t b = 0; b < count; ++b) {
+    out[b] = power_of_two_scale(largest[b]);
+    plain = plain && std::abs(std::ilogb(out[b])) <= 100;
+  }
+  if (plain)
+    std::fill(out.begin(), out.end(), 1.0);
+  return out;
+}
+
+// Some matrices of a batch from number `first` on: s [count, t, k] in float64, divided by `scale`.
+void decompose_some(
+    const Tensor& s,
+    const std::vector<double>& scale,
+    int64_t first,
+    const Policy& policy,
+    const Wanted& wanted,
+    const ExtremesBatch& results,
+    const Numbers& numbers,
+    Unproven& unproven) {
+  const int64_t count = s.size(0), t = s.size(1);
+  const bool of_gram = results.thin_gram.defined();
+  auto value = numbers.values.accessor<double, 2>();
+  auto number = numbers.counts.accessor<int64_t, 2>();
+  const bool plain = std::all_of(scale.begin(), scale.end(), [](double x) { return x == 1.0; });
+  Tensor gram;
+  if (of_gram && plain) {
+    gram = results.thin_gram.narrow(0, first, count);
+    at::bmm_out(gram, s, s.mT());
+  } else {
+    gram = at::bmm(s, s.mT());
+  }
+  if (of_gram && !plain) {
+    const Tensor factors = at::tensor(scale, at::kDouble).to(s.device()).view({count, 1, 1});
+    // One after another: the square of a factor may overflow.
+    results.thin_gram.narrow(0, first, count).copy_(gram * factors * factors);
+  }
+  const auto go_on = [&](int64_t b, const Tensor& basis) {
+    unproven.index.push_back(first + b);
+    unproven.rotated.push_back(basis.mT().matmul(s[b]));
+    unproven.basis.push_back(basis);
+    unproven.scale.push_back(scale[b]);
+  };
+  Tensor lambda, u;
+  try {
+    std::tie(lambda, u) = at::linalg_eigh(gram);
+  } catch (const c10::LinAlgError&) {  // the library did not converge
+    for (int64_t b = 0; b < count; ++b)
+      go_on(b, at::eye(t, s.options()));
+    return;
+  }
+  const Tensor on_host = lambda.cpu();
+  std::vector<thin_gram::Eigenpairs> pairs;
+  std::vector<int64_t> ends;
+  for (int64_t b = 0; b < count; ++b) {
+    pairs.emplace_back(lambda[b], u[b], on_host.const_data_ptr<double>() + b * t);
+    ends.push_back(t - 1);
+    if (wanted.min)
+      ends.push_back(std::clamp<int64_t>(thin_gram::missing_by_gram(pairs[b], policy), 0, t - 1));
+  }
+  const thin_gram::Look look(s, lambda, u, pairs, ends);
+  const auto some = [&](const Tensor& all) { return all.narrow(0, first, count); };
+  some(results.thin_max).copy_(look.u.select(2, 0));
+  some(results.long_max).copy_(look.v.select(2, 0));
+  if (wanted.min) {
+    some(results.thin_min).copy_(look.u.select(2, 1));
+    some(results.long_min).copy_(look.v.select(2, 1));
+  }
+  for (int64_t b = 0; b < count; ++b) {
+    thin_gram::Extremes found;
+    try {
+      found = thin_gram::extremes(s[b], pairs[b], look, b, policy, wanted);
+    } catch (const c10::LinAlgError&) {
+      found.proven = false;
+    }
+    if (!found.proven) {
+      go_on(b, u[b].flip(1));  // descending, as Jacobi's method brings them
+      continue;
+    }
+    const auto valued = [&](double sigma) {
+      return of_gram ? (sigma * scale[b]) * (sigma * scale[b]) : sigma * scale[b];
+    };
+    const int64_t to = first + b;
+    value[0][to] = valued(found.max.sigma);
+    value[1][to] = found.has_min ? valued(found.min.sigma) : 0.0;
+    number[0][to] = found.rank;
+    number[1][to] = found.multiplicity_max;
+    number[2][to] = found.multiplicity_min;
+    const auto put = [to](const Tensor& all, const Tensor& vector) {
+      if (vector.defined())
+        all[to].copy_(vector);
+    };
+    put(results.thin_max, found.max.u);
+    put(results.long_max, found.max.v);
+    put(results.thin_min, found.min.u);
+    put(results.long_min, found.min.v);
+    if (!found.has_min) {
+      results.thin_min[to].zero_();
+      results.long_min[to].zero_();
+    }
+  }
+}
+
 Unproven decompose_by_library(
     const char* op,
     const char* name,
@@ -174,8 +291,11 @@ Unproven decompose_by_library(
     const Policy& policy,
     const Wanted& wanted,
     const ExtremesBatch& results) {
-  const Tensor wide = a.matrices.to(at::kDouble);
-  const Tensor largest = wide.abs().amax({1, 2}).cpu();
+  constexpr int64_t kDoubles = int64_t{1} << 26;  // of matrices at a time
+  const Tensor largest =
+      at::linalg_vector_norm(a.matrices, std::numeric_limits<double>::infinity(), {1, 2}, false)
+          .to(at::kDouble)
+          .cpu();
   const double* entry = largest.const_data_ptr<double>();
   for (int64_t b = 0; b < a.batch; ++b)
     TORCH_CHECK_VALUE(
@@ -183,62 +303,31 @@ Unproven decompose_by_library(
         " must be finite, got NaN or infinity at batch index ", b,
         "; look for an overflow upstream, float16 features for instance");
   Unproven out;
-  const auto on_host = at::TensorOptions().dtype(at::kDouble);
-  const Tensor values = at::zeros({2, a.batch}, on_host);
-  const Tensor counts = at::zeros({3, a.batch}, on_host.dtype(at::kLong));
-  auto value = values.accessor<double, 2>();
-  auto count = counts.accessor<int64_t, 2>();
-  for (int64_t b = 0; b < a.batch; ++b) {
-    const double scale = power_of_two_scale(entry[b]);
-    // In two steps: on a GPU ATen multiplies by the inverse, which may be infinite.
-    const int exponent = std::ilogb(scale);
-    const Tensor s = (a.wide() ? wide[b] : wide[b].mT()) * std::ldexp(1.0, -exponent / 2) *
-                     std::ldexp(1.0, exponent / 2 - exponent);
-    const Tensor gram = s.matmul(s.mT());
-    if (results.thin_gram.defined())
-      results.thin_gram[b].copy_(gram * scale * scale);  // the square of the scale may overflow
-    thin_gram::Extremes found;
-    // Descending, as Jacobi's method brings them.
-    Tensor basis;
-    try {
-      const thin_gram::Eigenpairs pairs(gram);
-      found = thin_gram::extremes(s, pairs, policy, wanted);
-      basis = found.proven ? basis : pairs.u.flip(1);
-    } catch (const c10::LinAlgError&) {  // the library did not converge
-      basis = at::eye(s.size(0), s.options());
+  const Numbers numbers(a.batch);
+  const int64_t step = std::clamp<int64_t>(kDoubles / (a.n * a.p), 1, a.batch);
+  for (int64_t first = 0; first < a.batch; first += step) {
+    const int64_t count = std::min(step, a.batch - first);
+    const std::vector<double> scale = scales(entry + first, count);
+    Tensor s = a.matrices.narrow(0, first, count).to(at::kDouble);
+    s = a.wide() ? s : s.mT();
+    if (std::any_of(scale.begin(), scale.end(), [](double x) { return x != 1.0; })) {
+      // In two steps: the inverse may be infinite.
+      std::vector<double> half(count), rest(count);
+      for (int64_t b = 0; b < count; ++b) {
+        const int exponent = std::ilogb(scale[b]);
+        half[b] = std::ldexp(1.0, -exponent / 2);
+        rest[b] = std::ldexp(1.0, exponent / 2 - exponent);
+      }
+      const auto factors = [&](const std::vector<double>& x) {
+        return at::tensor(x, at::kDouble).to(s.device()).view({count, 1, 1});
+      };
+      s = s * factors(half) * factors(rest);
     }
-    if (!found.proven) {
-      out.index.push_back(b);
-      out.rotated.push_back(basis.mT().matmul(s));
-      out.basis.push_back(basis);
-      out.scale.push_back(scale);
-      continue;
-    }
-    const auto valued = [&](double sigma) {
-      return results.thin_gram.defined() ? (sigma * scale) * (sigma * scale) : sigma * scale;
-    };
-    value[0][b] = valued(found.max.sigma);
-    value[1][b] = found.has_min ? valued(found.min.sigma) : 0.0;
-    count[0][b] = found.rank;
-    count[1][b] = found.multiplicity_max;
-    count[2][b] = found.multiplicity_min;
-    results.thin_max[b].copy_(found.max.u);
-    results.long_max[b].copy_(found.max.v);
-    if (found.has_min) {
-      results.thin_min[b].copy_(found.min.u);
-      results.long_min[b].copy_(found.min.v);
-    } else {
-      results.thin_min[b].zero_();
-      results.long_min[b].zero_();
-    }
+    decompose_some(s, scale, first, policy, wanted, results, numbers, out);
   }
   if (results.thin_gram.defined())
-    results.squared_frobenius.copy_(results.thin_gram.square().sum({1, 2}));
-  results.value_max.copy_(values[0]);
-  results.value_min.copy_(values[1]);
-  results.rank.copy_(counts[0]);
-  results.multiplicity_max.copy_(counts[1]);
-  results.multiplicity_min.copy_(counts[2]);
+    at::sum_out(const_cast<Tensor&>(results.squared_frobenius), results.thin_gram.square(), {1, 2});
+  numbers.give(results);
   return out;
 }
 
@@ -330,6 +419,22 @@ void go_on_by_kernels(
   put(results.long_min, found.long_min);
 }
 
+// Whether the library's decomposition, one matrix after another, takes less time than the blocked
+// route, which works on as many as the card has room for. Milliseconds on an H100:
+//   side                                     256       784     1000
+//   the library's decomposition of one       2.2       8.9     11.6    about side / 100; 2 beside it
+//   blocked route, one                       35        185     221     about 5 r (1 + r / 60)
+//   rounds of a sweep r, pairs in a round    7, 4      25, 13  31, 16
+// A pair of column blocks keeps a multiprocessor busy: 33 matrices of side 256 take the time of one
+// (17 took 38 ms). At larger sides the library is ahead whatever their number.
+bool is_for_library(const MatrixBatch& a, int64_t multiprocessors) {
+  const LargePlan plan = spectrum::large_plan(a.n, a.p);
+  const double r = plan.rounds(), batch = static_cast<double>(a.batch);
+  const int64_t turns = (a.batch * plan.pairs() + multiprocessors - 1) / multiprocessors;
+  const double library = 2.0 + batch * static_cast<double>(a.thin()) / 100.0;
+  return library <= 5.0 * r * (1.0 + r / 60.0) * static_cast<double>(turns);
+}
+
 ExtremesBatch extremes_of(
     const char* op,
     const char* name,
@@ -344,8 +449,9 @@ ExtremesBatch extremes_of(
   // What is composed of torch operators runs on any device, and is tested on the CPU, whose own
   // engine then stands in for the kernels.
   const bool on_card = a.matrices.is_cuda();
-  if (on_card && (is_capturing() || a.batch > kLibraryBatch ||
-                  spectrum::is_small(a.n, a.p, at::cuda::getCurrentCUDAStream()))) {
+  if (on_card &&
+      (is_capturing() || spectrum::is_small(a.n, a.p, at::cuda::getCurrentCUDAStream()) ||
+       !is_for_library(a, at::cuda::getCurrentDeviceProperties()->multiProcessorCount))) {
     decompose_by_kernels(op, name, a, policy, results);
     return results;
   }
