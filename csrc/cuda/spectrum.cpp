@@ -16,9 +16,10 @@
 
 #include <ATen/ATen.h>
 #include <ATen/cuda/CUDAContext.h>
+#include <c10/cuda/CUDAException.h>
+#include <c10/cuda/CUDAFunctions.h>
 
 #include <algorithm>
-#include <climits>
 #include <cmath>
 #include <limits>
 #include <vector>
@@ -40,6 +41,7 @@ IMMUNIZE_EXT_SPECTRUM_LAUNCHERS(extern, double);
 namespace immunize_ext {
 namespace {
 
+using spectrum::EndsPlan;
 using spectrum::Incoming;
 using spectrum::LargePlan;
 using spectrum::LargeSpace;
@@ -48,13 +50,6 @@ using spectrum::SmallPlan;
 
 at::TensorOptions float64(const MatrixBatch& a) {
   return a.matrices.options().dtype(at::kDouble);
-}
-
-void check_limits(const char* op, const char* name, const MatrixBatch& a) {
-  TORCH_CHECK_VALUE(
-      a.batch < INT_MAX && a.thin() <= (1 << 15), op, ": ", name,
-      " must have less than 2^31 matrices with a thin side of at most 32768, got ",
-      a.matrices.sizes(), "; split it");
 }
 
 // f(type) for the dtype of a batch, as float or double.
@@ -109,23 +104,49 @@ spectrum::Watch watch(const LargeBuffers& buffers) {
   return {rotated, &buffers.flags};
 }
 
-Tensor small_workspace(const SmallPlan& plan, unsigned grid, const at::TensorOptions& float64) {
-  return at::empty({static_cast<int64_t>(grid), plan.work_doubles()}, float64);
-}
+// Where kernels leave the batch index of the first matrix that is not finite, one for each step of
+// `step` matrices.
+class FirstBad {
+ public:
+  FirstBad(int* device, int64_t steps, int64_t step, cudaStream_t stream)
+      : device_(device), step_(step), stream_(stream), found_(static_cast<size_t>(steps)) {
+    C10_CUDA_CHECK(cudaMemsetAsync(device, kNoneByte, found_.size() * sizeof(int), stream));
+  }
+  int* device(int64_t i = 0) const {
+    return device_ + i;
+  }
+  // Raises if there is one. Waits for the kernels.
+  void check(const char* op, const char* name) {
+    if (is_capturing()) {
+      return;
+    }
+    const auto bytes = static_cast<int64_t>(found_.size() * sizeof(int));
+    c10::cuda::memcpy_and_sync(found_.data(), device_, bytes, cudaMemcpyDeviceToHost, stream_);
+    for (size_t i = 0; i < found_.size(); ++i) {
+      TORCH_CHECK_VALUE(
+          found_[i] == kNone, op, ": ", name,
+          " must be finite, got NaN or infinity at batch index ",
+          static_cast<int64_t>(i) * step_ + found_[i],
+          "; look for an overflow upstream, float16 features for instance");
+    }
+  }
 
-// Raises if a matrix was not finite. first_bad: one batch index for each step of `step` matrices.
-// Waits for the kernels.
-void check_finite_batch(const char* op, const char* name, const Tensor& first_bad, int64_t step) {
-  if (is_capturing()) {
-    return;
-  }
-  const Tensor on_host = first_bad.cpu();
-  for (int64_t i = 0; i < on_host.numel(); ++i) {
-    const int found = on_host.const_data_ptr<int>()[i];
-    TORCH_CHECK_VALUE(
-        found == INT_MAX, op, ": ", name, " must be finite, got NaN or infinity at batch index ",
-        i * step + found, "; look for an overflow upstream, float16 features for instance");
-  }
+  // Larger than any index, and what cudaMemset can write.
+  static constexpr int kNone = 0x7F7F7F7F;
+
+ private:
+  static constexpr int kNoneByte = 0x7F;
+  int* device_;
+  int64_t step_;
+  cudaStream_t stream_;
+  std::vector<int> found_;
+};
+
+void check_limits(const char* op, const char* name, const MatrixBatch& a) {
+  TORCH_CHECK_VALUE(
+      a.batch < FirstBad::kNone && a.thin() <= (1 << 15), op, ": ", name, " must have less than ",
+      FirstBad::kNone, " matrices with a thin side of at most 32768, got ", a.matrices.sizes(),
+      "; split it");
 }
 
 // Pointers to the results from matrix `first` on.
@@ -339,24 +360,29 @@ void decompose_by_kernels(
     const Policy& policy,
     const ExtremesBatch& results) {
   const auto stream = at::cuda::getCurrentCUDAStream();
-  const auto flag = a.matrices.options().dtype(at::kInt);
   if (spectrum::is_small(a.n, a.p, stream)) {
     const SmallPlan plan = spectrum::small_plan(a.n, a.p);
+    const EndsPlan ends = spectrum::ends_plan(a.n, a.p);
     const unsigned grid = spectrum::small_grid(plan, a.batch, stream);
-    const Tensor work = small_workspace(plan, grid, float64(a));
-    const Tensor first_bad = at::full({1}, INT_MAX, flag);
+    // One after the other, so that both find room in the same place; a number more for FirstBad.
+    const int64_t doubles = std::max(
+        static_cast<int64_t>(grid) * plan.work_doubles(),
+        spectrum::ends_fit(ends, stream) ? spectrum::ends_step(ends, a.batch) * ends.work_doubles()
+                                         : 0);
+    const Tensor workspace = at::empty({doubles + 1}, float64(a));
+    double* work = workspace.mutable_data_ptr<double>();
+    FirstBad bad(reinterpret_cast<int*>(work + doubles), 1, a.batch, stream);
     dispatch(a.matrices, [&](auto type) {
       using T = decltype(type);
       const T* matrices = a.matrices.const_data_ptr<T>();
       const Outputs out = outputs(results, a, 0);
-      int* bad = first_bad.mutable_data_ptr<int>();
       const bool tried = spectrum::launch_small_ends<T>(
-          matrices, a.batch, spectrum::ends_plan(a.n, a.p), policy, out, bad, stream);
+          matrices, a.batch, ends, policy, out, work, bad.device(), stream);
       spectrum::launch_small_extremes<T>(
-          matrices, a.batch, plan, policy, out, /*refused_only=*/tried,
-          work.mutable_data_ptr<double>(), grid, bad, stream);
+          matrices, a.batch, plan, policy, out, /*refused_only=*/tried, work, grid, bad.device(),
+          stream);
     });
-    check_finite_batch(op, name, first_bad, a.batch);
+    bad.check(op, name);
     return;
   }
   if (results.thin_gram.defined()) {
@@ -366,7 +392,8 @@ void decompose_by_kernels(
   const LargePlan plan = spectrum::large_plan(a.n, a.p);
   const int64_t step = large_step(plan, a.batch);
   const int64_t steps = (a.batch + step - 1) / step;
-  const Tensor first_bad = at::full({steps}, INT_MAX, flag);
+  const Tensor flags = at::empty({steps}, a.matrices.options().dtype(at::kInt));
+  FirstBad bad(flags.mutable_data_ptr<int>(), steps, step, stream);
   for (int64_t i = 0; i < steps; ++i) {
     const int64_t first = i * step, count = std::min(step, a.batch - first);
     const LargeBuffers buffers(plan, count, float64(a));
@@ -374,11 +401,10 @@ void decompose_by_kernels(
       using T = decltype(type);
       spectrum::launch_large_extremes<T>(
           a.matrices.const_data_ptr<T>() + first * a.n * a.p, count, plan, buffers.space(), policy,
-          outputs(results, a, first), first_bad.mutable_data_ptr<int>() + i, watch(buffers),
-          stream);
+          outputs(results, a, first), bad.device(i), watch(buffers), stream);
     });
   }
-  check_finite_batch(op, name, first_bad, step);
+  bad.check(op, name);
 }
 
 // The rest by Jacobi's method, which has little to do: the rows of U^T S = L D V^T are all but
@@ -507,7 +533,8 @@ Tensor gradient_of(
       if (spectrum::is_small(a.n, a.p, stream)) {
         const SmallPlan plan = spectrum::small_plan(a.n, a.p);
         const unsigned grid = spectrum::small_grid(plan, a.batch, stream);
-        const Tensor work = small_workspace(plan, grid, float64(a));
+        const Tensor work =
+            at::empty({static_cast<int64_t>(grid) * plan.work_doubles()}, float64(a));
         spectrum::launch_small_cluster_gradient<T>(
             pointers(in, a, 0), matrices, a.batch, plan, policy, work.mutable_data_ptr<double>(),
             grid, out, stream);

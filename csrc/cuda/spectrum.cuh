@@ -95,22 +95,69 @@ inline SmallPlan small_plan(std::int64_t n, std::int64_t p) {
   return plan;
 }
 
-// The same for small_ends, which puts the tridiagonal form in place of V. Four threads a row suffice
-// it but for the Gram matrix, which has 136 blocks of 4 x 4 at a side of 64.
-inline SmallPlan ends_plan(std::int64_t n, std::int64_t p) {
-  SmallPlan plan = small_plan(n, p);
-  const int t = plan.t;
-  const unsigned threads = t <= 8    ? 32
-                           : t <= 16 ? 64
-                           : t <= 32 ? 128
-                                     : static_cast<unsigned>(kMaxThreads);
-  set_shape(plan, threads, t <= 8 ? 256 : t <= 64 ? 64 : 32);
-  plan.v_region = larger(plan.v_region, tridiagonal_doubles(t, plan.threads));
+// --- The two ends alone ---------------------------------------------------------------------------
+
+constexpr int kMostParts = 32;
+constexpr int kPartRows = 64;  // a multiple of them is a part
+
+// How small_ends works on matrices of one shape. What is long is cut into parts, and a block of
+// ends_gram takes the Gram matrix of each: one block alone would wait for memory and for its own
+// sums most of the time. The cut follows from the shape, for a matrix to give the same bits
+// whatever it comes with.
+struct EndsPlan {
+  SmallPlan block;      // of small_ends
+  SmallPlan part;       // of ends_gram
+  int parts;            // 0: small_ends multiplies itself
+  std::int64_t height;  // rows of a part
+
+  int t() const {
+    return block.t;
+  }
+  // Of workspace for a matrix: the largest magnitude of each part and its Gram matrix.
+  __host__ __device__ std::int64_t part_doubles() const {
+    return 1 + packed_size(block.side());
+  }
+  std::int64_t work_doubles() const {
+    return parts * part_doubles();
+  }
+};
+
+inline EndsPlan ends_plan(std::int64_t n, std::int64_t p) {
+  EndsPlan plan{};
+  SmallPlan& block = plan.block;
+  block = small_plan(n, p);
+  const int t = block.t;
+  plan.part = block;
+  if (block.m > kPartRows) {
+    const std::int64_t tiles = ceil_div64(block.m, kPartRows);
+    plan.height = ceil_div64(tiles, kMostParts) * kPartRows;
+    plan.parts = static_cast<int>(ceil_div64(block.m, plan.height));
+    set_shape(plan.part, t <= 16 ? 64 : t <= 32 ? 128 : 256, kPartRows);
+    plan.part.v_region = plan.part.gram.tile_doubles();
+    plan.part.gram_region = plan.part.gram.gram_doubles();
+  }
+  const bool alone = plan.parts == 0;
+  block.threads = ends_threads(t);
+  block.gram.tile_rows = smaller(static_cast<int>(alone ? block.m : 1), kPartRows);
+  block.gram.groups =
+      larger(1, smaller(static_cast<int>(block.threads) / packed_size(block.gram.quarter), 8));
+  block.gram.groups = smaller(block.gram.groups, block.gram.tile_rows);
+  block.gram_region = block.gram.gram_doubles();
+  block.v_region = larger(block.gram.tile_doubles(), tridiagonal_doubles(t, block.threads));
   return plan;
 }
 
-inline bool ends_fit(const SmallPlan& plan, Stream stream) {
-  return plan.t <= kMostEnds && plan.shared_bytes() <= simt::shared_limit(stream);
+inline bool ends_fit(const EndsPlan& plan, Stream stream) {
+  const std::size_t limit = simt::shared_limit(stream);
+  return plan.t() <= kMostEnds && plan.block.shared_bytes() <= limit &&
+         plan.part.shared_bytes() <= limit;
+}
+
+// Matrices that the parts take at a time, so that their workspace stays below 1 GiB.
+inline std::int64_t ends_step(const EndsPlan& plan, std::int64_t batch) {
+  constexpr std::int64_t kWorkspaceDoubles = std::int64_t{1} << 27;
+  const std::int64_t affordable = plan.parts == 0 ? batch : kWorkspaceDoubles / plan.work_doubles();
+  return affordable < batch ? affordable : batch;
 }
 
 // The device can run the small route: its blocks have enough shared memory.
@@ -378,34 +425,129 @@ __device__ __forceinline__ void write_not_finite(
   }
 }
 
-// first_bad: the smallest batch index of a matrix that is not finite; starts at a large number.
+// For each part of each matrix: the largest magnitude in it, and the Gram matrix of the part divided
+// by the power of two below that.
 template <typename T>
-__global__ void __launch_bounds__(kMaxThreads) small_ends(
+__global__ void __launch_bounds__(256) ends_gram(
     GlobalPtr<const T> a,  // [batch, n, p]
-    SmallPlan plan,
+    EndsPlan plan,
+    SharedPtr<double> work) {  // [batch, parts, part_doubles()]
+  SIMT_DYNAMIC_SHARED(double, shared);
+  const SmallPlan& part = plan.part;
+  const SmallSpace space(shared, part);
+  const std::int64_t m = part.m;
+  const int t = part.t;
+  const unsigned parts = static_cast<unsigned>(plan.parts);
+  const std::int64_t b = blockIdx.x / parts;
+  const std::int64_t begin = blockIdx.x % parts * plan.height;
+  const std::int64_t end = begin + plan.height < m ? begin + plan.height : m;
+  const std::int64_t count = end - begin;
+  const SharedPtr<const T> matrix = a + b * m * t;
+  const SharedPtr<double> out = work + blockIdx.x * plan.part_doubles();
+  // Rows of M lie along memory, or each column of a part does.
+  Bits largest = 0;
+  if (part.transposed) {
+    const int warps = static_cast<int>(blockDim.x) / kWarp;
+    for (int j = static_cast<int>(threadIdx.x) / kWarp; j < t; j += warps) {
+      for (std::int64_t i = threadIdx.x % kWarp; i < count; i += kWarp) {
+        const T value = matrix[j * m + begin + i];
+        const Bits bits = magnitude_bits(static_cast<double>(value));
+        largest = bits > largest ? bits : largest;
+      }
+    }
+    largest = block_max(largest, space.scratch);
+  } else {
+    largest = largest_magnitude<T>(matrix + begin * t, count * t, space.scratch);
+  }
+  if (threadIdx.x == 0) {
+    out[0] = __longlong_as_double(static_cast<long long>(largest));
+  }
+  const InputRows<T> rows = tall_rows<T>(matrix, m, t, part.transposed, scale_exponent(largest));
+  accumulate_gram(part.gram, rows, begin, end, space.v, space.gram);
+  const int packed = packed_size(part.side());
+  for (int e = static_cast<int>(threadIdx.x); e < packed; e += static_cast<int>(blockDim.x)) {
+    const double value = space.gram[e];
+    out[1 + e] = value;
+  }
+}
+
+// The largest magnitude of a matrix, from those of its parts.
+__device__ __forceinline__ Bits
+largest_of_parts(const EndsPlan& plan, SharedPtr<const double> work, SharedPtr<double> scratch) {
+  Bits largest = 0;
+  if (static_cast<int>(threadIdx.x) < plan.parts) {
+    const double magnitude = work[threadIdx.x * plan.part_doubles()];
+    largest = magnitude_bits(magnitude);
+  }
+  return block_max(largest, scratch);
+}
+
+// G of M, which is divided by 2^exponent, from those of its parts. A power of two rounds nothing
+// that matters beside the largest part.
+__device__ __forceinline__ void add_parts(
+    const EndsPlan& plan, SharedPtr<const double> work, int exponent, const SmallSpace& space) {
+  const int thread = static_cast<int>(threadIdx.x);
+  const std::int64_t step = plan.part_doubles();
+  __syncthreads();
+  if (thread < plan.parts) {
+    const double magnitude = work[thread * step];
+    const Bits largest = magnitude_bits(magnitude);
+    const int above = scale_exponent(largest) - exponent;
+    space.scratch[thread] = largest == 0 ? 0.0 : ldexp(1.0, 2 * above);
+  }
+  __syncthreads();
+  const int packed = packed_size(plan.block.side());
+  for (int e = thread; e < packed; e += static_cast<int>(blockDim.x)) {
+    double sum = 0.0;
+    IMMUNIZE_EXT_UNROLL_BY(8)
+    for (int part = 0; part < plan.parts; ++part) {
+      const double value = work[part * step + 1 + e];
+      const double factor = space.scratch[part];
+      sum = fma(value, factor, sum);
+    }
+    space.gram[e] = sum;
+  }
+  __syncthreads();
+}
+
+// first_bad: the smallest batch index of a matrix that is not finite; starts at a large number.
+template <typename Shape, typename T>
+__global__ void __launch_bounds__(Shape::threads) small_ends(
+    GlobalPtr<const T> a,  // [batch, n, p]
+    std::int64_t first,    // of the matrices, the one that the first block takes
+    EndsPlan plan,
     Policy policy,
     Outputs out,
+    SharedPtr<const double> work,  // that of ends_gram, from matrix `first` on
     GlobalPtr<int> first_bad) {
   SIMT_DYNAMIC_SHARED(double, shared);
-  const SmallSpace space(shared, plan);
-  const std::int64_t m = plan.m;
-  const int t = plan.t;
-  const std::int64_t b = blockIdx.x;
+  const SmallPlan& block = plan.block;
+  const SmallSpace space(shared, block);
+  const std::int64_t m = block.m;
+  const int t = block.t;
+  const std::int64_t b = first + blockIdx.x;
   const SharedPtr<const T> matrix = a + b * m * t;
-  const Bits largest = largest_magnitude<T>(matrix, m * t, space.scratch);
+  const bool in_parts = plan.parts > 0;
+  const SharedPtr<const double> parts = work + blockIdx.x * (plan.parts * plan.part_doubles());
+  const Bits largest = in_parts ? largest_of_parts(plan, parts, space.scratch)
+                                : largest_magnitude<T>(matrix, m * t, space.scratch);
   if (largest >= kInfinityBits) {
     write_not_finite(out, b, m, t, first_bad);
     return;
   }
   const int exponent = scale_exponent(largest);
   const double scale = ldexp(1.0, exponent);
-  const InputRows<T> rows = tall_rows<T>(matrix, m, t, plan.transposed, exponent);
-  accumulate_gram(plan.gram, rows, 0, m, space.v, space.gram);
-  if (out.of_gram) {
-    write_gram(out, plan, space, b, scale);
+  const InputRows<T> rows = tall_rows<T>(matrix, m, t, block.transposed, exponent);
+  if (in_parts) {
+    add_parts(plan, parts, exponent, space);
+  } else {
+    accumulate_gram(block.gram, rows, 0, m, space.v, space.gram);
   }
-  const Triplets ends = extremes_by_tridiagonal(
-      rows, m, tridiagonal_space(plan, space), space.gram, policy, out.long_max + b * m,
+  if (out.of_gram) {
+    write_gram(out, block, space, b, scale);
+  }
+  const Triplets ends = extremes_by_tridiagonal<Shape>(
+      rows, m, tridiagonal_space(block, space), space.gram, policy, out.long_max + b * m,
       out.long_min + b * m, out.short_max + b * t, out.short_min + b * t,
       [&](int rank, int multiplicity_max, std::int64_t multiplicity_min) {
         if (threadIdx.x == 0) {
@@ -486,22 +628,45 @@ __global__ void __launch_bounds__(kMaxThreads) small_extremes(
 }
 
 // What the tridiagonal form proves; the rest gets rank -1. False, and nothing is launched, where a
-// block has no room for it.
+// block has no room for it. work: ends_step() times plan.work_doubles().
 template <typename T>
 bool launch_small_ends(
     GlobalPtr<const T> a,
     std::int64_t batch,  // below 2^31, a block each
-    const SmallPlan& plan,
+    const EndsPlan& plan,
     const Policy& policy,
     const Outputs& out,
+    SharedPtr<double> work,
     GlobalPtr<int> first_bad,
     Stream stream) {
   if (!ends_fit(plan, stream)) {
     return false;
   }
-  simt::launch(
-      SIMT_KERNEL(small_ends<T>), dim3(static_cast<unsigned>(batch)), dim3(plan.threads),
-      plan.shared_bytes(), stream, a, plan, policy, out, first_bad);
+  const SmallPlan& block = plan.block;
+  const SmallPlan& part = plan.part;
+  const std::int64_t step = ends_step(plan, batch);
+  for (std::int64_t first = 0; first < batch; first += step) {
+    const std::int64_t rest = batch - first;
+    const unsigned count = static_cast<unsigned>(step < rest ? step : rest);
+    if (plan.parts > 0) {
+      simt::launch(
+          SIMT_KERNEL(ends_gram<T>), dim3(count * static_cast<unsigned>(plan.parts)),
+          dim3(part.threads), part.shared_bytes(), stream, a + first * block.m * block.t, plan,
+          work);
+    }
+    const auto launch_ends = [&](const auto& kernel) {
+      simt::launch(
+          kernel, dim3(count), dim3(block.threads), block.shared_bytes(), stream, a, first, plan,
+          policy, out, work, first_bad);
+    };
+    if (block.t <= 32) {
+      launch_ends(SIMT_KERNEL((small_ends<EndsTo32, T>)));
+    } else if (block.t <= 64) {
+      launch_ends(SIMT_KERNEL((small_ends<EndsTo64, T>)));
+    } else {
+      launch_ends(SIMT_KERNEL((small_ends<EndsTo128, T>)));
+    }
+  }
   return true;
 }
 

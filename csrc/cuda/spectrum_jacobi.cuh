@@ -182,18 +182,27 @@ __device__ __forceinline__ int scale_exponent(Bits largest) {
 template <typename Rows>
 __device__ __forceinline__ void load_tile(
     SharedPtr<double> tile, int width, const Rows& rows, std::int64_t first, int count) {
-  for (int e = static_cast<int>(threadIdx.x); e < count * width;
-       e += static_cast<int>(blockDim.x)) {
-    int row = 0;
-    int column = 0;
-    if (rows.is_contiguous()) {
-      row = e / width;
-      column = e - row * width;
-    } else {
-      column = e / count;
-      row = e - column * count;
+  constexpr int kLoads = 4;  // under way at a time
+  const int threads = static_cast<int>(blockDim.x);
+  for (int base = static_cast<int>(threadIdx.x); base < count * width; base += kLoads * threads) {
+    double value[kLoads];
+    int place[kLoads];
+    IMMUNIZE_EXT_UNROLL
+    for (int c = 0; c < kLoads; ++c) {
+      const int e = smaller(base + c * threads, count * width - 1);
+      const int outer = e / (rows.is_contiguous() ? width : count);
+      const int inner = e - outer * (rows.is_contiguous() ? width : count);
+      const int row = rows.is_contiguous() ? outer : inner;
+      const int column = rows.is_contiguous() ? inner : outer;
+      place[c] = row * (width + 1) + column;
+      value[c] = column < rows.columns ? rows.at(first + row, column) : 0.0;
     }
-    tile[row * (width + 1) + column] = column < rows.columns ? rows.at(first + row, column) : 0.0;
+    IMMUNIZE_EXT_UNROLL
+    for (int c = 0; c < kLoads; ++c) {
+      if (base + c * threads < count * width) {
+        tile[place[c]] = value[c];
+      }
+    }
   }
 }
 

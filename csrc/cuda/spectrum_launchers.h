@@ -7,8 +7,8 @@
 // `prefix` is empty to instantiate them, extern to declare them.
 #define IMMUNIZE_EXT_SPECTRUM_LAUNCHERS(prefix, T)                                                 \
   prefix template bool launch_small_ends<T>(                                                       \
-      GlobalPtr<const T>, std::int64_t, const SmallPlan&, const Policy&, const Outputs&,           \
-      GlobalPtr<int>, Stream);                                                                     \
+      GlobalPtr<const T>, std::int64_t, const EndsPlan&, const Policy&, const Outputs&,            \
+      SharedPtr<double>, GlobalPtr<int>, Stream);                                                  \
   prefix template void launch_small_extremes<T>(                                                   \
       GlobalPtr<const T>, std::int64_t, const SmallPlan&, const Policy&, const Outputs&, bool,     \
       SharedPtr<double>, unsigned, GlobalPtr<int>, Stream);                                        \

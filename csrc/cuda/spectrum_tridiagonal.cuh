@@ -36,12 +36,28 @@ namespace immunize_ext::spectrum {
 
 constexpr int kSections = 256;   // points at which a block counts, half of them for either end
 constexpr int kMostPasses = 20;  // one warp, with 16 points an end, needs 13
-constexpr int kChunks = 4;       // a lane holds entries lane + 32 c of a vector
-constexpr int kMostEnds = kWarp * kChunks;  // the largest side
+constexpr int kMostEnds = 128;   // the largest side
 constexpr int kRefinements = 3;
 // Off-diagonal parts whose squares sum to less are zero: far below eps lambda_max, and far above
 // where the squares lose digits.
 constexpr double kTinySquare = 1e-200;
+
+// What a kernel is compiled for: how many threads a block has at most. While T is formed, a row of G
+// lives in the registers of `lanes` threads with up to `width` columns each; a vector in those of a
+// warp, a lane of which has the entries lane + 32 c.
+template <unsigned kThreads, int kLanesOfARow, int kColumnsOfALane>
+struct EndsShape {
+  static constexpr unsigned threads = kThreads;
+  static constexpr int lanes = kLanesOfARow;
+  static constexpr int width = kColumnsOfALane;
+  static constexpr int chunks = lanes * width / kWarp;
+};
+using EndsTo32 = EndsShape<32, 1, 32>;  // a warp needs no other to wait for
+using EndsTo64 = EndsShape<256, 4, 16>;
+using EndsTo128 = EndsShape<256, 2, 64>;
+__host__ __device__ constexpr unsigned ends_threads(int t) {
+  return t <= 32 ? EndsTo32::threads : EndsTo64::threads;
+}
 
 // Rows are 4 modulo 16 doubles apart: eight rows times four columns meet no bank twice.
 __host__ __device__ constexpr int tridiagonal_stride(int t) {
@@ -49,7 +65,7 @@ __host__ __device__ constexpr int tridiagonal_stride(int t) {
 }
 // Doubles in place of V.
 __host__ __device__ constexpr int tridiagonal_doubles(int t, unsigned threads) {
-  return t * tridiagonal_stride(t) + 10 * t + 2 * static_cast<int>(threads);
+  return t * tridiagonal_stride(t) + 10 * t + larger(4 * t, 2 * static_cast<int>(threads));
 }
 
 // T, the reflectors, and vectors. Reflector i, in row i of a left of the diagonal, has the factor
@@ -59,18 +75,22 @@ struct TridiagonalSpace {
   SharedPtr<double> a;               // [t, stride]
   SharedPtr<double> d, e, e_square;  // T: [t], [t - 1], [t - 1]
   SharedPtr<double> tau;             // [t]
-  SharedPtr<double> pivots;          // [4, t]; v and A v of two reflectors while T is formed
+  SharedPtr<double> pivots;          // [4, t]; A v while T is formed
   SharedPtr<double> z, u, r;         // [2, t]: vectors of T and of G, residuals
-  SharedPtr<double> partial;         // [2, threads]
+  SharedPtr<double> partial;         // [2, threads], and of no less than [4, t]
   SharedPtr<double> scratch;         // [32]
 };
 
-// The sum of x over k in [0, count), at every lane of every warp.
-template <typename F>
+// The sum of x over k in [0, count), at every lane of every warp; count <= 32 chunks.
+template <int chunks, typename F>
 __device__ __forceinline__ double sum_by_warp(int count, const F& x) {
   double sum = 0.0;
-  for (int k = static_cast<int>(threadIdx.x) % kWarp; k < count; k += kWarp) {
-    sum += x(k);
+  IMMUNIZE_EXT_UNROLL
+  for (int c = 0; c < chunks; ++c) {
+    const int k = static_cast<int>(threadIdx.x) % kWarp + kWarp * c;
+    if (k < count) {
+      sum += x(k);
+    }
   }
   return warp_sum(sum);
 }
@@ -78,137 +98,129 @@ __device__ __forceinline__ double sum_by_warp(int count, const F& x) {
 // G -> T. Rows from the last: with the reflector H = I - tau v v^T of row i (v supported on [0, i),
 // v_{i-1} = alpha - beta, else the row itself), y = A v and twice = -tau^2 v^T y,
 //     H A H = A - (tau v) y^T - (tau y + twice v) v^T.
-// One barrier a reflector: the update, the product with the next v and that v, which the updated
-// row i - 1 gives, are formed in one pass, each warp working out for itself what it needs of row
-// i - 1. A row belongs to four lanes.
+// A stays in registers. Its next row goes through shared memory, where it is left as v, and so does
+// y; every warp works out the two sums for itself. So there are two barriers a reflector.
+template <typename Shape>
 __device__ __forceinline__ void tridiagonalise(
     const TridiagonalSpace& q, SharedPtr<const double> gram) {
+  constexpr int kLanes = Shape::lanes;
+  constexpr int kWidth = Shape::width;
+  constexpr int kStep = 4;  // columns at a time
   const int thread = static_cast<int>(threadIdx.x);
-  const int quads = static_cast<int>(blockDim.x) / 4;
-  const int lane = thread % kWarp;
-  const int first_row = thread / kWarp * (kWarp / 4);
-  const int row_in_warp = lane / 4;
-  const int sub = lane % 4;
+  const int first_row = thread / kWarp * (kWarp / kLanes);
+  const int j = thread / kLanes;
+  const int sub = thread % kLanes;
   const int t = q.t;
-  constexpr int kStep = 2;
-  for (int j = first_row + row_in_warp; j < t; j += quads) {
-    for (int k = sub; k < t; k += 4) {
-      q.a[j * q.stride + k] = gram[packed_index(j, k)];
+  const SharedPtr<double> y = q.pivots;
+  const SharedPtr<double> own_row = q.a + j * q.stride;
+  double own[kWidth];
+  IMMUNIZE_EXT_UNROLL
+  for (int c = 0; c < kWidth; ++c) {
+    const int k = sub + kLanes * c;
+    own[c] = j < t && k < t ? gram[packed_index(j, k)] : 0.0;
+    if (j == t - 1 && k < t) {
+      own_row[k] = own[c];
     }
   }
-  for (int k = thread; k < 4 * t; k += static_cast<int>(blockDim.x)) {
-    q.pivots[k] = 0.0;
-  }
-  __syncthreads();
-  double tau = 0.0;
-  double twice = 0.0;
-  SharedPtr<double> v = q.pivots;
-  SharedPtr<double> y = q.pivots + t;
-  SharedPtr<double> next_v = q.pivots + 2 * t;
-  SharedPtr<double> next_y = q.pivots + 3 * t;
+  double earlier_head = 0.0;
   for (int row = t - 1; row >= 1; --row) {
-    const SharedPtr<double> x = q.a + row * q.stride;
-    double next_tau = 0.0;
+    const SharedPtr<const double> x = q.a + row * q.stride;
+    __syncthreads();
+    if (thread == 0 && row + 1 < t) {
+      q.a[(row + 1) * q.stride + row] = earlier_head;
+    }
     // A warp without rows left has nothing to do but to wait.
-    if (first_row < row) {
-      const double v_row = v[row];
-      const double y_row = y[row];
-      const double along_y = tau * v_row;
-      const double along_v = fma(twice, v_row, tau * y_row);
-      const auto updated = [&](int k) {
+    const bool works = first_row < row;
+    double head = 0.0;
+    double tau = 0.0;
+    double product = 0.0;
+    const auto v = [&](int k) {
+      const double value = k < row ? x[k] : 0.0;
+      return k == row - 1 ? head : value;
+    };
+    if (works) {
+      const double square = sum_by_warp<Shape::chunks>(row - 1, [&](int k) {
         const double value = x[k];
-        const double from_y = y[k];
-        const double from_v = v[k];
-        return fma(-along_v, from_v, fma(-along_y, from_y, value));
-      };
-      const double alpha = updated(row - 1);
-      const double square = sum_by_warp(row - 1, [&](int k) {
-        const double value = updated(k);
-        if (thread < kWarp) {
-          next_v[k] = value;
-        }
         return value * value;
       });
+      const double alpha = x[row - 1];
       const bool reflects = square > kTinySquare;
       const double beta = reflects ? -copysign(sqrt(fma(alpha, alpha, square)), alpha) : alpha;
-      const double head = alpha - beta;
-      next_tau = reflects ? -1.0 / (beta * head) : 0.0;
+      head = alpha - beta;
+      double sums[kStep] = {};
+      IMMUNIZE_EXT_UNROLL
+      for (int first = 0; first < kWidth; first += kStep) {
+        if (kLanes * first < row) {
+          IMMUNIZE_EXT_UNROLL
+          for (int c = 0; c < kStep; ++c) {
+            const int k = sub + kLanes * (first + c);
+            sums[c] = fma(own[first + c], v(k), sums[c]);
+          }
+        }
+      }
+      product = (sums[0] + sums[1]) + (sums[2] + sums[3]);
+      for (int offset = kLanes / 2; offset > 0; offset /= 2) {
+        product += __shfl_xor_sync(kFullMask, product, offset);
+      }
+      if (sub == 0 && j < row) {
+        y[j] = product;
+      }
+      tau = reflects ? -1.0 / (beta * head) : 0.0;
       if (thread == 0) {
-        next_v[row - 1] = head;
-        q.d[row] = updated(row);
+        const double diagonal = x[row];
+        q.d[row] = diagonal;
         q.e[row - 1] = beta;
         q.e_square[row - 1] = beta * beta;
-        q.tau[row] = next_tau;
-      }
-      for (int base = first_row; base < row; base += quads) {
-        const int j = base + row_in_warp;
-        const int end = j < row ? row : 0;
-        const double v_j = j < row ? v[j] : 0.0;
-        const double y_j = j < row ? y[j] : 0.0;
-        const double left_y = tau * v_j;
-        const double left_v = fma(twice, v_j, tau * y_j);
-        const SharedPtr<double> own = q.a + j * q.stride;
-        double sum = 0.0;
-        // All reads of a step before its writes: the compiler cannot know that they are apart.
-        for (int first = sub; first < end; first += 4 * kStep) {
-          double from_y[kStep];
-          double from_v[kStep];
-          double value[kStep];
-          double with[kStep];
-          IMMUNIZE_EXT_UNROLL
-          for (int c = 0; c < kStep; ++c) {
-            const int k = smaller(first + 4 * c, row - 1);
-            from_y[c] = y[k];
-            from_v[c] = v[k];
-            value[c] = first + 4 * c < end ? own[k] : 0.0;
-            with[c] = x[k];
-          }
-          IMMUNIZE_EXT_UNROLL
-          for (int c = 0; c < kStep; ++c) {
-            const int k = first + 4 * c;
-            value[c] = fma(-left_v, from_v[c], fma(-left_y, from_y[c], value[c]));
-            with[c] = fma(-along_v, from_v[c], fma(-along_y, from_y[c], with[c]));
-            if (k < end) {
-              own[k] = value[c];
-              sum = fma(value[c], k == row - 1 ? head : with[c], sum);
-            }
-          }
-        }
-        sum += __shfl_xor_sync(kFullMask, sum, 1);
-        sum += __shfl_xor_sync(kFullMask, sum, 2);
-        if (sub == 0 && j < row) {
-          next_y[j] = sum;
-        }
+        q.tau[row] = tau;
       }
     }
     __syncthreads();
-    tau = next_tau;
-    if (first_row < row) {
-      const double along = sum_by_warp(row, [&](int k) {
-        const double value = next_v[k];
-        const double product = next_y[k];
-        return value * product;
+    earlier_head = head;
+    if (works) {
+      const double along = sum_by_warp<Shape::chunks>(row, [&](int k) {
+        const double with = y[k];
+        return v(k) * with;
       });
-      twice = -tau * (tau * along);
+      const double twice = -tau * (tau * along);
+      const double v_j = v(j);
+      const double left_y = tau * v_j;
+      const double left_v = fma(twice, v_j, tau * product);
+      IMMUNIZE_EXT_UNROLL
+      for (int first = 0; first < kWidth; first += kStep) {
+        if (kLanes * first < row) {
+          IMMUNIZE_EXT_UNROLL
+          for (int c = first; c < first + kStep; ++c) {
+            const int k = sub + kLanes * c;
+            const double from_y = k < row ? y[k] : 0.0;
+            own[c] = fma(-left_v, v(k), fma(-left_y, from_y, own[c]));
+            if (j == row - 1 && k < row) {
+              own_row[k] = own[c];
+            }
+          }
+        }
+      }
     }
-    for (int k = thread; k < row; k += static_cast<int>(blockDim.x)) {
-      const double value = next_v[k];
-      x[k] = value;
-    }
-    const SharedPtr<double> old_v = v;
-    const SharedPtr<double> old_y = y;
-    v = next_v;
-    y = next_y;
-    next_v = old_v;
-    next_y = old_y;
-  }
-  if (thread == 0) {
-    const double corner = q.a[0];
-    const double v_0 = v[0];
-    const double y_0 = y[0];
-    q.d[0] = fma(-fma(twice, v_0, tau * y_0), v_0, fma(-tau * v_0, y_0, corner));
   }
   __syncthreads();
+  if (thread == 0) {
+    if (t > 1) {
+      q.a[q.stride] = earlier_head;
+    }
+    const double corner = q.a[0];
+    q.d[0] = corner;
+  }
+  __syncthreads();
+}
+
+constexpr int kRescale = 8;  // steps in which minors cannot overflow
+
+// Takes a common power of two out of both.
+__device__ __forceinline__ void rescale(double& one, double& other) {
+  const long long bits = __double_as_longlong(fmax(fabs(one), fabs(other)));
+  const int exponent = smaller(static_cast<int>(bits >> 52), 2046);
+  const double factor = __longlong_as_double(static_cast<long long>(2046 - exponent) << 52);
+  one *= factor;
+  other *= factor;
 }
 
 // The number of eigenvalues of T below x: sign changes of the leading minors of T - x,
@@ -217,29 +229,33 @@ __device__ __forceinline__ void tridiagonalise(
 // eps |T|. There is no division, whose latency a block could not hide; a common power of two is
 // taken out of both terms every kRescale steps. -1 where two minors in a row vanish.
 __device__ __forceinline__ int count_below(const TridiagonalSpace& q, double x) {
-  constexpr int kRescale = 8;
   double before = 1.0;
   const double first = q.d[0];
   double minor = first - x;
-  int count = minor < 0.0 ? 1 : 0;
-  for (int start = 1; start < q.t; start += kRescale) {
-    const int end = smaller(start + kRescale, q.t);
-    for (int i = start; i < end; ++i) {
-      const double diagonal = q.d[i];
-      const double coupling = q.e_square[i - 1];
-      const double next = fma(diagonal - x, minor, -coupling * before);
-      const long long changes = __double_as_longlong(next) ^ __double_as_longlong(minor);
-      count += changes < 0 ? 1 : 0;
-      before = minor;
-      minor = next;
+  unsigned count = minor < 0.0 ? 1 : 0;
+  const auto advance = [&](int i) {
+    const double diagonal = q.d[i];
+    const double coupling = q.e_square[i - 1];
+    const double next = fma(diagonal - x, minor, -coupling * before);
+    const long long changes = __double_as_longlong(next) ^ __double_as_longlong(minor);
+    count += static_cast<unsigned>(static_cast<unsigned long long>(changes) >> 63);
+    before = minor;
+    minor = next;
+  };
+  int i = 1;
+  IMMUNIZE_EXT_UNROLL_BY(1)
+  for (; i + kRescale <= q.t; i += kRescale) {
+    IMMUNIZE_EXT_UNROLL
+    for (int s = 0; s < kRescale; ++s) {
+      advance(i + s);
     }
-    const long long bits = __double_as_longlong(fmax(fabs(minor), fabs(before)));
-    const int exponent = smaller(static_cast<int>(bits >> 52), 2046);
-    const double factor = __longlong_as_double(static_cast<long long>(2046 - exponent) << 52);
-    before *= factor;
-    minor *= factor;
+    rescale(minor, before);
   }
-  return before == 0.0 && minor == 0.0 ? -1 : count;
+  IMMUNIZE_EXT_UNROLL_BY(1)
+  for (; i < q.t; ++i) {
+    advance(i);
+  }
+  return before == 0.0 && minor == 0.0 ? -1 : static_cast<int>(count);
 }
 
 // Eigenvalues number `top` and `bottom` (ascending, from 0) of T, to about eps |T|, at every
@@ -316,36 +332,53 @@ __device__ __forceinline__ Counts count_at(const TridiagonalSpace& q, double poi
 
 // --- Vectors, one warp each ----------------------------------------------------------------------
 
-// The pivots of T - x from the top and from the bottom, for two x: four chains of divisions in four
-// lanes. pivots: rows top and bottom for x_max, then for x_min.
+// The pivots of T - x from the top and from the bottom, for two x, by the block: rows top and bottom
+// for x_max, then for x_min. A pivot is the quotient of two minors, which four lanes run through as
+// count_below does; all threads divide.
 __device__ __forceinline__ void factor_twisted(
     const TridiagonalSpace& q, double x_max, double x_min, double pivot_min) {
   const int chain = static_cast<int>(threadIdx.x);
+  const int t = q.t;
   if (chain < 4) {
     const double x = chain < 2 ? x_max : x_min;
     const bool down = chain % 2 == 0;
-    const int t = q.t;
-    const SharedPtr<double> pivots = q.pivots + chain * t;
-    double pivot = 1.0;
+    const int step = down ? 1 : -1;
+    const SharedPtr<double> minors = q.pivots + chain * t;
+    const SharedPtr<double> divisors = q.partial + chain * t;
+    double before = 0.0;
+    double minor = 1.0;
     double coupling = 0.0;
-    double diagonal = q.d[down ? 0 : t - 1];
-    for (int step = 0; step < t; ++step) {
-      const int i = down ? step : t - 1 - step;
-      pivot = diagonal - x - coupling / pivot;
-      pivot = fabs(pivot) < pivot_min ? -pivot_min : pivot;
-      if (step + 1 <
-          t) {  // read before the write, for the compiler cannot know that they are apart
+    int i = down ? 0 : t - 1;
+    double diagonal = q.d[i];
+    for (int count = 1; count <= t; ++count, i += step) {
+      const double least = pivot_min * minor;
+      double next = fma(diagonal - x, minor, -coupling * before);
+      next = fabs(next) < fabs(least) ? -least : next;
+      if (count < t) {  // read before the writes: the compiler cannot know that they are apart
         coupling = q.e_square[down ? i : i - 1];
-        diagonal = q.d[down ? i + 1 : i - 1];
+        diagonal = q.d[i + step];
       }
-      pivots[i] = pivot;
+      minors[i] = next;
+      divisors[i] = minor;
+      before = minor;
+      minor = next;
+      if (count % kRescale == 0) {
+        rescale(minor, before);
+      }
     }
   }
+  __syncthreads();
+  for (int e = chain; e < 4 * t; e += static_cast<int>(blockDim.x)) {
+    const double divisor = q.partial[e];
+    q.pivots[e] /= divisor;
+  }
+  __syncthreads();
 }
 
 // For vector c of the calling warp: where the two factorisations meet best, and the vector of T, of
 // unit length. With gamma_i = top_i + bottom_i - (d_i - x), z_r = 1 at the r of the smallest
 // |gamma_r| and the two recurrences away from r, (T - x) z = gamma_r e_r exactly.
+template <int chunks>
 __device__ __forceinline__ int twisted_vector(const TridiagonalSpace& q, int c, double x) {
   const int t = q.t;
   const int lane = static_cast<int>(threadIdx.x) % kWarp;
@@ -398,7 +431,7 @@ __device__ __forceinline__ int twisted_vector(const TridiagonalSpace& q, int c, 
     }
   }
   __syncwarp();
-  const double square = sum_by_warp(t, [&](int k) {
+  const double square = sum_by_warp<chunks>(t, [&](int k) {
     const double value = z[k];
     return value * value;
   });
@@ -414,13 +447,14 @@ __device__ __forceinline__ int twisted_vector(const TridiagonalSpace& q, int c, 
 // that their sums travel through the warp together:
 //     (I - tau_2 v_2 v_2^T)(I - tau_1 v_1 v_1^T) x = x - f_1 v_1 - f_2 v_2,
 //     f_1 = tau_1 v_1^T x,   f_2 = tau_2 (v_2^T x - f_1 v_2^T v_1).
+template <int chunks>
 __device__ __forceinline__ void apply_reflectors(
     const TridiagonalSpace& q, bool transposed, SharedPtr<double> x) {
   const int t = q.t;
   const int lane = static_cast<int>(threadIdx.x) % kWarp;
-  double mine[kChunks];
+  double mine[chunks];
   IMMUNIZE_EXT_UNROLL
-  for (int c = 0; c < kChunks; ++c) {
+  for (int c = 0; c < chunks; ++c) {
     const int k = lane + kWarp * c;
     mine[c] = k < t ? x[k] : 0.0;
   }
@@ -430,13 +464,13 @@ __device__ __forceinline__ void apply_reflectors(
     const bool pair = step + 1 < t;
     const double tau = q.tau[i];
     const double next_tau = pair ? q.tau[next] : 0.0;
-    double one[kChunks];
-    double two[kChunks];
+    double one[chunks];
+    double two[chunks];
     double along_one = 0.0;
     double along_two = 0.0;
     double both = 0.0;
     IMMUNIZE_EXT_UNROLL
-    for (int c = 0; c < kChunks; ++c) {
+    for (int c = 0; c < chunks; ++c) {
       const int k = lane + kWarp * c;
       one[c] = k < i ? q.a[i * q.stride + k] : 0.0;
       two[c] = pair && k < next ? q.a[next * q.stride + k] : 0.0;
@@ -452,13 +486,13 @@ __device__ __forceinline__ void apply_reflectors(
     const double factor = tau * along_one;
     const double next_factor = next_tau * fma(-factor, both, along_two);
     IMMUNIZE_EXT_UNROLL
-    for (int c = 0; c < kChunks; ++c) {
+    for (int c = 0; c < chunks; ++c) {
       mine[c] = fma(-next_factor, two[c], fma(-factor, one[c], mine[c]));
     }
   }
   __syncwarp();
   IMMUNIZE_EXT_UNROLL
-  for (int c = 0; c < kChunks; ++c) {
+  for (int c = 0; c < chunks; ++c) {
     const int k = lane + kWarp * c;
     if (k < t) {
       x[k] = mine[c];
@@ -470,6 +504,7 @@ __device__ __forceinline__ void apply_reflectors(
 // b <- delta with (T - x) delta = b but for row r, delta orthogonal to z, by the calling warp.
 // T without row and column r is well away from singular, exactly because z_r is not small, and
 // definite for an extreme eigenvalue, so that its elimination needs no pivoting.
+template <int chunks>
 __device__ __forceinline__ void solve_beside(
     const TridiagonalSpace& q, int c, int r, SharedPtr<double> ratios, SharedPtr<double> b) {
   const int t = q.t;
@@ -522,7 +557,7 @@ __device__ __forceinline__ void solve_beside(
     }
   }
   __syncwarp();
-  const double along = sum_by_warp(t, [&](int k) {
+  const double along = sum_by_warp<chunks>(t, [&](int k) {
     const double value = b[k];
     const double with = z[k];
     return value * with;
@@ -580,7 +615,7 @@ __device__ __forceinline__ Two block_length(const Two& squares, SharedPtr<double
 }
 
 // put(row, products of row with x_max, with x_min) for all rows of M; x (2 x t) in shared memory.
-template <typename T, typename Put>
+template <int chunks, typename T, typename Put>
 __device__ __forceinline__ void long_products(
     const InputRows<T>& rows, std::int64_t m, int t, SharedPtr<const double> x, const Put& put) {
   const int thread = static_cast<int>(threadIdx.x);
@@ -613,12 +648,12 @@ __device__ __forceinline__ void long_products(
     }
     return;
   }
-  // A thread takes four rows at a time, so that many loads are under way.
-  constexpr int kRows = 4;
+  // A thread takes several rows at a time, so that many loads are under way.
+  constexpr int kRows = chunks == 1 ? 2 : 4;
   for (std::int64_t base = thread; base < m; base += std::int64_t{kRows} * threads) {
     double to_max[kRows] = {};
     double to_min[kRows] = {};
-    IMMUNIZE_EXT_UNROLL_BY(2)
+    IMMUNIZE_EXT_UNROLL_BY(kRows)
     for (int j = 0; j < t; ++j) {
       const double x_max = x[j];
       const double x_min = x[t + j];
@@ -641,7 +676,7 @@ __device__ __forceinline__ void long_products(
 }
 
 // w_c = M u_c or, where it `corrects`, w_c -= M r_c. Returns |w_c|, and |M r_c| in steps.
-template <typename T>
+template <int chunks, typename T>
 __device__ __forceinline__ Two measure(
     const InputRows<T>& rows,
     std::int64_t m,
@@ -666,7 +701,7 @@ __device__ __forceinline__ Two measure(
     squares.max = fma(max, max, squares.max);
     squares.min = fma(min, min, squares.min);
   };
-  long_products(rows, m, q.t, corrects ? q.r : q.u, put);
+  long_products<chunks>(rows, m, q.t, corrects ? q.r : q.u, put);
   const Two lengths = block_length(squares, q.scratch);
   if (corrects) {
     steps = block_length(step_squares, q.scratch);
@@ -675,7 +710,7 @@ __device__ __forceinline__ Two measure(
 }
 
 // r_c = M^T w_c / sigma_c - sigma_c u_c for both. Returns |r_c|.
-template <typename T>
+template <int chunks, typename T>
 __device__ __forceinline__ Two residuals(
     const InputRows<T>& rows,
     std::int64_t m,
@@ -703,7 +738,7 @@ __device__ __forceinline__ Two residuals(
     double to_max = 0.0;
     double to_min = 0.0;
     if (group < groups) {
-      IMMUNIZE_EXT_UNROLL_BY(2)
+      IMMUNIZE_EXT_UNROLL_BY(4)
       for (std::int64_t row = group; row < m; row += groups) {
         const double value = rows.at(row, j);
         const double max = w_max[row];
@@ -725,8 +760,8 @@ __device__ __forceinline__ Two residuals(
       put(j, to_max, to_min);
     }
   } else {
-    // A warp takes two columns, which lie along memory.
-    constexpr int kColumns = 2;
+    // A warp takes several columns, which lie along memory.
+    constexpr int kColumns = chunks == 1 ? 2 : 4;
     const int lane = thread % kWarp;
     for (int base = thread / kWarp * kColumns; base < t; base += threads / kWarp * kColumns) {
       double to_max[kColumns] = {};
@@ -759,7 +794,7 @@ __device__ __forceinline__ Two residuals(
   }
   __syncthreads();
   const auto length = [&](SharedPtr<const double> r) {
-    return sqrt(sum_by_warp(t, [&](int k) {
+    return sqrt(sum_by_warp<chunks>(t, [&](int k) {
       const double value = r[k];
       return value * value;
     }));
@@ -776,7 +811,7 @@ struct Triplets {
 // The extremes of M from its packed Gram matrix, which is kept. short_* (t) and long_* (m) get the
 // vectors, which mean nothing unless proven; those of a missing smallest value are zero. Calls
 // put_counts(rank, multiplicity_max, multiplicity_min) as soon as they are known.
-template <typename T, typename PutCounts>
+template <typename Shape, typename T, typename PutCounts>
 __device__ __forceinline__ Triplets extremes_by_tridiagonal(
     const InputRows<T>& rows,
     std::int64_t m,
@@ -794,8 +829,9 @@ __device__ __forceinline__ Triplets extremes_by_tridiagonal(
   const int warps = threads / kWarp;
   const int lane = thread % kWarp;
   const int t = q.t;
+  constexpr int chunks = Shape::chunks;
   Triplets out{};
-  tridiagonalise(q, gram);
+  tridiagonalise<Shape>(q, gram);
   double norm = 0.0;
   for (int i = lane; i < t; i += kWarp) {
     const double diagonal = q.d[i];
@@ -860,11 +896,10 @@ __device__ __forceinline__ Triplets extremes_by_tridiagonal(
 
   // Vectors.
   factor_twisted(q, ends.top, ends.bottom, 1e-30 * norm);
-  __syncthreads();
   int twist_max = 0;
   int twist_min = 0;
   for (int c = warp; c < 2; c += warps) {
-    const int r = twisted_vector(q, c, c == 0 ? ends.top : ends.bottom);
+    const int r = twisted_vector<chunks>(q, c, c == 0 ? ends.top : ends.bottom);
     twist_max = c == 0 ? r : twist_max;
     twist_min = c == 1 ? r : twist_min;
     const bool wanted = c == 0 || has_min;
@@ -908,9 +943,9 @@ __device__ __forceinline__ Triplets extremes_by_tridiagonal(
         if (side == 1 && corrects) {
           solve_shifted(q, lambda, q.partial + c * threads, r);
         } else if (side == 1 && step > 0) {
-          solve_beside(q, c, c == 0 ? twist_max : twist_min, q.partial + c * threads, r);
+          solve_beside<chunks>(q, c, c == 0 ? twist_max : twist_min, q.partial + c * threads, r);
         }
-        apply_reflectors(q, side == 0, step > 0 ? r : u);
+        apply_reflectors<chunks>(q, side == 0, step > 0 ? r : u);
       }
       if (step > 0 && !corrects) {
         for (int k = lane; k < t; k += kWarp) {
@@ -918,7 +953,7 @@ __device__ __forceinline__ Triplets extremes_by_tridiagonal(
           u[k] += change;
         }
         __syncwarp();
-        const double square = sum_by_warp(t, [&](int k) {
+        const double square = sum_by_warp<chunks>(t, [&](int k) {
           const double value = u[k];
           return value * value;
         });
@@ -930,9 +965,9 @@ __device__ __forceinline__ Triplets extremes_by_tridiagonal(
     }
     __syncthreads();
     Two change{0.0, 0.0};
-    lengths = measure(rows, m, q, corrects, long_max, long_min, change);
+    lengths = measure<chunks>(rows, m, q, corrects, long_max, long_min, change);
     sigma = corrects ? sigma : lengths;
-    const Two error = residuals(rows, m, q, lengths, sigma, long_max, long_min);
+    const Two error = residuals<chunks>(rows, m, q, lengths, sigma, long_max, long_min);
     // Not >, or a NaN would pass.
     max_passes =
         fmax(error.max, change.max) <= tolerance && fabs(sigma.max * sigma.max - ends.top) <= noise;

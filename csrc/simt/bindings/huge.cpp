@@ -202,8 +202,10 @@ py::tuple spectrum(std::int64_t batch, const Array<float>& last, bool of_gram, s
       squares.ptr(),
       thin.ptr(),
       of_gram};
+  const sp::EndsPlan ends = sp::ends_plan(n, p);
+  const Buffer<double> parts("parts", sp::ends_step(ends, batch) * ends.work_doubles());
   const bool tried = sp::launch_small_ends<float>(
-      a->ptr(), batch, sp::ends_plan(n, p), policy, out, first_bad.ptr(), stream);
+      a->ptr(), batch, ends, policy, out, parts.ptr(), first_bad.ptr(), stream);
   sp::launch_small_extremes<float>(
       a->ptr(), batch, plan, policy, out, tried, work.ptr(), grid, first_bad.ptr(), stream);
   Array<double> one(1), none(1);
@@ -228,7 +230,7 @@ unsigned small_launches(
   const sp::SmallPlan plan = sp::small_plan(n, p);
   const auto grid = static_cast<unsigned>(batch);
   sp::launch_small_ends<float>(
-      nullptr, batch, sp::ends_plan(n, p), {0, 0, false, p}, {}, nullptr, stream);
+      nullptr, batch, sp::ends_plan(n, p), {0, 0, false, p}, {}, nullptr, nullptr, stream);
   sp::launch_small_extremes<float>(
       nullptr, batch, plan, {0, 0, false, p}, {}, true, nullptr, grid, nullptr, stream);
   sp::Incoming incoming{};

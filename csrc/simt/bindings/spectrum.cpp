@@ -241,9 +241,11 @@ void define_small(simt::py::module_& m) {
         Buffer<double> work("work", grid * plan.work_doubles());
         const Results results(batch, n, p, of_gram);
         const Policy policy = policy_for(n, p, rank_rtol, cluster_rtol, full_rank, of_gram);
+        const EndsPlan ends = ends_plan(n, p);
+        const Buffer<double> parts("parts", ends_step(ends, batch) * ends.work_doubles());
         const bool tried = by_ends && launch_small_ends<T>(
-                                          in.ptr(), batch, ends_plan(n, p), policy,
-                                          results.outputs(), results.first_bad.ptr(), stream);
+                                          in.ptr(), batch, ends, policy, results.outputs(),
+                                          parts.ptr(), results.first_bad.ptr(), stream);
         Array<bool> refused(batch);
         for (std::int64_t b = 0; b < batch; ++b)
           refused.mutable_data()[b] = !tried || results.rank.data()[b] < 0;
