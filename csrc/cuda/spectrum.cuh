@@ -512,7 +512,7 @@ __device__ __forceinline__ void add_parts(
 
 // first_bad: the smallest batch index of a matrix that is not finite; starts at a large number.
 template <typename Shape, typename T>
-__global__ void __launch_bounds__(Shape::threads) small_ends(
+__global__ void __launch_bounds__(Shape::threads, Shape::blocks) small_ends(
     GlobalPtr<const T> a,  // [batch, n, p]
     std::int64_t first,    // of the matrices, the one that the first block takes
     EndsPlan plan,

@@ -48,6 +48,7 @@ constexpr double kTinySquare = 1e-200;
 template <unsigned kThreads, int kLanesOfARow, int kColumnsOfALane>
 struct EndsShape {
   static constexpr unsigned threads = kThreads;
+  static constexpr unsigned blocks = 256 / threads;  // a multiprocessor has registers for
   static constexpr int lanes = kLanesOfARow;
   static constexpr int width = kColumnsOfALane;
   static constexpr int chunks = lanes * width / kWarp;

@@ -377,6 +377,47 @@ def test_the_ends_have_the_same_bits_alone_and_in_any_order(
         np.testing.assert_array_equal(alone[name][0], whole[name][1])
 
 
+# Beyond 64 rows a matrix is cut into parts, of more than 64 rows each beyond 2048.
+@pytest.mark.parametrize("shape", [(3, 64), (3, 65), (129, 5), (2, 2100), (4200, 3), (40, 90)])
+@pytest.mark.parametrize("dtype", [np.float32, np.float64])
+def test_parts_give_the_gram_matrix_of_the_whole(
+    kernels: Any, shape: tuple[int, int], dtype: Any
+) -> None:
+    a = gaussian(2, *shape).astype(dtype)
+    result = run(kernels.small_extremes, a, of_gram=True)
+    assert not result["refused"].any()
+    assert_values(result, a, of_gram=True)
+
+
+@pytest.mark.parametrize("transposed", [False, True])
+def test_every_part_has_its_own_scale(kernels: Any, transposed: bool) -> None:
+    a = gaussian(2, 300, 4)
+    a[:, :64] = 0.0
+    a[:, 64:128] *= 2.0**-700  # squares underflow beside the others, not in their part
+    a[0, 128:] *= 2.0**500
+    a[1, 128:] *= 2.0**-1000  # where the second part is the largest
+    a = np.ascontiguousarray(a.swapaxes(1, 2)) if transposed else a
+    result = run(kernels.small_extremes, a)
+    assert not result["refused"].any()
+    for exact, b in ((2.0**-500, 0), (2.0**700, 1)):
+        scaled = {name: value[b : b + 1] for name, value in result.items() if name != "first_bad"}
+        scaled["value_max"] = exact * scaled["value_max"]
+        scaled["value_min"] = exact * scaled["value_min"]
+        assert_values(scaled, exact * a[b : b + 1])
+
+
+def test_a_number_that_is_not_finite_is_found_in_any_part(kernels: Any) -> None:
+    a = gaussian(4, 3, 200)
+    a[1, 2, 199] = np.nan
+    a[2, 0, 64] = -np.inf
+    result = run(kernels.small_extremes, a)
+    assert result["first_bad"] == 1
+    assert np.isnan(result["value_max"][[1, 2]]).all()
+    for b in (0, 3):
+        alone = run(kernels.small_extremes, a[b : b + 1])
+        np.testing.assert_array_equal(result["v_min"][b], alone["v_min"][0])
+
+
 def test_a_rank_tolerance_above_noise_is_counted(kernels: Any) -> None:
     a = with_spectrum(10, 16, [3, 2.5, 2, 1.5, 1.2, 1, 1e-5, 1e-6, 1e-7, 0])
     for full in (False, True):
