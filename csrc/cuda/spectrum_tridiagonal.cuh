@@ -66,7 +66,8 @@ __host__ __device__ constexpr int tridiagonal_stride(int t) {
 }
 // Doubles in place of V.
 __host__ __device__ constexpr int tridiagonal_doubles(int t, unsigned threads) {
-  return t * tridiagonal_stride(t) + 10 * t + larger(4 * t, 2 * static_cast<int>(threads));
+  const int vectors = 10 * t + larger(4 * t, 2 * static_cast<int>(threads));
+  return t * tridiagonal_stride(t) + larger(vectors, 3 * (t <= 32 ? 32 : t <= 64 ? 64 : 128));
 }
 
 // T, the reflectors, and vectors. Reflector i, in row i of a left of the diagonal, has the factor
@@ -99,44 +100,56 @@ __device__ __forceinline__ double sum_by_warp(int count, const F& x) {
 // G -> T. Rows from the last: with the reflector H = I - tau v v^T of row i (v supported on [0, i),
 // v_{i-1} = alpha - beta, else the row itself), y = A v and twice = -tau^2 v^T y,
 //     H A H = A - (tau v) y^T - (tau y + twice v) v^T.
-// A stays in registers. Its next row goes through shared memory, where it is left as v, and so does
-// y; every warp works out the two sums for itself. So there are two barriers a reflector.
+// A stays in registers. Its next row goes through shared memory, and so does y; every warp works out
+// the two sums for itself. So there are two barriers a reflector. A row is padded with zeros, so that
+// what registers hold beyond it, which is finite, does not matter.
 template <typename Shape>
 __device__ __forceinline__ void tridiagonalise(
     const TridiagonalSpace& q, SharedPtr<const double> gram) {
   constexpr int kLanes = Shape::lanes;
   constexpr int kWidth = Shape::width;
-  constexpr int kStep = 4;  // columns at a time
+  constexpr int kRows = kWarp / kLanes;  // of a warp
+  constexpr int kStep = 4;               // columns at a time
   const int thread = static_cast<int>(threadIdx.x);
-  const int first_row = thread / kWarp * (kWarp / kLanes);
+  const int threads = static_cast<int>(blockDim.x);
+  const int first_row = thread / kWarp * kRows;
   const int j = thread / kLanes;
   const int sub = thread % kLanes;
   const int t = q.t;
   const SharedPtr<double> y = q.pivots;
-  const SharedPtr<double> own_row = q.a + j * q.stride;
+  SharedPtr<double> x = y + kLanes * kWidth;
+  SharedPtr<double> next_x = x + kLanes * kWidth;
   double own[kWidth];
+  const auto publish = [&](SharedPtr<double> to) {
+    IMMUNIZE_EXT_UNROLL
+    for (int c = 0; c < kWidth; ++c) {
+      const int k = sub + kLanes * c;
+      if (k == j) {
+        q.d[j] = own[c];
+      }
+      to[k] = k < j ? own[c] : 0.0;
+    }
+  };
   IMMUNIZE_EXT_UNROLL
   for (int c = 0; c < kWidth; ++c) {
     const int k = sub + kLanes * c;
     own[c] = j < t && k < t ? gram[packed_index(j, k)] : 0.0;
-    if (j == t - 1 && k < t) {
-      own_row[k] = own[c];
-    }
   }
-  double earlier_head = 0.0;
+  if (j == t - 1) {
+    publish(x);
+  }
+  for (int k = thread; k < kLanes * kWidth; k += threads) {
+    y[k] = 0.0;
+  }
   for (int row = t - 1; row >= 1; --row) {
-    const SharedPtr<const double> x = q.a + row * q.stride;
     __syncthreads();
-    if (thread == 0 && row + 1 < t) {
-      q.a[(row + 1) * q.stride + row] = earlier_head;
-    }
     // A warp without rows left has nothing to do but to wait.
     const bool works = first_row < row;
     double head = 0.0;
     double tau = 0.0;
     double product = 0.0;
     const auto v = [&](int k) {
-      const double value = k < row ? x[k] : 0.0;
+      const double value = x[k];
       return k == row - 1 ? head : value;
     };
     if (works) {
@@ -154,8 +167,7 @@ __device__ __forceinline__ void tridiagonalise(
         if (kLanes * first < row) {
           IMMUNIZE_EXT_UNROLL
           for (int c = 0; c < kStep; ++c) {
-            const int k = sub + kLanes * (first + c);
-            sums[c] = fma(own[first + c], v(k), sums[c]);
+            sums[c] = fma(own[first + c], v(sub + kLanes * (first + c)), sums[c]);
           }
         }
       }
@@ -168,15 +180,12 @@ __device__ __forceinline__ void tridiagonalise(
       }
       tau = reflects ? -1.0 / (beta * head) : 0.0;
       if (thread == 0) {
-        const double diagonal = x[row];
-        q.d[row] = diagonal;
         q.e[row - 1] = beta;
         q.e_square[row - 1] = beta * beta;
         q.tau[row] = tau;
       }
     }
     __syncthreads();
-    earlier_head = head;
     if (works) {
       const double along = sum_by_warp<Shape::chunks>(row, [&](int k) {
         const double with = y[k];
@@ -192,23 +201,21 @@ __device__ __forceinline__ void tridiagonalise(
           IMMUNIZE_EXT_UNROLL
           for (int c = first; c < first + kStep; ++c) {
             const int k = sub + kLanes * c;
-            const double from_y = k < row ? y[k] : 0.0;
+            const double from_y = y[k];
             own[c] = fma(-left_v, v(k), fma(-left_y, from_y, own[c]));
-            if (j == row - 1 && k < row) {
-              own_row[k] = own[c];
-            }
           }
         }
       }
+      if (first_row + kRows >= row && j == row - 1) {
+        publish(next_x);
+      }
+      for (int k = thread; k < row; k += threads) {
+        q.a[row * q.stride + k] = v(k);
+      }
     }
-  }
-  __syncthreads();
-  if (thread == 0) {
-    if (t > 1) {
-      q.a[q.stride] = earlier_head;
-    }
-    const double corner = q.a[0];
-    q.d[0] = corner;
+    const SharedPtr<double> free = x;
+    x = next_x;
+    next_x = free;
   }
   __syncthreads();
 }
