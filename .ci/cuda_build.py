@@ -60,21 +60,25 @@ of the two triplets on the matrix itself (`csrc/cuda/spectrum_tridiagonal.cuh`).
 refuses (condition numbers from about 4e6, rank-deficient features, clusters in doubt) goes to
 `small_extremes`, one-sided Jacobi. Microseconds of the kernels for float64:
 
-| problem | Jacobi for all: measured before the change | `small_ends`: estimated, not measured |
-|---|---:|---:|
-| one 64 x 784 | 2215 | 90 |
-| 90 of 64 x 784 | 2488 | 100 |
-| 20 of 100 x 768 | 5800 (operator less its other parts) | 170 |
-| 1000 of 32 x 32 | 1565 | 65 |
-| 1000 of 8 x 8 | 109 | 15 |
+| problem | Jacobi for all | `small_ends` at first: estimated | `small_ends` at first: measured |
+|---|---:|---:|---:|
+| one 64 x 784 | 2215 | 90 | 254 |
+| 90 of 64 x 784 | 2488 | 100 | 297 |
+| 20 of 100 x 768 | 5800 (operator less its other parts) | 170 | 474 |
+| 1000 of 32 x 32 | 1565 | 65 | 278 |
+| 1000 of 8 x 8 | 109 | 15 | 58 |
 
-Measured on an NVIDIA H100 80GB HBM3 with torch 2.11.0+cu130, 28 November 2026. The estimates count
-cycles at 1.75 GHz from the code: latencies of 30 cycles for shared memory, 450 for global memory,
-35 for a step of a float64 sum across a warp, 75 for a dependent division, 64 float64 products a
-clock. At 64 x 784 they are, in cycles: magnitude 11 000, Gram matrix 34 000 (26 600 if the products
-alone counted), tridiagonal form 65 000 (1000 a column: two warp sums, a root and a division, the
-update, one barrier), Sturm counts 14 000 (8 passes), pivots and vectors of T 8000, reflectors
-10 000, two products with the matrix 20 000.
+Measured on an NVIDIA H100 80GB HBM3 with torch 2.11.0+cu130, 28 November 2026. The estimates had
+added up latencies of what must follow each other. The instructions tell why they were too low: at
+64 x 784 the first warp ran 81 000 of PTX and all warps 648 000 (Nsight Compute: 716 000 in 546 000
+cycles; a warp issued one in 12 cycles, 4.6 of them at barriers). Of those of the first warp the
+tridiagonal form took 36 %, the Gram matrix, of one block, a quarter, the Sturm counts 13 %.
+
+Changed since, and **not measured yet**: matrices of more than 64 rows on the long side are
+multiplied by a block for each part of 64 rows or more (`ends_gram`); rows of G stay in registers
+while T is formed; counts are unrolled, and pivots are quotients of minors, without a chain of
+divisions; a matrix with a side up to 32 takes one warp, so that 1000 of them run at the same time
+on 132 multiprocessors where two rounds were needed.
 
 ## Registers
 
