@@ -27,6 +27,7 @@ from immunize_ext.probing.attacks import (
     label_of,
 )
 from immunize_ext.probing.data import Problem, Task, TaskLike, gram_equivalent, gram_rows
+from immunize_ext.probing.data.scale import excess_exponent, in_range
 from immunize_ext.probing.immunizers import METHODS, Immunized, knob_of
 from immunize_ext.probing.metrics import (
     AttackerSteps,
@@ -297,7 +298,8 @@ def evaluate(
         >>> sorted(evaluate(immunized, task, task, base_budget=9, limit=2.0).rir)
         ['official', 'rank_aware', 'ridge']
     """
-    primary, harmful = Task.of(primary, "primary task"), Task.of(harmful, "harmful task")
+    given = Task.of(primary, "primary task"), Task.of(harmful, "harmful task")
+    primary, harmful = in_range(given)
     tasks = {"harmful": harmful, "primary": primary}
     chosen = standard_attacks() if attacks is None else list(attacks)
     short = {role: gram_equivalent(task) for role, task in tasks.items()}
@@ -320,9 +322,12 @@ def evaluate(
             progress(text, (index + 1) / len(jobs))
     rows = {role: gram_rows(task.x_train) for role, task in tasks.items()}
     inputs = rows["primary"], rows["harmful"]
+    exponent = excess_exponent(given)
+    # The floor of the official policy alone is an absolute number.
+    as_given = [x * 2.0**exponent for x in inputs] if exponent else inputs
     ratios = {
         policy: relative_immunization_ratio(
-            *inputs,
+            *(as_given if policy == "official" else inputs),
             immunized.theta,
             immunized.theta0,
             policy=policy,
@@ -377,6 +382,11 @@ def evaluate(
         ratios["ridge"].log_kappa_harmful > math.log(1e7)
     ):
         warnings.append(_FLOAT32)
+    if exponent:
+        warnings.append(
+            f"The features are of a size of about 2^{exponent}: spectra are those of the features "
+            "divided by that, and only the official condition numbers see the size."
+        )
     more = {}
     if details:
         problem: Problem[Task] = Problem.of(primary, harmful)

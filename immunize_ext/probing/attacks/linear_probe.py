@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from immunize_ext.probing.attacks.losses import LOSSES, LossName, ProbeLoss
+from immunize_ext.probing.data.scale import unit_scale
 from immunize_ext.probing.data.task import Task, TaskLike
 from immunize_ext.seams import AttackCurve, Progress
 from immunize_ext.settings import plain
@@ -267,10 +268,8 @@ def _features(name: str, task: Task, theta: Tensor | None) -> tuple[Tensor, Tens
         raise ValueError(
             f"{name}: features x @ theta must be finite, got an overflow; scale theta down"
         )
-    # No attacker sees the scale of its features, but squares of 1e200 overflow. A power of two
-    # changes no digit.
-    peak = float(parts[0].abs().max())
-    scale = 2.0 ** -math.frexp(peak)[1] if peak > 0.0 else 1.0
+    # No attacker sees the scale of its features, but squares of 1e200 overflow.
+    scale = unit_scale(parts[0])
     return parts[0] * scale, parts[1] * scale
 
 

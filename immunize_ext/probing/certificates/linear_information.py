@@ -66,8 +66,9 @@ def probe(
     if not len(sigma):
         share = float((y_test * mean > 0).to(torch.float64).mean())
         return LinearInformation(0.0, share if classify else None)
-    damped = sigma[:, None].square() + z.new_tensor(RIDGES) * sigma[0].square()
-    heads = right.mT @ (sigma[:, None] / damped * (left.mT @ (y - mean))[:, None])
+    share = sigma[:, None] / sigma[0]  # whose squares stay in range whatever the scale is
+    inverse = share / (share.square() + z.new_tensor(RIDGES)) / sigma[0]
+    heads = right.mT @ (inverse * (left.mT @ (y - mean))[:, None])
     predicted = (z_test - middle) @ heads + mean
     residual = (predicted - y_test[:, None]).square().mean(0)
     variance = float((y_test - y_test.mean()).square().mean())

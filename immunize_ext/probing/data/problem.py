@@ -75,9 +75,12 @@ class Problem(Generic[TaskT]):
             >>> Problem.of((x, y), (x, y[::-1].copy())).as_tasks().harmful[0].name
             'harmful task'
         """
-        harmful = (Task.of(one, "harmful task") for one in self.harmful)  # type: ignore[arg-type]
         primary: Any = self.primary
-        return Problem(Task.of(primary, "primary task"), tuple(harmful), self.head)
+        harmful, benign = (
+            tuple(Task.of(one, name) for one in tasks)  # type: ignore[arg-type]
+            for name, tasks in (("harmful task", self.harmful), ("benign task", self.benign))
+        )
+        return Problem(Task.of(primary, "primary task"), harmful, self.head, benign)
 
     def to(
         self, device: torch.device | str | None = None, dtype: torch.dtype | None = None
@@ -87,11 +90,11 @@ class Problem(Generic[TaskT]):
         Immunizers and attacks work where the tasks are. Samples that are no :class:`Task` are drawn
         batch by batch, and stay as they are.
         """
-        moved: list[Any] = [
-            task.to(device, dtype) if isinstance(task, Task) else task
-            for task in (self.primary, *self.harmful)
-        ]
-        return Problem(moved[0], tuple(moved[1:]), self.head)
+        def moved(task: Any) -> Any:
+            return task.to(device, dtype) if isinstance(task, Task) else task
+
+        harmful, benign = (tuple(map(moved, tasks)) for tasks in (self.harmful, self.benign))
+        return Problem(moved(self.primary), harmful, self.head, benign)
 
     def only_harm(self, function: str) -> TaskT:
         """The harmful task of a method that takes one.

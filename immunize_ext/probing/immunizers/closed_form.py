@@ -324,7 +324,7 @@ class ClosedFormImmunizer(LinearImmunizer):
             is absorbed: theta is that of the composition, model times what was found for its
             features.
         """
-        problem = problem.as_tasks()
+        problem = self.prepared(problem)
         primary, harmful = problem.primary, problem.only_harm(f"{type(self).__name__}.fit")
         theta0 = identity_or(model, primary, type(self).__name__)
         strength = self.strength

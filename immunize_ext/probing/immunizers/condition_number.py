@@ -98,6 +98,7 @@ class ConditionNumberImmunizer(IterativeImmunizer):
     """
 
     method: ClassVar[str] = "condition-number"
+    sees_scale: ClassVar[bool] = True
     knob: ClassVar[str | None] = "ill_share"
     grid: ClassVar[tuple[float, ...]] = (0.1, 0.3, 1.0, 3.0)
 
@@ -268,6 +269,7 @@ class PlainConditionNumberImmunizer(ConditionNumberImmunizer):
     """Algorithm 1 without K^-1."""
 
     method: ClassVar[str] = "condition-number-plain"
+    sees_scale: ClassVar[bool] = True
 
     preconditioner: Literal["implicit", "explicit", "none"] = "none"
 

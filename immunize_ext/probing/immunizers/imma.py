@@ -91,6 +91,7 @@ class ImmaImmunizer(IterativeImmunizer):
     """
 
     method: ClassVar[str] = "imma"
+    sees_scale: ClassVar[bool] = True
     knob: ClassVar[str | None] = "weight"
     grid: ClassVar[tuple[float, ...]] = (0.3, 1.0, 3.0)
 

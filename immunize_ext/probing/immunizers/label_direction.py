@@ -86,7 +86,7 @@ class LabelDirectionImmunizer(LinearImmunizer):
         Returns:
             The extractor, invertible; its history has one record before and one after.
         """
-        problem = problem.as_tasks()
+        problem = self.prepared(problem)
         name = type(self).__name__
         harmful = problem.only_harm(f"{name}.fit")
         theta0 = identity_or(model, problem.primary, name)

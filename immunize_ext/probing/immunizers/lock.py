@@ -148,7 +148,7 @@ class _Lock(LinearImmunizer):
             part, ``loss_primary``, the parts of its rise ``price_of_cut`` (small variances) and
             ``price_of_lock``, and ``dimensions``.
         """
-        problem = problem.as_tasks()
+        problem = self.prepared(problem)
         name = type(self).__name__
         theta0 = identity_or(model, problem.primary, name)
         tasks = (problem.primary, *problem.harmful)

@@ -83,6 +83,7 @@ class MiniBatchImmunizer(IterativeImmunizer):
     """
 
     method: ClassVar[str] = "mini-batch"
+    sees_scale: ClassVar[bool] = True
     knob: ClassVar[str | None] = "epochs"
     grid: ClassVar[tuple[float, ...]] = (3.0, 10.0, 30.0, 100.0)
 

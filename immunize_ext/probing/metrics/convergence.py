@@ -257,8 +257,9 @@ def line_search_norm_ratio(x: Tensor, y: Tensor, *, steps: int = 100) -> Tensor:
     counted = sigma > max(x.shape) * torch.finfo(torch.float64).eps * sigma[0]
     # Coordinates of w - w* in the right singular basis: H is diagonal there, and from w = 0 no
     # other coordinate ever moves.
-    eigenvalues = sigma[counted].square()
-    distance = (left[:, counted].mT @ y) / sigma[counted]
+    sigma = sigma[counted] / sigma[0]  # no ratio of distances sees the scale of the features
+    eigenvalues = sigma.square()
+    distance = (left[:, counted].mT @ y) / sigma
     iterates = [distance]
     for _ in range(steps):
         gradient = eigenvalues * distance

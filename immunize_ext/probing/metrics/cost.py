@@ -142,8 +142,9 @@ def few_sample_error(
         middle, mean = z[chosen].mean(0), y[chosen].mean()
         left, sigma, right = torch.linalg.svd(z[chosen] - middle, full_matrices=False)
         # One column of coefficients per ridge: sigma u^T y / (sigma^2 + r sigma_max^2).
-        damped = sigma[:, None].square() + relative * sigma[0].square()
-        inverse = torch.where(damped > 0, sigma[:, None] / damped, 0.0)
+        top = torch.where(sigma[0] > 0, sigma[0], 1.0)
+        share = sigma[:, None] / top  # whose squares stay in range whatever the scale is
+        inverse = share / (share.square() + relative) / top
         heads = right.mT @ (inverse * (left.mT @ (y[chosen] - mean))[:, None])
         predicted = (z_test - middle) @ heads + mean
         losses.append((predicted - y_test[:, None]).square().mean(0))
