@@ -218,6 +218,7 @@ def _task_facts(task: Task) -> Table:
         "train_samples": task.x_train.shape[0],
         "test_samples": task.x_test.shape[0],
         "features": task.num_features,
+        **({"classes": task.num_classes} if task.num_classes > 2 else {}),
     }
 
 
@@ -516,7 +517,7 @@ def _about_slowdowns(found: Mapping[str, Any], milder: str | None) -> list[str]:
     if pair is not None and pair[0] - pair[1] < ACCURACY_MARGIN:
         sentences.append(
             f"After 100 steps the harmful task's test accuracy is {pair[1]:.1%} instead of "
-            f"{pair[0]:.1%}: an attacker who only needs the right sign is hardly slowed."
+            f"{pair[0]:.1%}: an attacker who only needs the right answer is hardly slowed."
         )
     return sentences
 
