@@ -1,8 +1,8 @@
 """Raw spectral operators called with tensors that do not fit: a named error, never memory.
 
-Each test plants one tensor of a wrong shape, type or device among good ones. Compiled operators reach
-memory through raw pointers, so what they do not refuse they read beyond its end; of the torch-only
-ones, which do not, nobody asks a word on every saved tensor.
+Each test plants one tensor of a wrong shape, type or device among good ones. Compiled operators
+reach memory through raw pointers, so what they do not refuse they read beyond its end; the
+torch-only ones do not, and leave what autograd saved for them to torch.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""Tasks with more than two classes: labels, targets, heads with an output for each, and accuracy."""
+"""Tasks with more than two classes: labels, targets, heads with several outputs, accuracy."""
 
 from __future__ import annotations
 
@@ -200,7 +200,7 @@ THETA = torch.eye(6, dtype=torch.float64) + 0.3 * gaussian(6, 6, seed=9)
 @pytest.mark.parametrize("loss", ["squared", "logistic"])
 @pytest.mark.parametrize("name", list(ATTACKS))
 def test_two_columns_are_the_binary_task(name, loss):
-    """Squared: the same losses and steps. Softmax: W = (-w, w) / 2 has the binary scores' losses."""
+    """Squared: the same losses and steps. Softmax: W = (-w, w) / 2 has the binary losses."""
     attack = ATTACKS[name]
     if loss not in getattr(attack, "losses", ()):
         pytest.skip(f"{name} knows the squared loss alone")

@@ -1,9 +1,10 @@
 """Attackers without a learning rate to tune: for any loss of the scores, then the squared alone.
 
 Each is handed features Z (n, p) and targets y (n,) or (n, k), starts at w = 0, (p,) or (p, k), and
-yields w after 0, 1, 2, ... steps. One step is one gradient; steps are sized by L = sup l'' lambda_max(Z^T Z) or by a search
-along the line, so that no scale of the features helps the defender: the curves of Z and of c Z are
-the same. The special forms for the squared loss need the Hessian Z^T Z alone.
+yields w after 0, 1, 2, ... steps. One step is one gradient; steps are sized by
+L = sup l'' lambda_max(Z^T Z) or by a search along the line, so that no scale of the features helps
+the defender: the curves of Z and of c Z are the same. The special forms for the squared loss need
+the Hessian Z^T Z alone.
 """
 
 from __future__ import annotations

@@ -1,9 +1,10 @@
 """Attackers with a learning rate, run for a whole grid of learning rates at once.
 
 Each yields the weights of every learning rate side by side, ``(p, m)`` for m rates, ``(p, m, k)``
-for targets with k outputs, after 0, 1, 2, ... steps; the harness keeps the best column. Momentum takes rates in units of 1/L; Adam and Adagrad
-take them for features of root mean square 1, to which they scale Z first. Either way no scale of
-the features helps or hurts. Gradients are those of the mean loss.
+for targets with k outputs, after 0, 1, 2, ... steps; the harness keeps the best column. Momentum
+takes rates in units of 1/L; Adam and Adagrad take them for features of root mean square 1, to which
+they scale Z first. Either way no scale of the features helps or hurts. Gradients are those of the
+mean loss.
 """
 
 from __future__ import annotations

@@ -93,7 +93,7 @@ def through(z: Tensor, heads: Tensor) -> Tensor:
 
 
 def expanded(numbers: Tensor, targets: Tensor) -> Tensor:
-    """Numbers ``(..., m)``, one a head, for all outputs of each: ``(..., m, 1)`` if there are any."""
+    """Numbers ``(..., m)``, one a head, for all outputs of each: ``(..., m, 1)`` if any."""
     return numbers if targets.dim() == 1 else numbers.unsqueeze(-1)
 
 

@@ -8,10 +8,10 @@ is read from by c and leaves everything else as it is:
           \qquad s = \mathrm{Cov}(x, y_H),\quad v = K_H^{-1} s.
 
 For more than two classes s and v are matrices with a column for each direction that the classes are
-told apart by, and the divisor is the matrix s^T v. theta is invertible: a head for the primary task that is compensated by theta^-1 gives the very
-outputs it gave before, and with many samples nothing is lost to anyone. What it costs is samples,
-whatever the optimizer. Who gets hold of a model of the same features that was not immunized has the
-variances, and pays nothing.
+told apart by, and the divisor is the matrix s^T v. theta is invertible: a head for the primary task
+that is compensated by theta^-1 gives the very outputs it gave before, and with many samples nothing
+is lost to anyone. What it costs is samples, whatever the optimizer. Who gets hold of a model of the
+same features that was not immunized has the variances, and pays nothing.
 """
 
 from __future__ import annotations

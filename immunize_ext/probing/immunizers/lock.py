@@ -52,7 +52,7 @@ def cross_covariance(x: Tensor, y: Tensor) -> Tensor:
 
 
 def label_directions(x: Tensor, y: Tensor) -> Tensor:
-    """A basis of what :func:`cross_covariance` spans, ``(p, r)``: r = 1, or up to k - 1 for classes.
+    """A basis of what :func:`cross_covariance` spans, ``(p, r)``: r = 1, at most k - 1 of classes.
 
     Of one output it is the vector itself; of several, left singular vectors times their values.
     """

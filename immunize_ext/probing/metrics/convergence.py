@@ -252,8 +252,8 @@ def line_search_norm_ratio(x: Tensor, y: Tensor, *, steps: int = 100) -> Tensor:
         raise ValueError(f"line_search_norm_ratio: steps must be at least 1, got {steps}")
     if x.dim() != 2 or y.shape[:1] != x.shape[:1] or y.dim() > 2:
         raise ValueError(
-            f"line_search_norm_ratio: y must have shape (n,) or (n, k) for features of shape (n, p), got "
-            f"{tuple(y.shape)} and {tuple(x.shape)}"
+            f"line_search_norm_ratio: y must have shape (n,) or (n, k) for features of shape "
+            f"(n, p), got {tuple(y.shape)} and {tuple(x.shape)}"
         )
     x, y = x.detach().to(torch.float64), y.detach().to(torch.float64)
     left, sigma, _ = torch.linalg.svd(x, full_matrices=False)
