@@ -129,7 +129,7 @@ def read_labels(parts: Sequence[Any]) -> Labels | None:
     """
     if any(isinstance(part, Tensor) and not _is_whole(part) for part in parts):
         return None
-    arrays = [_as_array(part) for part in parts]
+    arrays = [label_array(part) for part in parts]
     if any(a.ndim != 1 or a.dtype.kind not in "USbiu" for a in arrays):
         return None
     together = np.concatenate(arrays)
@@ -146,7 +146,8 @@ def _is_whole(part: Tensor) -> bool:
     return not (part.is_floating_point() or part.is_complex())
 
 
-def _as_array(part: Any) -> NDArray[Any]:
+def label_array(part: Any) -> NDArray[Any]:
+    """Labels as an array of texts or of numbers."""
     array = part.cpu().numpy() if isinstance(part, Tensor) else np.asarray(part)
     texts = array.dtype.kind == "O" and all(isinstance(label, str) for label in array.flat)
     return array.astype(str) if texts else array

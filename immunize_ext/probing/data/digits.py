@@ -87,7 +87,6 @@ def digits_task(
     check_digits("digits_task", *sides)
     check_seed("digits_task", seed)
     x, y = select_digits(*load_digits(), *sides, seed=seed)
-    classes = class_names(*sides)
     # Asked first, so that NaN is refused here and not by round.
     cut = round(train_fraction * len(y)) if 0.0 < train_fraction < 1.0 else 0
     if not 0 < cut < len(y):
@@ -97,7 +96,7 @@ def digits_task(
         )
     inputs, targets = torch.from_numpy(x).to(dtype), torch.from_numpy(y).to(dtype)
     parts = inputs[:cut], targets[:cut], inputs[cut:], targets[cut:]
-    return Task(describe_digits(*sides), *parts, classes)
+    return Task(describe_digits(*sides), *parts, classes=class_names(*sides))
 
 
 def parse_digits(text: str) -> tuple[tuple[int, ...], tuple[int, ...]]:

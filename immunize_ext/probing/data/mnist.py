@@ -189,4 +189,4 @@ def mnist_task(
             images, targets = images[:max_train], targets[:max_train]
         parts.append(torch.from_numpy(_standardise(images, size)).to(dtype))
         parts.append(torch.from_numpy(targets).to(dtype))
-    return Task("MNIST " + describe_digits(*sides), *parts, class_names(*sides))
+    return Task("MNIST " + describe_digits(*sides), *parts, classes=class_names(*sides))

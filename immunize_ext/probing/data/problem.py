@@ -399,7 +399,7 @@ def _classes(path: str, text: str, seed: int) -> Task:
                 )
         kept = torch.isin(y, y.new_tensor(sum(sides, ())))
         parts += [x[kept], side_targets(y[kept].to(torch.int64), *sides).to(x.dtype)]
-    return Task(f"{name}, {text}", *parts, class_names(*sides))
+    return Task(f"{name}, {text}", *parts, classes=class_names(*sides))
 
 
 def _cut(task: Task, count: int | None) -> Task:
