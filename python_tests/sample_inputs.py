@@ -13,10 +13,12 @@ from contextlib import contextmanager, nullcontext
 from typing import Any, NamedTuple
 
 import numpy as np
+import pytest
 import torch
 from hypothesis import settings
 from torch import Tensor
 
+from immunize_ext import _load
 from immunize_ext.ops import operators
 from immunize_ext.testing.samples import matrix_from_spectrum
 
@@ -27,6 +29,11 @@ fewer_examples = settings(max_examples=max(10, settings().max_examples // 4))
 
 EPS = torch.finfo(torch.float64).eps
 EPS32 = torch.finfo(torch.float32).eps
+
+# What only the compiled operators promise or have.
+compiled_only = pytest.mark.skipif(
+    not _load.available(), reason="the compiled part is not loaded, and this is about its kernels"
+)
 
 # rank_rtol, cluster_rtol, full_rank as the public functions fill them in for small float64 input.
 POLICY = (10 * EPS, 10 * EPS, False)
@@ -551,14 +558,13 @@ RAW_OPERATORS = tuple(_BUILDERS)
 DIFFERENTIABLE = (
     "extremal_singular_values",
     "gram_extremes",
-    "regularizer",
-    "condition_number",
     "symmetric_extremes",
-    "symmetric_pair",
     "resolvent_traces",
     "merge_apply",
     "moment_product",
 )
+if _load.available():  # the rules of these are in C++; public functions do without them
+    DIFFERENTIABLE += ("regularizer", "condition_number", "symmetric_pair")
 # Gradients are differentiable in grad and matrix together, as a part of their operator; the
 # preconditioner in grad alone, and what it holds has no gradient of a function, on purpose.
 HALF_DIFFERENTIABLE = (

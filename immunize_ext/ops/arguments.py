@@ -53,19 +53,32 @@ def require_floating_matrix(operator: str, name: str, value: Tensor) -> None:
         )
 
 
-def not_finite(value: Tensor) -> bool:
-    """Whether any entry is NaN or infinite. Reads the tensor on the host."""
+def _wrong_entries(value: Tensor) -> Tensor:
+    """Which entries are NaN or infinite."""
     numbers = value.detach()
     if value.element_size() == 1:  # isfinite knows not all of the 8-bit types
         numbers = numbers.to(torch.float32)
-    return any_true(~torch.isfinite(numbers))
+    return ~torch.isfinite(numbers)
+
+
+def not_finite(value: Tensor) -> bool:
+    """Whether any entry is NaN or infinite. Reads the tensor on the host."""
+    return any_true(_wrong_entries(value))
+
+
+def first_true(wrong: Tensor) -> int:
+    """Index of the first true entry of a batch, counted as if it had one dimension."""
+    return int(wrong.flatten().to(torch.uint8).argmax())
 
 
 def require_finite(operator: str, name: str, value: Tensor) -> None:
-    """Refuse NaN and infinity. Reads the tensor on the host."""
+    """Refuse NaN and infinity, in a batch with the place. Reads the tensor on the host."""
     if not_finite(value):
+        where = ""
+        if value.dim() > 2:
+            where = f" at batch index {first_true(_wrong_entries(value).flatten(-2).any(-1))}"
         raise ValueError(
-            f"{operator}: {name} must be finite, got NaN or infinity; "
+            f"{operator}: {name} must be finite, got NaN or infinity{where}; "
             "look for an overflow upstream, float16 features for instance"
         )
 

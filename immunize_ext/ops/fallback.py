@@ -24,7 +24,12 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from immunize_ext.ops.arguments import SpectrumPolicy, require_finite, require_floating_matrix
+from immunize_ext.ops.arguments import (
+    SpectrumPolicy,
+    first_true,
+    require_finite,
+    require_floating_matrix,
+)
 
 # A Gram matrix gives sigma_min with a relative error of eps * kappa^2 / 2, so sigma itself to
 # eps * sigma_max * kappa / 2. Beyond this kappa that is more than a decomposition of x itself
@@ -344,17 +349,22 @@ def gram_extremes(
     # .flip: eigh sorts ascending. Rounding may leave an eigenvalue of a singular Gram below 0.
     eigenvalues, vectors = torch.linalg.eigh(thin)
     eigenvalues, vectors = eigenvalues.flip(-1).clamp(min=0.0), vectors.flip(-1)
-    risky = eigenvalues[..., -1] * GRAM_SAFE_CONDITION**2 <= eigenvalues[..., 0]
-    if bool(risky.any()):
+    risky = bool((eigenvalues[..., -1] * GRAM_SAFE_CONDITION**2 <= eigenvalues[..., 0]).any())
+    if risky:
         u, sigma, vh = torch.linalg.svd(scaled, full_matrices=False)
-        eigenvalues, vectors = sigma.square(), (u if n <= p else vh.mT)
+        eigenvalues = sigma.square()
     sigma = eigenvalues.sqrt()
     rank, top, bottom = _ranked(sigma, policy, p)
     pairs: list[Tensor] = []
     for extreme in (top, bottom):
+        if risky:
+            pairs += _column(u, extreme), _column(vh.mT, extreme)
+            continue
         near = _column(vectors, extreme)
         far = ((scaled.mT if n <= p else scaled) @ near.unsqueeze(-1)).squeeze(-1)
-        far = far / torch.where(extreme.exists, _pick(sigma, extreme), 1.0).unsqueeze(-1)
+        # Its own length: the root of an eigenvalue has an error of eps kappa^2.
+        length = torch.linalg.vector_norm(far, dim=-1, keepdim=True)
+        far = far / torch.where(length > 0, length, 1.0)
         pairs += (near, far) if n <= p else (far, near)
     squared = scale[..., 0, 0].square()
     largest, smallest = _pick(eigenvalues, top), _pick(eigenvalues, bottom)
@@ -696,19 +706,30 @@ def _eigen(h: Tensor, cluster_rtol: float) -> _Eigen:
     return _Eigen(values, vectors, scale[..., 0, 0], *extremes)
 
 
-def symmetric_extremes(h: Tensor, cluster_rtol: float) -> tuple[Tensor, ...]:
-    """Algebraic extremes of symmetric h (*, p, p), their multiplicities and vectors."""
-    wide = _checked("symmetric_extremes", "h", h)
-    if h.shape[-1] != h.shape[-2]:
-        raise ValueError(f"symmetric_extremes: h must have shape (*, p, p), got {tuple(h.shape)}")
+def _symmetric(function: str, h: Tensor, *, one: bool = False) -> Tensor:
+    """The argument in float64, if it is finite and symmetric; one matrix, if that is asked."""
+    wide = _checked(function, "h", h)
+    if h.shape[-1] != h.shape[-2] or (one and h.dim() != 2):
+        shape = "(p, p)" if one else "(*, p, p)"
+        raise ValueError(f"{function}: h must have shape {shape}, got {tuple(h.shape)}")
     scaled = wide / _scale_of(wide)
     difference = (scaled - scaled.mT).abs().amax(dim=(-2, -1))
     allowed = 8.0 * h.shape[-1] ** 0.5 * torch.finfo(h.dtype).eps
-    if bool((difference > allowed * scaled.abs().amax(dim=(-2, -1))).any()):
+    wrong = difference > allowed * scaled.abs().amax(dim=(-2, -1))
+    if bool(wrong.any()):
+        place = first_true(wrong)
+        apart = float((wide - wide.mT).abs().amax(dim=(-2, -1)).flatten()[place])
         raise ValueError(
-            "symmetric_extremes: h must be symmetric, got entries that differ from their mirror "
-            "image; pass (h + h.mT) / 2 if the difference has no meaning"
+            f"{function}: h must be symmetric, got entries that differ by {apart:.6g} from their "
+            f"mirror image at batch index {place}; pass (h + h.mT) / 2 if the difference has no "
+            "meaning"
         )
+    return wide
+
+
+def symmetric_extremes(h: Tensor, cluster_rtol: float) -> tuple[Tensor, ...]:
+    """Algebraic extremes of symmetric h (*, p, p), their multiplicities and vectors."""
+    wide = _symmetric("symmetric_extremes", h)
     e = _eigen(wide, cluster_rtol)
     return (
         _pick(e.values, e.top) * e.scale,
@@ -784,6 +805,7 @@ def symmetric_extremes_double_backward(
 
 def symmetric_reference(h: Tensor, cluster_rtol: float) -> tuple[Tensor, ...]:
     """Extremes of one matrix, and a state from which no warm call is served."""
+    _symmetric("symmetric_reference", h, one=True)
     largest, smallest, *counts, v_max, v_min = torch.ops.immunize_ext.symmetric_extremes(
         h, cluster_rtol
     )
@@ -809,6 +831,7 @@ def symmetric_track(
     ends: Tensor,
 ) -> tuple[Tensor, Tensor, bool]:
     """Not proven: the caller decomposes the matrix anew."""
+    _symmetric("symmetric_track", h, one=True)
     return vectors.new_zeros(2), vectors.clone(), False
 
 
@@ -826,7 +849,7 @@ def precondition(grad: Tensor, factor: Tensor, basis: Tensor, ridge: float) -> T
     require_floating_matrix(function, "grad", grad)
     n, p = basis.shape[0], grad.shape[-1]
     side = n or p
-    for name, value, shape in (("factor", factor, (side, side)), ("basis", basis, (n, p))):
+    for name, value, shape in (("basis", basis, (n, p)), ("factor", factor, (side, side))):
         if value.dtype != torch.float64:
             raise ValueError(f"{function}: {name} must have dtype float64, got {value.dtype}")
         if value.shape != shape:

@@ -192,6 +192,11 @@ def _check_layers(
 
 def _check(op: str, name: str, tensor: Tensor, shape: Sequence[int], dtype: torch.dtype) -> None:
     if tuple(tensor.shape) != tuple(shape):
+        if tuple(tensor.shape[-2:]) == tuple(shape[-2:]):
+            raise ValueError(
+                f"{op}: {name} must have the leading dimensions {list(shape[:-2])}, got shape "
+                f"{list(tensor.shape)}"
+            )
         raise ValueError(f"{op}: {name} must have shape {list(shape)}, got {list(tensor.shape)}")
     if tensor.dtype != dtype:
         raise ValueError(f"{op}: {name} must have dtype {dtype}, got {tensor.dtype}")

@@ -27,6 +27,7 @@ from immunize_ext.probing.attacks import (
     label_of,
 )
 from immunize_ext.probing.data import Problem, Task, TaskLike, gram_equivalent, gram_rows
+from immunize_ext.probing.data.scale import excess_exponent, in_range
 from immunize_ext.probing.immunizers import METHODS, Immunized, knob_of
 from immunize_ext.probing.metrics import (
     AttackerSteps,
@@ -217,6 +218,7 @@ def _task_facts(task: Task) -> Table:
         "train_samples": task.x_train.shape[0],
         "test_samples": task.x_test.shape[0],
         "features": task.num_features,
+        **({"classes": task.num_classes} if task.num_classes > 2 else {}),
     }
 
 
@@ -297,7 +299,8 @@ def evaluate(
         >>> sorted(evaluate(immunized, task, task, base_budget=9, limit=2.0).rir)
         ['official', 'rank_aware', 'ridge']
     """
-    primary, harmful = Task.of(primary, "primary task"), Task.of(harmful, "harmful task")
+    given = Task.of(primary, "primary task"), Task.of(harmful, "harmful task")
+    primary, harmful = in_range(given)
     tasks = {"harmful": harmful, "primary": primary}
     chosen = standard_attacks() if attacks is None else list(attacks)
     short = {role: gram_equivalent(task) for role, task in tasks.items()}
@@ -320,9 +323,12 @@ def evaluate(
             progress(text, (index + 1) / len(jobs))
     rows = {role: gram_rows(task.x_train) for role, task in tasks.items()}
     inputs = rows["primary"], rows["harmful"]
+    exponent = excess_exponent(given)
+    # The floor of the official policy alone is an absolute number.
+    as_given = [x * 2.0**exponent for x in inputs] if exponent else inputs
     ratios = {
         policy: relative_immunization_ratio(
-            *inputs,
+            *(as_given if policy == "official" else inputs),
             immunized.theta,
             immunized.theta0,
             policy=policy,
@@ -377,6 +383,11 @@ def evaluate(
         ratios["ridge"].log_kappa_harmful > math.log(1e7)
     ):
         warnings.append(_FLOAT32)
+    if exponent:
+        warnings.append(
+            f"The features are of a size of about 2^{exponent}: spectra are those of the features "
+            "divided by that, and only the official condition numbers see the size."
+        )
     more = {}
     if details:
         problem: Problem[Task] = Problem.of(primary, harmful)
@@ -506,7 +517,7 @@ def _about_slowdowns(found: Mapping[str, Any], milder: str | None) -> list[str]:
     if pair is not None and pair[0] - pair[1] < ACCURACY_MARGIN:
         sentences.append(
             f"After 100 steps the harmful task's test accuracy is {pair[1]:.1%} instead of "
-            f"{pair[0]:.1%}: an attacker who only needs the right sign is hardly slowed."
+            f"{pair[0]:.1%}: an attacker who only needs the right answer is hardly slowed."
         )
     return sentences
 

@@ -201,9 +201,9 @@ class RunSettings(MeasureSettings):
     """One immunization of a linear extractor, and how it is judged.
 
     Attributes:
-        primary: The task to keep: classes against classes (``4,6:2,3,7``), or one class (``4``),
-            whose images then get a constant label, as in the papers' code; nothing for ``house``
-            and for a file that is one task.
+        primary: The task to keep: classes against classes (``4,6:2,3,7``), several to be told
+            apart (``0:1:2`` or ``0-2``), or one class (``4``), whose images then get a constant
+            label, as in the papers' code; nothing for ``house`` and for a file that is one task.
         harmful: The tasks to make hard, in the same form, or files of features; several for the
             method ``several-harms``.
         method: How to immunize.
@@ -433,7 +433,7 @@ def _measured(
     tell("loading the data", 0.0)
     problem = settings.load()
     for role, task in (("primary", problem.primary), *(("harmful", t) for t in problem.harmful)):
-        tell(f"{role} task: {task.name} ({task.kind}, {len(task.x_train)} samples)", 0.02)
+        tell(f"{role} task: {task.name} ({task.summary}, {len(task.x_train)} samples)", 0.02)
     marks.append(time.perf_counter())
     tell(f"immunizing: {method_label(immunizer)}", 0.05)
     immunized = immunizer.fit(None, problem, progress=_part(progress, 0.05, 0.2), resume=resume)

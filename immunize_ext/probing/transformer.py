@@ -13,10 +13,10 @@ from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
-import torch
 
 from immunize_ext._extras import require_extra
 from immunize_ext.probing.data import Problem, Task
+from immunize_ext.probing.data.classes import label_array
 from immunize_ext.probing.immunizers import METHODS, MethodName
 
 if TYPE_CHECKING:
@@ -70,7 +70,7 @@ class ImmunizedFeatures(
 
         Args:
             X: Inputs of the task to keep, shape ``(n, p)``.
-            y: Their targets, shape ``(n,)``.
+            y: Their targets, shape ``(n,)``: numbers, or names or whole numbers of classes.
 
         Returns:
             Itself.
@@ -116,6 +116,7 @@ class ImmunizedFeatures(
 
 def _whole(name: str, x: ArrayLike, y: ArrayLike) -> Task:
     """A task whose samples are all to train on; who fits a transformer tests elsewhere."""
-    checked = _validation.check_X_y(x, y, dtype=np.float64, y_numeric=True)
-    inputs, targets = (torch.from_numpy(np.ascontiguousarray(part, np.float64)) for part in checked)
-    return Task(name, inputs, targets, inputs, targets)
+    y = label_array(y)
+    checked = _validation.check_X_y(x, y, dtype=np.float64, y_numeric=y.dtype.kind not in "US")
+    inputs, targets = (np.ascontiguousarray(part) for part in checked)
+    return Task.of((inputs, targets, inputs, targets), name)

@@ -7,13 +7,11 @@ import warnings
 
 import pytest
 import torch
-from sample_inputs import POLICY, gaussian
+from sample_inputs import POLICY, compiled_only, gaussian
 
 from immunize_ext import _load
 from immunize_ext.errors import FallbackWarning
 from immunize_ext.ops import operators
-
-compiled = pytest.mark.skipif(not _load.available(), reason="the compiled part is not loaded")
 
 
 @pytest.fixture
@@ -21,7 +19,7 @@ def _not_warned_yet(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(_load, "_warned", threading.Event())
 
 
-@compiled
+@compiled_only
 def test_kernels_of_the_build_are_known_by_name() -> None:
     assert operators.has_kernel("gram_extremes", "cpu")
     assert operators.has_kernel("merge_apply", "cpu")
@@ -29,7 +27,7 @@ def test_kernels_of_the_build_are_known_by_name() -> None:
     assert not operators.has_kernel("gram_extremes_double_backward", "cpu"), "one for all devices"
 
 
-@compiled
+@compiled_only
 @pytest.mark.usefixtures("_not_warned_yet")
 def test_an_operator_without_a_kernel_says_so_once() -> None:
     """The kernel that the dispatcher finds for a device the build knows nothing of."""
@@ -44,7 +42,7 @@ def test_an_operator_without_a_kernel_says_so_once() -> None:
         call(keys, a, *POLICY)
 
 
-@compiled
+@compiled_only
 @pytest.mark.usefixtures("_not_warned_yet")
 def test_what_has_no_kernel_anywhere_does_not_warn() -> None:
     a = gaussian(3, 4).requires_grad_()
@@ -55,7 +53,7 @@ def test_what_has_no_kernel_anywhere_does_not_warn() -> None:
         grad.square().sum().backward()
 
 
-@compiled
+@compiled_only
 def test_fallbacks_only_replaces_the_kernels_and_puts_them_back() -> None:
     """Bitwise: eigh of the thin Gram matrix against our reduction."""
     a = gaussian(40, 60)

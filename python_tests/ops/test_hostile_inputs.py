@@ -1,7 +1,8 @@
 """Raw spectral operators called with tensors that do not fit: a named error, never memory.
 
-Each test plants one tensor of a wrong shape, type or device among good ones. The operators reach
-memory through raw pointers, so what they do not refuse they read beyond its end.
+Each test plants one tensor of a wrong shape, type or device among good ones. Compiled operators
+reach memory through raw pointers, so what they do not refuse they read beyond its end; the
+torch-only ones do not, and leave what autograd saved for them to torch.
 """
 
 from __future__ import annotations
@@ -10,6 +11,7 @@ from collections.abc import Callable
 
 import pytest
 import torch
+from sample_inputs import compiled_only
 from torch import Tensor
 
 from immunize_ext import ops as public
@@ -155,6 +157,7 @@ def test_good_inputs_are_taken(operator):
     call(operator)
 
 
+@compiled_only
 @every_tensor
 def test_short_tensors_are_refused_by_name(operator, name):
     """The last dimension cut to one, or the first where there is only one of them."""
@@ -165,6 +168,7 @@ def test_short_tensors_are_refused_by_name(operator, name):
         call(operator, **{name: good[..., :1].contiguous()})
 
 
+@compiled_only
 @every_tensor
 def test_the_right_number_of_elements_is_not_enough(operator, name):
     """A flat tensor of as many elements has another shape."""
@@ -174,6 +178,7 @@ def test_the_right_number_of_elements_is_not_enough(operator, name):
         call(operator, **{name: planted})
 
 
+@compiled_only
 @every_tensor
 def test_other_types_are_refused_by_name(operator, name):
     """Saved tensors are float64 or int64; a gradient may have any real floating-point type."""
@@ -194,6 +199,7 @@ def test_strided_tensors_are_read_as_they_are(operator, name):
     assert all(torch.equal(torch.as_tensor(a), torch.as_tensor(b)) for a, b in pairs)
 
 
+@compiled_only
 @pytest.mark.parametrize(
     ("reflectors", "tridiagonal"), [((40, 1), (3, 1)), ((1, 40), (3, 40)), ((40, 0), (3, 0))]
 )
@@ -207,6 +213,7 @@ def test_a_tracker_state_of_another_side_is_refused(reflectors, tridiagonal):
         )
 
 
+@compiled_only
 @pytest.mark.parametrize("value", [float("nan"), float("inf"), 0.0, -1.0])
 def test_a_state_without_a_scale_is_refused(value):
     """The last of ``ends`` divides the matrix."""
@@ -216,6 +223,7 @@ def test_a_state_without_a_scale_is_refused(value):
         call("symmetric_track", ends=ends)
 
 
+@compiled_only
 @pytest.mark.parametrize("name", ["vectors", "matrix", "reflectors", "tridiagonal", "ends"])
 def test_a_state_that_is_not_a_number_proves_nothing(name):
     """The caller decomposes anew, unless the vectors are right as they are and proven so."""

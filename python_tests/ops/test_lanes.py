@@ -17,8 +17,16 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
-from sample_inputs import EPS, diagonal, fewer_examples, gaussian, symmetric, with_spectrum
-from spectrum_bounds import VALUE_UNITS, assert_within
+from sample_inputs import (
+    EPS,
+    compiled_only,
+    diagonal,
+    fewer_examples,
+    gaussian,
+    symmetric,
+    with_spectrum,
+)
+from spectrum_bounds import VALUE_UNITS, assert_within, same_bits
 from torch import Tensor
 
 from immunize_ext import _load, reference
@@ -60,6 +68,7 @@ def equal_bits(alone: list[Tensor], together: list[Tensor], index: int) -> bool:
 # --- independence ---------------------------------------------------------------------------------
 
 
+@same_bits
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32])
 @pytest.mark.parametrize("shape", SHAPES + BORDERS)
 def test_a_matrix_alone_and_anywhere_in_a_batch(shape, dtype):
@@ -72,6 +81,7 @@ def test_a_matrix_alone_and_anywhere_in_a_batch(shape, dtype):
     assert all(torch.equal(x[5:16], y) for x, y in zip(together, moved, strict=True))
 
 
+@same_bits
 @pytest.mark.parametrize("side", [1, 2, 3, 8, 31, 32, 33])
 def test_a_symmetric_matrix_alone_and_anywhere_in_a_batch(side):
     h = symmetric(19, side)
@@ -80,6 +90,7 @@ def test_a_symmetric_matrix_alone_and_anywhere_in_a_batch(side):
         assert equal_bits(of_symmetric(h[index]), together, index)
 
 
+@same_bits
 @fewer_examples
 @given(data=st.data())
 def test_neighbours_of_every_kind_change_nothing(data):
@@ -105,6 +116,7 @@ def test_neighbours_of_every_kind_change_nothing(data):
     assert_within(found.sigma_min, truth[-1], VALUE_UNITS * max(n, p) * EPS * truth[0])
 
 
+@same_bits
 def test_threads_change_no_bit():
     a, h = gaussian(5000, 5, 4), symmetric(5000, 6)
     before = torch.get_num_threads()
@@ -171,13 +183,17 @@ def test_all_values_near_each_other(side, gap):
 
 
 def test_values_just_within_a_cluster_keep_their_distance():
-    """The vector of a cluster is a mixture; the value stays that of the extreme."""
+    """The vector of a cluster is a mixture; the value stays that of the extreme.
+
+    LAPACK, which the torch-only route calls, promises no more than the class of every value.
+    """
+    units = 16 if _load.available() else 5 * VALUE_UNITS
     sigma = [1.0, 1.0 - 50 * EPS, 0.5, 0.1 + 10 * EPS, 0.1]
     a = torch.stack([with_spectrum(sigma, 5, 5, seed=seed) for seed in range(20)])
     found = extremal_singular_values(a)
     assert found.multiplicity_max.tolist() == [2] * 20
-    assert_within(found.sigma_max, 1.0, 16 * EPS)
-    assert_within(found.sigma_min, 0.1, 16 * EPS)
+    assert_within(found.sigma_max, 1.0, units * EPS)
+    assert_within(found.sigma_min, 0.1, units * EPS)
 
 
 @pytest.mark.parametrize("function", [condition_number, log_condition_number, r_well, r_ill])
@@ -250,7 +266,7 @@ def computed_with(instructions: str, path: Path) -> list[Tensor] | None:
     return torch.load(path)
 
 
-@pytest.mark.skipif(not _load.available(), reason="the compiled part is not loaded")
+@compiled_only
 @pytest.mark.slow
 def test_every_instruction_set_gives_the_same_extremes(tmp_path):
     """To rounding: widths differ, and the baseline has no fused multiply-add."""

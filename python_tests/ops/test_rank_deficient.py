@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import pytest
 import torch
+from sample_inputs import compiled_only
 from torch import Tensor
 
 from immunize_ext import ops
@@ -90,7 +91,9 @@ def test_ways_to_lose_rank(loss, dtype):
     assert abs(found.sigma_min.double() - sigma[rank - 1]) <= 8 * torch.finfo(dtype).eps * sigma[0]
 
 
-@pytest.mark.parametrize(("rank", "decompositions"), [(55, 0), (None, 1)])
+@pytest.mark.parametrize(
+    ("rank", "decompositions"), [pytest.param(55, 0, marks=compiled_only), (None, 1)]
+)
 def test_no_decomposition_where_the_rank_is_lost(rank, decompositions):
     """The proof takes products and factorisations; only a spectrum without a gap takes an SVD."""
     sigma = graded(55, 100.0) if rank else torch.logspace(0, -16, 100, dtype=torch.float64)

@@ -6,6 +6,7 @@ import pytest
 import torch
 from torch import Tensor
 
+from immunize_ext import _load
 from immunize_ext.ops import SingularTracker, extremal_singular_values
 
 
@@ -49,7 +50,7 @@ def test_equals_the_stateless_operator_along_a_trajectory(
             (right,) = torch.autograd.grad(b, theirs, retain_graph=True)
             torch.testing.assert_close(grad, right, rtol=0.0, atol=max(2e-9, 100 * eps))
         assert [int(c) for c in found[2:]] == [int(c) for c in expected[2:]]
-    assert tracker.gram.warm_calls == 5
+    assert tracker.gram.warm_calls == 5 * _load.available()  # the torch-only route has none
     assert tracker.decompositions == 0
 
 
@@ -97,10 +98,10 @@ def test_refusals_and_the_state() -> None:
     other = SingularTracker()
     other.load_state_dict(tracker.state_dict())
     torch.testing.assert_close(other(second).sigma_min, tracker(second).sigma_min)
-    assert other.gram.warm_calls == 1
+    assert other.gram.warm_calls == _load.available()
     tracker.reset()
     tracker(second)
-    assert tracker.gram.cold_calls == 2
+    assert tracker.gram.cold_calls == (2 if _load.available() else 3)
 
 
 def test_what_is_decomposed_faster_is_decomposed() -> None:

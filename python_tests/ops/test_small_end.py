@@ -12,7 +12,7 @@ from collections.abc import Callable
 import numpy as np
 import pytest
 import torch
-from sample_inputs import EPS
+from sample_inputs import EPS, compiled_only
 from spectrum_bounds import assert_same_bits_alone_and_together
 from torch import Tensor
 
@@ -168,7 +168,7 @@ def test_values_within_float32_tolerance_are_no_rank():
     assert ops.extremal_singular_values(x, rank_rtol=1e-3 * small).rank == 79
 
 
-@pytest.mark.skipif(not _load.available(), reason="the compiled part is not loaded")
+@compiled_only
 def test_same_bits_whatever_the_threads_the_batch_and_the_random_state():
     """The values of x need the matrix itself; others of the batch do not."""
     x = torch.zeros(200, 90, dtype=torch.float64)

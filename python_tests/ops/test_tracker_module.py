@@ -11,6 +11,7 @@ import torch
 from sample_inputs import diagonal, symmetric, taking_route
 from torch import nn
 
+from immunize_ext import _load
 from immunize_ext.ops import SpectrumTracker, symmetric_extremes
 
 
@@ -71,7 +72,7 @@ def test_trajectory_goes_on_after(way):
     again = way(model)
     warm = again.tracker.warm_calls
     found = again.tracker(h + 1e-4 * symmetric(15, seed=1))
-    assert again.tracker.warm_calls == warm + 1
+    assert again.tracker.warm_calls == warm + _load.available()
     truth = symmetric_extremes(h + 1e-4 * symmetric(15, seed=1))
     torch.testing.assert_close(found.lambda_min, truth.lambda_min)
 

@@ -12,7 +12,9 @@ from typing import ClassVar, NamedTuple
 import torch
 from torch import Tensor
 
-from immunize_ext.probing.attacks.losses import LOSSES, LossName, ProbeLoss
+from immunize_ext.probing.attacks.losses import LOSSES, LossName, ProbeLoss, loss_for
+from immunize_ext.probing.data.classes import share_answered, through
+from immunize_ext.probing.data.scale import unit_scale
 from immunize_ext.probing.data.task import Task, TaskLike
 from immunize_ext.seams import AttackCurve, Progress
 from immunize_ext.settings import plain
@@ -29,7 +31,7 @@ class Traces(NamedTuple):
         target: Name of the task.
         train_loss: Loss on the training part, shape ``(steps + 1, k)``, float64, on the CPU.
         test_loss: The same on the test part.
-        test_accuracy: Share of test samples with the right sign; ``None`` for a regression task.
+        test_accuracy: Share of test samples answered rightly; ``None`` for a regression task.
         config: All that is needed to run the attack again.
         rates: The learning rate of each column; empty for an attacker without one.
     """
@@ -118,7 +120,8 @@ class LinearProbeAttack(ABC):
         sees_theta: Whether an invertible theta can change its curve at all.
         needs_samples: Whether it draws samples or counts them, so that the Gram matrix of the
             features does not tell it all.
-        loss: What the head minimises: ``"squared"`` or, for targets -1 and +1, ``"logistic"``.
+        loss: What the head minimises: ``"squared"`` or, for classes, ``"logistic"``: beyond two
+            classes the softmax cross-entropy.
     """
 
     name: ClassVar[str]
@@ -165,12 +168,13 @@ class LinearProbeAttack(ABC):
 
         Args:
             z: Features, shape ``(n, q)``.
-            y: Targets, shape ``(n,)``.
+            y: Targets, shape ``(n,)``; ``(n, k)`` for k outputs.
             loss: What to minimise.
             seed: Seed of draws, for an attacker that draws.
 
         Yields:
-            Weights, shape ``(q, k)``: a column for each of :attr:`rates`, one without any.
+            Weights, shape ``(q, m)``, or ``(q, m, k)`` for k outputs: a column for each of
+            :attr:`rates`, one without any.
         """
 
     def run(
@@ -237,10 +241,10 @@ class LinearProbeAttack(ABC):
         if self.loss == "logistic" and not target.is_classification:
             raise ValueError(
                 f"{self.name}: loss must be 'squared' for a regression task, got 'logistic'; the "
-                "logistic loss needs targets -1 and +1"
+                "logistic loss needs classes"
             )
         features = self.lifted(_features(self.name, target, model), seed)
-        loss, columns = LOSSES[self.loss], max(1, len(self.rates))
+        loss, columns = loss_for(self.loss, target.y_train), max(1, len(self.rates))
         runs = self.iterates(features[0], target.y_train.to(torch.float64), loss, seed)
         parts: list[tuple[Tensor, Tensor, Tensor]] = []
         for losses in _evaluate(islice(runs, steps + 1), target, features, loss, columns):
@@ -267,10 +271,8 @@ def _features(name: str, task: Task, theta: Tensor | None) -> tuple[Tensor, Tens
         raise ValueError(
             f"{name}: features x @ theta must be finite, got an overflow; scale theta down"
         )
-    # No attacker sees the scale of its features, but squares of 1e200 overflow. A power of two
-    # changes no digit.
-    peak = float(parts[0].abs().max())
-    scale = 2.0 ** -math.frexp(peak)[1] if peak > 0.0 else 1.0
+    # No attacker sees the scale of its features, but squares of 1e200 overflow.
+    scale = unit_scale(parts[0])
     return parts[0] * scale, parts[1] * scale
 
 
@@ -293,12 +295,13 @@ def _evaluate(
     """Losses and accuracy ``(steps, columns)`` for chunks of iterates."""
     z_train, z_test = features
     y_train, y_test = task.y_train.to(torch.float64), task.y_test.to(torch.float64)
-    while chunk := list(islice(iterates, max(1, _CHUNK // columns))):
-        weights = torch.stack(chunk, dim=1).flatten(1)  # (q, steps * columns)
-        predicted = z_test @ weights
+    outputs = y_train.shape[1:]
+    while chunk := list(islice(iterates, max(1, _CHUNK // (columns * math.prod(outputs))))):
+        weights = torch.stack(chunk, dim=1).flatten(1, 2)  # (q, steps * columns, *outputs)
+        predicted = through(z_test, weights)
         shape = len(chunk), columns
         yield (
-            loss.report(z_train @ weights, y_train).reshape(shape),
+            loss.report(through(z_train, weights), y_train).reshape(shape),
             loss.report(predicted, y_test).reshape(shape),
-            (predicted * y_test[:, None] > 0).to(torch.float64).mean(0).reshape(shape),
+            share_answered(predicted, y_test).reshape(shape),
         )

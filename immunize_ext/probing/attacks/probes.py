@@ -1,9 +1,10 @@
 """Attackers without a learning rate to tune: for any loss of the scores, then the squared alone.
 
-Each is handed features Z (n, p) and targets y (n,), starts at w = 0 and yields w after 0, 1, 2, ...
-steps. One step is one gradient; steps are sized by L = sup l'' lambda_max(Z^T Z) or by a search
-along the line, so that no scale of the features helps the defender: the curves of Z and of c Z are
-the same. The special forms for the squared loss need the Hessian Z^T Z alone.
+Each is handed features Z (n, p) and targets y (n,) or (n, k), starts at w = 0, (p,) or (p, k), and
+yields w after 0, 1, 2, ... steps. One step is one gradient; steps are sized by
+L = sup l'' lambda_max(Z^T Z) or by a search along the line, so that no scale of the features helps
+the defender: the curves of Z and of c Z are the same. The special forms for the squared loss need
+the Hessian Z^T Z alone.
 """
 
 from __future__ import annotations
@@ -15,7 +16,7 @@ import torch
 from torch import Tensor
 
 from immunize_ext.ops.spectrum import gram_extremes
-from immunize_ext.probing.attacks.losses import ProbeLoss
+from immunize_ext.probing.attacks.losses import ProbeLoss, dot
 
 # Pairs of (step, change of gradient) that L-BFGS remembers, as scipy and torch do.
 _MEMORY = 10
@@ -42,7 +43,7 @@ def _rounding(z: Tensor) -> float:
 def descent(z: Tensor, y: Tensor, loss: ProbeLoss) -> Iterator[Tensor]:
     """Gradient descent with the constant step 1/L."""
     step = safe_step(z, loss)
-    w = starting_weights(z)
+    w = starting_weights(z, y)
     while True:
         yield w
         w = w - step * (z.mT @ loss.slope(z @ w, y))
@@ -50,7 +51,7 @@ def descent(z: Tensor, y: Tensor, loss: ProbeLoss) -> Iterator[Tensor]:
 
 def line_search(z: Tensor, y: Tensor, loss: ProbeLoss) -> Iterator[Tensor]:
     """Gradient descent with exact line search."""
-    w, scores = starting_weights(z), torch.zeros_like(y)
+    w, scores = starting_weights(z, y), torch.zeros_like(y)
     while True:
         yield w
         direction = -(z.mT @ loss.slope(scores, y))
@@ -66,7 +67,7 @@ def nesterov(z: Tensor, y: Tensor, loss: ProbeLoss) -> Iterator[Tensor]:
     immunization has less of a hold on it than on gradient descent.
     """
     step = safe_step(z, loss)
-    w = point = starting_weights(z)
+    w = point = starting_weights(z, y)
     count = 0
     while True:
         yield w
@@ -82,7 +83,7 @@ def nonlinear_conjugate_gradients(z: Tensor, y: Tensor, loss: ProbeLoss) -> Iter
     On the squared loss these are the conjugate gradients of
     :func:`immunize_ext.probing.attacks.probes.conjugate_gradients`.
     """
-    w, scores = starting_weights(z), torch.zeros_like(y)
+    w, scores = starting_weights(z, y), torch.zeros_like(y)
     noise = _rounding(z)
     slope = loss.slope(scores, y)
     gradient = z.mT @ slope
@@ -96,9 +97,9 @@ def nonlinear_conjugate_gradients(z: Tensor, y: Tensor, loss: ProbeLoss) -> Iter
         w, scores = w + step * direction, scores + step * image
         slope = loss.slope(scores, y)
         renewed = z.mT @ slope
-        beta = (renewed @ (renewed - gradient) / (gradient @ gradient)).clamp(min=0.0)
+        beta = (dot(renewed, renewed - gradient) / dot(gradient, gradient)).clamp(min=0.0)
         direction = beta * direction - renewed
-        if not float(direction @ renewed) < 0.0:
+        if not float(dot(direction, renewed)) < 0.0:
             direction = -renewed
         gradient = renewed
 
@@ -110,7 +111,7 @@ def lbfgs(z: Tensor, y: Tensor, loss: ProbeLoss) -> Iterator[Tensor]:
     the unit step, as libraries run it, it does not. One step is one new w, which may have cost more
     than one evaluation.
     """
-    w, scores = starting_weights(z), torch.zeros_like(y)
+    w, scores = starting_weights(z, y), torch.zeros_like(y)
     noise, first = _rounding(z), safe_step(z, loss)
     slope = loss.slope(scores, y)
     gradient = z.mT @ slope
@@ -120,7 +121,7 @@ def lbfgs(z: Tensor, y: Tensor, loss: ProbeLoss) -> Iterator[Tensor]:
         if not float(gradient.norm()) > noise * float(slope.norm()):
             continue
         direction = -_inverse_hessian(gradient, memory, first)
-        if not float(direction @ gradient) < 0.0:
+        if not float(dot(direction, gradient)) < 0.0:
             memory.clear()
             direction = -first * gradient
         image = z @ direction
@@ -132,7 +133,7 @@ def lbfgs(z: Tensor, y: Tensor, loss: ProbeLoss) -> Iterator[Tensor]:
         slope = loss.slope(scores, y)
         renewed = z.mT @ slope
         pair = step * direction, renewed - gradient
-        if float(pair[0] @ pair[1]) > 0.0:
+        if float(dot(*pair)) > 0.0:
             memory.append(pair)
         gradient = renewed
 
@@ -144,24 +145,24 @@ def _inverse_hessian(
     result = gradient
     kept = []
     for move, change in reversed(memory):
-        rho = 1.0 / (move @ change)
-        alpha = rho * (move @ result)
+        rho = 1.0 / dot(move, change)
+        alpha = rho * dot(move, result)
         result = result - alpha * change
         kept.append((rho, alpha, move, change))
     scale = first
     if memory:
         move, change = memory[-1]
-        scale = (move @ change) / (change @ change)
+        scale = dot(move, change) / dot(change, change)
     result = scale * result
     for rho, alpha, move, change in reversed(kept):
-        result = result + (alpha - rho * (change @ result)) * move
+        result = result + (alpha - rho * dot(change, result)) * move
     return result
 
 
 def _wolfe_step(scores: Tensor, image: Tensor, y: Tensor, loss: ProbeLoss) -> float:
     """A step with sufficient decrease and curvature, by doubling and bisection; 0 if none."""
     value = float(loss.total(scores, y))
-    start = float(loss.slope(scores, y) @ image)
+    start = float(dot(loss.slope(scores, y), image))
     low, high, step, best = 0.0, float("inf"), 1.0, 0.0
     for _ in range(_LINE_TRIALS):
         moved = scores + step * image
@@ -169,7 +170,7 @@ def _wolfe_step(scores: Tensor, image: Tensor, y: Tensor, loss: ProbeLoss) -> fl
             high = step
         else:
             best = step
-            if float(loss.slope(moved, y) @ image) >= _CURVATURE * start:
+            if float(dot(loss.slope(moved, y), image)) >= _CURVATURE * start:
                 break
             low = step
         step = 2.0 * low if high == float("inf") else (low + high) / 2.0
@@ -185,7 +186,7 @@ def standardised_descent(z: Tensor, y: Tensor, loss: ProbeLoss) -> Iterator[Tens
     spread = z.square().mean(0).sqrt()
     scale = torch.where(spread > 0, 1.0 / spread, 0.0)
     for u in descent(z * scale, y, loss):
-        yield scale * u
+        yield scaled_rows(scale, u)
 
 
 def whitened_general(z: Tensor, y: Tensor, loss: ProbeLoss) -> Iterator[Tensor]:
@@ -195,7 +196,7 @@ def whitened_general(z: Tensor, y: Tensor, loss: ProbeLoss) -> Iterator[Tensor]:
     """
     whitened, unwhiten = whitening(z)
     step = 1.0 / loss.curvature
-    u = torch.zeros(whitened.shape[1], dtype=z.dtype, device=z.device)
+    u = starting_weights(whitened, y)
     while True:
         yield unwhiten @ u
         u = u - step * (whitened.mT @ loss.slope(whitened @ u, y))
@@ -214,9 +215,14 @@ def low_rank_preconditioner(z: Tensor, rank: int) -> Tensor:
     return identity + (right[:rank].mT * shrink) @ right[:rank]
 
 
-def starting_weights(z: Tensor) -> Tensor:
-    """The head that every attack starts from: zeros, one per feature."""
-    return torch.zeros(z.shape[1], dtype=z.dtype, device=z.device)
+def starting_weights(z: Tensor, y: Tensor) -> Tensor:
+    """The head that every attack starts from: zeros, one per feature and output."""
+    return torch.zeros(z.shape[1], *y.shape[1:], dtype=z.dtype, device=z.device)
+
+
+def scaled_rows(scale: Tensor, head: Tensor) -> Tensor:
+    """A head with the weights of each feature multiplied by a number."""
+    return (scale * head.mT).mT if head.dim() > 1 else scale * head
 
 
 def gradient_descent(z: Tensor, y: Tensor) -> Iterator[Tensor]:
@@ -229,7 +235,7 @@ def gradient_descent(z: Tensor, y: Tensor) -> Iterator[Tensor]:
     largest = gram_extremes(z).lambda_max
     # Features that are all zero have no gradient to follow.
     step = torch.where(largest > 0, 1.0 / largest, 0.0)
-    w = starting_weights(z)
+    w = starting_weights(z, y)
     while True:
         yield w
         w = w - step * (hessian @ w - linear)
@@ -241,12 +247,12 @@ def line_search_descent(z: Tensor, y: Tensor) -> Iterator[Tensor]:
     The attacker that the papers measure with: no step size for the defender to hide behind.
     """
     hessian, linear = z.mT @ z, z.mT @ y
-    w = starting_weights(z)
+    w = starting_weights(z, y)
     while True:
         yield w
         gradient = hessian @ w - linear
-        curvature = gradient @ hessian @ gradient
-        step = torch.where(curvature > 0, gradient @ gradient / curvature, 0.0)
+        curvature = dot(hessian @ gradient, gradient)
+        step = torch.where(curvature > 0, dot(gradient, gradient) / curvature, 0.0)
         w = w - step * gradient
 
 
@@ -256,11 +262,11 @@ def conjugate_gradients(z: Tensor, y: Tensor) -> Iterator[Tensor]:
     The best that any method can do with the gradients it has seen. Needs about the square root of
     the steps of gradient descent, so immunization has less of a hold on it.
     """
-    w = starting_weights(z)
+    w = starting_weights(z, y)
     residual = y.clone()
     gradient = z.mT @ residual
     direction = gradient
-    squared = gradient @ gradient
+    squared = dot(gradient, gradient)
     noise = 4.0 * torch.finfo(z.dtype).eps * torch.linalg.matrix_norm(z)
     while True:
         yield w
@@ -268,11 +274,11 @@ def conjugate_gradients(z: Tensor, y: Tensor) -> Iterator[Tensor]:
         if not bool(squared.sqrt() > noise * residual.norm()):
             continue
         image = z @ direction
-        step = squared / (image @ image)
+        step = squared / dot(image, image)
         w = w + step * direction
         residual = residual - step * image
         gradient = z.mT @ residual
-        renewed = gradient @ gradient
+        renewed = dot(gradient, gradient)
         direction = gradient + (renewed / squared) * direction
         squared = renewed
 
@@ -291,7 +297,7 @@ def whitened_descent(z: Tensor, y: Tensor) -> Iterator[Tensor]:
     one step is the optimum, whatever theta was.
     """
     whitened, unwhiten = whitening(z)
-    u = torch.zeros(whitened.shape[1], dtype=z.dtype, device=z.device)
+    u = starting_weights(whitened, y)
     while True:
         yield unwhiten @ u
         u = u - whitened.mT @ (whitened @ u - y)
@@ -310,14 +316,14 @@ def closed_form_ridge(z: Tensor, y: Tensor) -> Iterator[Tensor]:
     whitened, unwhiten = whitening(z)
     rank = whitened.shape[1]
     coefficients = whitened.mT @ y
-    explained = coefficients @ coefficients
-    unexplained = (y @ y - explained).clamp(min=0.0)
+    explained = dot(coefficients, coefficients)
+    unexplained = (dot(y, y) - explained).clamp(min=0.0)
     shrinkage = torch.ones_like(explained)
     # With rank n every sample is fitted exactly, and nothing is left to validate with.
     if 0 < rank < n:
         ratio = torch.where(explained > 0, rank * unexplained / (explained * (n - rank)), 0.0)
         shrinkage = (1.0 - ratio).clamp(min=0.0)
-    yield starting_weights(z)
+    yield starting_weights(z, y)
     solution = unwhiten @ (shrinkage * coefficients)
     while True:
         yield solution

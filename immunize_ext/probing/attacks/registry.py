@@ -81,7 +81,7 @@ class _Untuned(LinearProbeAttack):
 
     @abstractmethod
     def heads(self, z: Tensor, y: Tensor, loss: ProbeLoss) -> Iterator[Tensor]:
-        """Weights ``(q,)`` after 0, 1, 2, ... steps."""
+        """Weights ``(q,)``, or ``(q, k)`` for k outputs, after 0, 1, 2, ... steps."""
 
 
 @ATTACKS.register

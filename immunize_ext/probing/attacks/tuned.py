@@ -1,9 +1,10 @@
 """Attackers with a learning rate, run for a whole grid of learning rates at once.
 
-Each yields the weights of every learning rate side by side, ``(p, k)`` for k rates, after 0, 1, 2,
-... steps; the harness keeps the best column. Momentum takes rates in units of 1/L; Adam and Adagrad
-take them for features of root mean square 1, to which they scale Z first. Either way no scale of
-the features helps or hurts. Gradients are those of the mean loss.
+Each yields the weights of every learning rate side by side, ``(p, m)`` for m rates, ``(p, m, k)``
+for targets with k outputs, after 0, 1, 2, ... steps; the harness keeps the best column. Momentum
+takes rates in units of 1/L; Adam and Adagrad take them for features of root mean square 1, to which
+they scale Z first. Either way no scale of the features helps or hurts. Gradients are those of the
+mean loss.
 """
 
 from __future__ import annotations
@@ -16,25 +17,26 @@ from torch import Tensor
 
 from immunize_ext.probing.attacks.losses import ProbeLoss
 from immunize_ext.probing.attacks.probes import safe_step
+from immunize_ext.probing.data.classes import expanded, through
 
 # Adam's usual constants, and the constant under Adagrad's root.
 _BETA1, _BETA2, _EPS = 0.9, 0.999, 1e-8
 
 
-def _start(z: Tensor, rates: Tensor) -> Tensor:
-    return torch.zeros(z.shape[1], rates.shape[0], dtype=z.dtype, device=z.device)
+def _start(z: Tensor, y: Tensor, rates: Tensor) -> Tensor:
+    return torch.zeros(z.shape[1], len(rates), *y.shape[1:], dtype=z.dtype, device=z.device)
 
 
 def momentum(
     z: Tensor, y: Tensor, loss: ProbeLoss, rates: Tensor, kept: float = 0.9
 ) -> Iterator[Tensor]:
     """Full-batch gradient descent with momentum; rates in units of 1/L, at 0.9 stable below 3.8."""
-    steps = rates * safe_step(z, loss)
-    w, velocity = _start(z, rates), _start(z, rates)
+    steps = expanded(rates, y) * safe_step(z, loss)
+    w, velocity = _start(z, y, rates), _start(z, y, rates)
     targets = y[:, None]
     while True:
         yield w
-        velocity = kept * velocity + z.mT @ loss.slope(z @ w, targets)
+        velocity = kept * velocity + through(z.mT, loss.slope(through(z, w), targets))
         w = w - steps * velocity
 
 
@@ -54,9 +56,9 @@ def sgd_momentum(
     """
     count = z.shape[0]
     batch = min(batch_size, count)
-    steps = rates * safe_step(z, loss) * (count / batch)
+    steps = expanded(rates, y) * safe_step(z, loss) * (count / batch)
     generator = torch.Generator().manual_seed(seed)
-    w, velocity = _start(z, rates), _start(z, rates)
+    w, velocity = _start(z, y, rates), _start(z, y, rates)
     targets = y[:, None]
     yield w
     while True:
@@ -64,7 +66,9 @@ def sgd_momentum(
         # Samples left over by the last whole batch wait for the next epoch.
         for chosen in order[: count - count % batch].split(batch):
             rows = z[chosen]
-            velocity = kept * velocity + rows.mT @ loss.slope(rows @ w, targets[chosen])
+            velocity = kept * velocity + through(
+                rows.mT, loss.slope(through(rows, w), targets[chosen])
+            )
             w = w - steps * velocity
             yield w
 
@@ -84,17 +88,17 @@ def adam(
     """
     scale = _unit_scale(z)
     z = z * scale
-    w, first, second = _start(z, rates), _start(z, rates), _start(z, rates)
+    w, first, second = _start(z, y, rates), _start(z, y, rates), _start(z, y, rates)
     targets, count = y[:, None], 0
     while True:
         yield scale * w
         count += 1
-        gradient = z.mT @ loss.slope(z @ w, targets) / len(y)
+        gradient = through(z.mT, loss.slope(through(z, w), targets)) / len(y)
         first = _BETA1 * first + (1.0 - _BETA1) * gradient
         second = _BETA2 * second + (1.0 - _BETA2) * gradient.square()
         root = (second / (1.0 - _BETA2**count)).sqrt() + _EPS
         now = rates if horizons is None else rates * _schedule(count, horizons)
-        w = w - now * (first / (1.0 - _BETA1**count)) / root
+        w = w - expanded(now, y) * (first / (1.0 - _BETA1**count)) / root
 
 
 def _schedule(count: int, horizons: Tensor) -> Tensor:
@@ -112,37 +116,42 @@ _ROOTS_EVERY = 5
 def shampoo(z: Tensor, y: Tensor, loss: ProbeLoss, rates: Tensor) -> Iterator[Tensor]:
     """Shampoo on features scaled to root mean square 1.
 
-    The head is a p x 1 matrix with gradients G: W - rate L^(-1/4) G R^(-1/4), L the sum of G G^T,
-    R that of G^T G, a number.
+    The head is a p x k matrix with gradients G: W - rate L^(-1/4) G R^(-1/4), L the sum of G G^T,
+    R that of G^T G, a number for one output.
     """
     scale = _unit_scale(z)
     z = z * scale
-    w = _start(z, rates)
+    w = _start(z, y, rates)
     targets, count = y[:, None], 0
-    left = torch.zeros(len(rates), *2 * z.shape[1:], dtype=z.dtype, device=z.device)
+    (p, outputs), m = (z.shape[1], 1 if y.dim() == 1 else y.shape[1]), len(rates)
+    left, right = (z.new_zeros(m, side, side) for side in (p, outputs))
     while True:
         yield scale * w
-        gradient = z.mT @ loss.slope(z @ w, targets) / len(y)
-        each = gradient.mT.unsqueeze(-1)  # (k, p, 1)
-        left = left + each @ each.mT
+        gradient = through(z.mT, loss.slope(through(z, w), targets)) / len(y)
+        each = gradient.reshape(p, m, outputs).transpose(0, 1)  # (m, p, k)
+        left, right = left + each @ each.mT, right + each.mT @ each
         if count < _ROOTS_EVERY or count % _ROOTS_EVERY == 0:
-            values, vectors = torch.linalg.eigh(left)
-            # What no gradient has reached stays as it is: nothing is divided by rounding.
-            floor = _EPS * values[:, -1:].clamp(min=_EPS)
-            root = (vectors * values.clamp(min=floor).pow(-0.25).unsqueeze(-2)) @ vectors.mT
-        right = left.diagonal(dim1=-2, dim2=-1).sum(-1).clamp(min=_EPS**2).pow(-0.25)
+            root = _inverse_fourth_root(left)
         count += 1
-        w = w - rates * right * (root @ each).squeeze(-1).mT
+        step = root @ each @ _inverse_fourth_root(right)
+        w = w - expanded(rates, y) * step.transpose(0, 1).reshape(w.shape)
+
+
+def _inverse_fourth_root(sums: Tensor) -> Tensor:
+    """A^(-1/4); what no gradient has reached stays as it is: nothing is divided by rounding."""
+    values, vectors = torch.linalg.eigh(sums)
+    floor = _EPS * values[:, -1:].clamp(min=_EPS)
+    return (vectors * values.clamp(min=floor).pow(-0.25).unsqueeze(-2)) @ vectors.mT
 
 
 def adagrad(z: Tensor, y: Tensor, loss: ProbeLoss, rates: Tensor) -> Iterator[Tensor]:
     """Adagrad on features scaled to root mean square 1."""
     scale = _unit_scale(z)
     z = z * scale
-    w, total = _start(z, rates), _start(z, rates)
+    w, total = _start(z, y, rates), _start(z, y, rates)
     targets = y[:, None]
     while True:
         yield scale * w
-        gradient = z.mT @ loss.slope(z @ w, targets) / len(y)
+        gradient = through(z.mT, loss.slope(through(z, w), targets)) / len(y)
         total = total + gradient.square()
-        w = w - rates * gradient / (total.sqrt() + _EPS)
+        w = w - expanded(rates, y) * gradient / (total.sqrt() + _EPS)

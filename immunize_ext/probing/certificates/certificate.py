@@ -36,6 +36,7 @@ from immunize_ext.probing.certificates.number_formats import (
 from immunize_ext.probing.certificates.rewhitening import aligned, gaussian_kappa_left, rewhitened
 from immunize_ext.probing.certificates.work import factorisation_steps, work_cap
 from immunize_ext.probing.data import Task, gram_equivalent
+from immunize_ext.probing.data.scale import in_range
 from immunize_ext.probing.immunizers import Immunized
 from immunize_ext.probing.metrics import EXPONENT, WHITENING, kappa_under, with_ridge
 from immunize_ext.seams import Progress
@@ -262,6 +263,7 @@ def certify(
         >>> found.invertible, found.linear[0].r2_before > 0.8, found.linear[0].r2_after < 0.1
         (False, True, True)
     """
+    primary, harmful = in_range((primary, harmful))
     theta, before = (t.to(torch.float64) for t in (immunized.theta, immunized.theta0))
     invertible = theta.shape[0] == theta.shape[1]
     roles = (("harmful", harmful), ("primary", primary))

@@ -55,12 +55,13 @@ class Spectrum(NamedTuple):
         """
         x, y = task.x_train.to(torch.float64), task.y_train.to(torch.float64)
         z = x if theta is None else x @ theta.to(torch.float64)
-        z, y = z - z.mean(0), y - y.mean()
+        z, y = z - z.mean(0), y - y.mean(0)
         # The singular value decomposition, not that of the covariance: directions that a theta of
         # condition 1e10 makes small keep their energy.
         left, sigma, _ = torch.linalg.svd(z, full_matrices=False)
         kept = sigma > max(z.shape) * torch.finfo(torch.float64).eps * sigma[0]
-        energies = (left[:, kept].mT @ y).square() / len(y)
+        # With several outputs a mean over them, as every loss is.
+        energies = (left[:, kept].mT @ y).square().reshape(int(kept.sum()), -1).sum(1) / y.numel()
         noise = (y.square().mean() - energies.sum()).clamp(min=0.0)
         return cls(sigma[kept].square() / len(y), energies, noise)
 

@@ -18,6 +18,7 @@ import torch
 from torch import Tensor
 
 from immunize_ext.probing.data import Task
+from immunize_ext.probing.data.classes import expanded, mean_residual, share_answered, through
 
 
 class LinearInformation(NamedTuple):
@@ -59,23 +60,25 @@ def probe(
 ) -> LinearInformation:
     """:func:`linear_information` of features."""
     y, y_test = y.to(torch.float64), y_test.to(torch.float64)
-    middle, mean = z.mean(0), y.mean()
+    middle, mean = z.mean(0), y.mean(0)
     left, sigma, right = torch.linalg.svd(z - middle, full_matrices=False)
     kept = sigma > max(z.shape) * torch.finfo(torch.float64).eps * sigma[0]
     left, sigma, right = left[:, kept], sigma[kept], right[kept]
     if not len(sigma):
-        share = float((y_test * mean > 0).to(torch.float64).mean())
-        return LinearInformation(0.0, share if classify else None)
-    damped = sigma[:, None].square() + z.new_tensor(RIDGES) * sigma[0].square()
-    heads = right.mT @ (sigma[:, None] / damped * (left.mT @ (y - mean))[:, None])
-    predicted = (z_test - middle) @ heads + mean
-    residual = (predicted - y_test[:, None]).square().mean(0)
-    variance = float((y_test - y_test.mean()).square().mean())
+        constant = mean.expand_as(y_test)[:, None]
+        share = float(share_answered(constant, y_test)) if classify else None
+        return LinearInformation(0.0, share)
+    share = sigma[:, None] / sigma[0]  # whose squares stay in range whatever the scale is
+    inverse = share / (share.square() + z.new_tensor(RIDGES)) / sigma[0]
+    heads = through(right.mT, expanded(inverse, y) * (left.mT @ (y - mean))[:, None])
+    predicted = through(z_test - middle, heads) + mean
+    residual = mean_residual(predicted, y_test)
+    variance = float((y_test - y_test.mean(0)).square().mean())
     # Labels that do not vary hold nothing to explain.
     r2 = 1.0 - float(residual.min()) / variance if variance > 0.0 else 0.0
     accuracy = None
     if classify:
-        accuracy = float((predicted * y_test[:, None] > 0).to(torch.float64).mean(0).max())
+        accuracy = float(share_answered(predicted, y_test).max())
     return LinearInformation(max(r2, 0.0), accuracy)
 
 
@@ -117,5 +120,5 @@ def kernel_probe(
         weights = torch.linalg.solve(
             kernel + ridge * torch.eye(len(z), dtype=torch.float64, device=z.device), y
         )
-        found.append(float((across @ weights * y_test > 0).to(torch.float64).mean()))
+        found.append(float(share_answered((across @ weights)[:, None], y_test)))
     return max(found)

@@ -72,12 +72,14 @@ def features_task(
     """Load a task from a file of features and targets, of a backbone for instance.
 
     The file holds either ``x_train``, ``y_train``, ``x_test`` and ``y_test``, or ``x`` and ``y``,
-    which are shuffled and split. Other entries are left alone. Integers become floating point;
-    nothing is standardised.
+    which are shuffled and split. Other entries are left alone. Features that are integers become
+    floating point, targets that are integers are class ids (:meth:`Task.of`); nothing is
+    standardised.
 
     Args:
         path: File whose name ends in ``.npz`` or ``.safetensors``; features are ``(n, p)``, targets
-            ``(n,)``: -1 and +1, or 0 and 1, which becomes the same, for a classification task.
+            ``(n,)``: -1 and +1, or 0 and 1, which becomes the same, for two classes; integer ids
+            for more.
         name: Name of the task; that of the file when omitted.
         train_fraction: Share of the samples to train on, for a file of ``x`` and ``y``.
         seed: Seed of that split.
@@ -111,7 +113,12 @@ def features_task(
         # As numbers they would be a regression task, whose attackers have to learn the mean as
         # well: the same features then look many times slower to misuse.
         parts = parts[0], 2.0 * parts[1] - 1.0, parts[2], 2.0 * parts[3] - 1.0
-    return Task(Path(path).stem if name is None else name, *parts)
+    return Task.of(parts, Path(path).stem if name is None else name)
+
+
+def _targets(y: Tensor, dtype: torch.dtype) -> Tensor:
+    """Class ids as they are, numbers in the dtype of the task."""
+    return y.to(dtype) if y.is_floating_point() else y
 
 
 def load_features(
@@ -142,14 +149,15 @@ def load_features(
     if wrong:
         raise ValueError(f"features_task: {wrong[0]} must be real, got {found[wrong[0]].dtype}")
     if all(part in found for part in _PARTS):
-        x, y, x_test, y_test = (found[part].to(dtype) for part in _PARTS)
+        x, x_test = (found[part].to(dtype) for part in _PARTS[::2])
+        y, y_test = (_targets(found[part], dtype) for part in _PARTS[1::2])
         return x, y, x_test, y_test
     if not all(part in found for part in _WHOLE):
         raise ValueError(
             f"features_task: the file must hold {', '.join(_PARTS)}, or {' and '.join(_WHOLE)}, "
             f"got {', '.join(sorted(found)) or 'none of them'}"
         )
-    x, y = found["x"].to(dtype), found["y"].to(dtype)
+    x, y = found["x"].to(dtype), _targets(found["y"], dtype)
     if x.dim() != 2 or y.shape != x.shape[:1]:
         raise ValueError(
             f"features_task: y must have shape (n,) for x of shape (n, p), got {tuple(y.shape)} "

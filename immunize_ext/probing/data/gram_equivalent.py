@@ -1,7 +1,7 @@
 """Fewer rows for the same linear algebra: features replaced by their singular values and vectors.
 
 With X = U S V^T over the numerical rank, the Gram matrices of X and of the rows S V^T are equal,
-and for every linear head
+and for every linear head, of one output or of several,
 
     |X w - y|^2 = |S V^T w - U^T y|^2 + |y - U U^T y|^2,
 
@@ -22,6 +22,7 @@ import math
 import torch
 from torch import Tensor
 
+from immunize_ext.probing.data.classes import are_classes
 from immunize_ext.probing.data.task import Task
 
 
@@ -58,8 +59,8 @@ class _FewerRows(Task):
 
     @property
     def is_classification(self) -> bool:
-        """Whether every target of the test part is -1 or +1."""
-        return bool((self.y_test.abs() == 1).all())
+        """Whether the targets of the test part are those of classes."""
+        return are_classes(self.y_test)
 
 
 def gram_equivalent(task: Task) -> Task:
@@ -83,10 +84,10 @@ def gram_equivalent(task: Task) -> Task:
     left, right = _factors(task.x_train)
     y = task.y_train.to(torch.float64)
     explained = left.mT @ y
-    rest = (y - left @ explained).norm()
+    rest = (y - left @ explained).norm(dim=0)
     rows = torch.cat([right, torch.zeros_like(right[:1])])
     targets = torch.cat([explained, rest[None]])
     # The mean over these rows is then the mean over all samples.
     scale = math.sqrt(len(rows) / n)
     test = task.x_test.to(torch.float64), task.y_test.to(torch.float64)
-    return _FewerRows(task.name, scale * rows, scale * targets, *test)
+    return _FewerRows(task.name, scale * rows, scale * targets, *test, task.classes)

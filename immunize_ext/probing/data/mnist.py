@@ -15,6 +15,7 @@ from numpy.typing import NDArray
 from immunize_ext.probing.data.digits import (
     check_digits,
     check_seed,
+    class_names,
     describe_digits,
     select_digits,
 )
@@ -144,7 +145,7 @@ def mnist_task(
     folder: str | Path | None,
     positive: Sequence[int],
     negative: Sequence[int],
-    *,
+    *others: Sequence[int],
     size: int = 28,
     seed: int = 0,
     max_train: int | None = None,
@@ -157,6 +158,7 @@ def mnist_task(
             (:func:`~immunize_ext.probing.data.fetch_mnist`).
         positive: Digits labelled +1.
         negative: Digits labelled -1.
+        others: Further groups of digits: each group is a class of its own then, in this order.
         size: Side of the images, 28, 14 or 7.
         seed: Seed of the order of the images, hence of what ``max_train`` keeps.
         max_train: Number of training images to keep; all when omitted.
@@ -173,7 +175,7 @@ def mnist_task(
     Note:
         Deterministic given ``seed``; torch's random state is neither read nor changed.
     """
-    sides = tuple(positive), tuple(negative)
+    sides = tuple(map(tuple, (positive, negative, *others)))
     check_digits("mnist_task", *sides)
     check_seed("mnist_task", seed)
     _check_size("mnist_task", size)
@@ -187,4 +189,4 @@ def mnist_task(
             images, targets = images[:max_train], targets[:max_train]
         parts.append(torch.from_numpy(_standardise(images, size)).to(dtype))
         parts.append(torch.from_numpy(targets).to(dtype))
-    return Task("MNIST " + describe_digits(*sides), *parts)
+    return Task("MNIST " + describe_digits(*sides), *parts, classes=class_names(*sides))

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import lru_cache
 from itertools import combinations
 from pathlib import Path
@@ -12,7 +12,12 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from immunize_ext.probing.data.digits import digits_task, load_digits
+from immunize_ext.probing.data.digits import (
+    class_names,
+    digits_task,
+    load_digits,
+    side_targets,
+)
 from immunize_ext.probing.data.download import fetch_house_prices, fetch_mnist
 from immunize_ext.probing.data.features import FILES, features_task, load_features
 from immunize_ext.probing.data.house_prices import house_prices_task
@@ -75,9 +80,12 @@ class Problem(Generic[TaskT]):
             >>> Problem.of((x, y), (x, y[::-1].copy())).as_tasks().harmful[0].name
             'harmful task'
         """
-        harmful = (Task.of(one, "harmful task") for one in self.harmful)  # type: ignore[arg-type]
         primary: Any = self.primary
-        return Problem(Task.of(primary, "primary task"), tuple(harmful), self.head)
+        harmful, benign = (
+            tuple(Task.of(one, name) for one in tasks)  # type: ignore[arg-type]
+            for name, tasks in (("harmful task", self.harmful), ("benign task", self.benign))
+        )
+        return Problem(Task.of(primary, "primary task"), harmful, self.head, benign)
 
     def to(
         self, device: torch.device | str | None = None, dtype: torch.dtype | None = None
@@ -87,11 +95,12 @@ class Problem(Generic[TaskT]):
         Immunizers and attacks work where the tasks are. Samples that are no :class:`Task` are drawn
         batch by batch, and stay as they are.
         """
-        moved: list[Any] = [
-            task.to(device, dtype) if isinstance(task, Task) else task
-            for task in (self.primary, *self.harmful)
-        ]
-        return Problem(moved[0], tuple(moved[1:]), self.head)
+
+        def moved(task: Any) -> Any:
+            return task.to(device, dtype) if isinstance(task, Task) else task
+
+        harmful, benign = (tuple(map(moved, tasks)) for tasks in (self.harmful, self.benign))
+        return Problem(moved(self.primary), harmful, self.head, benign)
 
     def only_harm(self, function: str) -> TaskT:
         """The harmful task of a method that takes one.
@@ -132,37 +141,54 @@ def _tensors(task: object) -> list[tuple[str, Tensor]]:
 _DEFAULTS = {"digits": ("4,6:2,3,7", ("5,9:0,1,8",)), "mnist": ("4", ("9",))}
 
 
-def parse_sides(text: str) -> tuple[tuple[int, ...], tuple[int, ...]]:
-    """Read ``"4,6:2,3"`` as classes against classes, and ``"4"`` as one class alone.
+def parse_sides(text: str) -> tuple[tuple[int, ...], ...]:
+    """Read a task as the command line writes it.
+
+    ``"4,6:2,3"`` is classes against classes, ``"4"`` one class alone; ``"0:1,2:3"`` has more than
+    two sides, each a class to tell from the others. ``"0-4"`` alone is short for ``"0:1:2:3:4"``,
+    and within a side, as in ``"0-4:5-9"``, for ``"0,1,2,3,4"``.
 
     Args:
-        text: A task as the command line writes it.
+        text: The task.
 
     Returns:
-        Positive and negative classes; none of the latter for one class alone.
+        The classes of each side; one side for one class alone.
 
     Raises:
-        ValueError: If the text has another form.
+        ValueError: If the text has another form, or a class is on two sides.
 
     Example:
         >>> parse_sides("4,6:2,3"), parse_sides("9")
-        (((4, 6), (2, 3)), ((9,), ()))
+        (((4, 6), (2, 3)), ((9,),))
+        >>> parse_sides("0-2"), parse_sides("0-1:2")
+        (((0,), (1,), (2,)), ((0, 1), (2,)))
     """
-    sides = text.split(":")
     try:
-        classes = tuple(tuple(int(part) for part in side.split(",")) for side in sides)
-        if len(classes) > 2 or min(min(side) for side in classes) < 0:
-            raise ValueError
+        sides = tuple(
+            tuple(one for part in side.split(",") for one in _range(part))
+            for side in text.split(":")
+        )
     except ValueError:
         raise ValueError(
-            f"a task must look like '4,6:2,3,7' (classes against classes) or '4' (one class), got "
-            f"{text!r}"
+            f"a task must look like '4,6:2,3,7' (classes against classes), '0:1:2' or '0-2' (each "
+            f"told from the others) or '4' (one class), got {text!r}"
         ) from None
-    negative = classes[1] if len(classes) == 2 else ()
-    both = sorted(set(classes[0]) & set(negative))
+    if len(sides) == 1 and "-" in text and "," not in text:
+        sides = tuple((one,) for one in sides[0])
+    every = [one for side in sides for one in set(side)]
+    both = sorted({one for one in every if every.count(one) > 1})
     if both:
-        raise ValueError(f"a task must not have a class on both sides, got {both[0]} in {text!r}")
-    return classes[0], negative
+        where = "both sides" if len(sides) == 2 else "two sides"
+        raise ValueError(f"a task must not have a class on {where}, got {both[0]} in {text!r}")
+    return sides
+
+
+def _range(part: str) -> tuple[int, ...]:
+    """Classes of ``"3"`` or of ``"3-5"``."""
+    ends = [int(end) for end in part.split("-")]
+    if len(ends) > 2 or ends[-1] < ends[0]:
+        raise ValueError
+    return tuple(range(ends[0], ends[-1] + 1))
 
 
 def check_names(data: str, primary: str | None, harmful: tuple[str, ...]) -> None:
@@ -198,8 +224,8 @@ def check_names(data: str, primary: str | None, harmful: tuple[str, ...]) -> Non
     for text in (primary, *harmful):
         if text is None or text.endswith(FILES):
             continue
-        positive, negative = parse_sides(text)
-        if not file and max(positive + negative) > 9:
+        sides = parse_sides(text)
+        if not file and max(max(side) for side in sides) > 9:
             raise ValueError(
                 f"{data}: a task must hold digits from 0 to 9, got {text!r}; in YAML, quote tasks: "
                 "'4:9' alone is the number 249 there"
@@ -225,9 +251,9 @@ def load_problem(
 
     Args:
         data: ``digits``, ``mnist``, ``house``, or a file of features (.npz, .safetensors).
-        primary: The task to keep: classes against classes (``4,6:2,3,7``), one class (``4``), whose
-            images then get a constant label, or a file; nothing for ``house`` and for a file that
-            is one task.
+        primary: The task to keep: classes against classes (``4,6:2,3,7``), several to be told
+            apart (``0:1:2`` or ``0-2``), one class (``4``), whose images then get a constant label,
+            or a file; nothing for ``house`` and for a file that is one task.
         harmful: The tasks to make hard, in the same form.
         data_dir: Folder of the files of ``mnist`` and ``house``; fetched into a cache when omitted.
         size: Side of MNIST images.
@@ -315,21 +341,21 @@ def other_pairs(
 
 def _digits(
     data: str,
-    sides: tuple[tuple[int, ...], tuple[int, ...]],
+    sides: tuple[tuple[int, ...], ...],
     data_dir: str | None,
     size: int,
     seed: int,
 ) -> Task:
-    positive, negative = sides
+    first, *others = sides
     if data == "digits":
-        if negative:
-            return digits_task(positive, negative, seed=seed)
-        return _one_class(*load_digits(), None, positive, seed)
+        if others:
+            return digits_task(first, *others, seed=seed)
+        return _one_class(*load_digits(), None, first, seed)
     folder = _folder(data, data_dir)
-    if negative:
-        return mnist_task(folder, positive, negative, size=size, seed=seed)
+    if others:
+        return mnist_task(folder, first, *others, size=size, seed=seed)
     train, test = (_mnist(str(folder), size, part) for part in (True, False))
-    return _one_class(*train, test, positive, seed)
+    return _one_class(*train, test, first, seed)
 
 
 @lru_cache(maxsize=2)
@@ -360,27 +386,26 @@ def _one_class(
 
 
 def _classes(path: str, text: str, seed: int) -> Task:
-    """Some classes of a file of features: +1 against -1, or one class with the label +1."""
-    positive, negative = parse_sides(text)
+    """Some classes of a file of features: +1 against -1, several, or one with the label +1."""
+    sides = parse_sides(text)
     name = Path(path).stem
-    found = load_features(path, seed=seed)
+    x_train, y_train, x_test, y_test = load_features(path, seed=seed)
     parts = []
-    for x, y in (found[:2], found[2:]):
-        for wanted in positive + negative:
+    for x, y in ((x_train, y_train), (x_test, y_test)):
+        for wanted in sum(sides, ()):
             if not bool((y == wanted).any()):
                 raise ValueError(
                     f"{name}: both parts must hold the classes of {text!r}, got no {wanted}"
                 )
-        is_positive = torch.isin(y, y.new_tensor(positive))
-        kept = is_positive | torch.isin(y, y.new_tensor(negative))
-        parts += [x[kept], (is_positive.to(x.dtype) * 2.0 - 1.0)[kept]]
-    return Task(f"{name}, {text}", *parts)
+        kept = torch.isin(y, y.new_tensor(sum(sides, ())))
+        parts += [x[kept], side_targets(y[kept].to(torch.int64), *sides).to(x.dtype)]
+    return Task(f"{name}, {text}", *parts, classes=class_names(*sides))
 
 
 def _cut(task: Task, count: int | None) -> Task:
     if count is None:
         return task
-    return Task(task.name, task.x_train[:count], task.y_train[:count], task.x_test, task.y_test)
+    return replace(task, x_train=task.x_train[:count], y_train=task.y_train[:count])
 
 
 def _folder(data: str, data_dir: str | None) -> Path:

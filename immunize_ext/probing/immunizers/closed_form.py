@@ -324,7 +324,7 @@ class ClosedFormImmunizer(LinearImmunizer):
             is absorbed: theta is that of the composition, model times what was found for its
             features.
         """
-        problem = problem.as_tasks()
+        problem = self.prepared(problem)
         primary, harmful = problem.primary, problem.only_harm(f"{type(self).__name__}.fit")
         theta0 = identity_or(model, primary, type(self).__name__)
         strength = self.strength
@@ -363,7 +363,7 @@ def _through(task: Task, theta: Tensor) -> Task:
     """A task on the features of an extractor."""
     x_train, x_test = (x.to(torch.float64) @ theta for x in (task.x_train, task.x_test))
     y_train, y_test = (y.to(torch.float64) for y in (task.y_train, task.y_test))
-    return Task(task.name, x_train, y_train, x_test, y_test)
+    return Task(task.name, x_train, y_train, x_test, y_test, task.classes)
 
 
 def record_of(

@@ -98,6 +98,7 @@ class ConditionNumberImmunizer(IterativeImmunizer):
     """
 
     method: ClassVar[str] = "condition-number"
+    sees_scale: ClassVar[bool] = True
     knob: ClassVar[str | None] = "ill_share"
     grid: ClassVar[tuple[float, ...]] = (0.1, 0.3, 1.0, 3.0)
 
@@ -143,7 +144,8 @@ class ConditionNumberImmunizer(IterativeImmunizer):
         x, y = (t.to(torch.float64) for t in (problem.primary.x_train, problem.primary.y_train))
         p = problem.primary.num_features
         generator = torch.Generator().manual_seed(self.seed)
-        head = torch.randn(p, dtype=torch.float64, generator=generator) / math.sqrt(p)
+        shape = (p, *y.shape[1:])
+        head = torch.randn(shape, dtype=torch.float64, generator=generator) / math.sqrt(p)
         omega = head.to(y.device).requires_grad_()
         theta = descent.theta.requires_grad_()
         kind = torch.optim.Adam if self.optimizer == "adam" else torch.optim.SGD
@@ -268,6 +270,7 @@ class PlainConditionNumberImmunizer(ConditionNumberImmunizer):
     """Algorithm 1 without K^-1."""
 
     method: ClassVar[str] = "condition-number-plain"
+    sees_scale: ClassVar[bool] = True
 
     preconditioner: Literal["implicit", "explicit", "none"] = "none"
 

@@ -91,6 +91,7 @@ class ImmaImmunizer(IterativeImmunizer):
     """
 
     method: ClassVar[str] = "imma"
+    sees_scale: ClassVar[bool] = True
     knob: ClassVar[str | None] = "weight"
     grid: ClassVar[tuple[float, ...]] = (0.3, 1.0, 3.0)
 
@@ -118,7 +119,8 @@ class ImmaImmunizer(IterativeImmunizer):
         theta = descent.theta.requires_grad_()
         p = theta.shape[0]
         generator = torch.Generator().manual_seed(self.seed)
-        head = torch.randn(p, dtype=torch.float64, generator=generator) / math.sqrt(p)
+        shape = (p, *y.shape[1:])
+        head = torch.randn(shape, dtype=torch.float64, generator=generator) / math.sqrt(p)
         omega = head.to(y.device).requires_grad_()
         rate = self.first_change * float(theta.detach().norm()) / p
         descent.optimizer = torch.optim.Adam([theta, omega], lr=rate)

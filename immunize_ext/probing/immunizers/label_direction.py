@@ -7,10 +7,11 @@ is read from by c and leaves everything else as it is:
 .. math:: x \theta = x - (1 - c^{-1/2}) \frac{x^\top v}{s^\top v}\, s^\top,
           \qquad s = \mathrm{Cov}(x, y_H),\quad v = K_H^{-1} s.
 
-theta is invertible: a head for the primary task that is compensated by theta^-1 gives the very
-outputs it gave before, and with many samples nothing is lost to anyone. What it costs is samples,
-whatever the optimizer. Who gets hold of a model of the same features that was not immunized has the
-variances, and pays nothing.
+For more than two classes s and v are matrices with a column for each direction that the classes are
+told apart by, and the divisor is the matrix s^T v. theta is invertible: a head for the primary task
+that is compensated by theta^-1 gives the very outputs it gave before, and with many samples nothing
+is lost to anyone. What it costs is samples, whatever the optimizer. Who gets hold of a model of the
+same features that was not immunized has the variances, and pays nothing.
 """
 
 from __future__ import annotations
@@ -28,7 +29,7 @@ from immunize_ext.probing.data.problem import Problem
 from immunize_ext.probing.data.task import Task
 from immunize_ext.probing.immunizers.closed_form import record_of
 from immunize_ext.probing.immunizers.immunized import Immunized
-from immunize_ext.probing.immunizers.lock import cross_covariance
+from immunize_ext.probing.immunizers.lock import label_directions
 from immunize_ext.probing.immunizers.loop import LinearImmunizer, identity_or
 from immunize_ext.probing.immunizers.registry import METHODS
 from immunize_ext.seams import Progress
@@ -86,7 +87,7 @@ class LabelDirectionImmunizer(LinearImmunizer):
         Returns:
             The extractor, invertible; its history has one record before and one after.
         """
-        problem = problem.as_tasks()
+        problem = self.prepared(problem)
         name = type(self).__name__
         harmful = problem.only_harm(f"{name}.fit")
         theta0 = identity_or(model, problem.primary, name)
@@ -94,19 +95,20 @@ class LabelDirectionImmunizer(LinearImmunizer):
         centred = x - x.mean(0)
         covariance = centred.mT @ centred / len(x)
         ridge = self.ridge * torch.linalg.eigvalsh(covariance)[-1]
-        s = cross_covariance(x, harmful.y_train)
+        s = label_directions(x, harmful.y_train)
         # Features that do not vary have no direction to solve for.
         v = s
         if float(ridge) > 0.0:
             v = torch.linalg.solve(covariance + ridge * torch.eye(len(s)).to(covariance), s)
-        reach = float(s @ v)
-        if not reach > 0.0:
+        reach = s.mT @ v
+        if not float(reach.diagonal().sum()) > 0.0:
             raise ValueError(
                 f"{name}.fit: {harmful.name} must have labels that vary with its inputs, got a "
                 "cross-covariance of 0; name classes against classes, 4:9 for instance"
             )
         theta = torch.eye(len(s)).to(covariance)
-        theta = theta - (1.0 - self.strength**-0.5) / reach * torch.outer(v, s)
+        share = 1.0 - self.strength**-0.5
+        theta = theta - share * v @ torch.linalg.solve(reach, s.mT)
         z = x @ theta
         theta = theta0 @ theta @ equal_diagonal_rotation(z.mT @ z)
         history = [

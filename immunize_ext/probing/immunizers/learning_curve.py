@@ -142,6 +142,7 @@ class LearningCurveImmunizer(LinearImmunizer):
             of the risks of the formula.
         """
         name = type(self).__name__
+        problem = self.prepared(problem)
         theta0 = identity_or(model, problem.primary, name)
         harms = len(problem.harmful)
         tasks = (*problem.harmful, problem.primary, *problem.benign)

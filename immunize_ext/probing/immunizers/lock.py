@@ -46,9 +46,24 @@ _RIDGE = 1e-2
 
 
 def cross_covariance(x: Tensor, y: Tensor) -> Tensor:
-    """Cov(x, y), shape ``(p,)``, float64: where a linear probe learns the task from."""
+    """Cov(x, y), ``(p,)`` or ``(p, k)``, float64: where a linear probe learns the task from."""
     x, y = x.to(torch.float64), y.to(torch.float64)
-    return (x - x.mean(0)).mT @ (y - y.mean()) / len(y)
+    return (x - x.mean(0)).mT @ (y - y.mean(0)) / len(y)
+
+
+def label_directions(x: Tensor, y: Tensor) -> Tensor:
+    """A basis of what :func:`cross_covariance` spans, ``(p, r)``: r = 1, at most k - 1 of classes.
+
+    Of one output it is the vector itself; of several, left singular vectors times their values.
+    """
+    found = cross_covariance(x, y)
+    if found.dim() == 1:
+        return found[:, None]
+    left, sigma, _ = torch.linalg.svd(found, full_matrices=False)
+    # Columns of classes add up to 0, but for rounding of the size of the features.
+    size = float(torch.linalg.vector_norm(x)) / len(x) ** 0.5
+    rounding = max(x.shape) * torch.finfo(torch.float64).eps * size
+    return (left * sigma)[:, sigma > rounding]
 
 
 class Head(NamedTuple):
@@ -58,7 +73,7 @@ class Head(NamedTuple):
     bias: Tensor
 
     def loss(self, z: Tensor, y: Tensor) -> float:
-        """Mean squared error."""
+        """Mean squared error, over outputs as well."""
         return float((z.to(torch.float64) @ self.weight + self.bias - y).square().mean())
 
 
@@ -67,7 +82,7 @@ def best_head(z: Tensor, y: Tensor) -> Head:
 
     Args:
         z: Features, shape ``(n, q)``.
-        y: Targets, shape ``(n,)``.
+        y: Targets, shape ``(n,)`` or ``(n, k)``.
 
     Example:
         >>> head = best_head(torch.eye(2, dtype=torch.float64), torch.tensor([1.0, -1.0]).double())
@@ -75,10 +90,10 @@ def best_head(z: Tensor, y: Tensor) -> Head:
         [1.0, -1.0]
     """
     z, y = z.to(torch.float64), y.to(torch.float64)
-    middle, mean = z.mean(0), y.mean()
+    middle, mean = z.mean(0), y.mean(0)
     left, sigma, right = torch.linalg.svd(z - middle, full_matrices=False)
     kept = sigma > max(z.shape) * torch.finfo(torch.float64).eps * sigma[:1]
-    weight = right[kept].mT @ ((left[:, kept].mT @ (y - mean)) / sigma[kept])
+    weight = (right[kept].mT / sigma[kept]) @ (left[:, kept].mT @ (y - mean))
     return Head(weight, mean - middle @ weight)
 
 
@@ -89,7 +104,7 @@ def lock_price(x: Tensor, y: Tensor, null: Tensor) -> float:
 
     Args:
         x: Its features, shape ``(n, p)``; centred here.
-        y: Its targets, shape ``(n,)``.
+        y: Its targets, shape ``(n,)`` or ``(n, k)``; the price is a mean over outputs.
         null: Delta, shape ``(p, r)``, of rank r: heads w must have Delta^T w = 0.
 
     Returns:
@@ -109,7 +124,8 @@ def lock_price(x: Tensor, y: Tensor, null: Tensor) -> float:
     # Delta^T K^+ Delta over the directions that the features have: heads are free in all others.
     seen = (right[kept] @ null.to(torch.float64)) / sigma[kept, None]
     missed = null.to(torch.float64).mT @ head
-    return float(missed @ torch.linalg.pinv(seen.mT @ seen, hermitian=True) @ missed) / len(x)
+    inverse = torch.linalg.pinv(seen.mT @ seen, hermitian=True)
+    return float((missed * (inverse @ missed)).sum()) / y.numel()
 
 
 def _pooled_whitening(parts: list[Tensor], floor: float) -> Tensor:
@@ -148,7 +164,7 @@ class _Lock(LinearImmunizer):
             part, ``loss_primary``, the parts of its rise ``price_of_cut`` (small variances) and
             ``price_of_lock``, and ``dimensions``.
         """
-        problem = problem.as_tasks()
+        problem = self.prepared(problem)
         name = type(self).__name__
         theta0 = identity_or(model, problem.primary, name)
         tasks = (problem.primary, *problem.harmful)
@@ -225,7 +241,7 @@ class LinearLock(_Lock):
     def _extractor(self, seen: list[Tensor], problem: Problem[Task]) -> tuple[Tensor, Tensor]:
         kept = _pooled_whitening(seen, self.variance_floor)
         directions = [
-            cross_covariance(x @ kept, task.y_train)
+            label_directions(x @ kept, task.y_train)
             for x, task in zip(seen[1:], problem.harmful, strict=True)
         ]
         for task, direction in zip(problem.harmful, directions, strict=True):
@@ -234,7 +250,7 @@ class LinearLock(_Lock):
                     f"LinearLock.fit: {task.name} must have labels that vary with its inputs, got "
                     "a cross-covariance of 0; name classes against classes, 4:9 for instance"
                 )
-        return kept, torch.stack(directions, dim=1)
+        return kept, torch.cat(directions, dim=1)
 
 
 @METHODS.register

@@ -7,7 +7,7 @@ import json
 import math
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
-from dataclasses import KW_ONLY, dataclass, field
+from dataclasses import KW_ONLY, dataclass, field, replace
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -16,6 +16,7 @@ from torch import Tensor
 
 from immunize_ext.ops.spectrum import gram_extremes
 from immunize_ext.probing.data.problem import Problem
+from immunize_ext.probing.data.scale import excess_exponent, in_range, unit_scale
 from immunize_ext.probing.data.task import Task
 from immunize_ext.probing.immunizers.corridor import check_corridor, project_to_corridor
 from immunize_ext.probing.immunizers.immunized import Immunized
@@ -79,7 +80,7 @@ def batch_indices(count: int, size: int, step: int, *, seed: int, role: int) -> 
 
 def log_kappa_of(features: Tensor) -> Tensor:
     """Log of the condition number of F^T F, differentiable."""
-    extremes = gram_extremes(features)
+    extremes = gram_extremes(features * unit_scale(features))
     return extremes.lambda_max.log() - extremes.lambda_min.log()
 
 
@@ -258,12 +259,40 @@ class LinearImmunizer(ABC):
         knob: The setting by which it trades slow-down of the harm for cost; ``None`` without one.
         grid: Values of the knob that a frontier tries.
         takes_several: Whether it protects against several harmful tasks at once.
+        sees_scale: Whether multiplying all features by a number changes more than rounding.
     """
 
     method: ClassVar[str]
     knob: ClassVar[str | None] = None
     grid: ClassVar[tuple[float, ...]] = ()
     takes_several: ClassVar[bool] = False
+    sees_scale: ClassVar[bool] = False
+
+    def prepared(self, problem: Problem[Task]) -> Problem[Task]:
+        """The problem as tasks whose squares float64 holds, scaled where nothing sees that.
+
+        Raises:
+            ValueError: If the size of the features is out of range and the method sees it.
+        """
+        problem = problem.as_tasks()
+        tasks = problem.primary, *problem.harmful, *problem.benign
+        exponent = excess_exponent(tasks)
+        if exponent == 0:
+            return problem
+        if self.sees_scale:
+            raise ValueError(
+                f"{type(self).__name__}.fit: features must have a size between 2^-200 and 2^200, "
+                f"whose fourth powers float64 holds, got about 2^{exponent}; multiply the inputs "
+                f"of all tasks by 2.0 ** {-exponent}"
+            )
+        primary, *others = in_range(tasks)
+        harms = len(problem.harmful)
+        return replace(
+            problem,
+            primary=primary,
+            harmful=tuple(others[:harms]),
+            benign=tuple(others[harms:]),
+        )
 
     @property
     def label(self) -> str:
@@ -353,7 +382,7 @@ class IterativeImmunizer(LinearImmunizer):
             ``log_kappa_primary``, ``log_kappa_harmful``, ``log_rir`` (against the start), and what
             the class says.
         """
-        problem = problem.as_tasks()
+        problem = self.prepared(problem)
         name = type(self).__name__
         descent = Descent.of(name, model, problem, self.ridge, self.corridor)
         total, advance = self.begin(descent, problem)

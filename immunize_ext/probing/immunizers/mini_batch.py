@@ -83,6 +83,7 @@ class MiniBatchImmunizer(IterativeImmunizer):
     """
 
     method: ClassVar[str] = "mini-batch"
+    sees_scale: ClassVar[bool] = True
     knob: ClassVar[str | None] = "epochs"
     grid: ClassVar[tuple[float, ...]] = (3.0, 10.0, 30.0, 100.0)
 
@@ -146,7 +147,7 @@ class MiniBatchImmunizer(IterativeImmunizer):
         primary, harmful = problem.primary, problem.only_harm(_NAME)
         if self.loss == "logistic" and not primary.is_classification:
             raise ValueError(
-                f"{_NAME}.fit: primary must have labels of -1 and +1 for loss='logistic', got "
+                f"{_NAME}.fit: primary must have labels of classes for loss='logistic', got "
                 "others; use loss='squared'"
             )
         x, y, x_harmful = (
@@ -155,7 +156,8 @@ class MiniBatchImmunizer(IterativeImmunizer):
         theta = descent.theta.requires_grad_()
         p = theta.shape[0]
         generator = torch.Generator().manual_seed(self.seed)
-        omega = torch.randn(p, dtype=torch.float64, generator=generator) / math.sqrt(p)
+        shape = (p, *y.shape[1:])
+        omega = torch.randn(shape, dtype=torch.float64, generator=generator) / math.sqrt(p)
         trained = _linear_head(omega) if problem.head is None else copy.deepcopy(problem.head)
         trained = trained.to(device=y.device, dtype=torch.float64).requires_grad_(True)
         weights = list(trained.parameters())
@@ -205,14 +207,17 @@ class MiniBatchImmunizer(IterativeImmunizer):
         )
 
     def _loss(self, output: Tensor, labels: Tensor) -> Tensor:
-        if output.numel() != len(labels) or output.shape[0] != len(labels):
+        if output.numel() != labels.numel() or output.shape[0] != len(labels):
+            shape = tuple(labels.shape)
+            one = f" or ({len(labels)}, 1)" if labels.dim() == 1 else ""
             raise ValueError(
-                f"{_NAME}.fit: head must yield ({len(labels)},) or ({len(labels)}, 1) for a batch, "
-                f"got {tuple(output.shape)}"
+                f"{_NAME}.fit: head must yield {shape}{one} for a batch, got {tuple(output.shape)}"
             )
-        output = output.reshape(-1)
+        output = output.reshape(labels.shape)
         if self.loss == "squared":
             return (output - labels).square().mean()
+        if labels.dim() > 1:
+            return functional.cross_entropy(output, labels.argmax(1))
         return functional.softplus(-labels * output).mean()
 
     def _factor(self, rows: Tensor) -> Preconditioner:
@@ -252,8 +257,9 @@ class MiniBatchImmunizer(IterativeImmunizer):
 def _linear_head(omega: Tensor) -> nn.Module:
     """A head without bias that starts from omega."""
     # On the meta device, so that no random number is drawn for weights that are replaced.
-    head = nn.Linear(len(omega), 1, bias=False, device="meta", dtype=omega.dtype)
+    weight = omega.reshape(len(omega), -1).mT
+    head = nn.Linear(*weight.shape[::-1], bias=False, device="meta", dtype=omega.dtype)
     head = head.to_empty(device=omega.device)
     with torch.no_grad():
-        head.weight.copy_(omega[None])
+        head.weight.copy_(weight)
     return head

@@ -122,6 +122,7 @@ class OptimizerAwareImmunizer(LinearImmunizer):
             NotPositiveDefiniteError: If K_P is singular at this ridge.
         """
         name = type(self).__name__
+        problem = self.prepared(problem)
         harm = problem.only_harm(f"{name}.fit")
         theta0 = identity_or(model, problem.primary, name)
         rows = [

@@ -193,7 +193,7 @@ class SeveralHarmsImmunizer(LinearImmunizer):
             from 1, ``log_kappa_harmful_h``, ``log_rir_h`` and ``share_of_log_ceiling_h`` (log RIR
             over the log of its ceiling; 1 where both are 0).
         """
-        problem = problem.as_tasks()
+        problem = self.prepared(problem)
         theta0 = identity_or(model, problem.primary, "SeveralHarmsImmunizer")
         primary, *harms = (gram_rows(t.x_train) for t in (problem.primary, *problem.harmful))
         seen = [x if model is None else x.to(torch.float64) @ theta0 for x in (primary, *harms)]

@@ -16,8 +16,9 @@ def norm_ratio(weights: Tensor, optimum: Tensor) -> Tensor:
     """Squared distance to the optimum relative to the start (eq 16): |w_t - w*|^2 / |w_0 - w*|^2.
 
     Args:
-        weights: Iterates of an attack, shape ``(steps + 1, p)``, the start first.
-        optimum: What they converge to, shape ``(p,)``.
+        weights: Iterates of an attack, shape ``(steps + 1, p)``, the start first; with k outputs
+            ``(steps + 1, p, k)``.
+        optimum: What they converge to, shape ``(p,)`` or ``(p, k)``.
 
     Returns:
         Ratios, shape ``(steps + 1,)``; the first is 1. Zeros if the start is the optimum.
@@ -27,20 +28,20 @@ def norm_ratio(weights: Tensor, optimum: Tensor) -> Tensor:
         >>> norm_ratio(weights, torch.tensor([2.0])).tolist()
         [1.0, 0.25, 0.0625]
     """
-    distance = (weights - optimum).square().sum(-1)
+    distance = (weights - optimum).square().flatten(1).sum(-1)
     return torch.zeros_like(distance) if float(distance[0]) == 0.0 else distance / distance[0]
 
 
 def _probe_spectrum(
     function: str, x: Tensor, y: Tensor, tolerance: float
 ) -> tuple[Tensor, Tensor, float]:
-    """Singular values that count, y in the left singular basis, and the excess loss allowed.
+    """Singular values that count, y in the left singular basis (r, k), and the excess loss allowed.
 
     The excess is that of |x w - y|^2 over its least value, tolerance times the latter.
     """
-    if x.dim() != 2 or y.shape != x.shape[:1]:
+    if x.dim() != 2 or y.shape[:1] != x.shape[:1] or y.dim() > 2:
         raise ValueError(
-            f"{function}: y must have shape (n,) for features of shape (n, p), got "
+            f"{function}: y must have shape (n,) or (n, k) for features of shape (n, p), got "
             f"{tuple(y.shape)} and {tuple(x.shape)}"
         )
     if not tolerance >= 0.0:
@@ -48,7 +49,7 @@ def _probe_spectrum(
     x, y = x.detach().to(torch.float64), y.detach().to(torch.float64)
     left, sigma, _ = torch.linalg.svd(x, full_matrices=False)
     counted = sigma > max(x.shape) * torch.finfo(torch.float64).eps * sigma[0]
-    coordinates = left[:, counted].mT @ y
+    coordinates = left[:, counted].mT @ y.reshape(len(y), -1)
     unexplained = float(y.square().sum() - coordinates.square().sum())
     return sigma[counted], coordinates, tolerance * max(unexplained, 0.0)
 
@@ -63,7 +64,7 @@ def gradient_descent_steps(x: Tensor, y: Tensor, *, tolerance: float = 0.1) -> f
 
     Args:
         x: Features of the probe, shape ``(n, p)``.
-        y: Targets, shape ``(n,)``.
+        y: Targets, shape ``(n,)``, or ``(n, k)`` for a head of k outputs.
         tolerance: The threshold is ``(1 + tolerance)`` times the least training loss.
 
     Returns:
@@ -81,7 +82,7 @@ def gradient_descent_steps(x: Tensor, y: Tensor, *, tolerance: float = 0.1) -> f
     sigma, coordinates, gap = _probe_spectrum("gradient_descent_steps", x, y, tolerance)
     if len(sigma) == 0:
         return 0.0
-    shares = coordinates.square()
+    shares = coordinates.square().sum(1)
     log_rate = torch.log1p(-(sigma / sigma[0]).square())
 
     def excess(steps: float) -> float:
@@ -115,7 +116,7 @@ def conjugate_gradient_steps(x: Tensor, y: Tensor, *, tolerance: float = 0.1) ->
 
     Args:
         x: Features of the probe, shape ``(n, p)``.
-        y: Targets, shape ``(n,)``.
+        y: Targets, shape ``(n,)``, or ``(n, k)`` for a head of k outputs.
         tolerance: The threshold is ``(1 + tolerance)`` times the least training loss.
 
     Returns:
@@ -137,25 +138,27 @@ def conjugate_gradient_steps(x: Tensor, y: Tensor, *, tolerance: float = 0.1) ->
     sigma, residual, gap = _probe_spectrum("conjugate_gradient_steps", x, y, tolerance)
     if len(sigma) == 0:
         return 0.0
-    eigenvalues = (sigma / sigma[0]).square()
+    eigenvalues = (sigma / sigma[0]).square()[:, None]
     noise = len(sigma) * torch.finfo(torch.float64).eps
     # Coordinates that are rounding errors of y are none: an eigenvalue without a share costs no
     # step.
     residual = residual.where(residual.abs() > noise * float(y.to(torch.float64).norm()), 0.0)
-    basis = residual.new_zeros(len(sigma), 0)
+    basis = residual.new_zeros(residual.numel(), 0)
     direction = residual
     for step in range(len(sigma)):
-        if float(residual @ residual) <= gap or not bool(residual.any()):
+        if float(residual.square().sum()) <= gap or not bool(residual.any()):
             return float(step)
-        following = eigenvalues * direction
+        # All outputs are one head, so one long vector.
+        following = (eigenvalues * direction).flatten()
         size = float(following.norm())
         for _ in range(2):
             following = following - basis @ (basis.mT @ following)
         if float(following.norm()) <= noise * size:
             return float(step)  # the space is exhausted: w is the optimum
-        direction = following / following.norm()
-        basis = torch.cat([basis, direction[:, None]], dim=1)
-        residual = residual - direction * (direction @ residual)
+        following = following / following.norm()
+        basis = torch.cat([basis, following[:, None]], dim=1)
+        direction = following.reshape(residual.shape)
+        residual = residual - direction * (following @ residual.flatten())
     return float(len(sigma))
 
 
@@ -172,7 +175,7 @@ def spectral_slowdown(
 
     Args:
         x: Inputs, shape ``(n, p)``.
-        y: Targets, shape ``(n,)``.
+        y: Targets, shape ``(n,)``, or ``(n, k)`` for a head of k outputs.
         theta: The immunized extractor, shape ``(p, q)``.
         theta0: The extractor before; the identity when omitted.
         attacker: Whose steps are counted.
@@ -223,7 +226,7 @@ def line_search_norm_ratio(x: Tensor, y: Tensor, *, steps: int = 100) -> Tensor:
 
     Args:
         x: Features of the probe, ``inputs @ theta``, shape ``(n, p)``.
-        y: Targets, shape ``(n,)``.
+        y: Targets, shape ``(n,)``, or ``(n, k)`` for a head of k outputs.
         steps: Number of steps, at least 1.
 
     Returns:
@@ -247,23 +250,24 @@ def line_search_norm_ratio(x: Tensor, y: Tensor, *, steps: int = 100) -> Tensor:
     """
     if steps < 1:
         raise ValueError(f"line_search_norm_ratio: steps must be at least 1, got {steps}")
-    if x.dim() != 2 or y.shape != x.shape[:1]:
+    if x.dim() != 2 or y.shape[:1] != x.shape[:1] or y.dim() > 2:
         raise ValueError(
-            f"line_search_norm_ratio: y must have shape (n,) for features of shape (n, p), got "
-            f"{tuple(y.shape)} and {tuple(x.shape)}"
+            f"line_search_norm_ratio: y must have shape (n,) or (n, k) for features of shape "
+            f"(n, p), got {tuple(y.shape)} and {tuple(x.shape)}"
         )
     x, y = x.detach().to(torch.float64), y.detach().to(torch.float64)
     left, sigma, _ = torch.linalg.svd(x, full_matrices=False)
     counted = sigma > max(x.shape) * torch.finfo(torch.float64).eps * sigma[0]
     # Coordinates of w - w* in the right singular basis: H is diagonal there, and from w = 0 no
     # other coordinate ever moves.
-    eigenvalues = sigma[counted].square()
-    distance = (left[:, counted].mT @ y) / sigma[counted]
+    sigma = sigma[counted] / sigma[0]  # no ratio of distances sees the scale of the features
+    eigenvalues = sigma.square()[:, None]
+    distance = (left[:, counted].mT @ y.reshape(len(y), -1)) / sigma[:, None]
     iterates = [distance]
     for _ in range(steps):
         gradient = eigenvalues * distance
-        curvature = eigenvalues @ gradient.square()
-        step = torch.where(curvature > 0, gradient @ gradient / curvature, 0.0)
+        curvature = (eigenvalues * gradient.square()).sum()
+        step = torch.where(curvature > 0, gradient.square().sum() / curvature, 0.0)
         distance = distance - step * gradient
         iterates.append(distance)
     return norm_ratio(torch.stack(iterates), torch.zeros_like(distance))

@@ -13,6 +13,12 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from immunize_ext.probing.data.classes import (
+    expanded,
+    mean_residual,
+    share_answered,
+    through,
+)
 from immunize_ext.probing.data.task import Task
 
 
@@ -21,12 +27,12 @@ class FewSampleError(NamedTuple):
 
     Attributes:
         samples: Samples trained on.
-        loss: Mean squared residual on the test part.
+        loss: Mean squared residual on the test part, over outputs as well.
         loss_spread: Its standard deviation over draws.
-        error_rate: Share of test samples with the wrong sign; ``None`` for a regression task.
+        error_rate: Share of test samples answered wrongly; ``None`` for a regression task.
         ridge: The ridge that was best, relative to the largest eigenvalue of each draw's scatter.
         constant_loss: Loss of the best constant on the test part: what shows no skill.
-        constant_error_rate: Share of its less common class, likewise; ``None`` for regression.
+        constant_error_rate: Share of all but its most common class; ``None`` for regression.
     """
 
     samples: int
@@ -43,7 +49,7 @@ class Constant(NamedTuple):
 
     Attributes:
         loss: Mean squared residual of the mean.
-        error_rate: Share of the less common class; ``None`` for a regression task.
+        error_rate: Share of all but the most common class; ``None`` for a regression task.
     """
 
     loss: float
@@ -57,7 +63,7 @@ def best_constant(task: Task) -> Constant:
         task: The task.
 
     Returns:
-        Its loss, and its error rate: that of always naming the more common class.
+        Its loss, and its error rate: that of always naming the most common class.
 
     Example:
         >>> y = torch.tensor([1.0, 1.0, 1.0, -1.0], dtype=torch.float64)
@@ -65,10 +71,11 @@ def best_constant(task: Task) -> Constant:
         Constant(loss=0.75, error_rate=0.25)
     """
     y = task.y_test.to(torch.float64)
-    positive = float((y > 0).to(torch.float64).mean())
+    positive = (y > 0).to(torch.float64).mean(0)
+    common = float(torch.maximum(positive, 1.0 - positive) if y.dim() == 1 else positive.max())
     return Constant(
-        float((y - y.mean()).square().mean()),
-        min(positive, 1.0 - positive) if task.is_classification else None,
+        float((y - y.mean(0)).square().mean()),
+        1.0 - common if task.is_classification else None,
     )
 
 
@@ -139,15 +146,17 @@ def few_sample_error(
     for _ in range(draws):
         chosen = torch.randperm(count, generator=generator)[:samples].to(z.device)
         # An intercept without a ridge: means of the draw are taken off, and put back.
-        middle, mean = z[chosen].mean(0), y[chosen].mean()
+        middle, mean = z[chosen].mean(0), y[chosen].mean(0)
         left, sigma, right = torch.linalg.svd(z[chosen] - middle, full_matrices=False)
         # One column of coefficients per ridge: sigma u^T y / (sigma^2 + r sigma_max^2).
-        damped = sigma[:, None].square() + relative * sigma[0].square()
-        inverse = torch.where(damped > 0, sigma[:, None] / damped, 0.0)
-        heads = right.mT @ (inverse * (left.mT @ (y[chosen] - mean))[:, None])
-        predicted = (z_test - middle) @ heads + mean
-        losses.append((predicted - y_test[:, None]).square().mean(0))
-        errors.append((predicted * y_test[:, None] <= 0).to(torch.float64).mean(0))
+        top = torch.where(sigma[0] > 0, sigma[0], 1.0)
+        share = sigma[:, None] / top  # whose squares stay in range whatever the scale is
+        inverse = share / (share.square() + relative) / top
+        coefficients = (left.mT @ (y[chosen] - mean))[:, None]
+        heads = through(right.mT, expanded(inverse, y) * coefficients)
+        predicted = through(z_test - middle, heads) + mean
+        losses.append(mean_residual(predicted, y_test))
+        errors.append(1.0 - share_answered(predicted, y_test))
     loss = torch.stack(losses)
     best = int(loss.mean(0).argmin())
     constant = best_constant(task)

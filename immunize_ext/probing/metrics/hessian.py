@@ -21,6 +21,7 @@ import torch
 from torch import Tensor
 
 from immunize_ext.ops.spectrum import gram_extremes
+from immunize_ext.probing.data.scale import unit_scale
 
 
 def check_ridge(function: str, ridge: float) -> None:
@@ -57,7 +58,8 @@ def with_ridge(x: Tensor, ridge: float) -> Tensor:
     check_ridge("with_ridge", ridge)
     if ridge == 0.0:
         return x
-    largest = gram_extremes(x.detach()).lambda_max
-    scale = (ridge * largest).sqrt()[..., None, None]
+    unit = unit_scale(x)
+    largest = gram_extremes(x.detach() * unit).lambda_max
+    scale = (ridge * largest).sqrt()[..., None, None] / unit
     identity = torch.eye(x.shape[-1], dtype=x.dtype, device=x.device)
     return torch.cat([x, scale * identity], dim=-2)

@@ -22,6 +22,7 @@ from torch import Tensor
 
 from immunize_ext.errors import NotPositiveDefiniteError
 from immunize_ext.ops.spectrum import gram_extremes
+from immunize_ext.probing.data.scale import unit_scale
 from immunize_ext.probing.metrics.hessian import with_ridge
 
 
@@ -65,8 +66,9 @@ def pencil(x_primary: Tensor, x_harmful: Tensor, *, ridge: float = 1e-4) -> Penc
             f"pencil: x_harmful must have shape (m, p) with the p of x_primary, got "
             f"{tuple(x_harmful.shape)} and {tuple(x_primary.shape)}; use features of one model"
         )
-    primary = with_ridge(x_primary.detach().to(torch.float64), ridge)
-    harmful = with_ridge(x_harmful.detach().to(torch.float64), ridge)
+    inputs = [x.detach().to(torch.float64) for x in (x_primary, x_harmful)]
+    units = [unit_scale(x) for x in inputs]
+    primary, harmful = (with_ridge(x * u, ridge) for x, u in zip(inputs, units, strict=True))
     p = primary.shape[1]
     extremes = gram_extremes(primary)
     rank = int(extremes.rank)
@@ -78,14 +80,14 @@ def pencil(x_primary: Tensor, x_harmful: Tensor, *, ridge: float = 1e-4) -> Penc
             rank=rank,
             needed_ridge=max(primary.shape) ** 2
             * torch.finfo(torch.float64).eps ** 2
-            * float(extremes.lambda_max),
+            * float(extremes.lambda_max / units[0] / units[0]),
         )
     triangle = torch.linalg.qr(primary, mode="r").R
     whitened = torch.linalg.solve_triangular(triangle, harmful, upper=True, left=False)
     _, sigma, right = torch.linalg.svd(whitened, full_matrices=harmful.shape[0] < p)
     values = torch.zeros(p, dtype=torch.float64, device=sigma.device)
-    values[: sigma.shape[0]] = sigma.square()
-    basis = torch.linalg.solve_triangular(triangle, right.mT, upper=True)
+    values[: sigma.shape[0]] = (sigma * (units[0] / units[1])).square()
+    basis = torch.linalg.solve_triangular(triangle, right.mT, upper=True) * units[0]
     return Pencil(values, basis)
 
 
@@ -117,13 +119,16 @@ def log_rir_ceiling(
         >>> round(math.exp(log_rir_ceiling(primary, harmful, ridge=0.0)), 9)
         16.0
     """
-    values = pencil(x_primary, x_harmful, ridge=ridge).values
+    inputs = [x.detach().to(torch.float64) for x in (x_primary, x_harmful)]
+    inputs = [x * unit_scale(x) for x in inputs]  # no part below sees the scale of either
+    values = pencil(*inputs, ridge=ridge).values
     log_spread = float(values[0].log() - values[-1].log())
     logs = []
-    for x in (x_primary, x_harmful):
-        rows = with_ridge(x.detach().to(torch.float64), ridge)
+    for x in inputs:
+        rows = with_ridge(x, ridge)
         if theta0 is not None:
-            rows = rows @ theta0.detach().to(torch.float64)
+            extractor = theta0.detach().to(torch.float64)
+            rows = rows @ (extractor * unit_scale(extractor))
         extremes = gram_extremes(rows, rank="full")
         logs.append(float(extremes.lambda_max.log() - extremes.lambda_min.log()))
     # Where K_H is singular its log is infinite, before and after: the ratio says nothing.

@@ -38,6 +38,7 @@ from immunize_ext.ops.spectrum import (
     gram_extremes,
     gram_log_condition_number,
 )
+from immunize_ext.probing.data.scale import unit_scale
 from immunize_ext.probing.metrics.hessian import check_ridge, with_ridge
 from immunize_ext.probing.metrics.pencil import log_rir_ceiling
 
@@ -236,14 +237,17 @@ def relative_immunization_ratio(
     values: dict[str, tuple[float, int]] = {}
     for name, x in (("harmful", x_harmful), ("primary", x_primary)):
         rows = x.detach().to(torch.float64)
-        if policy == "ridge":
-            rows = with_ridge(rows, ridge)
         count: Literal["official", "rank_aware"]
         count = "official" if policy == "official" else "rank_aware"
+        if count == "rank_aware":
+            rows = rows * unit_scale(rows)  # the floor of "official" alone sees the scale
+        if policy == "ridge":
+            rows = with_ridge(rows, ridge)
         for suffix, extractor in (("", theta), ("_base", theta0)):
             features = rows
             if extractor is not None:
-                features = rows @ extractor.detach().to(torch.float64)
+                wide = extractor.detach().to(torch.float64)
+                features = rows @ (wide * unit_scale(wide) if count == "rank_aware" else wide)
             tolerance = rank_rtol if policy == "rank_aware" else None
             kappa, rank = log_kappa(features, policy=count, rank_rtol=tolerance)
             values[name + suffix] = float(kappa), int(rank)
@@ -296,6 +300,9 @@ def feature_ratio(
     tolerances = [
         computed_rank_rtol(x) if rank_rtol is None else rank_rtol for x in (features, base)
     ]
+    if policy == "ridge":
+        unit = unit_scale(*pair)
+        pair = [x * unit for x in pair]
     # The model may not change the ruler it is measured with: one absolute ridge for both.
     absolute = ridge * gram_extremes(pair[1]).lambda_max if policy == "ridge" else None
     found = [

@@ -34,7 +34,7 @@ class Moments(NamedTuple):
 
     Attributes:
         root: R, shape ``(r, p)``, r = min(n, p): the covariance of the inputs is R^T R.
-        target: b, shape ``(r,)``.
+        target: b, shape ``(r,)``; ``(r, k)`` for k outputs, over which risks are means.
         rest: sigma^2, the mean square that no linear function of the inputs explains.
     """
 
@@ -52,11 +52,11 @@ class Moments(NamedTuple):
         """
         x, y = task.x_train.to(torch.float64), task.y_train.to(torch.float64)
         z = x if theta is None else x @ theta.to(torch.float64)
-        z, y = z - z.mean(0), y - y.mean()
+        z, y = z - z.mean(0), y - y.mean(0)
         q, r = torch.linalg.qr(z)
-        size = len(y) ** 0.5
-        target = q.mT @ y / size
-        return cls(r / size, target, (y.square().mean() - target.square().sum()).clamp(min=0.0))
+        target = q.mT @ y / y.numel() ** 0.5
+        rest = (y.square().mean() - target.square().sum()).clamp(min=0.0)
+        return cls(r / len(y) ** 0.5, target, rest)
 
 
 def tuned_risk(moments: Moments, metric: Tensor, samples: Sequence[int]) -> Tensor:
@@ -91,8 +91,8 @@ def tuned_risk(moments: Moments, metric: Tensor, samples: Sequence[int]) -> Tens
     a = root @ metric @ root.mT
     a = (a + a.mT) / 2.0
     shifts = a.diagonal().mean() * torch.tensor(_SHIFTS, dtype=a.dtype, device=a.device)
-    found = resolvent_traces(a, shifts, target[:, None])
-    error = shifts.square() * found.energies[:, 0] + rest
+    found = resolvent_traces(a, shifts, target.reshape(len(target), -1))
+    error = shifts.square() * found.energies.sum(-1) + rest
     n = torch.tensor(list(samples), dtype=a.dtype, device=a.device)[:, None]
     allowed = (found.first <= n) & (found.second < n)
     risk = n / torch.where(allowed, n - found.second, 1.0) * error
