@@ -138,7 +138,6 @@ WITHOUT_EXAMPLE = {
     "format_floor",
     "house_prices_task",
     "image_folder_task",
-    "kernel_probe",
     "linear_information",
     "load_adaptation",
     "load_concepts",

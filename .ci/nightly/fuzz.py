@@ -589,6 +589,58 @@ def resolvents(case: Matrices) -> None:
         _close_gradient("resolvents", grad, right, 10.0 * relative)
 
 
+def moments(case: Matrices) -> None:
+    """The second-moment merge of two copies, and its gradients, at ridges down to 1e-8."""
+    flat = case.a.detach().double().reshape(-1, *case.a.shape[-2:])
+    for number, matrix in enumerate(flat):
+        scale = float(matrix.abs().max())
+        if not 1e-100 < scale < 1e100:
+            continue
+        rows, d = matrix / scale, matrix.shape[1]
+        generator = torch.Generator().manual_seed(d)
+        weights = list(torch.randn(3, 2, d, generator=generator, dtype=torch.float64))
+        grams = [part.mT @ part for part in (rows[::2], rows[1::2], rows)]
+        for value in (*weights, *grams):
+            value.requires_grad_()
+        (base, *copies), hardness = weights, torch.tensor([0.5, 2.0], dtype=torch.float64)
+        # Absolute, as in the reference: a relative one moves with the moments.
+        size = float((0.5 * grams[0] + 2.0 * grams[1] + grams[2]).detach().diagonal().mean())
+        ridge = (1e-8, 1e-4, 1.0)[number % 3] * size
+        with route(case.compiled):
+            factor = ops.MomentFactor.from_moments(
+                grams[:2],
+                regularization=grams[2],
+                hardness=hardness,
+                ridge=ridge,
+                relative=False,
+            )
+            (merged,) = ops.merge_moments([base], [[copy] for copy in copies], factor)
+            found = torch.autograd.grad(merged.sum(), [*weights, *grams])
+        numbers = [value.detach().numpy() for value in (*weights, *grams)]
+        given = numbers[0], numbers[1:3], numbers[3:5]
+        options = {
+            "regularization": numbers[5],
+            "hardness": hardness.numpy(),
+            "ridge": factor.ridge,
+        }
+        wanted = reference.merge_moments(*given, **options)
+        kappa = float(np.linalg.cond(factor.s.detach().numpy()))
+        bound = 1e2 * d * EPS * kappa * float(np.linalg.norm(numbers[0]) + 1.0)
+        error = float(np.linalg.norm(merged.detach().numpy() - wanted))
+        if not error <= bound:
+            raise AssertionError(f"merged: off by {error:.3g} > {bound:.3g}")
+        right = reference.merge_moments_gradient(np.ones_like(wanted), *given, **options)
+        # Those of moments hold S^-1 twice.
+        scales = [1.0] * 3 + [kappa / max(float(np.linalg.norm(numbers[5])), factor.ridge)] * 3
+        expected = [right.base, *right.copies, *right.moments, right.regularization]
+        for index, (got, truth, grown) in enumerate(zip(found, expected, scales, strict=True)):
+            if bound * grown > VAGUE:
+                continue
+            error = float(np.linalg.norm(got.numpy() - truth))
+            if not error <= bound * grown:
+                raise AssertionError(f"gradient {index}: off by {error:.3g} > {bound * grown:.3g}")
+
+
 def merge(problem: Any, compiled: bool) -> None:
     """The merge and the gradient of its weights against the null-space reference."""
     factor = ops.RegularizationFactor.from_embeddings(problem.c_reg, ridge=problem.ridge)
@@ -656,6 +708,7 @@ SPECTRAL: dict[str, Callable[[Matrices], None]] = {
     "SpectrumTracker": tracker,
     "Preconditioner": precondition,
     "resolvent_traces": resolvents,
+    "merge_moments": moments,
 }
 OPERATORS = (*SPECTRAL, "merge_kv")
 

@@ -31,6 +31,11 @@ _OWN_SAMPLES = (
 _ROLES = {"harmful": "harmful task", "primary": "task to keep"}
 
 
+def _called(row: Certificate) -> str:
+    """What a row is about, in words."""
+    return _ROLES.get(row["role"]) or f"benign task “{row['name']}”"
+
+
 def headline(one: Certificate) -> str:
     """The strongest true sentence about what holds against whom."""
     if not one["invertible"]:
@@ -38,7 +43,7 @@ def headline(one: Certificate) -> str:
         if gone["r2_after"] < 0.05:
             return "Locked for linear probes, open to others"
         return "Directions are gone, the harm is not"
-    factor, own = (real(task["factor_best"]) for task in one["few_samples"])
+    factor, own = (real(task["factor_best"]) for task in one["few_samples"][:2])
     if factor >= 2.0 and factor > own:
         return "A delay and a price in samples, no lock"
     return "A delay for those who descend, nothing for those who whiten"
@@ -70,7 +75,7 @@ def sentences(one: Certificate, own_samples: bool = True) -> list[str]:
             f"{', ' + verb + ' than before' if verb == 'less' else ''}."
         )
     found += [_price(task) for task in one["few_samples"]]
-    gone, kept = one["linear"]
+    gone, kept = one["linear"][:2]
     said = (
         "" if one["invertible"] or not own_samples else _OWN_SAMPLES.format(percent(gone["leak"]))
     )
@@ -80,19 +85,34 @@ def sentences(one: Certificate, own_samples: bool = True) -> list[str]:
         f"{percent(kept['r2_after'])}, {percent(kept['r2_before'])} before.{said}"
     )
     if gone["kernel_after"] is not None:
-        stopped = gone["kernel_after"] < gone["kernel_before"] - 0.1
-        more = "" if stopped else ": a probe that is not linear gets round it"
-        found.append(
-            f"A Gaussian kernel probe is right on {percent(gone['kernel_after'], 1)} of the "
-            f"harmful test samples, on {percent(gone['kernel_before'], 1)} before{more}. "
-            "Probes of an earlier layer see none of it."
-        )
+        found.append(_not_linear(gone))
     return found
+
+
+def _not_linear(gone: Certificate) -> str:
+    """What probes that are not linear get, in one sentence."""
+    # An earlier version had no perceptron, and no kernel for regressions.
+    probes = {"a Gaussian kernel probe": "kernel", "a perceptron": "perceptron"}
+    values = {
+        probe: (gone[f"{key}_before"], gone[f"{key}_after"])
+        for probe, key in probes.items()
+        if gone.get(f"{key}_after") is not None
+    }
+    most = 1.0 if gone["accuracy_before"] is None else 2.0
+    stopped = all(before - after > 0.2 / most for before, after in values.values())
+    verb = "explains" if gone["accuracy_before"] is None else "is right on"
+    of = "labels' variance" if gone["accuracy_before"] is None else "test samples"
+    said = "; ".join(
+        f"{probe} {verb} {percent(after, 1)}, {percent(before, 1)} before"
+        for probe, (before, after) in values.items()
+    )
+    more = "" if stopped else " Probes that are not linear get round it."
+    return f"Of the harmful {of}, {said}.{more} Probes of an earlier layer see none of it."
 
 
 def _price(task: Mapping[str, Any]) -> str:
     """What a task costs in labelled samples, in one sentence."""
-    reference, name = task.get("reference", 40), _ROLES[task["role"]]
+    reference, name = task.get("reference", 40), _called(task)
     value = task["factor_best"]
     if value is None:
         error = number({int(n): value for n, value in task["without"].items()}[reference])
@@ -104,7 +124,7 @@ def _price(task: Mapping[str, Any]) -> str:
     price = f"{number(value)} times"
     if real(value) == float("inf"):
         price = f"more than {number(max(map(int, task['given'])) / reference)} times"
-    who = "the better of two attackers" if task["role"] == "harmful" else "its owner"
+    who = {"harmful": "the best attacker", "primary": "its owner"}.get(task["role"], "a user")
     return (
         f"For what {count(reference, 'labelled sample')} gave without immunization, {who} needs "
         f"{price} as many on the {name}.{_sibling(task)}"
@@ -153,17 +173,18 @@ def _sample_rows(one: Certificate) -> list[list[str]]:
             ("without", "without immunization"),
             ("given", "features as they are"),
             ("whitened", "re-whitened by unlabelled inputs"),
+            ("searched", "after a search for what was made small"),
             ("sibling", "mapped onto a public model"),
         ):
-            if side not in task:
-                continue  # of an earlier version
+            if not task.get(side):
+                continue  # of an earlier version, or not tried
             curve = {int(key): value for key, value in task[side].items()}
             columns = [int(key) for key in task["without"]]
             cells = [number(curve[n]) if n in curve else "" for n in columns]
-            found.append([f"{_ROLES[task['role']]}, {words}", *cells])
+            found.append([f"{_called(task)}, {words}", *cells])
         if "constant" in task:
             cells = [number(task["constant"])] * len(columns)
-            found.append([f"{_ROLES[task['role']]}, best constant answer", *cells])
+            found.append([f"{_called(task)}, best constant answer", *cells])
     return found
 
 
@@ -182,11 +203,11 @@ def _format_rows(one: Certificate) -> list[list[str]]:
 
 def _linear_rows(one: Certificate) -> list[list[str]]:
     def pair(row: Mapping[str, Any], name: str) -> str:
-        before, after = row[f"{name}_before"], row[f"{name}_after"]
+        before, after = row.get(f"{name}_before"), row.get(f"{name}_after")
         return "" if before is None else f"{percent(before, 1)} → {percent(after, 1)}"
 
     return [
-        [_ROLES[row["role"]], *(pair(row, name) for name in ("r2", "accuracy", "kernel"))]
+        [_called(row), *(pair(row, name) for name in ("r2", "accuracy", "kernel", "perceptron"))]
         for row in one["linear"]
     ]
 

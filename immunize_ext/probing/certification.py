@@ -11,7 +11,7 @@ harmful sample, and the attackers have the others.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +20,7 @@ from immunize_ext.probing import certificate_report
 from immunize_ext.probing.certificates import certify
 from immunize_ext.probing.data import Problem, Task
 from immunize_ext.probing.immunizers import METHODS, Immunized
-from immunize_ext.probing.run import reopen
+from immunize_ext.probing.run import RunSettings, reopen
 from immunize_ext.seams import Progress
 from immunize_ext.settings import check_types, settings_of
 from immunize_ext.storage import SCHEMA, environment, to_json, write_numbered
@@ -33,6 +33,8 @@ class CertificationSettings:
     """How a run is certified.
 
     Attributes:
+        benign: Other tasks of the same data that nobody wants to make hard, in the form of the
+            run's own: their price is measured beside.
         draws: Draws of few samples.
         seed: Seed of the draws; that of the run when omitted.
         own_samples: Judge the very extractor of the run, on the harmful samples it was made of: for
@@ -41,6 +43,7 @@ class CertificationSettings:
         device: Where to compute; where the run did when omitted.
     """
 
+    benign: tuple[str, ...] = ()
     draws: int = 8
     seed: int | None = None
     own_samples: bool = False
@@ -104,6 +107,7 @@ def certify_run(
         if (value := getattr(settings, name)) is not None
     }
     about, immunized, problem = reopen(folder, "certify", **changes)
+    benign = _benign(about, problem, settings.benign)
     seed = about.seed if settings.seed is None else settings.seed
     attacked = problem.harmful
     # Making it again counts as much as one certificate.
@@ -122,6 +126,7 @@ def certify_run(
             immunized,
             problem.primary,
             task,
+            benign=benign,
             ridge=about.ridge,
             draws=settings.draws,
             seed=seed,
@@ -134,6 +139,7 @@ def certify_run(
             "kind": KIND,
             "method": immunized.method,
             "primary": problem.primary.name,
+            "benign": [task.name for task in benign],
             "own_samples": settings.own_samples,
             "draws": settings.draws,
             "seed": seed,
@@ -145,6 +151,16 @@ def certify_run(
     page = report.render(record)
     path.with_suffix(".html").write_text(page, encoding="utf-8")
     return CertifiedRun(record, path)
+
+
+def _benign(about: RunSettings, problem: Problem[Task], names: tuple[str, ...]) -> tuple[Task, ...]:
+    """Tasks of the run's data by name, of the width of its features."""
+    if not names:
+        return ()
+    if about.data == "house":
+        raise ValueError(f"certify: benign must be left out for house, got {', '.join(names)}")
+    found = replace(about, primary=names[0], harmful=names).load().harmful
+    return replace(problem, benign=found).benign
 
 
 def _made_again(

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from immunize_ext.probing.certificates.certificate import Certificate, certify
 from immunize_ext.probing.certificates.few_samples import sample_curve, samples_to
+from immunize_ext.probing.certificates.layers import LayerProbe, layer_features, layer_probes
 from immunize_ext.probing.certificates.learning_curve import (
     Spectrum,
     best_risk,
@@ -15,13 +16,14 @@ from immunize_ext.probing.certificates.learning_curve import (
 )
 from immunize_ext.probing.certificates.linear_information import (
     LinearInformation,
-    kernel_probe,
     linear_information,
 )
+from immunize_ext.probing.certificates.nonlinear_probes import kernel_probe, perceptron_probe
 from immunize_ext.probing.certificates.number_formats import FormatFloor, format_floor, served
 from immunize_ext.probing.certificates.rewhitening import (
     aligned,
     gaussian_kappa_left,
+    raised,
     rewhitened,
     whitening_map,
 )
@@ -33,6 +35,7 @@ __all__ = [
     "IMPOSSIBLE",
     "Certificate",
     "FormatFloor",
+    "LayerProbe",
     "LinearInformation",
     "Spectrum",
     "aligned",
@@ -45,7 +48,11 @@ __all__ = [
     "gaussian_kappa_left",
     "kappa_under",
     "kernel_probe",
+    "layer_features",
+    "layer_probes",
     "linear_information",
+    "perceptron_probe",
+    "raised",
     "rewhitened",
     "sample_curve",
     "samples_to",

@@ -4,14 +4,15 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, field
+from itertools import pairwise
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from immunize_ext.probing.attacks import compare_attack
+from immunize_ext.probing.attacks import ATTACKS, AttackComparison, compare_attack
 from immunize_ext.probing.certificates.few_samples import (
     COUNTS,
     LEARNT,
@@ -23,22 +24,25 @@ from immunize_ext.probing.certificates.few_samples import (
     samples_to,
 )
 from immunize_ext.probing.certificates.learning_curve import Spectrum
-from immunize_ext.probing.certificates.linear_information import (
-    kernel_probe,
-    linear_information,
-    probe,
-)
+from immunize_ext.probing.certificates.linear_information import linear_information, probe
+from immunize_ext.probing.certificates.nonlinear_probes import kernel_probe, perceptron_probe
 from immunize_ext.probing.certificates.number_formats import (
     UNIT_ROUNDOFF,
     format_floor,
     served,
 )
-from immunize_ext.probing.certificates.rewhitening import aligned, gaussian_kappa_left, rewhitened
+from immunize_ext.probing.certificates.rewhitening import (
+    aligned,
+    gaussian_kappa_left,
+    raised,
+    rewhitened,
+)
 from immunize_ext.probing.certificates.work import factorisation_steps, work_cap
 from immunize_ext.probing.data import Task, gram_equivalent
 from immunize_ext.probing.data.scale import in_range
 from immunize_ext.probing.immunizers import Immunized
 from immunize_ext.probing.metrics import EXPONENT, WHITENING, kappa_under, with_ridge
+from immunize_ext.quantities import Slowdown, slowdown
 from immunize_ext.seams import Progress
 
 # Multiples of the number of features: how many unlabelled inputs the attacker whitens with.
@@ -52,6 +56,9 @@ WHITENED_LIMIT = 16.0
 
 # How much of the variances the few-sample attacker takes away; he takes the best.
 POWERS = (0.25, 0.5, 0.75, 1.0)
+
+# By how much who looks for a direction that was made small raises one octave of the spectrum.
+SEARCH_GAIN = 10.0
 
 # A leading share of the spectrum that a low-rank preconditioner takes away.
 NYSTROM_SHARE = 0.1
@@ -120,27 +127,33 @@ class FewSamples:
     """Learning one task from few labelled samples.
 
     Attributes:
-        role: ``harmful`` or ``primary``.
+        role: ``harmful``, ``primary`` or ``benign``.
+        name: The task's.
         reference: The number of samples that factors are multiples of: 40, or the most there are.
         constant: Error of the best constant answer, which shows no skill.
         without: Error by number of samples without immunization.
         given: With the features as they are.
         whitened: With features re-whitened, wholly or in part, by unlabelled inputs of the primary
             task; at each number the best power.
+        searched: With one octave of the spectrum raised in the search for a direction that was
+            made small; at each number the best octave, as no validation could do better. For the
+            harmful task alone.
         sibling: With features mapped onto those of a public model that was not immunized, by
             unlabelled inputs of both tasks.
         factor_given: How many times more samples for what ``reference`` gave without; infinite if
             more than were tried, ``None`` where that was hardly better than the constant.
-        factor_best: The same for the better of the attackers without a public model.
+        factor_best: The same for the best of the attackers without a public model.
         factor_sibling: The same for who has one.
     """
 
     role: str
+    name: str
     reference: int
     constant: float
     without: Curve
     given: Curve
     whitened: Curve
+    searched: Curve
     sibling: Curve
     factor_given: float | None
     factor_best: float | None
@@ -173,23 +186,30 @@ class Linear:
     """What linear and other probes find with all data.
 
     Attributes:
-        role: ``harmful`` or ``primary``.
+        role: ``harmful``, ``primary`` or ``benign``.
+        name: The task's.
         r2_before: R^2 of the best linear probe without immunization.
         r2_after: The same with it.
         accuracy_before: Accuracy without; ``None`` for regression.
         accuracy_after: Accuracy with.
-        kernel_before: Accuracy of a Gaussian kernel probe without.
+        kernel_before: Of a Gaussian kernel probe without: accuracy, or R^2 of a regression; of
+            benign tasks ``None``, like the following.
         kernel_after: The same with.
+        perceptron_before: Of a perceptron with one hidden layer without.
+        perceptron_after: The same with.
         leak: p / n: the R^2 that a direction estimated from n samples leaves.
     """
 
     role: str
+    name: str
     r2_before: float
     r2_after: float
     accuracy_before: float | None
     accuracy_after: float | None
     kernel_before: float | None
     kernel_after: float | None
+    perceptron_before: float | None
+    perceptron_after: float | None
     leak: float
 
 
@@ -203,9 +223,9 @@ class Certificate:
         work: The cap in work; ``None`` where theta is not invertible, which whitening does not
             undo, and where whitening does not learn the harm as well as gradient descent does.
         undoing: The price of whitening.
-        few_samples: By role.
-        formats: By role and number format.
-        linear: By role.
+        few_samples: Of the harmful task, the primary one, and benign ones.
+        formats: Of the harmful and the primary task, by number format.
+        linear: Of the harmful task, the primary one, and benign ones.
         seconds: Time of each part.
     """
 
@@ -228,6 +248,7 @@ def certify(
     primary: Task,
     harmful: Task,
     *,
+    benign: Sequence[Task] = (),
     ridge: float = 1e-2,
     draws: int = 8,
     seed: int = 0,
@@ -239,6 +260,7 @@ def certify(
         immunized: The extractor and the one before.
         primary: The task to keep.
         harmful: The task that was made hard.
+        benign: Other tasks that nobody wants to make hard.
         ridge: Ridge on each K, relative to its largest eigenvalue, for the condition numbers.
         draws: Draws of few samples.
         seed: Their seed.
@@ -266,7 +288,8 @@ def certify(
     primary, harmful = in_range((primary, harmful))
     theta, before = (t.to(torch.float64) for t in (immunized.theta, immunized.theta0))
     invertible = theta.shape[0] == theta.shape[1]
-    roles = (("harmful", harmful), ("primary", primary))
+    roles = [("harmful", harmful), ("primary", primary)]
+    every = [*roles, *(("benign", task) for task in benign)]
     seconds: dict[str, float] = {}
 
     def part(index: int, name: str, measure: Callable[[], Any]) -> Any:
@@ -279,17 +302,20 @@ def certify(
 
     thetas = before, theta
     delays = part(0, "delays", lambda: _delays(harmful, *thetas, ridge) if invertible else [])
-    work = part(1, "work", lambda: _work(harmful, *thetas) if invertible else None)
-    undoing = part(2, "undoing", lambda: _undoing(primary, harmful, *thetas) if invertible else [])
+    work, undoing = None, []
+    if invertible:
+        # One run of gradient descent, without and with theta, is what both are measured by.
+        descent, work = part(1, "work", lambda: _work(harmful, *thetas))
+        undoing = part(2, "undoing", lambda: _undoing(primary, harmful, *thetas, descent))
     few = part(
         3,
         "few_samples",
-        lambda: [_few(role, task, primary, *thetas, draws, seed) for role, task in roles],
+        lambda: [_few(role, task, primary, *thetas, draws, seed) for role, task in every],
     )
     formats = part(
         4, "formats", lambda: [row for role, t in roles for row in _formats(role, t, theta)]
     )
-    linear = part(5, "linear", lambda: [_linear(role, task, *thetas, seed) for role, task in roles])
+    linear = part(5, "linear", lambda: [_linear(role, task, *thetas, seed) for role, task in every])
     return Certificate(invertible, delays, work, undoing, few, formats, linear, seconds)
 
 
@@ -308,15 +334,15 @@ def _delays(harmful: Task, before: Tensor, after: Tensor, ridge: float) -> list[
     return found
 
 
-def _work(harmful: Task, before: Tensor, after: Tensor) -> Work | None:
-    done = compare_attack(gram_equivalent(harmful), after, before, attacker="gradient_descent")
-    # The cap is that of one who gets there by whitening: on few samples nobody may.
-    solved = compare_attack(gram_equivalent(harmful), before, before, attacker="whitened")
-    reached = done.base.score("test_loss")[done.base_steps or 0]
-    if not done.base_steps or min(solved.base.score("test_loss")) > reached:
-        return None
+def _work(harmful: Task, before: Tensor, after: Tensor) -> tuple[AttackComparison, Work | None]:
+    task = gram_equivalent(harmful)
+    done = compare_attack(task, after, before, attacker="gradient_descent")
+    # The cap is that of one who gets there by whitening, in one step: on few samples nobody may.
+    solved = ATTACKS["whitened"].run(before, task, steps=1)
+    if not done.base_steps or min(solved.score("test_loss")) > done.target:
+        return done, None
     shape = len(harmful.x_train), harmful.num_features
-    return Work(
+    return done, Work(
         factorisation=factorisation_steps(*shape),
         steps_before=done.base_steps,
         cap=work_cap(*shape, done.base_steps),
@@ -325,22 +351,25 @@ def _work(harmful: Task, before: Tensor, after: Tensor) -> Work | None:
     )
 
 
-def _undoing(primary: Task, harmful: Task, before: Tensor, after: Tensor) -> list[Undoing]:
+def _undoing(
+    primary: Task, harmful: Task, before: Tensor, after: Tensor, plain: AttackComparison
+) -> list[Undoing]:
     mixed = _in_turn(primary.x_train, harmful.x_train).to(torch.float64)
     task, features = gram_equivalent(harmful), primary.num_features
+    base = plain.base_steps or 0
+    budget = round(WHITENED_LIMIT * max(base, 1))
+
+    def slowed(theta: Tensor) -> Slowdown:
+        curve = ATTACKS["gradient_descent"].run(theta, task, steps=budget, stop_at=plain.target)
+        return slowdown(curve.steps_to("test_loss", plain.target, below=True), base, budget)
+
     found = []
     for count in (math.ceil(multiple * features) for multiple in MULTIPLES):
         if count > len(mixed):
             break
         slowdowns = [
             min(
-                compare_attack(
-                    task,
-                    rewhitened(theta, mixed[:count], ridge=ridge, centre=False),
-                    before,
-                    attacker="gradient_descent",
-                    limit=WHITENED_LIMIT,
-                ).slowdown
+                slowed(rewhitened(theta, mixed[:count], ridge=ridge, centre=False))
                 for ridge in WHITENING_RIDGES
             )
             for theta in (after, before)
@@ -377,13 +406,28 @@ def _few(
         *(curve(rewhitened(after, unlabelled, power=power), target) for power in POWERS)
     )
     both = _in_turn(primary.x_train, task.x_train)
+    searched: Curve = {}
+    if role == "harmful":
+        searched = best_of(
+            *(
+                curve(raised(after, both, *octave, SEARCH_GAIN), target)
+                for octave in _octaves(after.shape[1])
+            )
+        )
     sibling = curve(aligned(after, before, both), target)
     start = samples_to(without, target)
     factors: list[float | None] = [None, None, None]
     if target < LEARNT * constant:
-        tried = given, best_of(given, whitened), sibling
+        tried = given, best_of(given, whitened, searched), sibling
         factors = [samples_to(c, target) / start for c in tried]
-    return FewSamples(role, reference, constant, without, given, whitened, sibling, *factors)
+    curves = without, given, whitened, searched, sibling
+    return FewSamples(role, task.name, reference, constant, *curves, *factors)
+
+
+def _octaves(count: int) -> list[tuple[int, int]]:
+    """The first, the second, the third and fourth, the next four of so many, and so on."""
+    ends = [0, *(2**k for k in range(count.bit_length()) if 2**k < count), count]
+    return list(pairwise(ends))
 
 
 def _formats(role: str, task: Task, theta: Tensor) -> list[Format]:
@@ -404,17 +448,21 @@ def _formats(role: str, task: Task, theta: Tensor) -> list[Format]:
 
 
 def _linear(role: str, task: Task, before: Tensor, after: Tensor, seed: int) -> Linear:
-    found = [linear_information(task, theta) for theta in (before, after)]
-    kernel: list[float | None] = [None, None]
-    if task.is_classification:
-        kernel = [kernel_probe(task, theta, seed=seed) for theta in (before, after)]
+    old, new = (linear_information(task, theta) for theta in (before, after))
+    others: list[float | None] = [None] * 4
+    if role != "benign":
+        others = [
+            probe(task, theta, seed=seed)
+            for probe in (kernel_probe, perceptron_probe)
+            for theta in (before, after)
+        ]
     return Linear(
         role,
-        found[0].r2,
-        found[1].r2,
-        found[0].accuracy,
-        found[1].accuracy,
-        kernel[0],
-        kernel[1],
+        task.name,
+        old.r2,
+        new.r2,
+        old.accuracy,
+        new.accuracy,
+        *others,
         leak=task.num_features / len(task.x_train),
     )

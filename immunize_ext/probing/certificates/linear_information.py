@@ -61,7 +61,14 @@ def probe(
     """:func:`linear_information` of features."""
     y, y_test = y.to(torch.float64), y_test.to(torch.float64)
     middle, mean = z.mean(0), y.mean(0)
-    left, sigma, right = torch.linalg.svd(z - middle, full_matrices=False)
+    # Where samples are many, the triangle of both has all that is needed of them.
+    rows, targets = z - middle, y - mean
+    if len(rows) > 2 * rows.shape[1]:
+        columns = targets.reshape(len(targets), -1)
+        triangle = torch.linalg.qr(torch.cat([rows, columns], dim=1), mode="r").R
+        rows, targets = triangle[:, : z.shape[1]], triangle[:, z.shape[1] :]
+        targets = targets if y.dim() > 1 else targets[:, 0]
+    left, sigma, right = torch.linalg.svd(rows, full_matrices=False)
     kept = sigma > max(z.shape) * torch.finfo(torch.float64).eps * sigma[0]
     left, sigma, right = left[:, kept], sigma[kept], right[kept]
     if not len(sigma):
@@ -70,7 +77,7 @@ def probe(
         return LinearInformation(0.0, share)
     share = sigma[:, None] / sigma[0]  # whose squares stay in range whatever the scale is
     inverse = share / (share.square() + z.new_tensor(RIDGES)) / sigma[0]
-    heads = through(right.mT, expanded(inverse, y) * (left.mT @ (y - mean))[:, None])
+    heads = through(right.mT, expanded(inverse, y) * (left.mT @ targets)[:, None])
     predicted = through(z_test - middle, heads) + mean
     residual = mean_residual(predicted, y_test)
     variance = float((y_test - y_test.mean(0)).square().mean())
@@ -80,45 +87,3 @@ def probe(
     if classify:
         accuracy = float(share_answered(predicted, y_test).max())
     return LinearInformation(max(r2, 0.0), accuracy)
-
-
-def kernel_probe(
-    task: Task, theta: Tensor | None = None, *, samples: int = 1000, seed: int = 0
-) -> float:
-    """Accuracy of a probe that is not linear: ridge regression with a Gaussian kernel.
-
-    What takes a direction away from linear probes leaves it to this one.
-
-    Args:
-        task: A classification task.
-        theta: The extractor; the inputs themselves when omitted.
-        samples: Training samples drawn; all where there are fewer.
-        seed: Seed of the draw.
-
-    Returns:
-        Accuracy on the test part at the best of three ridges; the width is the median distance.
-
-    Raises:
-        ValueError: If the task is no classification.
-    """
-    if not task.is_classification:
-        raise ValueError(f"kernel_probe: task must be a classification, got {task.kind}")
-    generator = torch.Generator().manual_seed(seed)
-    chosen = torch.randperm(len(task.x_train), generator=generator)[:samples]
-    z, z_test = task.x_train[chosen].to(torch.float64), task.x_test.to(torch.float64)
-    y, y_test = task.y_train[chosen].to(torch.float64), task.y_test.to(torch.float64)
-    if theta is not None:
-        z, z_test = z @ theta.to(torch.float64), z_test @ theta.to(torch.float64)
-    squared = torch.cdist(z, z).square()
-    positive = squared[squared > 0]
-    width = float(positive.median()) if len(positive) else 1.0
-    kernel, across = (
-        torch.exp(-2.0 * d / width) for d in (squared, torch.cdist(z_test, z).square())
-    )
-    found = []
-    for ridge in (1e-3, 1e-2, 1e-1):
-        weights = torch.linalg.solve(
-            kernel + ridge * torch.eye(len(z), dtype=torch.float64, device=z.device), y
-        )
-        found.append(float(share_answered((across @ weights)[:, None], y_test)))
-    return max(found)

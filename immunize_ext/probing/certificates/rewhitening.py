@@ -145,3 +145,31 @@ def aligned(theta: Tensor, theta0: Tensor, unlabelled: Tensor) -> Tensor:
     left, sigma, right = torch.linalg.svd(z, full_matrices=False)
     kept = sigma > max(z.shape) * torch.finfo(torch.float64).eps * sigma[:1]
     return wide @ (right[kept].mT @ ((left[:, kept].mT @ s) / sigma[kept, None]))
+
+
+def raised(theta: Tensor, unlabelled: Tensor, first: int, last: int, gain: float) -> Tensor:
+    """An extractor followed by a guess: some directions of its features are made larger.
+
+    A direction that was made small to hide it is among those of small variance. Who looks for it
+    raises one part of the spectrum after the other, and keeps what validates best.
+
+    Args:
+        theta: The extractor, shape ``(p, q)``.
+        unlabelled: Inputs, shape ``(m, p)``.
+        first: The first principal direction that is raised, counted from the largest variance.
+        last: The first that is not any more.
+        gain: By how much their standard deviation is multiplied.
+
+    Returns:
+        theta times the map, shape ``(p, q)``, float64.
+
+    Example:
+        >>> x = torch.tensor([[3.0, 0.0], [-3.0, 0.0], [0.0, 1.0], [0.0, -1.0]]).double()
+        >>> (raised(torch.eye(2).double(), x, 1, 2, 10.0).abs() + 0.0).tolist()
+        [[1.0, 0.0], [0.0, 10.0]]
+    """
+    wide = theta.detach().to(torch.float64)
+    z = unlabelled.to(torch.float64) @ wide
+    z = z - z.mean(0)
+    columns = torch.linalg.eigh(z.mT @ z).eigenvectors.flip(-1)[:, first:last]
+    return wide + (gain - 1.0) * (wide @ columns) @ columns.mT

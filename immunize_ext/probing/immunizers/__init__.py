@@ -40,6 +40,7 @@ from immunize_ext.probing.immunizers.multiplicative import (
     multiplicative_step,
 )
 from immunize_ext.probing.immunizers.optimizer_aware import OptimizerAwareImmunizer
+from immunize_ext.probing.immunizers.partial_whitening import PartialWhiteningImmunizer
 from immunize_ext.probing.immunizers.registry import METHODS, MethodName, grid_of, knob_of, label_of
 from immunize_ext.probing.immunizers.several_harms import SeveralHarmsImmunizer, several_harms_theta
 from immunize_ext.probing.immunizers.step_bounds import ill_step_bound, well_step_bound
@@ -64,6 +65,7 @@ __all__ = [
     "MiniBatchImmunizer",
     "MultiplicativeImmunizer",
     "OptimizerAwareImmunizer",
+    "PartialWhiteningImmunizer",
     "PencilLock",
     "PlainConditionNumberImmunizer",
     "SeveralHarmsImmunizer",

@@ -17,6 +17,7 @@ MethodName: TypeAlias = Literal[
     "opt-kappa",
     "graded",
     "whitening",
+    "partial-whitening",
     "closed-form",
     "condition-number",
     "condition-number-plain",

@@ -130,8 +130,9 @@ def few_sample_error(
         )
     if not ridges or not all(math.isfinite(r) and r > 0.0 for r in ridges):
         raise ValueError(f"few_sample_error: ridges must be positive numbers, got {list(ridges)}")
-    z, z_test = task.x_train.to(torch.float64), task.x_test.to(torch.float64)
+    x, x_test = task.x_train, task.x_test.to(torch.float64)
     y, y_test = task.y_train.to(torch.float64), task.y_test.to(torch.float64)
+    extractor = None
     if theta is not None:
         if theta.dim() != 2 or theta.shape[0] != task.num_features:
             raise ValueError(
@@ -139,22 +140,26 @@ def few_sample_error(
                 f"{tuple(theta.shape)}"
             )
         extractor = theta.detach().to(torch.float64)
-        z, z_test = z @ extractor, z_test @ extractor
     generator = torch.Generator().manual_seed(seed)
-    relative = z.new_tensor(tuple(ridges))
+    relative = x_test.new_tensor(tuple(ridges))
     losses, errors = [], []
     for _ in range(draws):
-        chosen = torch.randperm(count, generator=generator)[:samples].to(z.device)
+        chosen = torch.randperm(count, generator=generator)[:samples].to(x.device)
         # An intercept without a ridge: means of the draw are taken off, and put back.
-        middle, mean = z[chosen].mean(0), y[chosen].mean(0)
-        left, sigma, right = torch.linalg.svd(z[chosen] - middle, full_matrices=False)
+        drawn = x[chosen].to(torch.float64)
+        middle, mean = drawn.mean(0), y[chosen].mean(0)
+        z = drawn - middle
+        # The extractor goes to the heads, not to the test part: there are fewer of them.
+        z = z if extractor is None else z @ extractor
+        left, sigma, right = torch.linalg.svd(z, full_matrices=False)
         # One column of coefficients per ridge: sigma u^T y / (sigma^2 + r sigma_max^2).
         top = torch.where(sigma[0] > 0, sigma[0], 1.0)
         share = sigma[:, None] / top  # whose squares stay in range whatever the scale is
         inverse = share / (share.square() + relative) / top
         coefficients = (left.mT @ (y[chosen] - mean))[:, None]
         heads = through(right.mT, expanded(inverse, y) * coefficients)
-        predicted = through(z_test - middle, heads) + mean
+        heads = heads if extractor is None else through(extractor, heads)
+        predicted = through(x_test - middle, heads) + mean
         losses.append(mean_residual(predicted, y_test))
         errors.append(1.0 - share_answered(predicted, y_test))
     loss = torch.stack(losses)

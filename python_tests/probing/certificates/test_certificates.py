@@ -26,8 +26,14 @@ from immunize_ext.probing.certificates import (
     format_floor,
     gaussian_kappa_left,
     kappa_under,
+    kernel_probe,
+    layer_features,
+    layer_probes,
     linear_information,
+    perceptron_probe,
+    raised,
     rewhitened,
+    sample_curve,
     samples_to,
     served,
     work_cap,
@@ -271,6 +277,8 @@ def test_certificate_of_an_invertible_extractor(problem: Problem[Task]) -> None:
     harm, own = found.linear
     assert harm.r2_after == pytest.approx(harm.r2_before, abs=0.03), "nothing is gone"
     assert [row.role for row in found.few_samples] == ["harmful", "primary"]
+    assert found.few_samples[0].searched
+    assert not found.few_samples[1].searched
     assert own.r2_after == pytest.approx(own.r2_before, abs=0.03)
     assert set(found.seconds) >= {"delays", "work", "undoing", "few_samples", "formats", "linear"}
 
@@ -285,8 +293,12 @@ def test_certificate_of_a_lock(problem: Problem[Task]) -> None:
     assert harm.r2_before > 0.8
     assert harm.r2_after <= 4.0 * harm.leak
     assert own.r2_after > own.r2_before - 0.05
-    assert harm.kernel_after is not None
-    assert harm.kernel_after > 0.9, "a probe that is not linear gets round it, and the page says so"
+    for after in (harm.kernel_after, harm.perceptron_after):
+        assert after is not None
+        assert after > 0.85, "a probe that is not linear gets round it, and the page says so"
+    said = " ".join(sentences(json.loads(json.dumps(to_json(found.to_dict())))))
+    assert "a perceptron is right on" in said
+    assert "Probes that are not linear get round it" in said
     assert math.isinf(found.few_samples[0].factor_best)
 
 
@@ -340,6 +352,74 @@ def test_a_public_model_undoes_a_price_and_no_lock(problem: Problem[Task]) -> No
     assert best > 1.3
     assert sibling == pytest.approx(1.0, abs=0.05)
     assert prices["lock"] == (math.inf, math.inf, math.inf)
+
+
+def test_a_benign_task_has_rows_of_its_own(problem: Problem[Task]) -> None:
+    other = digits_task((0,), (1,))
+    immunized = METHODS["whitening"].fit(None, problem)
+    found = certify(immunized, problem.primary, problem.harmful[0], benign=[other], draws=1)
+    few, linear = found.few_samples[2], found.linear[2]
+    assert (few.role, few.name) == (linear.role, linear.name) == ("benign", other.name)
+    assert linear.r2_after == linear_information(other, immunized.theta).r2
+    assert linear.kernel_after is None
+    record = json.loads(json.dumps(to_json(found.to_dict())))
+    assert f"a user needs {few.factor_best:.1f} times" in sentences(record)[4]
+    assert other.name in sentences(record)[4]
+
+
+def test_a_search_finds_what_was_made_small() -> None:
+    """A direction that holds the labels, hidden by a factor of 10, in the octave of its rank."""
+    generator = torch.Generator().manual_seed(0)
+    x = torch.randn(600, 6, generator=generator, dtype=torch.float64)
+    small = torch.tensor([1.0, 0.9, 0.8, 0.7, 0.6, 0.05], dtype=torch.float64)
+    task = Task("hidden", x[:300], x[:300, 5].sign(), x[300:], x[300:, 5].sign())
+    theta = torch.diag(small)
+    back = raised(theta, task.x_train, 5, 6, 20.0)
+    assert float(back[5, 5]) == pytest.approx(1.0, rel=0.05)
+    curves = [sample_curve(task, one, counts=(20, 40), draws=4) for one in (theta, back)]
+    assert all(curves[1][n] < curves[0][n] for n in (20, 40))
+
+
+def test_probes_that_are_not_linear_learn_a_product_of_signs() -> None:
+    generator = torch.Generator().manual_seed(0)
+    x = torch.randn(1600, 2, generator=generator, dtype=torch.float64)
+    y = (x[:, 0] * x[:, 1]).sign()
+    product = Task("product", x[:1000], y[:1000], x[1000:], y[1000:])
+    assert linear_information(product).r2 < 0.05
+    values = replace(product, y_train=x[:1000].prod(1), y_test=x[1000:].prod(1))
+    for probe in (kernel_probe, perceptron_probe):
+        assert probe(product) > 0.9
+        assert probe(values) > 0.7, "R^2 of a regression"
+        # No invertible map takes anything away, and no label is there where the features are gone.
+        assert probe(product, torch.diag(torch.tensor([1.0, 1e-3])).double()) > 0.9
+        assert probe(product, torch.zeros(2, 1, dtype=torch.float64)) < 0.6
+
+
+def test_earlier_layers_keep_what_the_last_one_lost() -> None:
+    """A network whose last layer is locked: the layer before it tells the classes as ever."""
+    task = digits_task((4,), (9,))
+    theta = METHODS["lock"].fit(None, Problem.of(digits_task((3,), (8,)), task)).theta
+    first = torch.nn.Linear(64, 64, bias=False, dtype=torch.float64)
+    last = torch.nn.Linear(64, theta.shape[1], bias=False, dtype=torch.float64)
+    torch.nn.init.eye_(first.weight)
+    last.weight.data.copy_(theta.mT)
+    network = torch.nn.Sequential(first, last).train()
+    parts = (task.x_train, task.y_train), (task.x_test, task.y_test)
+    found = {one.layer: one for one in layer_probes(network, *parts)}
+    assert list(found) == ["0", "1", "output"]
+    assert (found["0"].r2, found["0"].accuracy) == pytest.approx(tuple(linear_information(task)))
+    assert found["0"].accuracy is not None
+    assert found["0"].accuracy > 0.95
+    assert found["output"].r2 < 0.2
+    assert network.training
+    maps = torch.nn.Sequential(torch.nn.Conv2d(1, 3, 3), torch.nn.Conv2d(3, 2, 3))
+    z = layer_features(maps, [torch.ones(2, 1, 8, 8), torch.ones(1, 1, 8, 8)], ["0", "1"])
+    assert {name: tuple(value.shape) for name, value in z.items() if name != "output"} == {
+        "0": (3, 3),
+        "1": (3, 2),
+    }
+    with pytest.raises(ValueError, match="must be called once a batch"):
+        layer_features(network, [])
 
 
 def test_a_lock_is_judged_on_samples_that_it_was_not_made_of(
@@ -400,6 +480,14 @@ def test_command_and_page(tmp_path: Path, capsys: pytest.CaptureFixture[str]) ->
         assert "features, 0:2" in page
     # The record is all that the page is made of.
     assert render(record) == page
+    flags = ["--draws", "1", "--quiet", "--benign", "1:2", "1:0"]
+    assert main(["certify", str(tmp_path / "lock"), *flags]) == 0
+    assert "on the benign task “features, 1:2”" in capsys.readouterr().out
+    record = json.loads((tmp_path / "lock" / "certificates" / "002.json").read_text())
+    assert record["benign"] == ["features, 1:2", "features, 1:0"]
+    assert "benign task “features, 1:0”" in (tmp_path / "lock/certificates/002.html").read_text()
+    assert main(["certify", str(tmp_path / "lock"), "--benign", "1:7"]) == 2
+    assert "got no 7" in capsys.readouterr().err
     assert main(["certify", str(tmp_path)]) == 2
     assert "must be a run directory" in capsys.readouterr().err
     assert main(["certify", str(out), "--draws", "0"]) == 2
