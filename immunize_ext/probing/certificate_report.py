@@ -225,6 +225,25 @@ def summary(record: Certificate) -> str:
     return "\n\n".join(parts)
 
 
+def parts(one: Certificate, own_samples: bool) -> dict[str, Any]:
+    """What pages say of one certificate.
+
+    Args:
+        one: The certificate.
+        own_samples: As for :func:`sentences`.
+    """
+    return {
+        "headline": headline(one),
+        "sentences": sentences(one, own_samples),
+        "delays": _delay_rows(one),
+        "undoing": _undoing_rows(one),
+        "counts": list(one["few_samples"][0]["without"]),
+        "samples": _sample_rows(one),
+        "formats": _format_rows(one),
+        "linear": _linear_rows(one),
+    }
+
+
 @register("kappa-certificate")
 def page(record: Certificate) -> Page:
     """The page of a certificate.
@@ -245,18 +264,7 @@ def page(record: Certificate) -> Page:
             "own_samples": own,
             "run": {"draws": record["draws"], "seed": record["seed"], **record["environment"]},
             "certificates": [
-                {
-                    "harmful": one["harmful"],
-                    "headline": headline(one),
-                    "sentences": sentences(one, own),
-                    "delays": _delay_rows(one),
-                    "undoing": _undoing_rows(one),
-                    "counts": list(one["few_samples"][0]["without"]),
-                    "samples": _sample_rows(one),
-                    "formats": _format_rows(one),
-                    "linear": _linear_rows(one),
-                    "seconds": one["seconds"],
-                }
+                {"harmful": one["harmful"], "seconds": one["seconds"], **parts(one, own)}
                 for one in certificates
             ],
         },

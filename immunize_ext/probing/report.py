@@ -6,7 +6,7 @@ import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
-from immunize_ext.probing import plots
+from immunize_ext.probing import certificate_report, plots
 from immunize_ext.probing.results import ROLES, Attacked, attacked
 from immunize_ext.quantities import Slowdown
 from immunize_ext.report.page import Page, Panel, register
@@ -492,6 +492,12 @@ def _spectrum_panels(results: Results) -> list[Panel]:
     return panels
 
 
+def _certificate(results: Results) -> dict[str, Any] | None:
+    """What each kind of attacker pays; results of earlier versions do not hold it."""
+    one = results.get("certificate")
+    return None if one is None else certificate_report.parts(one, own_samples=True)
+
+
 @register("kappa")
 def page(results: Results) -> Page:
     """The page of a run.
@@ -517,6 +523,7 @@ def page(results: Results) -> Page:
             "harms": _harm_rows(results),
             "choices": _choices(results, found),
             "costs": _cost_rows(results),
+            "certificate": _certificate(results),
             "ceilings": _ceiling_rows(results),
             "more": _more_rows(results),
             "warnings": list(results["warnings"]),

@@ -37,6 +37,7 @@ from immunize_ext.probing.attacks import (
     knows,
     label_of,
 )
+from immunize_ext.probing.certificates import Certificate, certify
 from immunize_ext.probing.data import (
     Problem,
     Task,
@@ -208,6 +209,8 @@ class RunSettings(MeasureSettings):
             method ``several-harms``.
         method: How to immunize.
         compare: Methods tried on the same tasks, with their usual settings, for a table beside.
+        certificate: Whether the page says what each kind of attacker pays
+            (:func:`~immunize_ext.probing.certificates.certify`), on the samples of the run.
         unseen: Whether the harm that an attacker would choose is searched for, among all pairs of
             classes that the method did not see; always done for several harmful tasks.
         seed: Seed of splits, immunizer and random draws of metrics.
@@ -217,6 +220,7 @@ class RunSettings(MeasureSettings):
     harmful: tuple[str, ...] = ()
     method: MethodName | str = "closed-form"
     compare: tuple[MethodName | str, ...] = ()
+    certificate: bool = True
     unseen: bool = False
     seed: int = 0
 
@@ -278,6 +282,7 @@ class Run:
         unseen: The harm that an attacker would choose; ``None`` where it was not searched for.
         seconds: Wall-clock time by stage.
         data: Digest of the data.
+        certificate: What each kind of attacker pays, on the harmful task that the report shows.
     """
 
     settings: RunSettings
@@ -288,13 +293,12 @@ class Run:
     seconds: dict[str, float]
     data: str
     unseen: HarmChoice | None = None
+    certificate: Certificate | None = None
 
     @property
     def evaluation(self) -> Evaluation:
         """The evaluation that the report shows: that of the harmful task slowed least."""
-        return min(
-            self.evaluations, key=lambda one: min(one.slowdown["harmful"].values(), default=0.0)
-        )
+        return self.evaluations[_least_slowed(self.evaluations)]
 
     def results(self) -> dict[str, Any]:
         """Exactly what ``results.json`` holds."""
@@ -317,6 +321,10 @@ class Run:
         }
         if self.alternatives:
             found["alternatives"] = list(self.alternatives)
+        if self.certificate is not None:
+            found["certificate"] = self.certificate.to_dict()
+            # Of the run, with the other stages.
+            found["certificate"].pop("seconds")
         if self.unseen is not None:
             found["unseen_harms"] = self.unseen.to_dict()
         if len(self.evaluations) > 1:
@@ -458,14 +466,26 @@ def _measured(
     ]
     unseen = None
     if details:
-        unseen = _unseen(settings, immunized, _part(progress, 0.7, 0.8))
+        unseen = _unseen(settings, immunized, _part(progress, 0.7, 0.75))
+    marks.append(time.perf_counter())
+    certificate = None
+    if details and settings.certificate:
+        certificate = certify(
+            immunized,
+            problem.primary,
+            problem.harmful[_least_slowed(evaluations)],
+            ridge=settings.ridge,
+            draws=4,
+            seed=settings.seed,
+            progress=_part(progress, 0.75, 0.85),
+        )
     marks.append(time.perf_counter())
     alternatives = []
     for index, method in enumerate(settings.compare):
-        tell(f"comparing: {method}", 0.8 + 0.2 * index / len(settings.compare))
+        tell(f"comparing: {method}", 0.85 + 0.15 * index / len(settings.compare))
         alternatives.append(_alternative(settings, method, problem, evaluations[0].ceiling))
     marks.append(time.perf_counter())
-    stages = ("load", "immunize", "measure", "compare")
+    stages = ("load", "immunize", "measure", "certify", "compare")
     seconds = {name: marks[i + 1] - marks[i] for i, name in enumerate(stages)}
     seconds["total"] = marks[-1] - marks[0]
     return Run(
@@ -477,7 +497,14 @@ def _measured(
         seconds,
         problem.digest(),
         unseen,
+        certificate,
     )
+
+
+def _least_slowed(evaluations: Sequence[Evaluation]) -> int:
+    """Place of the harmful task that some attacker is slowed least on."""
+    slowest = [min(one.slowdown["harmful"].values(), default=0.0) for one in evaluations]
+    return slowest.index(min(slowest))
 
 
 def _unseen(

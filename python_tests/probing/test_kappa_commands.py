@@ -90,7 +90,15 @@ def test_run_directory_holds_what_the_kind_promises(finished: Path) -> None:
         "spectra",
     ):
         assert results[key]
-    assert set(results["seconds"]) == {"load", "immunize", "measure", "compare", "total"}
+    assert set(results["seconds"]) == {
+        "load",
+        "immunize",
+        "measure",
+        "certify",
+        "compare",
+        "total",
+    }
+    assert results["certificate"]["few_samples"][0]["role"] == "harmful"
     assert results["worst_case"]["harmful"]["all_attackers"]["slowdown_of_a_free_choice"] <= 1.0
 
 
@@ -103,6 +111,8 @@ def test_theta_and_page_are_there(finished: Path) -> None:
     for words in ("What was protected", "At what cost", undone, "ceiling of RIR"):
         assert words in page
     assert "Learnt from only" in page
+    assert "What each kind of attacker pays" in page
+    assert "whitening, Newton, K-FAC" in page
 
 
 @pytest.mark.parametrize("method", [name for name in METHODS if name != "closed-form"])

@@ -32,7 +32,7 @@ def test_kappa_falls_by_the_power_and_the_ends_are_known() -> None:
 
 
 def test_refusals() -> None:
-    with pytest.raises(ValueError, match="power must be between 0 and 1, got 1.5"):
+    with pytest.raises(ValueError, match=r"power must be between 0 and 1, got 1\.5"):
         PartialWhiteningImmunizer(power=1.5)
     with pytest.raises(ValueError, match="ridge must be positive, got 0"):
         PartialWhiteningImmunizer(ridge=0.0)
