@@ -1,12 +1,13 @@
-"""What survives an attacker who knows: certificates of three methods over many pairs of tasks.
+"""What survives an attacker who knows: certificates of every kind of method over many tasks.
 
-    python -m benchmarks.protection.certificates --mnist ../shared/data/mnist
-    python -m benchmarks.protection.certificates --write docs/certificates.md   # the page's table
+    python -m benchmarks.protection.certificates --mnist DATA/mnist --house DATA/house_price --deep
+    python -m benchmarks.protection.certificates --write docs/certificates.md   # the page's tables
 
-Random pairs of digit tasks over seeds, and pairs of MNIST digits at 14 x 14 pixels. The owner has
-one half of the harmful samples, the attacker the other. Beside them, what the rotation at the end
-of the closed form does against coordinate-wise attackers. What is finished is kept in ``--work``,
-so that an interrupted run goes on.
+Random pairs of digit tasks over seeds; pairs of MNIST digits at 14 x 14 pixels; the same pairs from
+features of EfficientNet-Lite0; House Prices in other splits. The owner has one half of the harmful
+samples, the attacker the other. Beside them, what the rotation at the end of the closed form does
+against coordinate-wise attackers, and probes of earlier layers. What is finished is kept in
+``--work``, so that an interrupted run goes on, and several may share the work.
 """
 
 from __future__ import annotations
@@ -14,26 +15,37 @@ from __future__ import annotations
 import argparse
 import json
 import math
-import statistics
-from collections.abc import Callable, Iterator
+import time
+from collections.abc import Callable, Iterator, Sequence
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
 from immunize_ext.probing.attacks import compare_attack
-from immunize_ext.probing.certificates import certify
-from immunize_ext.probing.data import Problem, Task, digits_task, gram_equivalent, load_problem
+from immunize_ext.probing.certificates import Certificate, certify, linear_information
+from immunize_ext.probing.data import (
+    Problem,
+    Task,
+    digits_task,
+    gram_equivalent,
+    house_prices_task,
+    load_problem,
+)
+from immunize_ext.probing.data.problem import parse_sides
 from immunize_ext.probing.immunizers import METHODS, closed_form_theta
 from immunize_ext.probing.immunizers.closed_form import random_rotation
 from immunize_ext.storage import environment, to_json
 
+from .certificates_page import LIMIT, filled
+from .deep_features import SERVED, extracted, pair_task
 from .digit_tasks import random_tasks
 
 OUT = Path(__file__).with_name("certificates.json")
 METHOD_NAMES = (
+    "partial-whitening",
     "whitening",
     "closed-form",
     "label-direction",
@@ -42,58 +54,125 @@ METHOD_NAMES = (
     "lock",
     "pencil-lock",
 )
-MNIST_PAIRS = (("3:8", "4:9"), ("0:1", "3:5"), ("2:6", "7:9"), ("1:7", "5:8"))
-MARKS = ("certificates", "rotation")
+# With 320 features, learning curves and optimizers take minutes.
+DEEP_METHODS = ("whitening", "closed-form", "label-direction", "lock")
+
+# Primary, harmful, benign.
+MNIST_PAIRS = (
+    ("3:8", "4:9", "0:1"),
+    ("0:1", "3:5", "2:4"),
+    ("2:6", "7:9", "0:1"),
+    ("1:7", "5:8", "0:2"),
+)
 ROTATIONS = ("none", "random", "equal curvature")
 COORDINATE_WISE = ("gradient_descent", "adam", "adagrad", "standardised")
 ROTATION_SEEDS = 3
-ROTATION_LIMIT = 32.0
+ROTATION_LIMIT = LIMIT
 
 
-def problems(arguments: argparse.Namespace) -> Iterator[tuple[str, Problem[Task]]]:
-    """Name and tasks."""
-    pairs, seeds = arguments.pairs, arguments.seeds
-    for primary, harmful in random_tasks(pairs, seed=0):
-        sides = [
-            [[int(digit) for digit in side.split(",")] for side in text.split(":")]
-            for text in (primary, harmful)
-        ]
-        for seed in range(seeds):
-            tasks = [digits_task(*side, seed=seed) for side in sides]
-            yield f"digits {primary} {harmful} {seed}", Problem.of(*tasks)
-    for primary, harmful in MNIST_PAIRS if arguments.mnist is not None else ():
-        yield f"mnist {primary} {harmful} 0", mnist_pair(arguments.mnist, primary, harmful)
+class Case(NamedTuple):
+    """Tasks that are certified.
+
+    Attributes:
+        name: Unique; begins with the data, then the pair.
+        problem: The primary and the harmful task.
+        benign: Others that stay as they may.
+    """
+
+    name: str
+    problem: Problem[Task]
+    benign: Sequence[Task] = ()
 
 
-def mnist_pair(folder: Path, primary: str, harmful: str) -> Problem[Task]:
-    """Two pairs of digits at 14 x 14 pixels."""
-    return load_problem("mnist", primary, (harmful,), data_dir=str(folder), size=14)
+def cases(arguments: argparse.Namespace) -> Iterator[Case]:
+    """All of them, lazily."""
+    seeds = range(arguments.seeds)
+    pairs = [
+        (f"{primary} {harmful}", [parse_sides(text) for text in (primary, harmful)])
+        for primary, harmful in random_tasks(arguments.pairs, seed=0)
+    ]
+    # Seed by seed: what an interrupted run leaves is a whole one of fewer seeds.
+    for seed in seeds:
+        for name, sides in pairs:
+            between = (sides[0][0][:1], sides[1][0][:1])
+            *tasks, other = (digits_task(*side, seed=seed) for side in (*sides, between))
+            yield Case(f"digits {name} {seed}", Problem.of(*tasks), [other])
+    for split in range(arguments.splits) if arguments.house is not None else ():
+        yield Case(f"house splits {split}", house_prices(arguments.house, split))
+    for seed in seeds:
+        for primary, harmful, other in MNIST_PAIRS if arguments.mnist is not None else ():
+            problem, benign = mnist_pair(arguments.mnist, primary, harmful, other, seed)
+            yield Case(f"mnist {primary} {harmful} {seed}", problem, [benign])
+            if arguments.deep:
+                features = extracted(arguments.mnist, arguments.work / "efficientnet.npz")
+                *tasks, benign = (
+                    pair_task(features, SERVED, pair, seed) for pair in (primary, harmful, other)
+                )
+                yield Case(f"deep {primary} {harmful} {seed}", Problem.of(*tasks), [benign])
 
 
-def row_of(name: str, method: str, problem: Problem[Task]) -> dict[str, Any]:
+def mnist_pair(
+    folder: Path, primary: str, harmful: str, other: str, seed: int = 0
+) -> tuple[Problem[Task], Task]:
+    """Two pairs of digits at 14 x 14 pixels, and a third one."""
+    found = load_problem(
+        "mnist", primary, (harmful, other), data_dir=str(folder), size=14, seed=seed
+    )
+    return Problem.of(found.primary, found.harmful[0]), found.harmful[1]
+
+
+def house_prices(folder: Path, split: int) -> Problem[Task]:
+    """House Prices, split anew: the published test part has 100 rows, its training part 200."""
+    tasks = []
+    for role, rows in (("primary", 200), ("harmful", 600)):
+        task = house_prices_task(folder, role)  # type: ignore[arg-type]
+        whole = house_prices_task(folder, role, test_rows=None)  # type: ignore[arg-type]
+        x = torch.cat([whole.x_train, whole.x_test])
+        y = torch.cat([whole.y_train, whole.y_test])
+        order = torch.randperm(len(x), generator=torch.Generator().manual_seed(split))
+        train, test = order[:rows], order[rows:]
+        tasks.append(Task(task.name, x[train], y[train], x[test], y[test]))
+    return Problem.of(*tasks)
+
+
+def row_of(case: Case, method: str) -> dict[str, Any]:
     """One certificate, in the numbers that are compared."""
-    owners, attackers = problem.harmful[0].halves()
-    immunized = METHODS[method].fit(None, Problem.of(problem.primary, owners))
-    found = certify(immunized, problem.primary, attackers, draws=4)
-    harm, own = found.linear
-    few = {one.role: one for one in found.few_samples}
-    return {
-        "problem": name,
-        "method": method,
+    owners, attackers = case.problem.harmful[0].halves()
+    started = time.process_time()
+    immunized = METHODS[method].fit(None, Problem.of(case.problem.primary, owners))
+    fitted = time.process_time()
+    found = certify(immunized, case.problem.primary, attackers, benign=case.benign, draws=4)
+    ended = time.process_time()
+    row = {"problem": case.name, "method": method, **in_numbers(found)}
+    return {**row, "fit_seconds": fitted - started, "cpu_seconds": ended - fitted}
+
+
+def in_numbers(found: Certificate) -> dict[str, Any]:
+    """What of a certificate is kept."""
+    names = {"harmful": "harm", "primary": "own", "benign": "benign"}
+    row: dict[str, Any] = {
         "descent": found.delays[0].factor if found.delays else None,
         "diagonal": next((d.factor for d in found.delays if d.optimizer == "diagonal"), None),
         "cap": found.work.cap if found.work else None,
-        "samples_harm": few["harmful"].factor_best,
-        "samples_harm_given": few["harmful"].factor_given,
-        "samples_harm_sibling": few["harmful"].factor_sibling,
-        "samples_own": few["primary"].factor_best,
-        "r2_harm": [harm.r2_before, harm.r2_after],
-        "r2_own": [own.r2_before, own.r2_after],
-        "accuracy_harm": [harm.accuracy_before, harm.accuracy_after],
-        "accuracy_own": [own.accuracy_before, own.accuracy_after],
-        "kernel_harm": [harm.kernel_before, harm.kernel_after],
-        "seconds": sum(found.seconds.values()),
+        "undone": found.undoing[-1].factor if found.undoing else None,
+        "leak": found.linear[0].leak,
+        "seconds": found.seconds,
     }
+    for served in found.formats:
+        row[f"{served.number_format}_{names[served.role]}"] = served.measured
+    for one in found.few_samples:
+        role = names[one.role]
+        row[f"samples_{role}"] = one.factor_best
+        row[f"samples_{role}_given"] = one.factor_given
+        row[f"samples_{role}_sibling"] = one.factor_sibling
+    for two in found.linear:
+        role = names[two.role]
+        row[f"r2_{role}"] = [two.r2_before, two.r2_after]
+        row[f"accuracy_{role}"] = [two.accuracy_before, two.accuracy_after]
+        if two.role != "benign":
+            row[f"kernel_{role}"] = [two.kernel_before, two.kernel_after]
+            row[f"perceptron_{role}"] = [two.perceptron_before, two.perceptron_after]
+    return row
 
 
 def rotated(problem: Problem[Task], rotation: str, seed: int) -> Tensor:
@@ -118,6 +197,20 @@ def rotation_row(name: str, problem: Problem[Task], rotation: str, seed: int) ->
     return row
 
 
+def layer_row(
+    name: str, features: dict[str, Tensor], pair: tuple[str, str], layer: str
+) -> dict[str, Any]:
+    """What the best linear probe of one layer finds of the harm, and what a lock leaves of it."""
+    owners, attackers = pair_task(features, layer, pair[1], 0).halves()
+    row: dict[str, Any] = {"problem": name, "layer": layer, "features": attackers.num_features}
+    row["r2"], row["accuracy"] = linear_information(attackers)
+    if layer == SERVED:
+        primary = pair_task(features, layer, pair[0], 0)
+        theta = METHODS["lock"].fit(None, Problem.of(primary, owners)).theta
+        row["r2_locked"], row["accuracy_locked"] = linear_information(attackers, theta)
+    return row
+
+
 def measure(arguments: argparse.Namespace) -> dict[str, Any]:
     """All rows, taken from ``--work`` where they stand there."""
     arguments.work.mkdir(parents=True, exist_ok=True)
@@ -131,137 +224,42 @@ def measure(arguments: argparse.Namespace) -> dict[str, Any]:
         return found
 
     rows = [
-        kept(f"{name} {method}", partial(row_of, name, method, problem))
-        for name, problem in problems(arguments)
-        for method in METHOD_NAMES
+        kept(f"{case.name} {method}", partial(row_of, case, method))
+        for case in cases(arguments)
+        for method in (DEEP_METHODS if case.name.startswith("deep") else METHOD_NAMES)
     ]
-    turned = []
-    for primary, harmful in MNIST_PAIRS if arguments.mnist is not None else ():
-        problem = mnist_pair(arguments.mnist, primary, harmful)
+    turned, layers = [], []
+    for primary, harmful, other in MNIST_PAIRS if arguments.mnist is not None else ():
+        problem, _ = mnist_pair(arguments.mnist, primary, harmful, other)
         for rotation in ROTATIONS:
             for seed in range(1 if rotation == "none" else ROTATION_SEEDS):
                 name = f"rotation {primary} {harmful} {rotation} {seed}"
                 turned.append(kept(name, partial(rotation_row, name, problem, rotation, seed)))
-    return {"rows": rows, "rotations": turned, "draws": 4, "environment": environment()}
-
-
-# --- the page -------------------------------------------------------------------------------------
-
-
-def _values(rows: list[dict[str, Any]], key: str, place: int | None = None) -> list[float]:
-    found = []
-    for row in rows:
-        value = row[key] if place is None else (row[key] or [None, None])[place]
-        if value is not None:
-            found.append(math.inf if value == "inf" else float(value))
-    return sorted(found)
-
-
-def _text(value: float, digits: int) -> str:
-    if math.isinf(value):
-        return "never"
-    return f"{value:,.0f}" if abs(value) >= 100 else f"{value:.{digits}f}"
-
-
-def _median(rows: list[dict[str, Any]], key: str, place: int | None = None, digits: int = 2) -> str:
-    """Median and quartiles."""
-    values = _values(rows, key, place)
-    if not values:
-        return ""
-    middle = statistics.median(values)
-    if len(values) < 4:
-        return _text(middle, digits)
-    # By position, since some are infinite.
-    low, high = (values[round(share * (len(values) - 1))] for share in (0.25, 0.75))
-    return f"{_text(middle, digits)} ({_text(low, digits)} to {_text(high, digits)})"
-
-
-def table(results: dict[str, Any]) -> str:
-    """The table of the page."""
-    lines = []
-    titles = {"digits": "8 x 8 digits", "mnist": "MNIST, 14 x 14"}
-    for data, title in titles.items():
-        chosen = [row for row in results["rows"] if row["problem"].startswith(data)]
-        if not chosen:
-            continue
-        count = len({row["problem"] for row in chosen})
-        lines += [
-            "",
-            f"{title}, {count} problems; median (quartiles):",
-            "",
-            "| method | gradient descent, spectrum | Adam-like, spectrum | labelled samples, harm "
-            "| labelled samples, own task | R² of harm | right on harm | right on own task "
-            "| kernel probe on harm |",
-            "|---|---|---|---|---|---|---|---|---|",
-        ]
-        without = [row for row in chosen if row["method"] == METHOD_NAMES[0]]
-        cells = [_median(without, key, 0) for key in _SHARES]
-        lines.append(f"| none | 1 | 1 | 1 | 1 | {' | '.join(cells)} |")
-        for method in METHOD_NAMES:
-            rows = [row for row in chosen if row["method"] == method]
-            if not rows:
-                continue
-            cells = [_median(rows, key, digits=1) for key in _FACTORS]
-            cells += [_median(rows, key, 1) for key in _SHARES]
-            lines.append(f"| {method} | {' | '.join(cells)} |")
-    caps = _values(results["rows"], "cap")
-    seconds = _values(results["rows"], "seconds")
-    lines += [
-        "",
-        f"Cap on any slow-down of a free attacker, in work: median {statistics.median(caps):.2f} "
-        f"of gradient descent before (largest {caps[-1]:.2f}). A certificate took "
-        f"{statistics.median(seconds):.1f} s in the median, beside other work.",
-    ]
-    return "\n".join(lines).strip()
-
-
-_FACTORS = ("descent", "diagonal", "samples_harm", "samples_own")
-_SHARES = ("r2_harm", "accuracy_harm", "accuracy_own", "kernel_harm")
-
-
-def rotation_table(results: dict[str, Any]) -> str:
-    """Slow-downs by last rotation: median, least and largest over pairs and seeds."""
-    lines = [
-        "| last rotation | gradient descent | Adam | Adagrad | standardised features |",
-        "|---|---|---|---|---|",
-    ]
-    for rotation in ROTATIONS:
-        rows = [row for row in results["rotations"] if row["rotation"] == rotation]
-        cells = []
-        for attacker in COORDINATE_WISE:
-            values = _values(rows, attacker)
-            ends = f"{_times(values[0])} to {_times(values[-1])}"
-            cells.append(f"{_times(statistics.median(values))} ({ends})")
-        lines.append(f"| {rotation} | {' | '.join(cells)} |")
-    return "\n".join(lines)
-
-
-def _times(value: float) -> str:
-    return f">{ROTATION_LIMIT:.0f}" if math.isinf(value) else f"{value:.2g}"
-
-
-def filled(page: str, results: dict[str, Any]) -> str:
-    """The page with both tables between their marks.
-
-    Raises:
-        ValueError: If marks are missing.
-    """
-    for name, content in zip(MARKS, (table(results), rotation_table(results)), strict=True):
-        begin, end = f"<!-- {name}:begin -->", f"<!-- {name}:end -->"
-        if begin not in page or end not in page:
-            raise ValueError(f"page must have the marks {begin} and {end}, got none")
-        before, rest = page.split(begin, 1)
-        page = f"{before}{begin}\n{content}\n{end}{rest.split(end, 1)[1]}"
-    return page
+        if arguments.deep:
+            features = extracted(arguments.mnist, arguments.work / "efficientnet.npz")
+            for layer in (name for name in features if name not in ("labels", "train")):
+                name = f"layers {primary} {harmful} {layer}"
+                row = partial(layer_row, name, features, (primary, harmful), layer)
+                layers.append(kept(name, row))
+    return {
+        "rows": rows,
+        "rotations": turned,
+        "layers": layers,
+        "draws": 4,
+        "environment": environment(),
+    }
 
 
 def main() -> None:
     """Run the command line."""
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--mnist", type=Path, help="folder of MNIST; without it digits alone")
+    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
+    parser.add_argument("--mnist", type=Path, help="folder of MNIST; without it no pairs of it")
+    parser.add_argument("--house", type=Path, help="folder of House Prices; without it none")
+    parser.add_argument("--deep", action="store_true", help="EfficientNet-Lite0 as well")
     parser.add_argument("--work", type=Path, default=Path("runs/certificates"))
     parser.add_argument("--pairs", type=int, default=20)
     parser.add_argument("--seeds", type=int, default=3)
+    parser.add_argument("--splits", type=int, default=10, help="of House Prices")
     parser.add_argument("--out", type=Path, default=OUT)
     parser.add_argument(
         "--write", type=Path, metavar="PAGE", help="fill in the page, measure nothing"

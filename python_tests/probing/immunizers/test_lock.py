@@ -5,6 +5,7 @@ from __future__ import annotations
 import numpy as np
 import pytest
 import torch
+from torch import Tensor
 
 from immunize_ext.probing.certificates import linear_information
 from immunize_ext.probing.data import Problem, Task, digits_task
@@ -175,26 +176,41 @@ def test_refusals(problem: Problem[Task]) -> None:
         LinearLock(variance_floor=0.9).fit(None, problem)
 
 
+def leace(x: Tensor, labels: Tensor, *, packaged: bool) -> Tensor:
+    """P of the eraser x - (I - P)(x - mean), by its closed form or by its authors' package.
+
+    With W = Sigma^(-1/2) and U the range of W Cov(x, z): P = I - W^-1 U U^T W (Belrose et al.,
+    2023, theorem 4.3).
+    """
+    z = torch.nn.functional.one_hot(labels).double()
+    if packaged:
+        package = pytest.importorskip("concept_erasure", reason="concept-erasure is not installed")
+        found: Tensor = package.LeaceEraser.fit(
+            x, z, shrinkage=False, svd_tol=1e-8, constrain_cov_trace=False
+        ).P
+        return found
+    centred = x - x.mean(0)
+    values, vectors = np.linalg.eigh((centred.mT @ centred / len(x)).numpy())
+    root, inverse = (vectors * values**power @ vectors.T for power in (0.5, -0.5))
+    u, s, _ = np.linalg.svd(inverse @ (centred.mT @ (z - z.mean(0)) / len(x)).numpy())
+    u = u[:, : np.count_nonzero(s > 1e-8)]
+    return torch.from_numpy(np.eye(x.shape[1]) - root @ u @ u.T @ inverse)
+
+
+@pytest.mark.parametrize("packaged", [False, True])
 @pytest.mark.parametrize("classes", [2, 3])
-def test_the_same_linear_functions_are_left_as_by_leace(classes: int) -> None:
+def test_the_same_linear_functions_are_left_as_by_leace(classes: int, packaged: bool) -> None:
     """LEACE keeps all of x that is not correlated with the labels, and so does the lock.
 
-    As an independent reference: ``concept-erasure`` by the authors of LEACE (Belrose et al., 2023).
     The metric in which it projects decides what is nearest to x, not what a probe can read.
     """
-    leace = pytest.importorskip("concept_erasure", reason="concept-erasure is not installed")
     generator = torch.Generator().manual_seed(classes)
     mix = torch.randn(8, 8, generator=generator, dtype=torch.float64)
     labels = torch.arange(600) % classes
     means = torch.randn(classes, 8, generator=generator, dtype=torch.float64)
     x = (torch.randn(600, 8, generator=generator, dtype=torch.float64) + means[labels]) @ mix
-    eraser = leace.LeaceEraser.fit(
-        x,
-        torch.nn.functional.one_hot(labels).double(),
-        shrinkage=False,
-        svd_tol=1e-8,
-        constrain_cov_trace=False,
-    )
+    projection = leace(x, labels, packaged=packaged)
+    erased = x - (x - x.mean(0)) @ (torch.eye(8).double() - projection).mT
     y = x @ torch.randn(8, generator=generator, dtype=torch.float64)
     harms = [
         Task(f"class {k}", x, torch.where(labels == k, 1.0, -1.0).double(), x, y.sign())
@@ -205,11 +221,11 @@ def test_the_same_linear_functions_are_left_as_by_leace(classes: int) -> None:
     assert locked.theta.shape == (8, 8 - (classes - 1))
     ours = torch.linalg.qr(locked.theta).Q
     # Rows of the eraser's projection span the heads that its features allow.
-    left, sigma, _ = torch.linalg.svd(eraser.P.double().mT)
+    left, sigma, _ = torch.linalg.svd(projection.mT)
     theirs = left[:, : 8 - (classes - 1)]
     assert float(sigma[8 - classes]) > 0.1 > 1e6 * float(sigma[8 - classes + 1])
     cosines = torch.linalg.svdvals(ours.mT @ theirs)
     torch.testing.assert_close(cosines, torch.ones_like(cosines), rtol=0, atol=1e-7)
     for target in (y, harms[0].y_train):
-        losses = [best_head(z, target).loss(z, target) for z in (x @ locked.theta, eraser(x))]
+        losses = [best_head(z, target).loss(z, target) for z in (x @ locked.theta, erased)]
         assert losses[0] == pytest.approx(losses[1], rel=1e-6)
