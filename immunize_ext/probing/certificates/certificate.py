@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from immunize_ext.probing.attacks import ATTACKS, AttackComparison, compare_attack
+from immunize_ext.probing.attacks.registry import GradientDescent
 from immunize_ext.probing.certificates.few_samples import (
     COUNTS,
     LEARNT,
@@ -360,7 +361,7 @@ def _undoing(
     budget = round(WHITENED_LIMIT * max(base, 1))
 
     def slowed(theta: Tensor) -> Slowdown:
-        curve = ATTACKS["gradient_descent"].run(theta, task, steps=budget, stop_at=plain.target)
+        curve = GradientDescent().run(theta, task, steps=budget, stop_at=plain.target)
         return slowdown(curve.steps_to("test_loss", plain.target, below=True), base, budget)
 
     found = []
@@ -463,6 +464,9 @@ def _linear(role: str, task: Task, before: Tensor, after: Tensor, seed: int) -> 
         new.r2,
         old.accuracy,
         new.accuracy,
-        *others,
+        kernel_before=others[0],
+        kernel_after=others[1],
+        perceptron_before=others[2],
+        perceptron_after=others[3],
         leak=task.num_features / len(task.x_train),
     )
