@@ -17,9 +17,10 @@ import json
 import math
 import time
 from collections.abc import Callable, Iterator, Sequence
-from functools import partial
+from dataclasses import dataclass
+from functools import cached_property, partial
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -40,7 +41,7 @@ from immunize_ext.probing.immunizers.closed_form import random_rotation
 from immunize_ext.storage import environment, to_json
 
 from .certificates_page import LIMIT, filled
-from .deep_features import SERVED, extracted, pair_task
+from .deep_features import CACHE, LAYERS, SERVED, extracted, pair_task
 from .digit_tasks import random_tasks
 
 OUT = Path(__file__).with_name("certificates.json")
@@ -70,78 +71,90 @@ ROTATION_SEEDS = 3
 ROTATION_LIMIT = LIMIT
 
 
-class Case(NamedTuple):
+@dataclass(frozen=True)
+class Case:
     """Tasks that are certified.
 
     Attributes:
         name: Unique; begins with the data, then the pair.
-        problem: The primary and the harmful task.
-        benign: Others that stay as they may.
+        make: The primary and the harmful task, and others that stay as they may.
     """
 
     name: str
-    problem: Problem[Task]
-    benign: Sequence[Task] = ()
+    make: Callable[[], tuple[Problem[Task], Sequence[Task]]]
+
+    @cached_property
+    def tasks(self) -> tuple[Problem[Task], Sequence[Task]]:
+        """Made when they are asked for: what is finished needs none."""
+        return self.make()
 
 
 def cases(arguments: argparse.Namespace) -> Iterator[Case]:
-    """All of them, lazily."""
-    seeds = range(arguments.seeds)
-    pairs = [
-        (f"{primary} {harmful}", [parse_sides(text) for text in (primary, harmful)])
-        for primary, harmful in random_tasks(arguments.pairs, seed=0)
-    ]
+    """All of them."""
+    pairs = random_tasks(arguments.pairs, seed=0)
     # Seed by seed: what an interrupted run leaves is a whole one of fewer seeds.
-    for seed in seeds:
-        for name, sides in pairs:
-            between = (sides[0][0][:1], sides[1][0][:1])
-            *tasks, other = (digits_task(*side, seed=seed) for side in (*sides, between))
-            yield Case(f"digits {name} {seed}", Problem.of(*tasks), [other])
+    for seed in range(arguments.seeds):
+        for primary, harmful in pairs:
+            yield Case(
+                f"digits {primary} {harmful} {seed}", partial(digits, primary, harmful, seed)
+            )
     for split in range(arguments.splits) if arguments.house is not None else ():
-        yield Case(f"house splits {split}", house_prices(arguments.house, split))
-    for seed in seeds:
-        for primary, harmful, other in MNIST_PAIRS if arguments.mnist is not None else ():
-            problem, benign = mnist_pair(arguments.mnist, primary, harmful, other, seed)
-            yield Case(f"mnist {primary} {harmful} {seed}", problem, [benign])
+        yield Case(f"house splits {split}", partial(house_prices, arguments.house, split))
+    for seed in range(arguments.seeds) if arguments.mnist is not None else ():
+        for three in MNIST_PAIRS:
+            name = f"{three[0]} {three[1]} {seed}"
+            yield Case(f"mnist {name}", partial(mnist_pair, arguments.mnist, three, seed))
             if arguments.deep:
-                features = extracted(arguments.mnist, arguments.work / "efficientnet.npz")
-                *tasks, benign = (
-                    pair_task(features, SERVED, pair, seed) for pair in (primary, harmful, other)
-                )
-                yield Case(f"deep {primary} {harmful} {seed}", Problem.of(*tasks), [benign])
+                yield Case(f"deep {name}", partial(deep_pair, arguments, three, seed))
+
+
+def digits(primary: str, harmful: str, seed: int) -> tuple[Problem[Task], Sequence[Task]]:
+    """Two tasks of the 8 x 8 digits, and one between them."""
+    sides = [parse_sides(text) for text in (primary, harmful)]
+    between = sides[0][0][:1], sides[1][0][:1]
+    *tasks, other = (digits_task(*side, seed=seed) for side in (*sides, between))
+    return Problem.of(*tasks), [other]
+
+
+def deep_pair(
+    arguments: argparse.Namespace, pairs: Sequence[str], seed: int
+) -> tuple[Problem[Task], Sequence[Task]]:
+    """Pairs of digits as EfficientNet-Lite0 sees them."""
+    features = extracted(arguments.mnist, arguments.work / CACHE)
+    *tasks, other = (pair_task(features, SERVED, pair, seed) for pair in pairs)
+    return Problem.of(*tasks), [other]
 
 
 def mnist_pair(
-    folder: Path, primary: str, harmful: str, other: str, seed: int = 0
-) -> tuple[Problem[Task], Task]:
-    """Two pairs of digits at 14 x 14 pixels, and a third one."""
-    found = load_problem(
-        "mnist", primary, (harmful, other), data_dir=str(folder), size=14, seed=seed
-    )
-    return Problem.of(found.primary, found.harmful[0]), found.harmful[1]
+    folder: Path, pairs: Sequence[str], seed: int = 0
+) -> tuple[Problem[Task], Sequence[Task]]:
+    """Pairs of digits at 14 x 14 pixels: primary, harmful, another."""
+    primary, *others = pairs
+    found = load_problem("mnist", primary, tuple(others), data_dir=str(folder), size=14, seed=seed)
+    return Problem.of(found.primary, found.harmful[0]), found.harmful[1:]
 
 
-def house_prices(folder: Path, split: int) -> Problem[Task]:
+def house_prices(folder: Path, split: int) -> tuple[Problem[Task], Sequence[Task]]:
     """House Prices, split anew: the published test part has 100 rows, its training part 200."""
     tasks = []
     for role, rows in (("primary", 200), ("harmful", 600)):
-        task = house_prices_task(folder, role)  # type: ignore[arg-type]
         whole = house_prices_task(folder, role, test_rows=None)  # type: ignore[arg-type]
         x = torch.cat([whole.x_train, whole.x_test])
         y = torch.cat([whole.y_train, whole.y_test])
         order = torch.randperm(len(x), generator=torch.Generator().manual_seed(split))
         train, test = order[:rows], order[rows:]
-        tasks.append(Task(task.name, x[train], y[train], x[test], y[test]))
-    return Problem.of(*tasks)
+        tasks.append(Task(whole.name, x[train], y[train], x[test], y[test]))
+    return Problem.of(*tasks), ()
 
 
 def row_of(case: Case, method: str) -> dict[str, Any]:
     """One certificate, in the numbers that are compared."""
-    owners, attackers = case.problem.harmful[0].halves()
+    problem, benign = case.tasks
+    owners, attackers = problem.harmful[0].halves()
     started = time.process_time()
-    immunized = METHODS[method].fit(None, Problem.of(case.problem.primary, owners))
+    immunized = METHODS[method].fit(None, Problem.of(problem.primary, owners))
     fitted = time.process_time()
-    found = certify(immunized, case.problem.primary, attackers, benign=case.benign, draws=4)
+    found = certify(immunized, problem.primary, attackers, benign=benign, draws=4)
     ended = time.process_time()
     row = {"problem": case.name, "method": method, **in_numbers(found)}
     return {**row, "fit_seconds": fitted - started, "cpu_seconds": ended - fitted}
@@ -184,8 +197,11 @@ def rotated(problem: Problem[Task], rotation: str, seed: int) -> Tensor:
     return theta @ random_rotation(theta, seed) if rotation == "random" else theta
 
 
-def rotation_row(name: str, problem: Problem[Task], rotation: str, seed: int) -> dict[str, Any]:
+def rotation_row(
+    name: str, folder: Path, pairs: Sequence[str], rotation: str, seed: int
+) -> dict[str, Any]:
     """Slow-downs of the harmful task."""
+    problem, _ = mnist_pair(folder, pairs)
     theta = rotated(problem, rotation, seed)
     task = gram_equivalent(problem.harmful[0])
     row: dict[str, Any] = {"problem": name, "rotation": rotation, "seed": seed}
@@ -198,14 +214,15 @@ def rotation_row(name: str, problem: Problem[Task], rotation: str, seed: int) ->
 
 
 def layer_row(
-    name: str, features: dict[str, Tensor], pair: tuple[str, str], layer: str
+    name: str, arguments: argparse.Namespace, pairs: Sequence[str], layer: str
 ) -> dict[str, Any]:
     """What the best linear probe of one layer finds of the harm, and what a lock leaves of it."""
-    owners, attackers = pair_task(features, layer, pair[1], 0).halves()
+    features = extracted(arguments.mnist, arguments.work / CACHE)
+    owners, attackers = pair_task(features, layer, pairs[1], 0).halves()
     row: dict[str, Any] = {"problem": name, "layer": layer, "features": attackers.num_features}
     row["r2"], row["accuracy"] = linear_information(attackers)
     if layer == SERVED:
-        primary = pair_task(features, layer, pair[0], 0)
+        primary = pair_task(features, layer, pairs[0], 0)
         theta = METHODS["lock"].fit(None, Problem.of(primary, owners)).theta
         row["r2_locked"], row["accuracy_locked"] = linear_information(attackers, theta)
     return row
@@ -215,32 +232,35 @@ def measure(arguments: argparse.Namespace) -> dict[str, Any]:
     """All rows, taken from ``--work`` where they stand there."""
     arguments.work.mkdir(parents=True, exist_ok=True)
 
+    def file_of(name: str) -> Path:
+        path: Path = arguments.work / f"{name}.json".replace(":", "-").replace(",", "")
+        return path
+
     def kept(name: str, row: Callable[[], dict[str, Any]]) -> dict[str, Any]:
-        path = arguments.work / f"{name}.json".replace(":", "-").replace(",", "")
+        path = file_of(name)
         if not path.is_file():
             path.write_text(json.dumps(to_json(row())), encoding="utf-8")
             print(name, flush=True)
         found: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
         return found
 
-    rows = [
-        kept(f"{case.name} {method}", partial(row_of, case, method))
-        for case in cases(arguments)
-        for method in (DEEP_METHODS if case.name.startswith("deep") else METHOD_NAMES)
-    ]
+    rows = []
+    for case in cases(arguments):
+        methods = DEEP_METHODS if case.name.startswith("deep") else METHOD_NAMES
+        made = {f"{case.name} {method}": partial(row_of, case, method) for method in methods}
+        # A problem is there with all methods or not at all.
+        if not arguments.finished or all(file_of(name).is_file() for name in made):
+            rows += [kept(name, row) for name, row in made.items()]
     turned, layers = [], []
-    for primary, harmful, other in MNIST_PAIRS if arguments.mnist is not None else ():
-        problem, _ = mnist_pair(arguments.mnist, primary, harmful, other)
+    for pairs in MNIST_PAIRS if arguments.mnist is not None else ():
         for rotation in ROTATIONS:
             for seed in range(1 if rotation == "none" else ROTATION_SEEDS):
-                name = f"rotation {primary} {harmful} {rotation} {seed}"
-                turned.append(kept(name, partial(rotation_row, name, problem, rotation, seed)))
-        if arguments.deep:
-            features = extracted(arguments.mnist, arguments.work / "efficientnet.npz")
-            for layer in (name for name in features if name not in ("labels", "train")):
-                name = f"layers {primary} {harmful} {layer}"
-                row = partial(layer_row, name, features, (primary, harmful), layer)
-                layers.append(kept(name, row))
+                name = f"rotation {pairs[0]} {pairs[1]} {rotation} {seed}"
+                made = partial(rotation_row, name, arguments.mnist, pairs, rotation, seed)
+                turned.append(kept(name, made))
+        for layer in LAYERS if arguments.deep else ():
+            name = f"layers {pairs[0]} {pairs[1]} {layer}"
+            layers.append(kept(name, partial(layer_row, name, arguments, pairs, layer)))
     return {
         "rows": rows,
         "rotations": turned,
@@ -261,6 +281,9 @@ def main() -> None:
     parser.add_argument("--seeds", type=int, default=3)
     parser.add_argument("--splits", type=int, default=10, help="of House Prices")
     parser.add_argument("--out", type=Path, default=OUT)
+    parser.add_argument(
+        "--finished", action="store_true", help="problems that are complete in --work, no others"
+    )
     parser.add_argument(
         "--write", type=Path, metavar="PAGE", help="fill in the page, measure nothing"
     )

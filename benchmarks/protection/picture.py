@@ -18,6 +18,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 from xml.sax.saxutils import escape
 
+from benchmarks.protection.certificates_page import pair_of
 from immunize_ext.report.plots import COLOURS
 
 HERE = Path(__file__).parent
@@ -114,7 +115,7 @@ def features(found: Row) -> Panel:
     before = {key: median(rows, METHODS[0], key, 0) for key in losses.values()}
     return Panel(
         "Features: what attackers pay",
-        f"MNIST 14 x 14, median of {len({row['problem'] for row in rows})} pairs",
+        f"MNIST 14 x 14, median of {len({pair_of(row) for row in rows})} pairs",
         [
             Block(
                 "Times as much as before, log scale",
