@@ -270,6 +270,25 @@ def measure(arguments: argparse.Namespace) -> dict[str, Any]:
     }
 
 
+def in_lines(results: dict[str, Any]) -> str:
+    """JSON with a line for each row, of six digits each number."""
+
+    def short(value: Any) -> Any:
+        if isinstance(value, float):
+            return float(f"{value:.6g}")
+        if isinstance(value, dict):
+            return {name: short(one) for name, one in value.items()}
+        return [short(one) for one in value] if isinstance(value, list) else value
+
+    parts = []
+    for name, value in results.items():
+        text = json.dumps(value)
+        if isinstance(value, list):
+            text = "[\n" + ",\n".join(json.dumps(short(row)) for row in value) + "\n]"
+        parts.append(f"{json.dumps(name)}: {text}")
+    return "{\n" + ",\n".join(parts) + "\n}\n"
+
+
 def main() -> None:
     """Run the command line."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
@@ -295,7 +314,7 @@ def main() -> None:
         arguments.write.write_text(filled(page, results), encoding="utf-8")
         return
     results = measure(arguments)
-    arguments.out.write_text(json.dumps(results, indent=1) + "\n", encoding="utf-8")
+    arguments.out.write_text(in_lines(results), encoding="utf-8")
 
 
 if __name__ == "__main__":
