@@ -18,7 +18,7 @@ import math
 import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from functools import cached_property, partial
+from functools import lru_cache, partial
 from pathlib import Path
 from typing import Any
 
@@ -71,7 +71,7 @@ ROTATION_SEEDS = 3
 ROTATION_LIMIT = LIMIT
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Case:
     """Tasks that are certified.
 
@@ -83,10 +83,11 @@ class Case:
     name: str
     make: Callable[[], tuple[Problem[Task], Sequence[Task]]]
 
-    @cached_property
-    def tasks(self) -> tuple[Problem[Task], Sequence[Task]]:
-        """Made when they are asked for: what is finished needs none."""
-        return self.make()
+
+@lru_cache(maxsize=1)
+def tasks_of(case: Case) -> tuple[Problem[Task], Sequence[Task]]:
+    """Made when they are asked for, which what is finished never does; the last ones are kept."""
+    return case.make()
 
 
 def cases(arguments: argparse.Namespace) -> Iterator[Case]:
@@ -149,7 +150,7 @@ def house_prices(folder: Path, split: int) -> tuple[Problem[Task], Sequence[Task
 
 def row_of(case: Case, method: str) -> dict[str, Any]:
     """One certificate, in the numbers that are compared."""
-    problem, benign = case.tasks
+    problem, benign = tasks_of(case)
     owners, attackers = problem.harmful[0].halves()
     started = time.process_time()
     immunized = METHODS[method].fit(None, Problem.of(problem.primary, owners))
@@ -228,6 +229,17 @@ def layer_row(
     return row
 
 
+def methods_of(case: Case) -> tuple[str, ...]:
+    """What is certified on its data."""
+    return DEEP_METHODS if case.name.startswith("deep") else METHOD_NAMES
+
+
+def seed_of(case: Case) -> tuple[str, str]:
+    """Data and seed."""
+    words = case.name.split()
+    return words[0], words[-1]
+
+
 def measure(arguments: argparse.Namespace) -> dict[str, Any]:
     """All rows, taken from ``--work`` where they stand there."""
     arguments.work.mkdir(parents=True, exist_ok=True)
@@ -244,13 +256,22 @@ def measure(arguments: argparse.Namespace) -> dict[str, Any]:
         found: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
         return found
 
-    rows = []
-    for case in cases(arguments):
-        methods = DEEP_METHODS if case.name.startswith("deep") else METHOD_NAMES
-        made = {f"{case.name} {method}": partial(row_of, case, method) for method in methods}
-        # A problem is there with all methods or not at all.
-        if not arguments.finished or all(file_of(name).is_file() for name in made):
-            rows += [kept(name, row) for name, row in made.items()]
+    every = {
+        case: [f"{case.name} {method}" for method in methods_of(case)] for case in cases(arguments)
+    }
+    if arguments.finished:
+        # A seed is there with all pairs and methods of its data, or not at all.
+        lacking = {
+            seed_of(case)
+            for case, names in every.items()
+            if not all(file_of(name).is_file() for name in names)
+        }
+        every = {case: names for case, names in every.items() if seed_of(case) not in lacking}
+    rows = [
+        kept(name, partial(row_of, case, method))
+        for case, names in every.items()
+        for name, method in zip(names, methods_of(case), strict=True)
+    ]
     turned, layers = [], []
     for pairs in MNIST_PAIRS if arguments.mnist is not None else ():
         for rotation in ROTATIONS:
@@ -301,7 +322,7 @@ def main() -> None:
     parser.add_argument("--splits", type=int, default=10, help="of House Prices")
     parser.add_argument("--out", type=Path, default=OUT)
     parser.add_argument(
-        "--finished", action="store_true", help="problems that are complete in --work, no others"
+        "--finished", action="store_true", help="seeds that are complete in --work, no others"
     )
     parser.add_argument(
         "--write", type=Path, metavar="PAGE", help="fill in the page, measure nothing"
