@@ -10,6 +10,7 @@ Nothing here compiles anything, and importing this module changes no setting of 
 import importlib
 import importlib.machinery
 import json
+import mmap
 import os
 import shlex
 import struct
@@ -30,6 +31,9 @@ BUILD_COMMAND = "pip install --no-build-isolation --no-deps {folder}"
 _PACKAGE = Path(__file__).resolve().parent
 _RECORD = _PACKAGE / "_build_info.json"
 _DISABLE = "IMMUNIZE_EXT_DISABLE"
+
+# What Python calls of the binary, beside its operators.
+_CALLED = ("build_info", "cached_bytes", "empty_cache", "forward_mode_is_entered", "instructions")
 
 _lock = threading.Lock()
 _status: "LoadStatus | None" = None
@@ -174,6 +178,8 @@ def _load() -> LoadStatus:
         )
     if not _is_whole(binary):
         return failed(f"the binary {binary.name} is incomplete")
+    if missing := _names_not_in(binary):
+        return failed(f"{binary.name} was built from older sources, without {', '.join(missing)}")
     try:
         importlib.import_module("immunize_ext._C")
     except (ImportError, OSError, RuntimeError, SystemError) as error:
@@ -200,6 +206,20 @@ def _is_whole(binary: Path) -> bool:
     (offset,) = struct.unpack_from(order + "Q", header, 40)
     entry_size, entries = struct.unpack_from(order + "HH", header, 58)
     return bool(offset + entry_size * entries <= size)
+
+
+def _names_not_in(binary: Path) -> list[str]:
+    """What Python would call in vain: names that the binary does not hold.
+
+    Asked before it is loaded, for then its operators would be registered already.
+    """
+    with (
+        binary.open("rb") as file,
+        mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as content,
+    ):
+        if content[:4] != b"\x7fELF":
+            return []  # loading it will tell what is wrong
+        return [name for name in _CALLED if content.find(name.encode() + b"\0") < 0]
 
 
 def _caller_stacklevel() -> int:

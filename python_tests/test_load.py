@@ -3,6 +3,7 @@
 import importlib.machinery
 import json
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -100,6 +101,14 @@ def test_missing_record(record: Path) -> None:
 def test_record_of_a_failed_build(record: Path) -> None:
     write(record, compiled=False, reason="the build failed: no compiler")
     assert load(record).reason == "the compiled part was not built: the build failed: no compiler"
+
+
+@needs_binary
+def test_names_that_are_looked_for_are_those_of_the_stub() -> None:
+    stub = (PACKAGE / "_C.pyi").read_text(encoding="utf-8")
+    assert sorted(_load._CALLED) == sorted(re.findall(r"^def (\w+)", stub, re.MULTILINE))
+    (binary,) = PACKAGE.glob(f"_C*{importlib.machinery.EXTENSION_SUFFIXES[0]}")
+    assert not _load._names_not_in(binary)
 
 
 @needs_binary
@@ -203,6 +212,7 @@ def test_switched_off_operators_take_the_torch_route(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("damage", "error", "text"),
     [
+        ("older sources", "NoneType", "older sources, without forward_mode_is_entered"),
         ("another file", "ImportError", "the binary cannot be loaded"),
         # Mapping a truncated library ends the process with SIGBUS, so it must not come to that.
         ("truncated", "NoneType", "is incomplete"),
@@ -212,7 +222,12 @@ def test_broken_binary_falls_back(tmp_path: Path, damage: str, error: str, text:
     package = copy_package(tmp_path)
     (binary,) = package.glob(f"_C*{importlib.machinery.EXTENSION_SUFFIXES[0]}")
     whole = binary.read_bytes()
-    binary.write_bytes(b"not a library" if damage == "another file" else whole[: len(whole) // 3])
+    damaged = {
+        "older sources": whole.replace(b"forward_mode_is_entered\0", b"forward_mode_at_entered\0"),
+        "another file": b"not a library",
+        "truncated": whole[: len(whole) // 3],
+    }
+    binary.write_bytes(damaged[damage])
     out = run_python(FALLBACK, tmp_path, PYTHONPATH=str(tmp_path))
     assert out.startswith(f"False|{error}|")
     assert text in out
