@@ -152,8 +152,9 @@ SymmetricBatch composed_extremes(
   };
   x.lambda_max = value(x.lambda_max);
   x.lambda_min = value(x.lambda_min);
-  x.v_max = x.v_max.contiguous();
-  x.v_min = x.v_min.contiguous();
+  // Copies: of a side of 1 both are the same number, and results must not share memory.
+  x.v_max = x.v_max.clone(at::MemoryFormat::Contiguous);
+  x.v_min = x.v_min.clone(at::MemoryFormat::Contiguous);
   return x;
 }
 

@@ -88,6 +88,13 @@ def test_empty_batches():
     assert_alike("symmetric_extremes", gaussian(0, 4, 4), RTOL)
 
 
+def test_results_share_no_memory():
+    """Not even of a side of 1, where both vectors are the same number."""
+    found = call(CUDA, "symmetric_extremes", gaussian(3, 1, 1), RTOL)
+    places = [one.untyped_storage().data_ptr() for one in found]
+    assert len(set(places)) == len(places)
+
+
 def test_refusals_of_symmetric_extremes():
     """What is not symmetric, and what is not finite."""
     assert_refused_alike("symmetric_extremes", gaussian(2, 4, 4), RTOL)
