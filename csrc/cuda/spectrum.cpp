@@ -4,8 +4,8 @@
 // KiB) have one block each: up to a side of 128 for their two ends alone (spectrum_tridiagonal.cuh),
 // and for a decomposition where those are not proven. Larger ones go through the library's
 // eigendecomposition of the thin Gram matrix (thin_gram.h) or, where it proves nothing or there are
-// many of a moderate side, by the blocked route (is_for_library). Everything runs on the current stream of the tensor's device and
-// allocates through torch's allocator.
+// many of a moderate side, by the blocked route (is_for_library). Everything runs on the current
+// stream of the tensor's device and allocates through torch's allocator.
 //
 // What waits for the GPU. The forward operators read one integer back, to raise for NaN and
 // infinity as the CPU operators do. On the blocked route they also look after each sweep whether the

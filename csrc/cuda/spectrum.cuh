@@ -12,7 +12,8 @@
 // iteration. What remains is the error of the Gram matrix, |dG_jk| <= c eps d_j d_k with
 // d_j = |b_j|, which changes lambda_i by at most
 //     c eps (sum_j |V_ji| d_j)^2 ~ c eps s_i,  s_i = sum_j V_ji^2 d_j^2
-// (rounding errors add up as a root mean square), so sigma_i by c eps s_i / (2 sigma_i), or by sqrt(c eps s_i) at sigma_i = 0.
+// (rounding errors add up as a root mean square), so sigma_i by c eps s_i / (2 sigma_i), or by
+// sqrt(c eps s_i) at sigma_i = 0.
 // Both are a small multiple of eps sigma_max iff
 //     s_i <= kSpread sigma_max max(sigma_i, eps sigma_max),                                    (*)
 // which the block tests for every i. Well-conditioned matrices pass at once: no product with V, M
@@ -264,10 +265,10 @@ __device__ __forceinline__ void write_gram(
   }
 }
 
-// The method above, from G of M in space.gram. Leaves sigma (scaled) and the last V in shared memory; returns how often B was
-// multiplied: 0 means that V belongs to M, otherwise it belongs to B = rows [0, m) of work, and the
-// product of the earlier V is rows [m, m + side). With multiply_last, B is multiplied by the last V
-// as well, and has orthogonal columns.
+// The method above, from G of M in space.gram. Leaves sigma (scaled) and the last V in shared memory;
+// returns how often B was multiplied: 0 means that V belongs to M, otherwise it belongs to B = rows
+// [0, m) of work, and the product of the earlier V is rows [m, m + side). With multiply_last, B is
+// multiplied by the last V as well, and has orthogonal columns.
 template <bool multiply_last, typename T>
 __device__ __forceinline__ int decompose_small(
     const InputRows<T>& matrix,

@@ -114,8 +114,7 @@ __device__ __forceinline__ InputRows<T> tall_rows(
       ldexp(1.0, half - exponent)};
 }
 
-// --- Reductions: the same order of additions whatever the schedule
-// --------------------------------
+// --- Reductions: the same order of additions whatever the schedule --------------------------------
 
 __device__ __forceinline__ double warp_sum(double value) {
   for (int offset = kWarp / 2; offset > 0; offset /= 2) {
