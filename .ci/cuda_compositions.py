@@ -266,6 +266,9 @@ def small_ends() -> None:
         # Below the threshold of the rank, but not by what a product may be rounded by.
         below = joined(flat, graded(39, 3) / 3, 0.7 * k * 2.2e-16)
         compare("hardly below", ((u * below) @ v.mT).unsqueeze(0), False, jacobi=True)
+        # In the cluster of the smallest, but closer to its edge than a value of S is known.
+        member = joined(flat, graded(38, 1) / 3, 1e-9 + 0.5 * k * 2.2e-16, 1e-9)
+        compare("hardly a member", ((u * member) @ v.mT).unsqueeze(0), False, jacobi=True)
         # At the threshold of the rank nothing is proven; the others of a batch are not held up.
         doubtful = joined(flat, graded(39, 3) / 3, k * 2.2e-16)
         compare("doubtful", ((u * doubtful) @ v.mT).unsqueeze(0), False, jacobi=True)

@@ -188,7 +188,8 @@ struct Extremes {
 
 // How many singular values do not count, -1 where the Gram matrix cannot tell.
 inline int64_t missing_by_gram(const Eigenpairs& e, const Policy& policy) {
-  return e.count_below(0, e.side(), policy.rank_rtol * policy.rank_rtol * e.largest());
+  const double relative = policy.rank_rtol * policy.rank_rtol;
+  return e.count_below(0, e.side(), relative * e.largest(), relative * e.error.back());
 }
 
 // s [t, k], t <= k, float64, finite and far from the ends of the range: matrix `number` of a batch,
@@ -225,9 +226,13 @@ inline Extremes extremes(
   out.max = proven(look.triplet(number, 0, tolerance), t - 1);
   if (!out.max.accurate)
     return out;
+  // Beside the edge of a cluster, which a measured value gives, refined values are known to tolerance.
+  const auto below = [&](int64_t first, int64_t last, double edge) {
+    return e.count_below(first, last, edge * edge, 4.0 * edge * tolerance);
+  };
   // The extremes themselves are members of their clusters whatever rounding says.
   const double edge = std::max(1.0 - c, 0.0) * out.max.sigma;
-  const int64_t apart = e.count_below(0, t - 1, edge * edge);
+  const int64_t apart = below(0, t - 1, edge);
   if (apart < 0)
     return out;
   out.multiplicity_max = t - apart;
@@ -258,12 +263,12 @@ inline Extremes extremes(
     return out;
   out.min.sigma = std::min(out.min.sigma, out.max.sigma);
   const double reach = out.min.sigma + c * out.max.sigma;
-  int64_t others = e.count_below(missing + 1, t, reach * reach);
+  int64_t others = below(missing + 1, t, reach);
   if (others < 0) {
     // What G cannot tell apart S can.
     const int64_t b = find_cut(e, t, e.error[missing], reach * reach);
     if (b > 0 && refine(s, e, b, 0.0, tolerance) == Refined::yes)
-      others = e.count_below(missing + 1, t, reach * reach);
+      others = below(missing + 1, t, reach);
   }
   out.multiplicity_min = others + 1;
   out.proven = out.multiplicity_min > 0;

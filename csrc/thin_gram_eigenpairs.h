@@ -61,13 +61,13 @@ struct Eigenpairs {
   double largest() const {
     return value.back();
   }
-  // How many of the values from `first` to `last` lie below a bound; -1 if their errors decide, and
-  // that of the bound, which is no larger.
-  int64_t count_below(int64_t first, int64_t last, double bound) const {
+  // How many of the values from `first` to `last` lie below a bound that may be off by `doubt`; -1 if
+  // that or their errors, taken twice, decide.
+  int64_t count_below(int64_t first, int64_t last, double bound, double doubt) const {
     int64_t least = 0, most = 0;
     for (int64_t i = first; i < last; ++i) {
-      least += value[i] + 2.0 * error[i] < bound ? 1 : 0;
-      most += value[i] - 2.0 * error[i] < bound ? 1 : 0;
+      least += value[i] + 2.0 * error[i] + doubt < bound ? 1 : 0;
+      most += value[i] - 2.0 * error[i] - doubt < bound ? 1 : 0;
     }
     return least == most ? least : -1;
   }
