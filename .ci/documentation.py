@@ -50,6 +50,10 @@ API = {
             "text_to_image.weight_edit",
         ],
     ),
+    "callbacks": (
+        "Training loops of others",
+        ["callbacks.features", "callbacks.transformers", "callbacks.lightning"],
+    ),
     "testing": ("Tests of your own", ["testing"]),
     "settings": ("Settings and runs", ["seams", "settings", "sweep", "runtime", "hub", "errors"]),
 }
