@@ -55,7 +55,10 @@ API = {
         ["callbacks.features", "callbacks.transformers", "callbacks.lightning"],
     ),
     "testing": ("Tests of your own", ["testing"]),
-    "settings": ("Settings and runs", ["seams", "settings", "sweep", "runtime", "hub", "errors"]),
+    "settings": (
+        "Settings and runs",
+        ["seams", "settings", "sweep", "schedulers", "runtime", "hub", "errors"],
+    ),
 }
 
 _LINK = re.compile(r"\]\((?!https?:|#|mailto:)([^)#\s]+)")

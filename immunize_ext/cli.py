@@ -19,7 +19,6 @@ import signal
 import sys
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from concurrent.futures import Executor
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from types import MappingProxyType, ModuleType
@@ -291,14 +290,18 @@ def _sweep(parser: CommandParser, argv: Sequence[str], wing: _Wing, out: str) ->
     _add_common_flags(parser, out, jobs=True, words="sweep directory")
     parser.add_argument(
         "--scheduler",
-        metavar="ADDRESS",
-        help="run the points on a Dask cluster (tcp://...) instead of processes of this machine",
+        metavar="WHERE",
+        default="local",
+        help="where points run: local, dask://HOST:PORT or submitit (default: local, --jobs)",
     )
     _add_settings(parser, wing, wing.run.SweepSettings)
     arguments = parser.parse_args(argv)
     settings = _read(arguments, wing, wing.run.SweepSettings)
     require_extra("matplotlib", extra="report", purpose="the heat maps")
-    with _working(arguments) as progress, _executor(arguments.scheduler) as executor:
+    from immunize_ext.schedulers import executor_of
+
+    logs = Path(arguments.out).with_name(f".{Path(arguments.out).name}.submitit")
+    with _working(arguments) as progress, executor_of(arguments.scheduler, logs) as executor:
         found = wing.run.sweep(
             settings,
             arguments.out,
@@ -309,16 +312,6 @@ def _sweep(parser: CommandParser, argv: Sequence[str], wing: _Wing, out: str) ->
         )
     _print_done(found.summary(), "report", Path(arguments.out) / "report.html")
     return 0
-
-
-@contextmanager
-def _executor(address: str | None) -> Iterator[Executor | None]:
-    if address is None:
-        yield None
-        return
-    distributed = require_extra("distributed", extra="cluster", purpose="--scheduler")
-    with distributed.Client(address) as client, client.get_executor() as executor:
-        yield executor
 
 
 def _sweep_kappa(parser: CommandParser, argv: Sequence[str]) -> int:
