@@ -50,8 +50,15 @@ API = {
             "text_to_image.weight_edit",
         ],
     ),
+    "callbacks": (
+        "Training loops of others",
+        ["callbacks.features", "callbacks.transformers", "callbacks.lightning"],
+    ),
     "testing": ("Tests of your own", ["testing"]),
-    "settings": ("Settings and runs", ["seams", "settings", "sweep", "runtime", "hub", "errors"]),
+    "settings": (
+        "Settings and runs",
+        ["seams", "settings", "sweep", "schedulers", "runtime", "hub", "errors"],
+    ),
 }
 
 _LINK = re.compile(r"\]\((?!https?:|#|mailto:)([^)#\s]+)")

@@ -12,13 +12,14 @@ from immunize_ext import _moved
 from immunize_ext._version import __version__
 
 if TYPE_CHECKING:
-    from immunize_ext import errors, ops, probing, reference, testing, text_to_image
+    from immunize_ext import callbacks, errors, ops, probing, reference, testing, text_to_image
     from immunize_ext._load import available, status
     from immunize_ext.memory import empty_cache
 
 __all__ = [
     "__version__",
     "available",
+    "callbacks",
     "empty_cache",
     "errors",
     "ops",

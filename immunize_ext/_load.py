@@ -4,6 +4,18 @@ The package works without it: operators then take their torch-only route and say
 is installed is judged from the build record ``_build_info.json`` *before* the binary is touched,
 because a library that was built for another torch may end the process when it is loaded.
 
+torch promises no binary interface across releases, and changes it with every minor one: of the 234
+symbols that a library built for 2.13 takes from torch, 8 are missing in 2.12 and 1 in 2.14. Patch
+releases repair what is inside: 2.12.0 and 2.12.1, and 2.14.0 and 2.14.1, have the same headers but
+for the version number, and export the same symbols, 50,734 and 48,393 of them.  So a library serves
+every release of the minor that it was built for.  Versions of development builds and of those of
+others (``2.14.0a0+git1a2b``, ``2.13.0+rocm6``) say nothing of the kind: there the whole text has to
+be the same.
+
+CPU kernels link to no CUDA library and serve torch with and without CUDA alike: the headers of both
+builds of 2.13.0 are the same but for three that say how it was built, and the one with CUDA exports
+every symbol that they need.  CUDA kernels ask for the CUDA release that they were built for.
+
 Nothing here compiles anything, and importing this module changes no setting of torch.
 """
 
@@ -12,6 +24,7 @@ import importlib.machinery
 import json
 import mmap
 import os
+import re
 import shlex
 import struct
 import sys
@@ -165,9 +178,10 @@ def _load() -> LoadStatus:
         return failed(f"no compiled part was built ({_RECORD.name} is missing or unreadable)")
     if not record.get("compiled"):
         return failed(f"the compiled part was not built: {record.get('reason', 'no reason given')}")
-    if record.get("torch") != installed:
+    if not fits(record, installed, torch.version.cuda):
         return failed(
-            f"it was built for torch {record.get('torch')}, but torch {installed} is installed"
+            f"it was built for torch {_named(record.get('torch'), record.get('cuda'))}, but torch "
+            f"{_named(installed, torch.version.cuda)} is installed"
         )
     candidates = [_PACKAGE / f"_C{end}" for end in importlib.machinery.EXTENSION_SUFFIXES]
     binary = next((path for path in candidates if path.is_file()), None)
@@ -184,7 +198,42 @@ def _load() -> LoadStatus:
         importlib.import_module("immunize_ext._C")
     except (ImportError, OSError, RuntimeError, SystemError) as error:
         return failed(f"the binary cannot be loaded ({error})", error)
-    return LoadStatus(True, f"compiled for torch {installed}", record, installed)
+    return LoadStatus(True, f"compiled for torch {record.get('torch')}", record, installed)
+
+
+_RELEASE = re.compile(r"(?P<minor>\d+\.\d+)\.\d+(\+(cpu|cu\d+))?")
+
+
+def fits(record: dict[str, Any], installed: str, cuda: str | None) -> bool:
+    """Whether what was built for one torch may be loaded into another (module docstring).
+
+    Args:
+        record: The build record.
+        installed: ``torch.__version__``.
+        cuda: ``torch.version.cuda``.
+
+    Returns:
+        True for the same version, and for releases of one minor with the CUDA that is needed.
+
+    Example:
+        >>> record = {"torch": "2.13.0+cpu", "cuda": None}
+        >>> fits(record, "2.13.1", "13.0"), fits(record, "2.14.0+cpu", None)
+        (True, False)
+        >>> fits({"torch": "2.13.0+cu126", "cuda": "12.6"}, "2.13.1+cpu", None)
+        False
+    """
+    built = str(record.get("torch"))
+    if built == installed:
+        return True
+    releases = [_RELEASE.fullmatch(version) for version in (built, installed)]
+    if None in releases or len({match["minor"] for match in releases if match}) > 1:
+        return False
+    return record.get("cuda") in (None, cuda)
+
+
+def _named(version: str | None, cuda: str | None) -> str:
+    """A version, with its CUDA where the version does not say it."""
+    return str(version) if cuda is None or "+" in str(version) else f"{version} (CUDA {cuda})"
 
 
 def _is_whole(binary: Path) -> bool:

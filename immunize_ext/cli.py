@@ -13,12 +13,12 @@ from __future__ import annotations
 import argparse
 import inspect
 import os
+import shlex
 import shutil
 import signal
 import sys
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from concurrent.futures import Executor
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from types import MappingProxyType, ModuleType
@@ -262,8 +262,8 @@ def _threads_for(settings: Any) -> int | None:
 def erase(parser: CommandParser, argv: Sequence[str]) -> int:
     """Erase concepts from a text-to-image model (UCE).
 
-    Map the words of concepts to their anchors in closed form, and write the edited pipeline. The
-    model given is not changed.
+    Map the words of concepts to their anchors in closed form, and write the edited pipeline, with
+    a record of what was done (erasure.json) in it. The model given is not changed.
 
     Example:
         immunize erase --targets three five --out runs/erased
@@ -274,7 +274,13 @@ def erase(parser: CommandParser, argv: Sequence[str]) -> int:
     arguments = parser.parse_args(argv)
     settings = build_of_flags(wing.run.EraseSettings, given(arguments, wing.run.EraseSettings))
     with _working(arguments, _threads_for(settings)) as progress:
-        found = wing.run.erase(settings, arguments.out, force=arguments.force, progress=progress)
+        found = wing.run.erase(
+            settings,
+            arguments.out,
+            force=arguments.force,
+            command=shlex.join([*parser.prog.split(), *argv]),
+            progress=progress,
+        )
     print(found.summary())
     print(f"pipeline: {arguments.out}")
     return 0
@@ -284,14 +290,18 @@ def _sweep(parser: CommandParser, argv: Sequence[str], wing: _Wing, out: str) ->
     _add_common_flags(parser, out, jobs=True, words="sweep directory")
     parser.add_argument(
         "--scheduler",
-        metavar="ADDRESS",
-        help="run the points on a Dask cluster (tcp://...) instead of processes of this machine",
+        metavar="WHERE",
+        default="local",
+        help="where points run: local, dask://HOST:PORT or submitit (default: local, --jobs)",
     )
     _add_settings(parser, wing, wing.run.SweepSettings)
     arguments = parser.parse_args(argv)
     settings = _read(arguments, wing, wing.run.SweepSettings)
     require_extra("matplotlib", extra="report", purpose="the heat maps")
-    with _working(arguments) as progress, _executor(arguments.scheduler) as executor:
+    from immunize_ext.schedulers import executor_of
+
+    logs = Path(arguments.out).with_name(f".{Path(arguments.out).name}.submitit")
+    with _working(arguments) as progress, executor_of(arguments.scheduler, logs) as executor:
         found = wing.run.sweep(
             settings,
             arguments.out,
@@ -302,16 +312,6 @@ def _sweep(parser: CommandParser, argv: Sequence[str], wing: _Wing, out: str) ->
         )
     _print_done(found.summary(), "report", Path(arguments.out) / "report.html")
     return 0
-
-
-@contextmanager
-def _executor(address: str | None) -> Iterator[Executor | None]:
-    if address is None:
-        yield None
-        return
-    distributed = require_extra("distributed", extra="cluster", purpose="--scheduler")
-    with distributed.Client(address) as client, client.get_executor() as executor:
-        yield executor
 
 
 def _sweep_kappa(parser: CommandParser, argv: Sequence[str]) -> int:
@@ -344,8 +344,8 @@ def attack(parser: CommandParser, argv: Sequence[str]) -> int:
     """Attack a finished run with other attackers or budgets.
 
     Attack a finished run again: both tasks of `immunize kappa`, the concepts of `immunize mima` and
-    `imma`. The results are added as a file of their own under RUN/attacks; nothing of the run is
-    changed. `immunize attack RUN --help` lists what attacks of that run can be told.
+    `imma`. The results and their page are added under RUN/attacks; nothing of the run is changed.
+    `immunize attack RUN --help` lists what attacks of that run can be told.
 
     Example:
         immunize attack runs/white --attacks adam lbfgs --budgets 100 1000
@@ -570,6 +570,48 @@ def merge_adapters(parser: CommandParser, argv: Sequence[str]) -> int:
         + (f"{ranks[0]}" if len(ranks) == 1 else f"{ranks[0]} to {ranks[-1]}")
     )
     print(f"adapter: {out}")
+    return 0
+
+
+def export_lora(parser: CommandParser, argv: Sequence[str]) -> int:
+    """Write what a run did to its model as a LoRA adapter.
+
+    Take the difference between the immunized model of a run, or one that was erased, and the model
+    it was made of, and write it as a LoRA adapter that diffusers or PEFT loads, at the numerical
+    rank of the difference or at --rank. Says the ranks and what is left out. Whoever leaves the
+    adapter out has the base model: a record of what was done, no protection.
+
+    Example:
+        immunize export-lora runs/mima --rank 16 --out runs/adapter
+    """
+    parser.usage = f"{parser.prog} RUN [OPTIONS]"
+    parser.add_argument("run_folder", metavar="RUN", help="run directory, or an erased pipeline")
+    parser.add_argument(
+        "--out", default="runs/adapter", metavar="DIR", help="folder to write (%(default)s)"
+    )
+    parser.add_argument(
+        "--format", choices=("peft", "diffusers"), default="diffusers", help="(%(default)s)"
+    )
+    parser.add_argument(
+        "--rank", type=int, metavar="R", help="most that is kept of a layer (default: all)"
+    )
+    parser.add_argument(
+        "--model", metavar="MODEL", help="the base model, where it stands elsewhere by now"
+    )
+    arguments = parser.parse_args(argv)
+    _text_to_image()
+    require_extra("safetensors", extra="report", purpose="adapter files")
+    from immunize_ext.text_to_image.adapter import export_lora as export
+
+    found = export(
+        arguments.run_folder,
+        arguments.out,
+        format=arguments.format,
+        rank=arguments.rank,
+        model=arguments.model,
+    )
+    print(found.summary())
+    print(f"adapter: {arguments.out}")
     return 0
 
 
@@ -810,6 +852,7 @@ COMMANDS: Mapping[str, Command] = MappingProxyType(
         "attack": attack,
         "certify": certify,
         "report": report,
+        "export-lora": export_lora,
         "merge-adapters": merge_adapters,
         "build-pipeline": build_pipeline,
         "doctor": doctor,

@@ -7,6 +7,7 @@ import pkgutil
 import pytest
 
 import immunize_ext
+from immunize_ext._extras import MissingExtraError
 
 
 def module_names() -> list[str]:
@@ -17,7 +18,10 @@ def module_names() -> list[str]:
 
 @pytest.mark.parametrize("name", module_names())
 def test_examples(name: str) -> None:
-    module = importlib.import_module(name)
+    try:
+        module = importlib.import_module(name)
+    except MissingExtraError as error:
+        pytest.skip(str(error))
     finder = doctest.DocTestFinder(exclude_empty=True)
     runner = doctest.DocTestRunner(optionflags=doctest.NORMALIZE_WHITESPACE | doctest.ELLIPSIS)
     report: list[str] = []

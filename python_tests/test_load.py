@@ -79,6 +79,45 @@ def test_local_version_of_torch_counts(record: Path) -> None:
     assert "was built for torch" in load(record).reason
 
 
+MINOR, PATCH = torch.__version__.partition("+")[0].rpartition(".")[::2]
+
+
+def test_another_patch_release_is_loaded(record: Path) -> None:
+    """The loader goes on to the binary, which is empty here."""
+    write(record, torch=f"{MINOR}.{int(PATCH) + 1}+cpu", cuda=None)
+    assert "is incomplete" in load(record).reason
+
+
+def test_another_minor_release_is_refused(record: Path) -> None:
+    first, _, second = MINOR.partition(".")
+    other = f"{first}.{int(second) + 1}.{PATCH}"
+    write(record, torch=other, cuda=None)
+    assert load(record).reason.startswith(f"it was built for torch {other}, but torch ")
+
+
+@pytest.mark.parametrize(
+    ("built", "built_cuda", "installed", "cuda", "loads"),
+    [
+        ("2.13.0+cpu", None, "2.13.1+cpu", None, True),
+        ("2.13.1", None, "2.13.0", "13.0", True),  # CPU kernels under a torch with CUDA
+        ("2.13.0+cu126", "12.6", "2.13.1+cu126", "12.6", True),
+        ("2.13.0+cu126", "12.6", "2.13.0+cu130", "13.0", False),
+        ("2.13.0+cu126", "12.6", "2.13.0+cpu", None, False),
+        ("2.13.0", None, "2.14.0", None, False),
+        ("2.1.0", None, "2.13.0", None, False),
+        ("2.13.0a0+git1a2b", None, "2.13.0", None, False),
+        ("2.13.0a0+git1a2b", None, "2.13.0a0+git3c4d", None, False),
+        ("2.13.0a0+git1a2b", None, "2.13.0a0+git1a2b", None, True),
+        ("2.13.0+rocm6.4", None, "2.13.0+cpu", None, False),
+        ("2.13.0rc1", None, "2.13.0", None, False),
+    ],
+)
+def test_what_was_built_for_one_torch_serves_its_minor(
+    built: str, built_cuda: str | None, installed: str, cuda: str | None, loads: bool
+) -> None:
+    assert _load.fits({"torch": built, "cuda": built_cuda}, installed, cuda) is loads
+
+
 def test_built_for_another_python(record: Path) -> None:
     write(record, python="3.8.1")
     for binary in record.parent.glob("_C*"):

@@ -5,6 +5,7 @@ from immunize_ext.ops.equal_diagonal import equal_diagonal_rotation
 from immunize_ext.ops.factor import RegularizationFactor
 from immunize_ext.ops.layers import convolution_matrix, map_layers
 from immunize_ext.ops.lora import MergeAdapter, as_lora, lora_state_dict, save_lora
+from immunize_ext.ops.lora_change import ChangeAdapter, adapter_of_change
 from immunize_ext.ops.lora_files import (
     LoraLayer,
     merge_lora_adapters,
@@ -48,6 +49,7 @@ from immunize_ext.ops.streaming import StreamedGram
 from immunize_ext.ops.tracker import SingularTracker, SpectrumTracker
 
 __all__ = [
+    "ChangeAdapter",
     "GramExtremes",
     "InputMoments",
     "LayerMoments",
@@ -65,6 +67,7 @@ __all__ = [
     "SpectrumTracker",
     "StreamedGram",
     "SymmetricExtremes",
+    "adapter_of_change",
     "as_lora",
     "collect_moments",
     "condition_number",

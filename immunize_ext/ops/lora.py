@@ -160,6 +160,15 @@ def save_lora(
         FileExistsError: If the folder exists.
         ImportError: If safetensors is not installed.
         ValueError: As :func:`lora_state_dict`.
+
+    Example:
+        >>> import tempfile, torch
+        >>> from immunize_ext.ops import MergeAdapter, read_lora, save_lora
+        >>> adapter = MergeAdapter(down=torch.ones(1, 3), up=[torch.ones(2, 1)])
+        >>> with tempfile.TemporaryDirectory() as folder:
+        ...     written = save_lora(adapter, ["attn2.to_k"], f"{folder}/lora", format="diffusers")
+        ...     [*read_lora(written)]
+        ['unet.attn2.to_k']
     """
     lora_state_dict(adapter, modules, format=format, prefix=prefix)  # refuses what does not fit
     part = prefix if format == "diffusers" else "model"  # which PEFT leaves out

@@ -8,9 +8,10 @@ brought together here:
   rank have patterns; in diffusers' files an ``.alpha`` beside the factors, else lora_alpha of the
   metadata, else 1.
 - Factors of a convolution, (r, i, *kernel) and (o, r, 1, ...), as matrices, with their kernel.
+- A bias of the up factor (PEFT's ``lora_bias``), which is added to the layer's own with the same s.
 
 What is no sum of such terms is refused by name: DoRA, whose magnitudes rescale the rows of
-W0 + s up down, so that its update depends on W0; trained biases; whole modules.
+W0 + s up down, so that its update depends on W0; copies of the model's own biases; whole modules.
 """
 
 from __future__ import annotations
@@ -42,22 +43,25 @@ _DOWN, _UP = ("lora_A", "lora.down", "lora_down"), ("lora_B", "lora.up", "lora_u
 _FACTOR = re.compile(
     r"^(?P<module>.+)\.(?P<part>lora_A|lora_B|lora[._]down|lora[._]up)(\.default)?\.weight$"
 )
+_BIAS = re.compile(r"^(?P<module>.+)\.(lora_B|lora[._]up)(\.default)?\.bias$")
 
 
 class LoraLayer(NamedTuple):
-    """The update of one module, s up down.
+    """The update of one module, s up down, and of its bias, s bias.
 
     Attributes:
         up: (o, r).
         down: (r, d), with d = i * kernel for a convolution.
         scale: s.
         kernel: (i, *kernel) of a convolution, () for a linear layer.
+        bias: (o,), None where it stays as it is.
     """
 
     up: Tensor
     down: Tensor
     scale: float = 1.0
     kernel: tuple[int, ...] = ()
+    bias: Tensor | None = None
 
     @property
     def rank(self) -> int:
@@ -81,7 +85,7 @@ def read_lora(path: str | os.PathLike[str], *, prefix: str = "unet") -> LoraLaye
     Raises:
         FileNotFoundError: If there is no adapter.
         MissingExtraError: If safetensors is not installed.
-        ValueError: If the file holds anything that is no sum of low-rank terms (DoRA, biases, whole
+        ValueError: If the file holds anything that is no sum of low-rank terms (DoRA, whole
             modules), names of another tool, or factors that do not fit each other.
 
     Example:
@@ -154,6 +158,8 @@ def write_lora(
         )
     if target.exists():
         raise FileExistsError(f"{function}: {target} exists; choose another folder or remove it")
+    # All layers have one or none does, in what libraries make of the file.
+    biased = any(layer.bias is not None for layer in layers.values())
     state = {}
     for name, layer in layers.items():
         module = _ROOT + name.partition(".")[2] if format == "peft" else name
@@ -161,21 +167,25 @@ def write_lora(
         if layer.kernel:
             down = down.reshape(layer.rank, *layer.kernel)
             up = up.reshape(*up.shape, *(1,) * (len(layer.kernel) - 1))
+        tensors = {"lora_A.weight": down, "lora_B.weight": up}
+        if biased:
+            bias = up.new_zeros(len(up)) if layer.bias is None else layer.scale * layer.bias
+            tensors["lora_B.bias"] = bias.to(up)
         # A copy each: safetensors refuses tensors that share memory.
-        for part, tensor in (("lora_A", down), ("lora_B", up)):
-            state[f"{module}.{part}.weight"] = tensor.detach().cpu().contiguous().clone()
+        for part, tensor in tensors.items():
+            state[f"{module}.{part}"] = tensor.detach().cpu().contiguous().clone()
     with new_folder(target) as writing:
         safetensors.save_file(state, writing / FILES[format], metadata={"format": "pt"})
         if format == "peft":
             ranks = {name.partition(".")[2]: layer.rank for name, layer in layers.items()}
-            config = json.dumps(peft_config(ranks), indent=2) + "\n"
+            config = json.dumps(peft_config(ranks, biased=biased), indent=2) + "\n"
             (writing / CONFIG).write_text(config, encoding="utf-8")
         if target.exists():  # someone was faster
             raise FileExistsError(f"{function}: {target} exists; choose another folder")
     return target
 
 
-def peft_config(ranks: Mapping[str, int]) -> dict[str, Any]:
+def peft_config(ranks: Mapping[str, int], *, biased: bool = False) -> dict[str, Any]:
     """PEFT's config of an adapter with scale 1: by module name, its rank."""
     most = max(ranks.values())
     # A pattern matches the end of a name unless it says where to begin.
@@ -187,6 +197,7 @@ def peft_config(ranks: Mapping[str, int]) -> dict[str, Any]:
         "lora_alpha": most,
         "lora_dropout": 0.0,
         "bias": "none",
+        **({"lora_bias": True} if biased else {}),
         # One pattern of full names: names in a list match the ends of other names as well, and PEFT
         # would wrap those modules with adapters that do nothing but cost.
         "target_modules": "|".join(re.escape(name) for name in ranks),
@@ -248,6 +259,11 @@ def merge_lora_adapters(
     merged: LoraLayers = {}
     for name in dict.fromkeys(name for adapter in adapters for name in adapter):
         present = next(adapter[name] for adapter in adapters if name in adapter)
+        if any(name in adapter and adapter[name].bias is not None for adapter in adapters):
+            raise ValueError(
+                f"{function}: adapters must hold updates of matrices alone, got a bias (lora_bias) "
+                f"of {name!r}"
+            )
         columns = [
             _present(function, name, n, adapter.get(name), present)
             for n, adapter in enumerate(adapters)
@@ -356,6 +372,8 @@ def _layers_of(
         if match is not None:
             part = "down" if match["part"] in _DOWN else "up"
             found.setdefault(match["module"], {})[part] = tensor
+        elif (match := _BIAS.match(name)) is not None:
+            found.setdefault(match["module"], {})["bias"] = tensor
         elif name.endswith(".alpha") and not name.startswith("lora_"):
             found.setdefault(name.removesuffix(".alpha"), {})["alpha"] = tensor
         else:
@@ -374,10 +392,16 @@ def _layers_of(
         down, up = tensors["down"], tensors["up"]
         r = down.shape[0]
         fits = down.dim() >= 2 and up.dim() == down.dim() and up.shape[1] == r
+        bias = tensors.get("bias")
         if not fits or any(size != 1 for size in up.shape[2:]):
             raise ValueError(
                 f"{function}: {file} must hold factors (r, d) and (o, r) of {module}, got "
                 f"{tuple(down.shape)} and {tuple(up.shape)}"
+            )
+        if bias is not None and bias.shape != up.shape[:1]:
+            raise ValueError(
+                f"{function}: {file} must hold a bias ({len(up)},) of {module}, got "
+                f"{tuple(bias.shape)}"
             )
         part, _, inner = module.partition(".")
         config, relative = (
@@ -386,7 +410,9 @@ def _layers_of(
         alpha = tensors.get("alpha")
         kernel = tuple(down.shape[1:]) if down.dim() > 2 else ()
         scale = _scale(relative, r, None if alpha is None else float(alpha), config)
-        layers[module] = LoraLayer(up.flatten(1), down.flatten(1), scale, kernel)
+        if bias is not None and not bool(bias.any()):
+            bias = None  # PEFT writes one for every layer or for none
+        layers[module] = LoraLayer(up.flatten(1), down.flatten(1), scale, kernel, bias)
     if not layers:
         raise ValueError(f"{function}: {file} must hold factors of LoRA, got none")
     return layers
@@ -399,7 +425,6 @@ _DORA = (
 _REFUSED_SETTINGS = {
     "use_dora": _DORA,
     "fan_in_fan_out": "holds transposed weights (fan_in_fan_out), which are not supported",
-    "lora_bias": "holds biases (lora_bias), which are no update of a matrix",
     "modules_to_save": "holds whole modules (modules_to_save), which are no low-rank updates",
 }
 

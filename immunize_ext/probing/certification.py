@@ -23,7 +23,7 @@ from immunize_ext.probing.immunizers import METHODS, Immunized
 from immunize_ext.probing.run import RunSettings, reopen
 from immunize_ext.seams import Progress
 from immunize_ext.settings import check_types, settings_of
-from immunize_ext.storage import SCHEMA, environment, to_json, write_numbered
+from immunize_ext.storage import SCHEMA, environment, to_json
 
 KIND = "kappa-certificate"
 
@@ -147,10 +147,7 @@ def certify_run(
             "environment": environment(),
         }
     )
-    path = write_numbered(Path(folder) / "certificates", record)
-    page = report.render(record)
-    path.with_suffix(".html").write_text(page, encoding="utf-8")
-    return CertifiedRun(record, path)
+    return CertifiedRun(record, report.write_record(record, Path(folder) / "certificates"))
 
 
 def _benign(about: RunSettings, problem: Problem[Task], names: tuple[str, ...]) -> tuple[Task, ...]:

@@ -99,6 +99,46 @@ def convergence(one: Attacked) -> Draw:
     return draw
 
 
+def slowdowns(heading: str, attacks: Sequence[Attacked], labels: Sequence[str]) -> Draw:
+    """How many times the steps each attacker needs, on both tasks.
+
+    Args:
+        heading: Title of the plot.
+        attacks: What was measured.
+        labels: Their attackers, from the top.
+    """
+
+    def draw(axes: Axes) -> None:
+        title(axes, heading)
+        for role, marker in (("harmful", "o"), ("primary", "s")):
+            colour = COLOURS[f"--{role}"]
+            of_role = [one for one in attacks if one.role == role]
+            for index, one in enumerate(of_role):
+                axes.plot(
+                    [max(one.slowdown.ratio, 1e-3)],
+                    [labels.index(one.attacker.label)],
+                    marker,
+                    color=colour,
+                    markerfacecolor="none" if one.slowdown.censored else colour,
+                    markersize=8,
+                    label=f"{role} task" if index == 0 else None,
+                )
+        axes.axvline(1.0, color=COLOURS["--muted"], linewidth=1.0, dashes=(1, 2))
+        axes.set_xscale("log")
+        low, high = axes.get_xlim()
+        axes.set_xlim(min(low, 0.5), max(high, 2.0))
+        axes.xaxis.set_major_formatter(lambda value, _: f"{_tick(value)}×")
+        axes.xaxis.set_minor_formatter(lambda *_: "")
+        axes.set_yticks(range(len(labels)), labels, fontsize=10)
+        axes.set_ylim(len(labels) - 0.4, -0.6)
+        left, bottom, width, height = axes.get_position().bounds
+        # Room for the names, and for the ticks below however many rows there are.
+        axes.set_position((left + 0.22, bottom, width - 0.22, height))
+        _legend(axes)
+
+    return draw
+
+
 def accuracy(one: Attacked) -> Draw:
     """Test accuracy over the steps of one attacker, without and with immunization."""
 

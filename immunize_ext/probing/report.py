@@ -26,7 +26,8 @@ from immunize_ext.report.words import (
 Results = Mapping[str, Any]
 
 
-_TASKS = {"harmful": "harmful task", "primary": "task to keep"}
+# What sentences call the tasks.
+TASKS = {"harmful": "harmful task", "primary": "task to keep"}
 
 
 # --- sentences ----------------------------------------------------------------------------------
@@ -197,7 +198,7 @@ def _cards(found: Mapping[str, Mapping[str, Attacked]]) -> list[dict[str, str]]:
         {
             "role": role,
             "value": times(found[role]["gradient_descent"].slowdown),
-            "words": f"the steps to learn the {_TASKS[role]} by gradient descent",
+            "words": f"the steps to learn the {TASKS[role]} by gradient descent",
             "note": "",
         }
         for role in ROLES
@@ -363,7 +364,7 @@ def _cost_rows(results: Results) -> list[list[str]]:
     for role, ratios in results.get("norm_ratio", {}).items():
         rows += [
             [
-                f"Distance to the best head after {step} line-search steps, {_TASKS[role]}",
+                f"Distance to the best head after {step} line-search steps, {TASKS[role]}",
                 number(ratios["without"][step]),
                 number(ratios["with"][step]),
             ]
@@ -401,7 +402,7 @@ def _more_rows(results: Results) -> list[list[str]]:
     for role, ratios in results.get("spectral_slowdown", {}).items():
         rows.append(
             [
-                f"Slow-down on the training loss from the spectrum alone, {_TASKS[role]}",
+                f"Slow-down on the training loss from the spectrum alone, {TASKS[role]}",
                 *(f"{name.replace('_', ' ')} {number(r)}×" for name, r in ratios.items()),
             ]
         )
@@ -409,7 +410,7 @@ def _more_rows(results: Results) -> list[list[str]]:
         rows += [
             [
                 f"RFD of the {field.replace('_', ' ')} over "
-                f"{count(degradation['steps'], 'step')}, {_TASKS[role]}",
+                f"{count(degradation['steps'], 'step')}, {TASKS[role]}",
                 f"{real(degradation[field]['signed']):+.1f} % signed",
                 f"{real(degradation[field]['absolute']):.1f} % absolute",
             ]
@@ -575,28 +576,3 @@ def summary(results: Results) -> str:
     ]
     remarks = [f"warning: {text}" for text in results["warnings"]]
     return "\n".join([*lines, *([""] if remarks else []), *remarks])
-
-
-def attack_summary(record: Results) -> str:
-    """What further attacks on a run gave, in plain text.
-
-    Args:
-        record: Content of a file under ``RUN/attacks``.
-    """
-    from immunize_ext.probing.results import attackers_of
-
-    named = {"slowdown": {"harmful": {row["attacker"]: 1.0 for row in record["attacks"]}}}
-    labels = {n: i.label for n, i in attackers_of({**record, **named}).items()}
-    rows = [("attacker", "task", "slow-down", "steps before", "after")]
-    lines = []
-    for row in record["attacks"]:
-        label = labels[row["attacker"]]
-        slowdown = Slowdown(real(row["slowdown"]), row["is_lower_bound"])
-        after = "not there" if row["steps_with"] is None else f"{row['steps_with']:,}"
-        rows.append((label, row["role"], in_words(slowdown), f"{row['steps_without']:,}", after))
-        lines += [
-            f"  {label}, {row['role']}, {count(outcome['steps'], 'step')}: test loss "
-            f"{number(outcome['loss_with'])}, {number(outcome['loss_without'])} without"
-            for outcome in row.get("budgets", ())
-        ]
-    return "\n".join([text_table(rows), *lines])

@@ -23,8 +23,8 @@ from typing import Any, Literal
 import torch
 
 from immunize_ext import report
+from immunize_ext.probing import attack_report, comparison_report
 from immunize_ext.probing import comparison as points_of_runs
-from immunize_ext.probing import comparison_report
 from immunize_ext.probing import report as pages
 from immunize_ext.probing.attacks import (
     ATTACKS,
@@ -69,7 +69,6 @@ from immunize_ext.storage import (
     work_folder,
     write_json,
     write_json_lines,
-    write_numbered,
     write_whole,
 )
 from immunize_ext.sweep import run_sweep
@@ -624,7 +623,7 @@ class AttackRecord:
 
     Attributes:
         record: The content of the file.
-        path: The file.
+        path: The file; its page stands beside it.
     """
 
     record: dict[str, Any]
@@ -636,7 +635,7 @@ class AttackRecord:
 
     def summary(self) -> str:
         """The table of attackers, and where it was added."""
-        return f"{pages.attack_summary(self.record)}\n\nadded: {self.path}"
+        return f"{attack_report.summary(self.record)}\n\nadded: {self.path}"
 
 
 def attack(
@@ -650,12 +649,14 @@ def attack(
         progress: Called with what is being done and the share done so far.
 
     Returns:
-        What was added under ``folder/attacks``.
+        What was added under ``folder/attacks``: a JSON file and its page.
 
     Raises:
         FileNotFoundError: If there is no such run.
+        MissingExtraError: If a package that draws is not installed.
         ValueError: If it is no single run, its data has changed, or a setting is out of range.
     """
+    report.check_extras()
     changes = {
         name: value
         for name in ("loss", "base_budget", "limit", "data_dir", "device")
@@ -675,6 +676,7 @@ def attack(
     record = {
         "schema": SCHEMA,
         "kind": "kappa-attack",
+        "method": immunized.method,
         "loss": about.loss,
         "base_budget": about.base_budget,
         "limit": about.limit,
@@ -689,7 +691,7 @@ def attack(
         "seconds": time.perf_counter() - started,
         "environment": environment(),
     }
-    return AttackRecord(record, write_numbered(Path(folder) / "attacks", record))
+    return AttackRecord(record, report.write_record(record, Path(folder) / "attacks"))
 
 
 def reopen(

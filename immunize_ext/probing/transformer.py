@@ -35,12 +35,15 @@ class ImmunizedFeatures(
 
     Args:
         harmful: The task to make hard: ``(x, y)``, the features those of the inputs to be fitted.
+            Steps that stand before this one in a pipeline do not see it; where there are any, mark
+            the rows instead (:meth:`fit`).
         method: Name of a method (:data:`immunize_ext.probing.METHODS`).
         settings: Settings of the method by name.
 
     Attributes:
         immunized_: What the method gave, with theta, settings and history.
         n_features_in_: Number p of features.
+        feature_names_in_: Their names, where the inputs had some.
 
     Note:
         Deterministic; computed in float64 on the CPU.
@@ -65,30 +68,68 @@ class ImmunizedFeatures(
         self.method = method
         self.settings = settings
 
-    def fit(self, X: ArrayLike, y: ArrayLike) -> ImmunizedFeatures:
+    def fit(
+        self, X: ArrayLike, y: ArrayLike, harmful_rows: ArrayLike | None = None
+    ) -> ImmunizedFeatures:
         """Immunize against the harmful task.
 
         Args:
             X: Inputs of the task to keep, shape ``(n, p)``.
-            y: Their targets, shape ``(n,)``: numbers, or names or whole numbers of classes.
+            y: Their targets, shape ``(n,)``: numbers, or names or whole numbers of classes; 0 and 1
+                are classes in any dtype.
+            harmful_rows: Which of these samples are those of the harmful task, boolean ``(n,)``, in
+                place of ``harmful``; the others are to be kept. By scikit-learn's metadata routing
+                a pipeline hands it on, and a search splits it like y:
+                ``set_fit_request(harmful_rows=True)``.
 
         Returns:
             Itself.
 
         Raises:
-            ValueError: If there is no harmful task, shapes do not fit, or a name or a setting is
-                unknown.
+            ValueError: If there is no harmful task or two, shapes do not fit, or a name or a
+                setting is unknown.
+
+        Example:
+            >>> rng = np.random.default_rng(0)
+            >>> x = rng.normal(size=(80, 3))
+            >>> x[40:] *= [1.0, 2.0, 3.0]
+            >>> features = ImmunizedFeatures(method="whitening")
+            >>> features.fit(x, x[:, 0], harmful_rows=np.arange(80) >= 40).transform(x).shape
+            (80, 3)
         """
-        if self.harmful is None or len(self.harmful) != 2:
-            raise ValueError(
-                "ImmunizedFeatures: harmful must be (x, y) of the task to make hard, got "
-                f"{'none' if self.harmful is None else f'{len(self.harmful)} parts'}"
-            )
         method = METHODS.build(self.method, dict(self.settings or {}), "ImmunizedFeatures")
-        primary, harm = _whole("to keep", X, y), _whole("to make hard", *self.harmful)
-        self.immunized_ = method.fit(None, Problem.of(primary, harm))
-        self.n_features_in_ = self._n_features_out = primary.num_features
+        labels = None if y is None else label_array(y)
+        x, y = _validation.validate_data(
+            self, X, labels, ensure_min_samples=2, **_as_targets(labels)
+        )
+        primary, harmful = self._tasks(x, y, harmful_rows)
+        tasks = _whole("to keep", *primary), _whole("to make hard", *harmful)
+        self.immunized_ = method.fit(None, Problem.of(*tasks))
+        self._n_features_out = self.immunized_.theta.shape[1]
         return self
+
+    def _tasks(self, x: Any, y: Any, rows: ArrayLike | None) -> tuple[Any, Any]:
+        """Samples of the task to keep and of the harmful one."""
+        if rows is None:
+            if self.harmful is None or len(self.harmful) != 2:
+                raise ValueError(
+                    "ImmunizedFeatures: harmful must be (x, y) of the task to make hard, got "
+                    f"{'none' if self.harmful is None else f'{len(self.harmful)} parts'}; or mark "
+                    "its samples with harmful_rows"
+                )
+            z, labels = self.harmful[0], label_array(self.harmful[1])
+            return (x, y), _validation.check_X_y(z, labels, **_as_targets(labels))
+        chosen = np.asarray(rows)
+        if self.harmful is not None:
+            raise ValueError(
+                "ImmunizedFeatures: harmful must be None beside harmful_rows, got both"
+            )
+        if chosen.dtype != np.bool_ or chosen.shape != (len(x),) or len({*chosen.tolist()}) < 2:
+            raise ValueError(
+                f"ImmunizedFeatures: harmful_rows must be {len(x)} booleans, of both kinds, got "
+                f"{chosen.dtype} of shape {chosen.shape}"
+            )
+        return (x[~chosen], y[~chosen]), (x[chosen], y[chosen])
 
     def transform(self, X: ArrayLike) -> NDArray[np.float64]:
         """Features of inputs.
@@ -97,26 +138,32 @@ class ImmunizedFeatures(
             X: Shape ``(n, p)``.
 
         Returns:
-            ``X @ theta``, shape ``(n, p)``.
+            ``X @ theta``, shape ``(n, q)``; q = p but for methods that take directions away.
 
         Raises:
-            ValueError: If the number of features is another one than was fitted.
+            ValueError: If the number or the names of features are others than were fitted.
             sklearn.exceptions.NotFittedError: Before :meth:`fit`.
         """
         _validation.check_is_fitted(self, "immunized_")
-        x = _validation.check_array(X, dtype=np.float64)
-        if x.shape[1] != self.n_features_in_:
-            raise ValueError(
-                f"ImmunizedFeatures: X must have {self.n_features_in_} features as in fit, got "
-                f"{x.shape[1]}"
-            )
+        x = _validation.validate_data(self, X, dtype=np.float64, reset=False)
         found: NDArray[np.float64] = x @ self.immunized_.theta.cpu().numpy()
         return found
 
+    def __sklearn_tags__(self) -> Any:
+        tags = super().__sklearn_tags__()
+        tags.target_tags.required = True
+        return tags
 
-def _whole(name: str, x: ArrayLike, y: ArrayLike) -> Task:
+
+def _as_targets(labels: NDArray[Any] | None) -> dict[str, Any]:
+    """What scikit-learn is to make of inputs and targets; names of classes are no numbers."""
+    texts = labels is not None and labels.dtype.kind in "US"
+    return {"dtype": np.float64, "y_numeric": not texts}
+
+
+def _whole(name: str, x: Any, y: Any) -> Task:
     """A task whose samples are all to train on; who fits a transformer tests elsewhere."""
-    y = label_array(y)
-    checked = _validation.check_X_y(x, y, dtype=np.float64, y_numeric=y.dtype.kind not in "US")
-    inputs, targets = (np.ascontiguousarray(part) for part in checked)
+    if y.dtype.kind in "bf" and np.isin(y, (0, 1)).all():
+        y = y.astype(np.int64)
+    inputs, targets = (np.ascontiguousarray(part) for part in (x, y))
     return Task.of((inputs, targets, inputs, targets), name)

@@ -5,9 +5,17 @@ from __future__ import annotations
 from typing import Any
 
 from immunize_ext._moved import look_up
-from immunize_ext.report.page import Page, Panel, check_extras, register, render, write
+from immunize_ext.report.page import (
+    Page,
+    Panel,
+    check_extras,
+    register,
+    render,
+    write,
+    write_record,
+)
 
-__all__ = ["Page", "Panel", "check_extras", "register", "render", "write"]
+__all__ = ["Page", "Panel", "check_extras", "register", "render", "write", "write_record"]
 
 
 def __getattr__(name: str) -> Any:

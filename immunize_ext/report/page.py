@@ -17,7 +17,7 @@ from typing import Any
 from immunize_ext._extras import require_extra
 from immunize_ext.report import words
 from immunize_ext.report.plots import PANEL, Draw, panel_svg, panels_png
-from immunize_ext.storage import write_file
+from immunize_ext.storage import write_file, write_numbered
 
 REPORT = "report.html"
 
@@ -67,10 +67,12 @@ _makers: dict[str, Maker] = {}
 # Who registers the kinds of this package; imported when the first page of theirs is asked for.
 _REGISTRANTS = {
     "kappa": "immunize_ext.probing.report",
+    "kappa-attack": "immunize_ext.probing.attack_report",
     "kappa-certificate": "immunize_ext.probing.certificate_report",
     "kappa-sweep": "immunize_ext.probing.comparison_report",
     "kappa-comparison": "immunize_ext.probing.comparison_report",
     "mima": "immunize_ext.text_to_image.report",
+    "mima-attack": "immunize_ext.text_to_image.report",
     "mima-sweep": "immunize_ext.text_to_image.comparison",
     "demo": "immunize_ext.report.demo",
 }
@@ -218,3 +220,24 @@ def write(results: Mapping[str, Any], folder: str | Path) -> None:
             files[f"{group}.png"] = drawn
     for name, content in files.items():
         write_file(Path(folder) / name, content)
+
+
+def write_record(results: Mapping[str, Any], folder: Path) -> Path:
+    """Write results and their page under the next free number: ``001.json`` and ``001.html``.
+
+    Args:
+        results: As for :func:`render`.
+        folder: Where; made if it is not there, its parent must be.
+
+    Returns:
+        The JSON file.
+
+    Raises:
+        ValueError: As :func:`render`; nothing is then written.
+        MissingExtraError: As :func:`render`.
+        OSError: If a file cannot be written.
+    """
+    page = render(results)
+    path = write_numbered(folder, results)
+    write_file(path.with_suffix(".html"), page.encode())
+    return path

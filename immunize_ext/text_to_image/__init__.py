@@ -22,6 +22,7 @@ from immunize_ext.text_to_image.weight_edit import WeightEdit, apply_edit
 
 if TYPE_CHECKING:
     from immunize_ext.text_to_image import (
+        adapter,
         attacks,
         concepts,
         digits,
@@ -35,7 +36,9 @@ if TYPE_CHECKING:
     from immunize_ext.text_to_image.evaluation import evaluate_text_to_image
     from immunize_ext.text_to_image.immunizers import METHODS, ImmunizedPipeline
 
-_MODULES = ("attacks", "concepts", "digits", "evaluation", "immunizers", "metrics", "run")
+_MODULES = (
+    *("adapter", "attacks", "concepts", "digits", "evaluation", "immunizers", "metrics", "run"),
+)
 _PLACES = {
     "ATTACKS": "attacks",
     "METHODS": "immunizers",
@@ -55,6 +58,7 @@ __all__ = [
     "TextProjection",
     "TextToImage",
     "WeightEdit",
+    "adapter",
     "apply_edit",
     "attacks",
     "concepts",

@@ -204,6 +204,26 @@ def load_concepts(path: str | Path, *, size: int | tuple[int, int] | None = None
         ValueError: If it says something else than the module docstring allows; the message names
             the file and the key.
         MissingExtraError: If PyYAML is not installed.
+
+    Example:
+        >>> import tempfile
+        >>> from PIL import Image
+        >>> text = '''
+        ... concepts:
+        ...   - name: cat
+        ...     prompts: ["a photo of a {}"]
+        ...     anchor: animal
+        ...     images: {attack: ., immunize: other}
+        ... captions: [a red car]
+        ... '''
+        >>> with tempfile.TemporaryDirectory() as folder:
+        ...     (Path(folder) / "other").mkdir()
+        ...     Image.new("RGB", (2, 2), (90, 30, 60)).save(f"{folder}/0.png")
+        ...     Image.new("RGB", (2, 2), (10, 20, 30)).save(f"{folder}/other/0.png")
+        ...     _ = (Path(folder) / "concepts.yaml").write_text(text)
+        ...     found = load_concepts(f"{folder}/concepts.yaml")
+        >>> found.names, found.concepts[0].prompts, found.captions
+        (('cat',), ('a photo of a cat',), ('a red car',))
     """
     file = Path(path)
     if not file.is_file():

@@ -656,6 +656,22 @@ def evaluate_text_to_image(
 
     Note:
         Deterministic on the CPU for a given number of threads. Neither model is changed.
+
+    Example:
+        >>> from immunize_ext.text_to_image.attacks import ATTACKS
+        >>> from immunize_ext.text_to_image.digits.concepts import digit_concepts
+        >>> from immunize_ext.text_to_image.digits.pipeline import load_digits_pipeline
+        >>> def brightness(images, concept):
+        ...     return float(images.mean())
+        >>> model, one = load_digits_pipeline(), Sampling(images=1, steps=1)
+        >>> concepts = ConceptSet(digit_concepts(("three",)).concepts)
+        >>> found = evaluate_text_to_image(
+        ...     model, model, concepts, attacks=[ATTACKS["kv_fine_tuning"]],
+        ...     measures={"brightness": brightness}, steps=1, evaluate_at=(0, 1), seeds=(0,),
+        ...     sampling=one, kept_images=0,
+        ... )
+        >>> found.attacks, found.comparison("kv_fine_tuning", "three").steps
+        (('kv_fine_tuning',), (0, 1))
     """
     _checked(
         attacks,

@@ -117,8 +117,9 @@ def remarks(results: Results) -> list[str]:
             f"The control, erased and not immunized, has a gap of {_gap(control)}: part of the "
             "protection is damage to the model."
         )
-    rows = {row["method"]: row["msgr"] for row in results["mima"].get("methods", ())}
-    simple, own = rows.get("loss_ascent"), rows.get(results["method"])
+    # Further attacks on a run compare no methods.
+    rows = {row["method"]: row["msgr"] for row in results.get("mima", {}).get("methods", ())}
+    simple, own = rows.get("loss_ascent"), rows.get(results.get("method"))
     if simple and own and results["method"] != "loss_ascent" and _mean(simple) >= _mean(own):
         found.append(
             f"Plain loss ascent does no worse (MSGR {_mean(simple):.2f} against {_mean(own):.2f}): "
@@ -216,17 +217,8 @@ def _cost(measured: Measured) -> str:
 
 
 def _items(results: Results, measured: Measured) -> list[tuple[str, str]]:
-    first, strongest = measured.attacks[0], measured.strongest
+    first = measured.attacks[0]
     names = ", ".join(f"“{name}”" for name in measured.targets)
-    reached = measured.reached(strongest)
-    best = measured.label(strongest)
-    if len(measured.attacks) == 1:
-        against = f"{best} is the only attack that was tried: "
-    else:
-        against = f"Of {count(len(measured.attacks), 'attack')} tried, {best} does best: "
-    against += f"it reaches {reached.mean:.0%} {measured.measure}"
-    against += f" ({reached.extent()}). " if reached.extent() else ". "
-    against += measured.delay(strongest).sentence(best)
     return [
         (
             "What was protected",
@@ -239,8 +231,23 @@ def _items(results: Results, measured: Measured) -> list[tuple[str, str]]:
             f"{measured.delay(first).sentence(measured.label(first))}{_specific(measured)}",
         ),
         ("At what cost", _cost(measured)),
-        ("Not against", f"{against} Whoever trains longer, harder or other layers gets there."),
+        (
+            "Not against",
+            f"{_strongest(measured)} Whoever trains longer, harder or other layers gets there.",
+        ),
     ]
+
+
+def _strongest(measured: Measured) -> str:
+    """Who gets furthest, and how far."""
+    reached, best = measured.reached(measured.strongest), measured.label(measured.strongest)
+    if len(measured.attacks) == 1:
+        said = f"{best} is the only attack that was tried: "
+    else:
+        said = f"Of {count(len(measured.attacks), 'attack')} tried, {best} does best: "
+    said += f"it reaches {reached.mean:.0%} {measured.measure}"
+    said += f" ({reached.extent()}). " if reached.extent() else ". "
+    return said + measured.delay(measured.strongest).sentence(best)
 
 
 def method_label(results: Results) -> str:
@@ -414,7 +421,6 @@ def page(results: Results) -> Page:
     if not context["judged"]:
         return Page(headline(results), "mima.html.j2", context)
     measured = Measured(results)
-    first = measured.attacks[0]
     context |= {
         "cards": _cards(measured),
         "items": _items(results, measured),
@@ -422,10 +428,20 @@ def page(results: Results) -> Page:
             {**grid, "attack": measured.label(grid["attack"])}
             for grid in results["mima"].get("grids", [])
         ],
-        "measures": [measured.measure, *measured.others],
-        "beside": _beside_rows(measured),
         "unattacked": _unattacked_rows(measured),
         "unattacked_grids": results["mima"].get("unattacked", []),
+        "methods": _method_rows(results),
+        **_attack_context(measured),
+    }
+    return Page(headline(results), "mima.html.j2", context, {"curves": _panels(measured)})
+
+
+def _attack_context(measured: Measured) -> dict[str, Any]:
+    """What tells how every attack went."""
+    trials = measured.scores("immunized", measured.attacks[0])[0].trials
+    return {
+        "measures": [measured.measure, *measured.others],
+        "beside": _beside_rows(measured),
         "judge_errs": measured.knows_errors,
         "seeds": len(measured.seeds),
         "threshold": measured.threshold,
@@ -434,12 +450,33 @@ def page(results: Results) -> Page:
         "judged_at": ["MSGR", *(f"step {step}" for step in _judged(measured))],
         "gaps": _gap_rows(measured),
         "attacks": _attack_rows(measured),
-        "intervals": bool(measured.scores("immunized", first)[0].trials),
-        "images": measured.scores("immunized", first)[0].trials,
-        "methods": _method_rows(results),
+        "intervals": bool(trials),
+        "images": trials,
         "definitions": measured.definitions,
     }
-    return Page(headline(results), "mima.html.j2", context, {"curves": _panels(measured)})
+
+
+@register("mima-attack")
+def attack_page(record: Results) -> Page:
+    """The page of further attacks on a run.
+
+    Args:
+        record: Content of a file under ``RUN/attacks``.
+
+    Returns:
+        What stands in it.
+    """
+    measured = Measured(record)
+    method = record["config"].get("method")
+    context = {
+        "method": "an immunized model" if method is None else in_words(method),
+        "verdict": _strongest(measured),
+        "warnings": remarks(record),
+        "settings": record["config"],
+        "run": record["environment"],
+        **_attack_context(measured),
+    }
+    return Page(headline(record), "mima_attack.html.j2", context, {"curves": _panels(measured)})
 
 
 # --- the terminal -------------------------------------------------------------------------------

@@ -9,6 +9,7 @@ Whatever ``immunize mima`` and its relatives do is one of these functions.
 
 from __future__ import annotations
 
+import json
 import shutil
 import time
 from collections.abc import Mapping, Sequence
@@ -18,6 +19,8 @@ from functools import partial
 from itertools import product
 from pathlib import Path
 from typing import Any
+
+import torch
 
 from immunize_ext import report
 from immunize_ext._extras import require_extra
@@ -32,9 +35,9 @@ from immunize_ext.storage import (
     environment,
     read_results,
     run_directory,
+    to_json,
     work_folder,
     write_json,
-    write_numbered,
     write_whole,
 )
 from immunize_ext.sweep import run_sweep
@@ -56,6 +59,7 @@ from immunize_ext.text_to_image.immunizers import (
     method_label,
 )
 from immunize_ext.text_to_image.immunizers import erase as erase_concepts
+from immunize_ext.text_to_image.model import TextToImage
 from immunize_ext.text_to_image.pipeline_folder import INDEX
 from immunize_ext.text_to_image.plots import grid_entries, unattacked_entries
 from immunize_ext.text_to_image.projections import describe_projections, find_text_projections
@@ -80,6 +84,7 @@ from immunize_ext.text_to_image.task import (
 
 KIND = "mima"
 PIPELINE = "pipeline"
+ERASURE = "erasure.json"
 
 # Images of each step and concept that a page shows.
 _SHOWN = 3
@@ -415,19 +420,44 @@ class Erased:
     """A model from which concepts were erased.
 
     Attributes:
+        settings: What was asked for.
         immunized: The model.
         projections: The edited layers in words.
         found: What was found of each concept in its prompts.
+        changes: By name of each parameter that changed, |W - W0|_F / |W0|_F.
+        base: Digest of the model that it was made of.
     """
 
+    settings: EraseSettings
     immunized: ImmunizedPipeline
     projections: str
     found: tuple[str, ...]
+    changes: dict[str, float]
+    base: str
+
+    def record(self, command: str | None = None) -> dict[str, Any]:
+        """What ``erasure.json`` holds, beside the command line that asked for it."""
+        return {
+            "schema": SCHEMA,
+            "kind": "erasure",
+            "command": command,
+            "config": plain(self.settings),
+            "base_model_digest": self.base,
+            "concepts": list(self.immunized.config["concepts"]),
+            "retained": list(self.immunized.config["retain"]),
+            "found": list(self.found),
+            "projections": self.projections,
+            "relative_changes": self.changes,
+            "seconds": self.immunized.seconds,
+            "environment": environment(self.immunized.model.device),
+        }
 
     def summary(self) -> str:
         """What was erased, and in which layers."""
         names = ", ".join(self.immunized.config["concepts"])
-        return "\n".join([f"erased {names} in {self.projections}", *self.found])
+        sizes = self.changes.values()
+        changed = f"changed by {min(sizes):.1%} to {max(sizes):.1%} of their norms"
+        return "\n".join([f"erased {names} in {self.projections}, {changed}", *self.found])
 
 
 def erase(
@@ -435,14 +465,17 @@ def erase(
     out: str | Path | None = None,
     *,
     force: bool = False,
+    command: str | None = None,
     progress: Progress | None = None,
 ) -> Erased:
     """Erase concepts and write the edited pipeline; the model given is not changed.
 
     Args:
         settings: What to erase. All of it is checked before any work.
-        out: The folder to write, in diffusers' layout.
+        out: The folder to write, in diffusers' layout, with ``erasure.json``: what was done, with
+            which versions, and how far each layer moved.
         force: Whether a pipeline that is there already is replaced.
+        command: The command line that asked for it, for the record.
         progress: Called with what is being done and the share done so far.
 
     Returns:
@@ -471,9 +504,28 @@ def erase(
     tell(layers, 0.3)
     immunized = method.fit(model, chosen)
     tell("writing", 0.9)
+    erased = Erased(
+        settings,
+        immunized,
+        layers,
+        tuple(describe_erasure(chosen.concepts)),
+        _relative_changes(model, immunized.model),
+        model.digest(),
+    )
     if target is not None:
-        immunized.model.save(target, overwrite=force)
-    return Erased(immunized, layers, tuple(describe_erasure(chosen.concepts)))
+        text = json.dumps(to_json(erased.record(command)), indent=2, ensure_ascii=False) + "\n"
+        immunized.model.save(target, overwrite=force, extra={ERASURE: text})
+    return erased
+
+
+def _relative_changes(before: TextToImage, after: TextToImage) -> dict[str, float]:
+    """How far each parameter of the denoiser moved, of those that did."""
+    old = before.unet.state_dict()
+    return {
+        name: float((now.double() - old[name]).norm() / old[name].double().norm())
+        for name, now in after.unet.state_dict().items()
+        if not torch.equal(now, old[name])
+    }
 
 
 # --- more attacks on a finished run ---------------------------------------------------------------
@@ -485,7 +537,7 @@ class AttackRecord:
 
     Attributes:
         record: The content of the file.
-        path: The file.
+        path: The file; its page stands beside it.
     """
 
     record: dict[str, Any]
@@ -511,12 +563,14 @@ def attack(
         progress: Called with what is being done and the share done so far.
 
     Returns:
-        What was added under ``folder/attacks``.
+        What was added under ``folder/attacks``: a JSON file and its page.
 
     Raises:
         FileNotFoundError: If there is no such run.
+        MissingExtraError: If a package that draws is not installed.
         ValueError: If it is no single run, nothing can judge it, or a setting is out of range.
     """
+    report.check_extras()
     results = read_results(folder)
     if results["kind"] != KIND:
         raise ValueError(f"attack: {folder} must be a single run, got a sweep")
@@ -567,7 +621,7 @@ def attack(
         "evaluation": evaluation.to_dict(),
         "environment": environment(task.model.device),
     }
-    return AttackRecord(record, write_numbered(Path(folder) / "attacks", record))
+    return AttackRecord(record, report.write_record(record, Path(folder) / "attacks"))
 
 
 def _request(values: Mapping[str, Any]) -> RunSettings:

@@ -102,8 +102,8 @@ def check_model(settings: ModelSettings) -> None:
     model_folder(settings.model, function="model", index=INDEX, variant=settings.variant)
 
 
-def load_model(settings: ModelSettings) -> tuple[TextToImage, ConceptSet]:
-    """The model, and all concepts that are known of it.
+def load_alone(settings: ModelSettings) -> TextToImage:
+    """The model that settings name, without its concepts.
 
     Raises:
         FileNotFoundError: If a file is missing.
@@ -112,12 +112,24 @@ def load_model(settings: ModelSettings) -> tuple[TextToImage, ConceptSet]:
     """
     require_extra("diffusers", extra="diffusion", purpose="text-to-image models")
     if settings.model == DIGITS:
-        targets = settings.targets or DIGIT_TARGETS
-        return TextToImage(load_digits_pipeline()).to(settings.device), digit_concepts(targets)
+        return TextToImage(load_digits_pipeline()).to(settings.device)
     dtype = None if settings.dtype == "saved" else getattr(torch, settings.dtype)
-    model = TextToImage.from_pretrained(
+    return TextToImage.from_pretrained(
         settings.model, dtype=dtype, variant=settings.variant, device=settings.device
     )
+
+
+def load_model(settings: ModelSettings) -> tuple[TextToImage, ConceptSet]:
+    """The model, and all concepts that are known of it.
+
+    Raises:
+        FileNotFoundError: If a file is missing.
+        MissingExtraError: If diffusers is not installed.
+        ValueError: If a file holds something else.
+    """
+    model = load_alone(settings)
+    if settings.model == DIGITS:
+        return model, digit_concepts(settings.targets or DIGIT_TARGETS)
     scale = int(getattr(model.pipeline, "vae_scale_factor", 1))
     size = settings.image_size or int(model.unet.config.sample_size) * scale
     assert settings.concepts is not None  # check_model asked

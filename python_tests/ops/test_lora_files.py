@@ -144,6 +144,27 @@ def test_a_name_that_ends_like_another_has_its_own_rank(model: Model, tmp_path: 
     }
 
 
+def test_biases_of_up_factors(model: Model, tmp_path: Path) -> None:
+    """PEFT scales them as it scales the update; a merge knows nothing of them."""
+    wrapped = trained(model, 1, lora_bias=True)
+    wrapped.save_pretrained(tmp_path / "adapter")
+    read = read_lora(tmp_path / "adapter")
+    layer, scale = wrapped.base_model.model.to_k, 1.5
+    assert torch.equal(read["unet.to_k"].bias, layer.lora_B["default"].bias)
+    assert read["unet.to_k"].scale == scale
+    one = {"unet.to_k": read["unet.to_k"], "unet.conv": read["unet.conv"]._replace(bias=None)}
+    again = write_lora(one, tmp_path / "again", format="peft")
+    loaded = peft.PeftModel.from_pretrained(copy.deepcopy(model), str(again)).base_model.model
+    x = gaussian(5, 3).float()
+    torch.testing.assert_close(loaded.to_k(x), layer(x))
+    assert not loaded.conv.lora_B["default"].bias.any()
+    found = read_lora(again)
+    assert found["unet.conv"].bias is None
+    torch.testing.assert_close(found["unet.to_k"].bias, scale * read["unet.to_k"].bias)
+    with pytest.raises(ValueError, match=r"got a bias \(lora_bias\) of 'unet\.to_k'"):
+        merge_lora_adapters([one, read])
+
+
 def small_unet() -> Any:
     diffusers = pytest.importorskip("diffusers")
     torch.manual_seed(0)
@@ -259,6 +280,7 @@ GOOD = {"unet.a.lora_A.weight": torch.ones(2, 3), "unet.a.lora_B.weight": torch.
         ({"unet.b.lora_A.weight": torch.ones(2, 3)}, r"both factors of unet\.b, got no up"),
         ({"unet.a.lora_B.weight": torch.ones(4, 3)}, r"factors \(r, d\) and \(o, r\) of unet\.a"),
         ({"unet.a.lora_magnitude_vector": torch.ones(4)}, "holds DoRA"),
+        ({"unet.a.lora_B.bias": torch.ones(2)}, r"a bias \(4,\) of unet\.a, got \(2,\)"),
     ],
 )
 def test_other_files_are_refused(changes: dict[str, Tensor], message: str, tmp_path: Path) -> None:
@@ -286,7 +308,6 @@ def test_files_that_are_no_adapter(tmp_path: Path) -> None:
         ('{"peft_type": "LOHA"}', ValueError, "must be the config of a LoRA adapter, got 'LOHA'"),
         ('{"peft_type": "LORA", "fan_in_fan_out": true}', ValueError, "transposed weights"),
         ('{"peft_type": "LORA", "modules_to_save": ["a"]}', ValueError, "whole modules"),
-        ('{"peft_type": "LORA", "lora_bias": true}', ValueError, "holds biases"),
     ],
 )
 def test_configs_of_peft(config: str | None, error: type, message: str, tmp_path: Path) -> None:

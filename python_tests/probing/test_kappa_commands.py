@@ -12,6 +12,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from page_parser import ParsedPage
 
 from immunize_ext.cli import main
 from immunize_ext.probing import run as probing
@@ -277,6 +278,9 @@ def test_attack_adds_and_changes_nothing(
     assert [row["steps"] for row in added["attacks"][0]["budgets"]] == [5, 20]
     assert main(["attack", str(finished), "--attacks", "whitened", "--quiet"]) == 0
     assert (finished / "attacks" / "002.json").is_file()
+    page = ParsedPage((finished / "attacks" / "001.html").read_text())
+    page.check()
+    assert "Nesterov's accelerated gradient" in page.text
 
 
 def test_attack_refuses_other_data(features: Path, tmp_path: Path) -> None:

@@ -16,10 +16,11 @@ from page_parser import ParsedPage
 from saved_results import saved
 
 from immunize_ext import report
+from immunize_ext.probing import attack_report
 from immunize_ext.probing.data import Problem, Task
 from immunize_ext.probing.evaluation import evaluate
 from immunize_ext.probing.immunizers import ClosedFormImmunizer
-from immunize_ext.probing.report import attack_summary, describe_attack, headline, summary, verdict
+from immunize_ext.probing.report import describe_attack, headline, summary, verdict
 from immunize_ext.probing.results import Attacked, AttackerInfo
 from immunize_ext.quantities import Slowdown
 from immunize_ext.storage import check_target, environment, run_directory, to_json
@@ -254,20 +255,63 @@ def test_results_without_curves_have_a_page_without_plots() -> None:
     assert "The ceiling of RIR, by ridge" in text
 
 
-def test_further_attacks_in_plain_text() -> None:
-    row = {
-        "attacker": "lbfgs",
-        "role": "harmful",
-        "slowdown": 64.0,
-        "is_lower_bound": True,
-        "steps_without": 1,
-        "steps_with": None,
+def further(
+    attacker: str, role: str = "harmful", ratio: float = 64.0, task: str = "4 against 9"
+) -> dict[str, Any]:
+    """One attack of a record: without steps where nothing is learnt, cut off beyond 60."""
+    censored = ratio > 60.0
+    return {
+        "attacker": attacker,
+        "role": role,
+        "task": task,
+        "slowdown": ratio,
+        "is_lower_bound": censored,
+        "steps_without": 10,
+        "steps_with": None if censored else round(10 * ratio),
+        "learning_rate_without": 0.5,
+        "learning_rate_with": 0.25,
         "budgets": [{"steps": 1, "loss_with": 0.25, "loss_without": 0.125}],
     }
-    told = attack_summary({"kind": "kappa-attack", "attacks": [row]})
+
+
+def record_of(*rows: dict[str, Any]) -> dict[str, Any]:
+    return {"kind": "kappa-attack", "attacks": list(rows), "environment": {"threads": 1}}
+
+
+def test_further_attacks_in_plain_text() -> None:
+    told = attack_report.summary(record_of(further("lbfgs")))
     assert "L-BFGS" in told
     assert ">64× slower" in told
     assert "1 step: test loss 0.25, 0.125 without" in told
+
+
+def test_further_attacks_have_a_page() -> None:
+    """Of several harmful tasks the least slowed one is in the verdict; all are in the table."""
+    record = record_of(
+        further("lbfgs"),
+        further("lbfgs", ratio=3.0, task="two <b>"),
+        further("lbfgs", "primary", 1.0),
+        further("nesterov", ratio=20.0),
+        further("whitened", ratio=1.0),
+    )
+    page = ParsedPage(report.render(record))
+    page.check()
+    assert "Slower to misuse, not locked" in page.text
+    assert "2 are slowed, by 3.0× to 20×; not slowed: whitens the features first" in page.text
+    assert "harmful task: two <b>" in page.text
+    assert "10 → 30" in page.text
+    assert "10 → not there" in page.text
+    assert page.text.count("How many times the steps each attacker needs") >= 2
+    (panel,) = report.page.page_of(record).panels["slowdowns"]
+    drawn = report.plots.panel_svg(panel.draw, "x", size=panel.size)
+    order = [drawn.index(name) for name in ("L-BFGS", "Nesterov", "Whitens")]
+    assert order == sorted(order)
+
+
+def test_further_attacks_on_the_primary_task_alone_claim_nothing() -> None:
+    page = ParsedPage(report.render(record_of(further("lbfgs", "primary", 1.0))))
+    assert "nothing here says whether it is protected" in page.text
+    assert "None of" not in page.text
 
 
 # --- a run from end to end ------------------------------------------------------------------------

@@ -92,7 +92,9 @@ def test_attack_adds_and_report_compares(run, tmp_path, capsys):
     before = (run / "results.json").read_bytes()
     arguments = ["--attacks", "kv_fine_tuning", "--budgets", "1", "--quiet"]
     assert main(["attack", str(run), *arguments]) == 0
-    (file,) = (run / "attacks").iterdir()
+    page, file = sorted((run / "attacks").iterdir())
+    assert (page.name, file.name) == ("001.html", "001.json")
+    assert "Fine-tuning of K and V" in page.read_text()
     assert json.loads(file.read_text())["evaluation"]["attacks"] == ["kv_fine_tuning"]
     assert (run / "results.json").read_bytes() == before
     assert main(["report", str(run), "--out", str(tmp_path / "report")]) == 0
@@ -177,6 +179,67 @@ def test_erase(tmp_path, capsys):
     assert len(changed) == 8
     assert all(".attn2.to_" in name for name in changed)
     assert main(["erase", "--targets", "three", "--out", str(target), "--quiet"]) == 2
+    record = json.loads((target / "erasure.json").read_text())
+    assert record["command"] == f"immunize erase --targets three --out {target} --quiet"
+    assert record["concepts"] == ["three"]
+    assert record["base_model_digest"] == original.digest()
+    assert record["environment"]["torch"] == torch.__version__
+    now, before = (dict(one.unet.named_parameters()) for one in (model, original))
+    assert set(record["relative_changes"]) == set(changed)
+    for name, share in record["relative_changes"].items():
+        moved = (now[name].detach() - before[name].detach()).norm() / before[name].detach().norm()
+        assert share == pytest.approx(moved.item(), rel=1e-5)
+
+
+def test_the_adapter_of_a_run_is_what_the_run_did(run, tmp_path, capsys):
+    """diffusers adds it to the plain model and has the immunized one, biases included."""
+    pytest.importorskip("peft")
+    from immunize_ext.text_to_image.digits.pipeline import load_digits_pipeline
+
+    out = tmp_path / "adapter"
+    assert main(["export-lora", str(run), "--out", str(out)]) == 0
+    said = capsys.readouterr().out
+    assert "numerical rank of the change" in said
+    assert "4 biases changed and are in it" in said
+    assert "to be added to: digits" in said
+    pipeline = load_digits_pipeline()
+    pipeline.load_lora_weights(str(out))
+    immunized = TextToImage.from_pretrained(run / "pipeline")
+    generator = torch.Generator().manual_seed(0)
+    inputs = (
+        torch.randn(2, pipeline.unet.config.in_channels, 8, 8, generator=generator),
+        torch.tensor([10, 500]),
+        immunized.conditioning(["a photo of the digit three", "a five"]).hidden.detach(),
+    )
+    with torch.no_grad():
+        plain = load_digits_pipeline().unet(*inputs).sample
+        ours, truth = pipeline.unet(*inputs).sample, immunized.unet(*inputs).sample
+    torch.testing.assert_close(ours, truth, rtol=1e-4, atol=1e-4)
+    assert (truth - plain).abs().max() > 1e-2
+    assert main(["export-lora", str(run), "--out", str(out)]) == 2
+    assert "exists; choose another folder" in capsys.readouterr().err
+
+
+def test_the_adapter_of_an_erasure_at_a_rank(tmp_path, capsys):
+    target, out = tmp_path / "erased", tmp_path / "adapter"
+    assert main(["erase", "--targets", "three", "--out", str(target), "--quiet"]) == 0
+    arguments = ["export-lora", str(target), "--out", str(out), "--format", "peft"]
+    capsys.readouterr()
+    assert main([*arguments, "--rank", "4"]) == 0
+    assert "8 layers, rank 4; numerical rank of the change" in capsys.readouterr().out
+    assert json.loads((out / "adapter_config.json").read_text())["r"] == 4
+    refused = ["--out", str(tmp_path / "other"), "--model", str(target)]
+    assert main(["export-lora", str(target), *refused]) == 2
+    assert "must be the one that was erased from" in capsys.readouterr().err
+    assert main(["export-lora", str(target), *refused[:2], "--rank", "0"]) == 2
+    assert "rank must be at least 1, got 0" in capsys.readouterr().err
+    assert not (tmp_path / "other").exists()
+
+
+def test_a_run_of_features_has_no_adapter(tmp_path, capsys):
+    (tmp_path / "results.json").write_text('{"kind": "kappa", "schema": 2}')
+    assert main(["export-lora", str(tmp_path), "--out", str(tmp_path / "adapter")]) == 2
+    assert "got kappa, which has no adapter" in capsys.readouterr().err
 
 
 def test_sweep_over_concepts_resumes(tmp_path, capsys):

@@ -271,6 +271,24 @@ def test_further_attacks_in_plain_text(demo: dict[str, Any]) -> None:
     assert "strongest: Full fine-tuning. A delay of more than 4 times" in told
 
 
+def test_further_attacks_have_a_page(demo: dict[str, Any]) -> None:
+    """It says no better than the page of the run does, and holds the same tables."""
+    record = {
+        "kind": "mima-attack",
+        "evaluation": demo["evaluation"],
+        "config": {**demo["config"], "method": "mima <x>"},
+        "environment": demo["environment"],
+    }
+    found = ParsedPage(report.render(record))
+    found.check()
+    assert headline(demo) in found.text
+    assert "mima <x>" in found.text.lower()
+    assert "Full fine-tuning does best: it reaches" in found.text
+    for words in ("Attacks, step by step", "How much is left at each step", "Attacks in numbers"):
+        assert words in found.text
+    assert report.render(demo).count("<svg") == report.render(record).count("<svg")
+
+
 # --- images -------------------------------------------------------------------------------------
 
 

@@ -45,6 +45,13 @@ def sample_curve(
 
     Returns:
         By number of samples the share of wrong signs, or the mean squared error of a regression.
+
+    Example:
+        >>> import torch
+        >>> x = torch.randn(200, 4, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+        >>> curve = sample_curve(Task.of((x, x.sum(-1)), "toy"), counts=(3, 100))
+        >>> sorted(curve), curve[100] < curve[3]
+        ([3, 100], True)
     """
     available = len(task.x_train)
     found = {}

@@ -151,6 +151,13 @@ def best_risk(spectrum: Spectrum, samples: int, ridges: Sequence[float] = RIDGES
 
     Returns:
         The smallest :func:`expected_risk`, and never more than predicting the mean.
+
+    Example:
+        >>> variances, energies = torch.tensor([1.0, 0.1]), torch.tensor([1.0, 0.0])
+        >>> spectrum = Spectrum(variances, energies, noise=torch.tensor(0.1))
+        >>> few, many = best_risk(spectrum, 5), best_risk(spectrum, 500)
+        >>> 0.1 < many < few < 1.1  # between the noise and predicting the mean
+        True
     """
     trace = float(spectrum.variances.sum())
     nothing = float(spectrum.energies.sum() + spectrum.noise)

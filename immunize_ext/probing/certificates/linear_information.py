@@ -48,6 +48,14 @@ def linear_information(task: Task, theta: Tensor | None = None) -> LinearInforma
 
     Returns:
         R^2 and accuracy.
+
+    Example:
+        >>> generator = torch.Generator().manual_seed(0)
+        >>> x = torch.randn(60, 3, dtype=torch.float64, generator=generator)
+        >>> task = Task.of((x, x[:, 0]), "toy")
+        >>> gone = torch.diag(torch.tensor([0.0, 1.0, 1.0], dtype=torch.float64))
+        >>> linear_information(task).r2 > 0.999, linear_information(task, gone).r2 < 0.2
+        (True, True)
     """
     z, z_test = task.x_train.to(torch.float64), task.x_test.to(torch.float64)
     if theta is not None:

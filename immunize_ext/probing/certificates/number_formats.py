@@ -94,6 +94,13 @@ def format_floor(spectrum: Spectrum, mean_square: float, number_format: str) -> 
 
     Raises:
         ValueError: If the format is unknown.
+
+    Example:
+        >>> variances, energies = torch.tensor([1.0, 1e-9]), torch.tensor([0.2, 0.8])
+        >>> spectrum = Spectrum(variances, energies, noise=torch.tensor(0.0))
+        >>> floor = format_floor(spectrum, 1.0, "float16")
+        >>> floor.explained_exact, floor.explained < 0.21, floor.queries > 1
+        (1.0, True, True)
     """
     if number_format not in UNIT_ROUNDOFF:
         raise ValueError(

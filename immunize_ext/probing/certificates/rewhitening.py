@@ -69,6 +69,13 @@ def whitening_map(
 
     Raises:
         ValueError: If all features are constant.
+
+    Example:
+        >>> z = torch.randn(500, 2, generator=torch.Generator().manual_seed(0)).double()
+        >>> z = z * torch.tensor([30.0, 1.0])
+        >>> white = (z - z.mean(0)) @ whitening_map(z)
+        >>> torch.allclose(white.T @ white / 500, torch.eye(2, dtype=torch.float64), atol=1e-5)
+        True
     """
     z = unlabelled.detach().to(torch.float64)
     if centre:

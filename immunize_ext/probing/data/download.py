@@ -65,6 +65,13 @@ def fetch_mnist(folder: str | Path | None = None, *, source: MnistSource = "auto
         MissingExtraError: If the library of the source is not installed.
         ValueError: If ``source`` is unknown or what arrives is not MNIST.
         OSError: If the folder cannot be written.
+
+    Example:
+        >>> with tempfile.TemporaryDirectory() as folder:
+        ...     for name in MNIST_FILES:
+        ...         (Path(folder) / name).touch()
+        ...     fetch_mnist(folder) == Path(folder)  # they are there: nothing is fetched
+        True
     """
     sources = {"openml": _mnist_openml, "torchvision": _mnist_torchvision}
     if source != "auto" and source not in sources:
@@ -111,6 +118,13 @@ def fetch_house_prices(folder: str | Path | None = None) -> Path:
         MissingExtraError: If scikit-learn or pandas is not installed.
         ValueError: If what arrives is not House Prices.
         OSError: If the folder cannot be written.
+
+    Example:
+        >>> with tempfile.TemporaryDirectory() as folder:
+        ...     for name in ("D1.csv", "D2.csv"):
+        ...         (Path(folder) / name).touch()
+        ...     fetch_house_prices(folder) == Path(folder)  # they are there: nothing is fetched
+        True
     """
     target = cache_folder() / "house_prices" if folder is None else Path(folder)
     if all((target / name).is_file() for name in _ZONES):

@@ -58,7 +58,7 @@ def house_prices_task(
     test_rows: int | None = 100,
     dtype: torch.dtype = torch.float64,
 ) -> Task:
-    """Load one of the two regression tasks on House Prices.
+    r"""Load one of the two regression tasks on House Prices.
 
     Args:
         folder: Folder with ``D1.csv`` and ``D2.csv``; ``None`` gets them from OpenML once
@@ -78,6 +78,16 @@ def house_prices_task(
 
     Note:
         Deterministic. The z-score uses the whole file, test rows included, as published.
+
+    Example:
+        >>> import tempfile
+        >>> lines = ["LotArea,SalePrice,Rooms,Zone"]
+        >>> lines += [f"{7 * n},{2000 + n},{n % 5},{'RL' if n % 2 else 'RM'}" for n in range(12)]
+        >>> with tempfile.TemporaryDirectory() as folder:
+        ...     _ = (Path(folder) / "D2.csv").write_text("\n".join(lines))
+        ...     task = house_prices_task(folder, "harmful", train_rows=8, test_rows=4)
+        >>> task.name, task.x_train.shape
+        ('House Prices, SalePrice', torch.Size([8, 2]))
     """
     if role not in FILES:
         raise ValueError(f"house_prices_task: role must be 'primary' or 'harmful', got {role!r}")

@@ -146,6 +146,18 @@ def folder_features(
 
     Note:
         A cache file is written whole or not at all, and one that cannot be read is made anew.
+
+    Example:
+        >>> import tempfile
+        >>> from PIL import Image
+        >>> extractor = nn.Sequential(nn.Flatten(), nn.Linear(12, 4))
+        >>> with tempfile.TemporaryDirectory() as root:
+        ...     for index, name in enumerate(("cat", "dog")):
+        ...         (Path(root) / name).mkdir()
+        ...         Image.new("RGB", (2, 2), (90 * index, 30, 60)).save(f"{root}/{name}/0.png")
+        ...     found = folder_features(root, extractor, preprocessing=Preprocessing(size=2))
+        >>> found[0].shape, found[1].tolist(), found[2]
+        (torch.Size([2, 4]), [0, 1], ['cat', 'dog'])
     """
     if preprocessing is None and isinstance(extractor, FeatureExtractor):
         preprocessing = extractor.preprocessing
@@ -222,6 +234,21 @@ def image_folder_task(
         Files with the same content go into the same part, so that no picture is tested on that was
         trained on. Deterministic given ``seed``; torch's global random state is neither read nor
         changed.
+
+    Example:
+        >>> import tempfile
+        >>> from PIL import Image
+        >>> extractor = nn.Sequential(nn.Flatten(), nn.Linear(12, 4))
+        >>> with tempfile.TemporaryDirectory() as root:
+        ...     for index in range(20):
+        ...         folder = Path(root) / ("cat", "dog")[index % 2]
+        ...         folder.mkdir(exist_ok=True)
+        ...         Image.new("RGB", (2, 2), (10 * index, 30, 60)).save(folder / f"{index}.png")
+        ...     task = image_folder_task(
+        ...         root, extractor, ["cat"], ["dog"], preprocessing=Preprocessing(size=2)
+        ...     )
+        >>> task.x_train.shape, sorted(set(task.y_test.tolist()))
+        (torch.Size([12, 4]), [-1.0, 1.0])
     """
     name = "image_folder_task"
     check_seed(name, seed)

@@ -52,6 +52,14 @@ def read_idx(path: str | Path) -> NDArray[np.uint8]:
         FileNotFoundError: If there is no such file.
         ValueError: If it is not a complete gzipped IDX file of unsigned bytes, or unpacks to more
             than 256 MiB.
+
+    Example:
+        >>> import tempfile
+        >>> with tempfile.TemporaryDirectory() as folder:
+        ...     with gzip.open(f"{folder}/two.gz", "wb") as file:
+        ...         _ = file.write(bytes([0, 0, 8, 1, 0, 0, 0, 2, 40, 50]))  # header, size, numbers
+        ...     read_idx(f"{folder}/two.gz").tolist()
+        [40, 50]
     """
     path = Path(path)
     if not path.is_file():
@@ -135,6 +143,18 @@ def load_mnist(
         FileNotFoundError: If a file is missing.
         ConnectionError: If no folder is given and there is no network.
         ValueError: If a file is damaged or ``size`` is not one of the three.
+
+    Example:
+        >>> import tempfile
+        >>> header = bytes([0, 0, 8, 3]) + struct.pack(">3I", 2, 28, 28)
+        >>> with tempfile.TemporaryDirectory() as folder:  # two images, one white and one black
+        ...     with gzip.open(f"{folder}/train-images-idx3-ubyte.gz", "wb") as file:
+        ...         _ = file.write(header + bytes([255] * 784 + [0] * 784))
+        ...     with gzip.open(f"{folder}/train-labels-idx1-ubyte.gz", "wb") as file:
+        ...         _ = file.write(bytes([0, 0, 8, 1, 0, 0, 0, 2, 3, 8]))
+        ...     images, labels = load_mnist(folder, size=7)
+        >>> images.shape, labels.tolist(), bool(images[0].min() > images[1].max())
+        ((2, 49), [3, 8], True)
     """
     _check_size("load_mnist", size)
     images, labels = _read_part(folder, train)
@@ -174,6 +194,19 @@ def mnist_task(
 
     Note:
         Deterministic given ``seed``; torch's random state is neither read nor changed.
+
+    Example:
+        >>> import tempfile
+        >>> header = bytes([0, 0, 8, 3]) + struct.pack(">3I", 2, 28, 28)
+        >>> with tempfile.TemporaryDirectory() as folder:
+        ...     for part in ("train", "t10k"):  # two images each, a white three and a black eight
+        ...         with gzip.open(f"{folder}/{part}-images-idx3-ubyte.gz", "wb") as file:
+        ...             _ = file.write(header + bytes([255] * 784 + [0] * 784))
+        ...         with gzip.open(f"{folder}/{part}-labels-idx1-ubyte.gz", "wb") as file:
+        ...             _ = file.write(bytes([0, 0, 8, 1, 0, 0, 0, 2, 3, 8]))
+        ...     task = mnist_task(folder, [3], [8], size=7)
+        >>> task.x_train.shape, sorted(task.y_train.tolist())
+        (torch.Size([2, 49]), [-1.0, 1.0])
     """
     sides = tuple(map(tuple, (positive, negative, *others)))
     check_digits("mnist_task", *sides)

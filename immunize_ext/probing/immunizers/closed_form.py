@@ -213,6 +213,14 @@ def calibrate_strength(
 
     Raises:
         ValueError: If an argument is out of range.
+
+    Example:
+        >>> generator = torch.Generator().manual_seed(0)
+        >>> x = torch.randn(60, 3, dtype=torch.float64, generator=generator)
+        >>> harmful = x * torch.tensor([3.0, 2.0, 1.0], dtype=torch.float64)
+        >>> task = Task.of((x, x[:, 0]), "keep")
+        >>> 1.0 <= calibrate_strength(task, harmful, max_strength=10.0, steps_per_decade=2) <= 10.0
+        True
     """
     if not max_primary_slowdown > 0.0 or not max_strength >= 1.0 or steps_per_decade < 1:
         raise ValueError(

@@ -272,11 +272,13 @@ class FeatureRatio(NamedTuple):
         log: The logarithm, float64 of shape ``(*,)``; 0 where both are equal.
         rank: Eigenvalues counted under the first model, int64.
         rank_base: The same under the other; a ratio between two ranks says little.
+        log_kappa: Log of kappa under the first model, float64 of shape ``(*,)``.
     """
 
     log: Tensor
     rank: Tensor
     rank_base: Tensor
+    log_kappa: Tensor
 
 
 def feature_ratio(
@@ -294,7 +296,7 @@ def feature_ratio(
             omitted (:func:`computed_rank_rtol`).
 
     Returns:
-        The ratio, and both ranks.
+        The ratio, both ranks, and kappa under the first model.
     """
     pair = [x.detach().to(torch.float64) for x in (features, base)]
     tolerances = [
@@ -311,7 +313,7 @@ def feature_ratio(
     ]
     (kappa, rank), (kappa_base, rank_base) = found
     log = torch.where(kappa == kappa_base, 0.0, kappa - kappa_base)
-    return FeatureRatio(log, rank, rank_base)
+    return FeatureRatio(log, rank, rank_base, kappa)
 
 
 def _feature_log_kappa(
@@ -453,7 +455,7 @@ def grouped_rir(
         ).to(immunized.device)
         pair = immunized[chosen], base[chosen]
         found.append(feature_ratio(*pair, policy=policy, ridge=ridge, rank_rtol=rank_rtol))
-    return GroupedRatio(found[0].log, found[1].log, *found[0][1:], *found[1][1:])
+    return GroupedRatio(found[0].log, found[1].log, *found[0][1:3], *found[1][1:3])
 
 
 @dataclass(frozen=True)

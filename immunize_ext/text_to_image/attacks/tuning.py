@@ -108,6 +108,21 @@ def tune_learning_rate(
     Raises:
         ValueError: If there is no rate or seed, a seed is reserved, every rate failed, or
             ``evaluate`` does not give the score.
+
+    Example:
+        >>> from immunize_ext.text_to_image.attacks import ATTACKS
+        >>> from immunize_ext.text_to_image.digits.concepts import digit_concepts
+        >>> from immunize_ext.text_to_image.digits.pipeline import load_digits_pipeline
+        >>> def distance(model, step):  # of the weights from zero: what a judge of images would be
+        ...     return {"score": float(model.unet.conv_out.weight.detach().norm())}
+        >>> model = TextToImage(load_digits_pipeline())
+        >>> concepts = digit_concepts(("three",)).concepts
+        >>> found = tune_learning_rate(
+        ...     ATTACKS["kv_fine_tuning"], model, concepts, distance,
+        ...     rates=[1e-3, 1e-4], steps=1, seeds=[0], score="score",
+        ... )
+        >>> found.rate, sorted(found.table)  # both leave that layer alone: the smaller one
+        (0.0001, [0.0001, 0.001])
     """
     name = "tune_learning_rate"
     if not rates or not seeds:

@@ -25,6 +25,18 @@ def save_adaptation(path: str | os.PathLike[str], adapted: Adapted) -> None:
     Raises:
         MissingExtraError: If safetensors is not installed.
         OSError: If the file cannot be written.
+
+    Example:
+        >>> import tempfile
+        >>> from immunize_ext.text_to_image.attacks import ATTACKS
+        >>> from immunize_ext.text_to_image.digits.concepts import digit_concepts
+        >>> from immunize_ext.text_to_image.digits.pipeline import load_digits_pipeline
+        >>> concepts = digit_concepts(("three",)).concepts
+        >>> adapted = ATTACKS["kv_fine_tuning"].adapt(load_digits_pipeline(), concepts, steps=1)
+        >>> with tempfile.TemporaryDirectory() as folder:
+        ...     save_adaptation(f"{folder}/adapted.safetensors", adapted)
+        ...     os.listdir(folder)
+        ['adapted.safetensors']
     """
     save_checkpoint(
         path,
@@ -54,6 +66,20 @@ def load_adaptation(model: TextToImage, path: str | os.PathLike[str]) -> TextToI
         FileNotFoundError: If there is no such file.
         ValueError: If the file is of another kind, or it does not hold exactly the weights that
             have a place in the model, in their shapes.
+
+    Example:
+        >>> import tempfile
+        >>> from immunize_ext.text_to_image.attacks import ATTACKS
+        >>> from immunize_ext.text_to_image.digits.concepts import digit_concepts
+        >>> from immunize_ext.text_to_image.digits.pipeline import load_digits_pipeline
+        >>> model = TextToImage(load_digits_pipeline())
+        >>> concepts = digit_concepts(("three",)).concepts
+        >>> adapted = ATTACKS["kv_fine_tuning"].adapt(model, concepts, steps=1)
+        >>> with tempfile.TemporaryDirectory() as folder:
+        ...     save_adaptation(f"{folder}/adapted.safetensors", adapted)
+        ...     loaded = load_adaptation(model, f"{folder}/adapted.safetensors")
+        >>> loaded.digest() == adapted.model.digest() != model.digest()
+        True
     """
     tensors, values = load_checkpoint(path, kind=_KIND, function="load_adaptation")
     clone = model.clone()

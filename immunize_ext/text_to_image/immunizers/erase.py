@@ -56,6 +56,16 @@ def erase(
 
     Source:
         UCE (WACV 2024); see :func:`immunize_ext.ops.erasure.uce`.
+
+    Example:
+        >>> from immunize_ext.text_to_image.digits.concepts import digit_concepts
+        >>> from immunize_ext.text_to_image.digits.pipeline import load_digits_pipeline
+        >>> model = TextToImage(load_digits_pipeline())
+        >>> before = model.digest()
+        >>> with erase(model, digit_concepts(("three",))):
+        ...     changed = model.digest() != before
+        >>> changed, model.digest() == before
+        (True, True)
     """
     chosen = concepts.concepts if isinstance(concepts, ConceptSet) else tuple(concepts)
     if not chosen:

@@ -140,6 +140,16 @@ def retained_quality(
 
     Note:
         Deterministic on the CPU.
+
+    Example:
+        >>> from immunize_ext.text_to_image.digits.concepts import digit_concepts
+        >>> from immunize_ext.text_to_image.digits.pipeline import load_digits_pipeline
+        >>> def brightness(images, concept):
+        ...     return float(images.mean())
+        >>> model, kept = TextToImage(load_digits_pipeline()), digit_concepts(("three",)).concepts
+        >>> found = retained_quality(model, kept, brightness, sampling=Sampling(images=1, steps=1))
+        >>> list(found.by_concept), 0.0 <= found.mean.mean <= 1.0
+        (['three'], True)
     """
     return retained_qualities(model, concepts, {"": measure}, sampling=sampling, seeds=seeds)[""]
 
