@@ -26,9 +26,7 @@ def test_not_positive_definite() -> None:
 
 
 def test_negative_curvature() -> None:
-    error = errors.NegativeCurvatureError.along(
-        "conjugate_gradients", -0.5, gamma=3.0, products=2
-    )
+    error = errors.NegativeCurvatureError.along("conjugate_gradients", -0.5, gamma=3.0, products=2)
     assert isinstance(error, torch.linalg.LinAlgError)
     assert (error.curvature, error.products) == (-0.5, 2)
     assert "got curvature -0.5 with gamma = 3 after 2 products" in str(error)
