@@ -38,6 +38,7 @@ from torch import Tensor
 
 from immunize_ext.bilevel import (
     Adam,
+    Composed,
     Hypergradient,
     Parameters,
     adapt,
@@ -75,7 +76,12 @@ RECORDED = "autograd of the steps"
 RATES = (10.0, 0.1)
 STEPS = (1, 3, 5, 10)
 ATTACKERS = {"attn2": "cross-attention", "all": "all layers"}
-PARTS = ("estimates", "norms", "attn2", "all")
+PARTS = ("estimates", "norms", "attn2", "pushes", "all")
+# Rows of fewer are in the file alone.
+LEAST_SEEDS = 2
+# How far weights are pushed along an estimate: about one step of MIMA's Adam, 0.01 a number.
+PUSH = 2.0
+NOT_AT_ALL, AT_RANDOM = "not at all", "at random"
 # Purposes of the draws of attacks, beside those of the loop.
 ATTACK, LEFT = 11, 12
 NAME = "hypergradients"
@@ -197,14 +203,16 @@ def norm_of_j(task: MimaTask, settings: MIMA, seed: int, pairs: int = 6) -> dict
     return {"norm": displacement_norm(end, leaves, pairs=pairs)}
 
 
-def attacked(task: MimaTask, scope: str, name: str, seed: int, sizes: Sizes) -> dict[str, Any]:
-    """The gradient, by the weights that are attacked, of the loss that an attack leaves.
+class AnAttack(NamedTuple):
+    """Losses of its steps, the loss that it leaves, and its optimizer."""
 
-    An attack draws 20 of the attacker's images and takes steps on all of them, every step with
-    fresh noise, as the package's fine-tuning does; what it leaves is measured on other images.
-    It clips gradients at norm 1 as a precaution, and this does not.
-    """
-    run, _ = started(task, MIMA(hypergradient="unrolled"))
+    losses: list[Composed]
+    left: Composed
+    optimizer: Adam
+
+
+def an_attack(run: Run, name: str, seed: int, sizes: Sizes) -> AnAttack:
+    """Fine-tuning on images of one concept, all of its draws fixed."""
     concept, attack = digit(name), tuned_attack("full_fine_tuning")
     prompt = (attack.prompts([concept])[concept.name],)
     images = concept.images("attack")
@@ -216,11 +224,43 @@ def attacked(task: MimaTask, scope: str, name: str, seed: int, sizes: Sizes) -> 
     ]
     others = ConceptPool(run.model, concept.images("immunize"), prompt)
     left = denoising_loss(run, others.draw(sizes.left, generator_of(seed, 0, LEFT)))
+    return AnAttack(losses, left, Adam(attack.learning_rate, weight_decay=attack.weight_decay))
+
+
+def pushed(
+    task: MimaTask, direction: Tensor, seed: int, sizes: Sizes, length: float = PUSH
+) -> dict[str, float]:
+    """Losses before and after attacks on cross-attention, from weights moved along a direction."""
+    run, leaves = started(task, MIMA())
+    parts = direction.split([p.numel() for p in leaves.values()])
+    factor = length / float(direction.norm())
+    theta = {
+        name: p.detach() + factor * part.view_as(p)
+        for (name, p), part in zip(leaves.items(), parts, strict=True)
+    }
+    before, after = [], []
+    for name in TARGETS:
+        losses, left, adam = an_attack(run, name, seed, sizes)
+        with torch.no_grad():
+            end = adapt(theta, losses, adam).parameters
+            before.append(float(left(theta)))
+            after.append(float(left(end)))
+    return {"before": statistics.fmean(before), "after": statistics.fmean(after)}
+
+
+def attacked(task: MimaTask, scope: str, name: str, seed: int, sizes: Sizes) -> dict[str, Any]:
+    """The gradient, by the weights that are attacked, of the loss that an attack leaves.
+
+    An attack draws 20 of the attacker's images and takes steps on all of them, every step with
+    fresh noise, as the package's fine-tuning does; what it leaves is measured on other images.
+    It clips gradients at norm 1 as a precaution, and this does not.
+    """
+    run, _ = started(task, MIMA(hypergradient="unrolled"))
+    losses, left, adam = an_attack(run, name, seed, sizes)
     theta = {
         n: p.detach().clone().requires_grad_()
         for n, p in scope_parameters(run.model.unet, scope, function=NAME).items()  # type: ignore[arg-type]
     }
-    adam = Adam(attack.learning_rate, weight_decay=attack.weight_decay)
     begun = time.process_time()
     with run.inner():
         end = adapt(theta, losses, adam, Hypergradient("unrolled"))
@@ -262,7 +302,21 @@ class Part(NamedTuple):
         return work / f"{self.kind}-{words.replace(' ', '_').replace(',', '')}.pt"
 
 
-def parts(task: MimaTask, seeds: Sequence[int], quick: bool) -> list[Part]:
+def along(task: MimaTask, part: Part, work: Path, sizes: Sizes) -> dict[str, float]:
+    """A push along an estimate, which must be there."""
+    found = torch.load(part.file(work), weights_only=True)
+    return pushed(task, found["gradient"], part.key[-1], sizes)
+
+
+def control(task: MimaTask, way: str, seed: int, sizes: Sizes) -> dict[str, float]:
+    """No push, or one of the same length at random."""
+    _, leaves = started(task, MIMA())
+    size = sum(p.numel() for p in leaves.values())
+    noise = torch.randn(size, generator=generator_of(seed, 1, ATTACK))
+    return pushed(task, noise, seed, sizes, 0.0 if way == NOT_AT_ALL else PUSH)
+
+
+def parts(task: MimaTask, work: Path, seeds: Sequence[int], quick: bool) -> list[Part]:
     """All of them, seed by seed."""
     sizes, found = QUICK if quick else Sizes(), []
     small: dict[str, Any] = {"batch_size": 2} if quick else {}
@@ -281,6 +335,13 @@ def parts(task: MimaTask, seeds: Sequence[int], quick: bool) -> list[Part]:
             make = partial(norm_of_j, task, method, seed)
             if steps <= 3:
                 found.append(Part("norms", (rate, steps, seed), make))
+        pushes = [part for part in found if part.kind == "estimates" and part.key[3] == seed]
+        for part in pushes:
+            if part.key[0] == sizes.rates[0] and part.key[2] != RECORDED:
+                found.append(Part("pushes", part.key, partial(along, task, part, work, sizes)))
+        for way in (NOT_AT_ALL, AT_RANDOM):
+            make = partial(control, task, way, seed, sizes)
+            found.append(Part("pushes", (way, seed), make))
         for scope, name in itertools.product(ATTACKERS, TARGETS):
             make = partial(attacked, task, scope, name, seed, sizes)
             found.append(Part(scope, (name, seed), make))
@@ -330,7 +391,9 @@ def result(found: Mapping[str, Mapping[tuple[Any, ...], Any]]) -> dict[str, Any]
         if len(found[scope]) >= len(TARGETS)
     }
     table, estimates = [], found["estimates"]
-    for key in sorted({key[:3] for key in estimates}, key=lambda k: (-k[0], k[1])):
+    order = [*ESTIMATORS, RECORDED]
+    keys = {key[:3] for key in estimates}
+    for key in sorted(keys, key=lambda k: (-k[0], k[1], order.index(k[2]))):
         of = {k[3]: row for k, row in estimates.items() if k[:3] == key}
         rows, mean = list(of.values()), torch.stack([row["gradient"] for row in of.values()]).sum(0)
         table.append(
@@ -353,12 +416,31 @@ def result(found: Mapping[str, Mapping[tuple[Any, ...], Any]]) -> dict[str, Any]
                 },
             }
         )
+    pushes: dict[tuple[Any, ...], dict[int, dict[str, float]]] = {}
+    still = {key[1]: row for key, row in found["pushes"].items() if key[0] == NOT_AT_ALL}
+    for key, row in found["pushes"].items():
+        if key[-1] in still and key[0] != NOT_AT_ALL:
+            rise = {name: value - still[key[-1]][name] for name, value in row.items()}
+            pushes.setdefault(key[:-1], {})[key[-1]] = rise
     norms: dict[tuple[Any, ...], list[float]] = {}
     for (rate, steps, _), row in found["norms"].items():
         norms.setdefault((rate, steps), []).append(row["norm"])
     return {
         "attacks": {scope: summary for scope, (summary, _) in attacks.items()},
         "estimators": table,
+        "pushes": {
+            "length": PUSH,
+            "unmoved": {"seeds": list(still), **_by_name(still.values())},
+            "rise": [
+                {
+                    "direction": AT_RANDOM if key == (AT_RANDOM,) else key[2],
+                    "steps": None if key == (AT_RANDOM,) else key[1],
+                    "seeds": list(rows),
+                    **_by_name(rows.values()),
+                }
+                for key, rows in pushes.items()
+            ],
+        },
         "alpha_j": [
             {"rate": rate, "steps": steps, "seeds": len(values), **over(values)}
             for (rate, steps), values in norms.items()
@@ -366,14 +448,24 @@ def result(found: Mapping[str, Mapping[tuple[Any, ...], Any]]) -> dict[str, Any]
     }
 
 
+def _by_name(rows: Iterable[Mapping[str, float]]) -> dict[str, list[float]]:
+    """Losses before and after, seed by seed."""
+    found = list(rows)
+    return {name: [row[name] for row in found] for name in ("before", "after")}
+
+
 def measure(out: Path, work: Path, seeds: Sequence[int], kinds: Sequence[str], quick: bool) -> None:
     """Everything that is not there yet; then the file of all that is."""
     torch.set_num_threads(1)
     work.mkdir(parents=True, exist_ok=True)
-    every = parts(mima_task(), seeds, quick)
+    task = mima_task()
+    every = parts(task, work, seeds, quick)
     for part in every:
         file = part.file(work)
         if part.kind in kinds and not file.is_file():
+            needed = part._replace(kind="estimates").file(work)
+            if part.kind == "pushes" and len(part.key) == 4 and not needed.is_file():
+                continue
             found = part.make()
             temporary = file.with_suffix(".part")
             torch.save(found, temporary)
@@ -389,7 +481,7 @@ def measure(out: Path, work: Path, seeds: Sequence[int], kinds: Sequence[str], q
         "targets": list(TARGETS),
         "attack_steps": (QUICK if quick else Sizes()).attack_steps,
         "attack_rate": tuned_attack("full_fine_tuning").learning_rate,
-        "moved_parameters": len(next(iter(loaded["estimates"].values()))["gradient"]),
+        "moved_parameters": sum(p.numel() for p in started(task, MIMA())[1].values()),
         "environment": environment(),
         **result(loaded),
     }
@@ -407,20 +499,26 @@ def _range(value: Mapping[str, float], form: str = ".2f") -> str:
     return f"{value['mean']:{form}} ({value['min']:{form}} to {value['max']:{form}})"
 
 
+def _each(values: Sequence[float], form: str) -> str:
+    # A rise of nothing has no sign.
+    return ", ".join(f"{value:{form}}" for value in (v if abs(v) >= 5e-5 else 0.0 for v in values))
+
+
 def table(results: Mapping[str, Any]) -> str:
     """Estimators: cost and direction."""
     scopes = list(results["attacks"])
     heads = ["rate", "K", "hypergradient", "s", "MiB", "products", "left of the signal"]
     heads += [f"cosine, {ATTACKERS[scope]}" for scope in scopes]
     lines = [_line(heads), "|" + "---|" * len(heads)]
-    for row in results["estimators"]:
+    shown = [row for row in results["estimators"] if len(row["seeds"]) >= LEAST_SEEDS]
+    for row in shown:
         cells = [f"{row['rate']:g}", str(row["steps"]), row["estimator"], f"{row['seconds']:.2f}"]
         cells += [f"{row['bytes'] / 2**20:.0f}" if row["bytes"] else "", str(row["products"])]
         swept = row["estimator"] not in ("first order", RECORDED)
         cells.append(f"{row['contraction']['mean']:.2f}" if swept else "")
         cells += [_range(row["cosine"][scope], ".3f") for scope in scopes]
         lines.append(_line(cells))
-    seeds = sorted({len(row["seeds"]) for row in results["estimators"]})
+    seeds = sorted({len(row["seeds"]) for row in shown})
     lines += [
         "",
         f"Seeds of a row: {' or '.join(map(str, seeds))}. s: processor seconds of one thread for a "
@@ -447,6 +545,25 @@ def attack_table(results: Mapping[str, Any]) -> str:
     return "\n".join(lines)
 
 
+def push_table(results: Mapping[str, Any]) -> str:
+    """What a push along an estimate does to the losses before and after an attack."""
+    pushes = results["pushes"]
+    lines = [
+        _line(["pushed along", "K", "seeds", "rise before the attack", "rise after it"]),
+        "|---|---|---|---|---|",
+    ]
+    for row in pushes["rise"]:
+        cells = [row["direction"], str(row["steps"] or ""), str(len(row["seeds"]))]
+        lines.append(_line([*cells, _each(row["before"], ".3f"), _each(row["after"], ".4f")]))
+    before, after = (pushes["unmoved"][name] for name in ("before", "after"))
+    lines += [
+        "",
+        f"Seed by seed. Losses of unmoved weights: {_each(before, '.3f')} before, "
+        f"{_each(after, '.3f')} after 40 steps.",
+    ]
+    return "\n".join(lines)
+
+
 def condition_table(results: Mapping[str, Any]) -> str:
     """Alpha |J| where it was measured."""
     lines = [_line(["rate", "K", "alpha J, norm at least", "seeds"]), "|---|---|---|---|"]
@@ -456,7 +573,12 @@ def condition_table(results: Mapping[str, Any]) -> str:
     return "\n".join(lines)
 
 
-TABLES = {"estimators": table, "attacks": attack_table, "condition": condition_table}
+TABLES = {
+    "estimators": table,
+    "pushes": push_table,
+    "attacks": attack_table,
+    "condition": condition_table,
+}
 
 
 def filled(page: str, results: Mapping[str, Any]) -> str:
