@@ -22,6 +22,7 @@ PAGES = ROOT / "build" / "pages"
 API = {
     "ops": ("Operators", ["ops"]),
     "regularizers": ("Regularizers and erasure", ["ops.regularizers", "ops.erasure"]),
+    "bilevel": ("Hypergradients", ["bilevel"]),
     "probing": (
         "Features",
         [

@@ -179,7 +179,7 @@ def measure(quick: bool, steps: int) -> dict[str, Any]:
             retain_weight=0.0,
             probe_every=steps + 1,
             loss_clamp=1e3,
-            second_order=second_order,
+            hypergradient="unrolled" if second_order else "first_order",
         )
         history = settings.fit(model, concepts()).history[1:]  # the first step warms up
         alone = merge_alone(model, settings, repeats=3 * steps)

@@ -1,6 +1,7 @@
 """Fast, exact, differentiable linear algebra for model immunization.
 
-``immunize_ext.ops`` holds the operators, ``immunize_ext.ops.regularizers`` their compositions;
+``immunize_ext.ops`` holds the operators, ``immunize_ext.ops.regularizers`` their compositions,
+``immunize_ext.bilevel`` derivatives through adaptation;
 ``immunize_ext.probing`` and ``immunize_ext.text_to_image`` are the two jobs built on them.
 Importing the package imports nothing else, changes no setting of torch, and never fails for lack of
 the compiled part: without it the operators take a torch-only route and say so once.
@@ -12,13 +13,23 @@ from immunize_ext import _moved
 from immunize_ext._version import __version__
 
 if TYPE_CHECKING:
-    from immunize_ext import callbacks, errors, ops, probing, reference, testing, text_to_image
+    from immunize_ext import (
+        bilevel,
+        callbacks,
+        errors,
+        ops,
+        probing,
+        reference,
+        testing,
+        text_to_image,
+    )
     from immunize_ext._load import available, status
     from immunize_ext.memory import empty_cache
 
 __all__ = [
     "__version__",
     "available",
+    "bilevel",
     "callbacks",
     "empty_cache",
     "errors",

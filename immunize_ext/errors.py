@@ -183,6 +183,48 @@ class EqualSingularValuesError(ValueError):
         )
 
 
+class NegativeCurvatureError(torch.linalg.LinAlgError):  # type: ignore[name-defined]
+    """A system I + gamma A that must be positive definite curves down in some direction.
+
+    Attributes:
+        curvature: p^T (I + gamma A) p / p^T p of the direction p that was met, at most 0.
+        products: Products with A until then.
+
+    Example:
+        >>> error = NegativeCurvatureError.along("solve", -0.5, gamma=3.0, products=1)
+        >>> error.curvature
+        -0.5
+    """
+
+    def __init__(self, message: str, *, curvature: float = 0.0, products: int = 0) -> None:
+        super().__init__(message)
+        self.curvature = curvature
+        self.products = products
+
+    @classmethod
+    def along(
+        cls, function: str, curvature: float, *, gamma: float, products: int
+    ) -> "NegativeCurvatureError":
+        """Build the error with its message from the facts.
+
+        Args:
+            function: The function that refuses.
+            curvature: Of the direction, per unit of length.
+            gamma: Factor of A.
+            products: Products with A until then.
+
+        Returns:
+            The error, to be raised.
+        """
+        return cls(
+            f"{function}: I + gamma A must be positive definite, got curvature {curvature:.3g} "
+            f"with gamma = {gamma:.3g} after {products} products; lower gamma, or take the "
+            "Gauss-Newton matrix for A",
+            curvature=curvature,
+            products=products,
+        )
+
+
 class NumericalWarning(UserWarning):
     """A result is right as defined, but the input makes it less accurate than usual."""
 

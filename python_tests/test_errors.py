@@ -25,6 +25,13 @@ def test_not_positive_definite() -> None:
     assert (bare.batch_index, bare.rank, bare.needed_ridge) == ((), None, None)
 
 
+def test_negative_curvature() -> None:
+    error = errors.NegativeCurvatureError.along("conjugate_gradients", -0.5, gamma=3.0, products=2)
+    assert isinstance(error, torch.linalg.LinAlgError)
+    assert (error.curvature, error.products) == (-0.5, 2)
+    assert "got curvature -0.5 with gamma = 3 after 2 products" in str(error)
+
+
 def test_contradictory_targets() -> None:
     error = errors.ContradictoryTargetsError.for_rows(
         "merge_kv", rows=[3, 9], names=["cat", "dog", "cat"]

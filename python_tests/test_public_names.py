@@ -20,7 +20,7 @@ from immunize_ext.probing.immunizers import METHODS, MethodName
 from immunize_ext.settings import settings_of
 
 
-@pytest.mark.parametrize("package", ["", ".ops", ".probing", ".text_to_image"])
+@pytest.mark.parametrize("package", ["", ".bilevel", ".ops", ".probing", ".text_to_image"])
 def test_what_is_public_is_reachable_and_listed(package: str) -> None:
     module = importlib.import_module(f"immunize_ext{package}")
     names = set(module.__all__)

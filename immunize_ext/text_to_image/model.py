@@ -425,7 +425,7 @@ class TextToImage:
                 f"{tuple(timesteps.shape)}"
             )
         noisy = self.scheduler.add_noise(latents, noise, timesteps)
-        target = self._target(latents, noise, timesteps)
+        target = self.target(latents, noise, timesteps)
         prediction = self._predict(noisy, timesteps, conditioning, parameters)
         error = at_least_float(prediction) - at_least_float(target)
         losses = error.square().flatten(1).mean(1)
@@ -442,7 +442,8 @@ class TextToImage:
         """What the denoiser predicts for noisy latents, shape as ``noisy``; see ``noise_loss``."""
         return self._predict(noisy, timesteps, conditioning, parameters)
 
-    def _target(self, latents: Tensor, noise: Tensor, timesteps: Tensor) -> Tensor:
+    def target(self, latents: Tensor, noise: Tensor, timesteps: Tensor) -> Tensor:
+        """What the denoiser should predict, shape as ``latents``; see ``noise_loss``."""
         kind = self.scheduler.config.prediction_type
         if kind == "epsilon":
             return noise

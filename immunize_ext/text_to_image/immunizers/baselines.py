@@ -8,13 +8,14 @@ from typing import ClassVar
 
 import torch
 
+from immunize_ext.bilevel import Parameters
 from immunize_ext.seams import Progress
 from immunize_ext.text_to_image.concepts import ConceptSet
 from immunize_ext.text_to_image.immunizers.concept_merge import ConceptMerge, check_merge
 from immunize_ext.text_to_image.immunizers.imma import DiffusionIMMA
 from immunize_ext.text_to_image.immunizers.immunized import ImmunizedPipeline
 from immunize_ext.text_to_image.immunizers.loop import Immunizer
-from immunize_ext.text_to_image.immunizers.parameters import Parameters, scope_parameters
+from immunize_ext.text_to_image.immunizers.parameters import scope_parameters
 from immunize_ext.text_to_image.model import ModelLike, TextToImage
 
 

@@ -13,6 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from immunize_ext.bilevel import Composed
 from immunize_ext.text_to_image.concepts import Concept
 from immunize_ext.text_to_image.model import Conditioning, TextToImage, at_least_float
 
@@ -59,6 +60,18 @@ class Batch:
         """What the denoiser predicts for the noisy latents, shape as ``latents``."""
         noisy = model.scheduler.add_noise(self.latents, self.noise, self.timesteps)
         return model.predict(noisy, self.timesteps, self.conditioning, parameters=parameters)
+
+    def loss(self, model: TextToImage) -> Composed:
+        """Their mean as a function of the denoiser's parameters, by way of its prediction."""
+        target = at_least_float(model.target(self.latents, self.noise, self.timesteps))
+
+        def outputs(parameters: Mapping[str, Tensor]) -> Tensor:
+            return at_least_float(self.prediction(model, parameters))
+
+        def criterion(prediction: Tensor) -> Tensor:
+            return (prediction - target).square().flatten(1).mean(1).mean()
+
+        return Composed(outputs, criterion)
 
 
 class ConceptPool:

@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from immunize_ext.bilevel import Parameters
 from immunize_ext.ops import (
     MergeReport,
     RegularizationFactor,
@@ -21,7 +22,6 @@ from immunize_ext.ops import (
 )
 from immunize_ext.text_to_image.concepts import Concept
 from immunize_ext.text_to_image.immunizers.batches import Batch
-from immunize_ext.text_to_image.immunizers.parameters import Parameters
 from immunize_ext.text_to_image.model import TextToImage
 from immunize_ext.text_to_image.projections import find_text_projections
 

@@ -7,11 +7,11 @@ from typing import ClassVar
 
 import torch
 
+from immunize_ext.bilevel import Hypergradient, Parameters, gradient
 from immunize_ext.text_to_image.concepts import ConceptSet
 from immunize_ext.text_to_image.immunizers.batches import join
 from immunize_ext.text_to_image.immunizers.bilevel import BilevelImmunizer, denoising_loss
 from immunize_ext.text_to_image.immunizers.loop import Run
-from immunize_ext.text_to_image.immunizers.parameters import Parameters, gradient
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -22,9 +22,8 @@ class DiffusionIMMA(BilevelImmunizer):
               \theta' = \theta - \alpha \nabla L(x^l, c; \theta)
 
     Attributes:
-        inner_steps: Adaptation steps, 1 to 5.
+        inner_steps: Adaptation steps.
         inner_rate: alpha.
-        second_order: Whether adaptation is differentiated through (variant ``"unrolled"`` only).
         variant: ``"unrolled"``: adaptation starts from theta in every step and is discarded.
             ``"alternating"``, as the released code does it: the adaptation is a displacement of
             its own that goes on from step to step, and theta is moved with it in place.
@@ -64,7 +63,7 @@ class DiffusionIMMA(BilevelImmunizer):
                 name: (leaf.detach() + moved[name]).requires_grad_()
                 for name, leaf in leaves.items()
             }
-            with torch.enable_grad(), run.autocast():
+            with torch.enable_grad():
                 loss = denoising_loss(run, batch)(here)
             run.inner_losses.append(float(loss.detach()))
             found = gradient(loss * run.scale, here)
@@ -78,4 +77,11 @@ class DiffusionIMMA(BilevelImmunizer):
             if not run.memory:  # a probe before the first step
                 return parameters
             return {name: value + run.memory[name] for name, value in parameters.items()}
-        return self.adapt(run, parameters, [join(d) for d in self.inner_draws(run, step)])
+        return self.ends(run, parameters, step, self.differentiation())[0]
+
+    def ends(
+        self, run: Run, parameters: Parameters, step: int, how: Hypergradient
+    ) -> list[Parameters]:
+        """The one model that knows all concepts."""
+        draws = [join(draw) for draw in self.inner_draws(run, step)]
+        return [self.adapt(run, parameters, draws, how)]

@@ -31,7 +31,10 @@ class ImmunizedPipeline:
         history: One record a step: ``loss`` (mean denoising loss on the concepts after adaptation,
             what is raised), ``retain``, ``inner_loss``, ``gradient_norm``, ``clamped`` (share of
             samples whose loss is at the clamp and gives no gradient), ``seconds``,
-            ``merge_seconds`` and, where the step was probed, ``objective``.
+            ``merge_seconds`` and, where the step was probed, ``objective``; ``alpha_j`` where it
+            was measured how far the first-order gradient can be trusted; where adaptation was
+            differentiated, ``products`` with second derivatives, ``hypergradient_seconds``, the
+            ``contraction`` of the gradient on its way through, and the solver's ``residual``.
         peak_memory: Most bytes held at once while immunizing.
         warnings: Sentences for a person about how it went, each with what to do.
     """

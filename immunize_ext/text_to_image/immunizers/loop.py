@@ -19,13 +19,15 @@ from torch import Tensor, nn
 from torch.func import functional_call
 
 from immunize_ext._extras import require_extra
+from immunize_ext.bilevel import Parameters, Sweep
+from immunize_ext.errors import NegativeCurvatureError
 from immunize_ext.runtime import Meter
 from immunize_ext.seams import Progress
 from immunize_ext.text_to_image.concepts import Concept, ConceptSet
 from immunize_ext.text_to_image.immunizers.batches import Batch, ConceptPool, Retain, generator_of
 from immunize_ext.text_to_image.immunizers.concept_merge import ConceptMerge, Merge
 from immunize_ext.text_to_image.immunizers.immunized import ImmunizedPipeline
-from immunize_ext.text_to_image.immunizers.parameters import Parameters, Scope, scope_parameters
+from immunize_ext.text_to_image.immunizers.parameters import Scope, scope_parameters
 from immunize_ext.text_to_image.immunizers.state import LoopState, load_state, save_state
 from immunize_ext.text_to_image.model import ModelLike, TextToImage, at_least_float
 
@@ -214,6 +216,22 @@ class Immunizer(ABC):
         """Whether a step that failed has left the parameters as they were."""
         return True
 
+    def diagnosis(self, run: Run, leaves: Parameters, step: int) -> dict[str, float]:
+        """What a probe's record says beside the objective.
+
+        Args:
+            run: The run.
+            leaves: theta, by name.
+            step: Steps done.
+        """
+        del run, leaves, step
+        return {}
+
+    def remarks(self, history: Sequence[Mapping[str, float]]) -> list[str]:
+        """Sentences for a person about a run's records."""
+        del history
+        return []
+
     def check(self, problem: ConceptSet) -> None:
         """Refuse concepts that the method cannot take."""
         del problem
@@ -265,6 +283,7 @@ class Run:
         pools: One a concept.
         merge: The merge, for methods that have one.
         inner_losses: Losses that the adaptations of this step met.
+        sweeps: Backward passes through them, where they are differentiated.
         memory: What a method carries from step to step beside the parameters.
         scale: Factor on losses while their gradients are computed: those of float16 vanish below
             6e-8.
@@ -324,6 +343,7 @@ class Run:
         )
         self.merge: Merge | None = self._merge() if immunizer.needs_merge() else None
         self.inner_losses: list[float] = []
+        self.sweeps: list[list[Sweep]] = []
         self.memory: Parameters = {}
 
     def _pool(self, concept: Concept) -> ConceptPool:
@@ -359,6 +379,15 @@ class Run:
         dtype = torch.bfloat16 if precision == "bf16" else torch.float16
         return torch.autocast(self.device.type, dtype=dtype)
 
+    def _attention(self) -> AbstractContextManager[Any]:
+        return self.model.math_attention() if self.settings.double_backward() else nullcontext()
+
+    @contextmanager
+    def inner(self) -> Iterator[None]:
+        """What an adaptation's losses are computed in, also when a backward pass asks for them."""
+        with self.autocast(), self._attention():
+            yield
+
     def config(self) -> dict[str, Any]:
         """Settings and concepts as plain values."""
         return {
@@ -382,13 +411,12 @@ class Run:
             state = self._start(leaves, optimizer)
             if settings.log_with is not None:
                 self.accelerator.init_trackers("immunize", config=_flat(self.config()))
-            attention: AbstractContextManager[Any] = nullcontext()
             if settings.double_backward():
                 _LOG.info(
                     "%s: attention by plain products, which differentiate twice", settings.method
                 )
-                attention = self.model.math_attention()
-            with attention:
+            # All of a step: checkpointed blocks are computed anew in the midst of backward passes.
+            with self._attention():
                 while state.step < settings.steps:
                     self._step(leaves, optimizer, state)
                 # Not in the checkpoint: a run that goes on from here must not know of it.
@@ -411,7 +439,7 @@ class Run:
             self.config(),
             state.history,
             peak_memory,
-            tuple(state.warnings),
+            (*state.warnings, *self.settings.remarks(state.history)),
         )
 
     def _start(self, leaves: Parameters, optimizer: torch.optim.Adam) -> LoopState:
@@ -433,6 +461,7 @@ class Run:
         settings, step = self.settings, state.step
         started, merged = time.perf_counter(), self.merge.seconds if self.merge else 0.0
         self.inner_losses.clear()
+        self.sweeps.clear()
         optimizer.zero_grad(set_to_none=True)
         settings.prepare(self, leaves, step)
         sums = {"loss": 0.0, "retain": 0.0, "clamped": 0.0}
@@ -441,7 +470,11 @@ class Run:
             value = float(objective.detach())
             if not math.isfinite(value):
                 raise self._failure(f"the loss became {value}", leaves, optimizer, state)
-            self.accelerator.backward(objective * (self.scale / settings.gradient_accumulation))
+            try:
+                share = self.scale / settings.gradient_accumulation
+                self.accelerator.backward(objective * share)
+            except NegativeCurvatureError as error:
+                raise self._failure(str(error), leaves, optimizer, state) from error
             for name, part in parts.items():
                 sums[name] += part / settings.gradient_accumulation
         self._share_gradients(leaves)
@@ -461,6 +494,7 @@ class Run:
             "gradient_norm": size,
             "seconds": time.perf_counter() - started,
             "merge_seconds": (self.merge.seconds - merged) if self.merge else 0.0,
+            **_summary([sweep for found in self.sweeps for sweep in found]),
         }
         state.step += 1
         state.memory = self.memory
@@ -499,6 +533,7 @@ class Run:
         here = {name: leaf.detach().clone().requires_grad_() for name, leaf in leaves.items()}
         with self._reported(state):
             objective, _ = self._objective(here, PROBE_STEP, 0)
+        state.history[-1] |= self.settings.diagnosis(self, here, state.step)
         self.inner_losses[:] = inner
         # The mean over processes, so that all of them keep the same iterate.
         value = float(self.accelerator.reduce(objective.detach(), reduction="mean"))
@@ -585,6 +620,18 @@ def run_identity(settings: Any, model: str, problem: ConceptSet) -> dict[str, An
     """
     found = {name: value for name, value in asdict(settings).items() if name not in settings.free}
     return {"method": settings.method, "model": model, "concepts": problem.digest(), **found}
+
+
+def _summary(sweeps: Sequence[Sweep]) -> dict[str, float]:
+    """What a step's record says of its backward passes through adaptations."""
+    if not sweeps:
+        return {}
+    return {
+        "products": float(sum(sweep.products for sweep in sweeps)),
+        "hypergradient_seconds": math.fsum(sweep.seconds for sweep in sweeps),
+        "contraction": math.fsum(sweep.contraction for sweep in sweeps) / len(sweeps),
+        "residual": max(sweep.residual for sweep in sweeps),
+    }
 
 
 def _checkpoint_blocks(unet: Any) -> None:

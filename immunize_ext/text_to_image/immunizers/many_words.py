@@ -21,16 +21,12 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
+from immunize_ext.bilevel import Adam, Parameters, adapt
 from immunize_ext.text_to_image.attacks.prompts import replace_name
 from immunize_ext.text_to_image.concepts import Concept, ConceptSet
 from immunize_ext.text_to_image.immunizers.bilevel import denoising_loss
 from immunize_ext.text_to_image.immunizers.loop import OUTER, PROBE_STEP, Immunizer, Run
-from immunize_ext.text_to_image.immunizers.parameters import (
-    Loss,
-    Parameters,
-    Scope,
-    descend_by_adam,
-)
+from immunize_ext.text_to_image.immunizers.parameters import Scope
 from immunize_ext.text_to_image.projections import AttentionScope, attention_blocks
 
 _LOG_WEIGHTS, _MET = "log_weights", "losses_met"
@@ -157,17 +153,17 @@ class ManyWords(Immunizer):
             steps = _one_of(self.attacker_steps + 1, generator)
             draws = [pool.draw(self.batch_size, generator, wording) for _ in range(steps + 1)]
             moved = _layers(run, leaves, layers)
-            rest = {name: value for name, value in leaves.items() if name not in moved}
             # Others stay as they are, but what the attacker ends at depends on them too.
-            fixed = {name: value.detach() for name, value in rest.items()}
-            attacked, met = descend_by_adam(
+            rest = {name: value for name, value in leaves.items() if name not in moved}
+            attacked = adapt(
                 moved,
-                [_beside(fixed, denoising_loss(run, drawn)) for drawn in draws[:-1]],
-                rate=self.attacker_rate,
+                [denoising_loss(run, drawn) for drawn in draws[:-1]],
+                Adam(self.attacker_rate),
+                held=rest,
                 scale=run.scale,
             )
-            run.inner_losses.extend(met)
-            losses.append(draws[-1].losses(run.model, rest | attacked))
+            run.inner_losses.extend(attacked.losses)
+            losses.append(draws[-1].losses(run.model, rest | attacked.parameters))
         if step != PROBE_STEP:
             self._remember(run, losses)
         return torch.cat(losses)
@@ -207,12 +203,3 @@ def _layers(run: Run, leaves: Parameters, layers: str) -> Parameters:
     scope: AttentionScope = "attn2" if layers == "attn2" else "attention"
     blocks = tuple(f"{b}." for b in attention_blocks("many_words", run.model.unet, scope))
     return {name: value for name, value in leaves.items() if name.startswith(blocks)}
-
-
-def _beside(fixed: Parameters, loss: Loss) -> Loss:
-    """A loss as a function of some of the parameters, the others fixed."""
-
-    def of_some(moved: Mapping[str, Tensor]) -> Tensor:
-        return loss({**fixed, **moved})
-
-    return of_some

@@ -9,7 +9,7 @@ through the adaptation steps.
 theta'_n = theta - alpha g_n with g_n held fixed, then the merge is affine in its inputs and maps
 equal inputs to themselves, so d theta' / d theta is the identity and the gradient that reaches
 theta is the one at theta'. What differs from plain ascent is where it is taken. With
-``second_order`` the term -alpha d g_n / d theta comes in.
+another ``hypergradient`` the term -alpha d g_n / d theta comes in.
 """
 
 from __future__ import annotations
@@ -20,11 +20,11 @@ from typing import ClassVar, Literal, get_args
 import torch
 from torch import Tensor
 
+from immunize_ext.bilevel import Hypergradient, Parameters
 from immunize_ext.text_to_image.immunizers.batches import generator_of
 from immunize_ext.text_to_image.immunizers.bilevel import BilevelImmunizer
 from immunize_ext.text_to_image.immunizers.concept_merge import Merge, MomentMerge, check_merge
 from immunize_ext.text_to_image.immunizers.loop import OUTER, Run
-from immunize_ext.text_to_image.immunizers.parameters import Parameters
 
 MergeKind = Literal["closed_form", "moments", "mean", "own_copies"]
 
@@ -41,9 +41,8 @@ class MIMA(BilevelImmunizer):
               \theta^{k-1})\}_n\bigr)
 
     Attributes:
-        inner_steps: Adaptation steps of each concept, 1 to 5; discarded after the outer step.
+        inner_steps: Adaptation steps of each concept; discarded after the outer step.
         inner_rate: alpha.
-        second_order: Whether adaptation is differentiated through (``create_graph``).
         ridge: Of the merge, relative to the mean diagonal of the captions' Gram matrix.
         merge_prompts: Prompts of each concept whose tokens the merge constrains.
         merge: How the copies become one: ``"closed_form"`` as published, the text projections by
@@ -105,7 +104,8 @@ class MIMA(BilevelImmunizer):
         """At the merge, or each concept's at its own copy."""
         if self.merge != "own_copies":
             return super().attacked_losses(run, leaves, step, batch)
-        copies = self._copies(run, leaves, step * self.gradient_accumulation + batch)
+        place = step * self.gradient_accumulation + batch
+        copies = self._copies(run, leaves, place, self.differentiation())
         draws = run.draw(step, OUTER, batch)
         return torch.cat(
             [drawn.losses(run.model, copy) for drawn, copy in zip(draws, copies, strict=True)]
@@ -114,7 +114,7 @@ class MIMA(BilevelImmunizer):
     def prepare(self, run: Run, leaves: Parameters, step: int) -> None:
         """In the alternating variant: adapt, merge, and keep that."""
         if self.alternating:
-            merged = self._merged(run, leaves, step)
+            merged = self._merged(run, leaves, step, self.differentiation())
             with torch.no_grad():
                 for name, leaf in leaves.items():
                     leaf.copy_(merged[name])
@@ -123,17 +123,33 @@ class MIMA(BilevelImmunizer):
         """Adapt to each concept from theta, and merge."""
         if self.alternating:
             return parameters  # adapted already, for good
-        return self._merged(run, parameters, step)
+        return self._merged(run, parameters, step, self.differentiation())
 
-    def _merged(self, run: Run, parameters: Parameters, step: int) -> Parameters:
+    def ends(
+        self, run: Run, parameters: Parameters, step: int, how: Hypergradient
+    ) -> list[Parameters]:
+        """The merge, or each concept's copy."""
+        if self.merge == "own_copies":
+            return self._copies(run, parameters, step, how)
+        return [self._merged(run, parameters, step, how)]
+
+    def models_attacked(self, run: Run) -> int:
+        """One, or each concept's copy."""
+        return len(run.pools) if self.merge == "own_copies" else 1
+
+    def _merged(
+        self, run: Run, parameters: Parameters, step: int, how: Hypergradient
+    ) -> Parameters:
         if run.merge is None:
             run.merge = Merge() if self.merge == "mean" else self._moment_merge(run)
-        return run.merge(parameters, self._copies(run, parameters, step))
+        return run.merge(parameters, self._copies(run, parameters, step, how))
 
-    def _copies(self, run: Run, parameters: Parameters, step: int) -> list[Parameters]:
+    def _copies(
+        self, run: Run, parameters: Parameters, step: int, how: Hypergradient
+    ) -> list[Parameters]:
         draws = self.inner_draws(run, step)
         return [
-            self.adapt(run, parameters, [draw[index] for draw in draws])
+            self.adapt(run, parameters, [draw[index] for draw in draws], how)
             for index in range(len(run.pools))
         ]
 

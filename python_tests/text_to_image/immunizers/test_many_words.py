@@ -18,7 +18,6 @@ from immunizer_settings import SMALL, concepts
 
 from immunize_ext.text_to_image.immunizers import ManyWords
 from immunize_ext.text_to_image.immunizers.loop import PROBE_STEP, Run
-from immunize_ext.text_to_image.immunizers.parameters import descend_by_adam
 from immunize_ext.text_to_image.model import TextToImage
 
 SETTINGS: dict[str, Any] = {k: v for k, v in SMALL.items() if k != "inner_rate"} | {
@@ -35,27 +34,6 @@ def run_of(**settings: Any) -> Run:
 
 def leaves_of(run: Run) -> dict[str, Tensor]:
     return {n: p.detach().clone().requires_grad_() for n, p in run.moved.items()}
-
-
-def test_adam_is_that_of_torch_and_passes_gradients_through() -> None:
-    """Three steps on a parabola; the derivative by the start is that at the end."""
-    start = {"x": torch.tensor([1.0, -2.0], requires_grad=True)}
-    losses = [lambda p, c=c: ((p["x"] - c) ** 2).sum() for c in (0.0, 3.0, 1.0)]
-    moved, met = descend_by_adam(start, losses, rate=0.1)
-    other = torch.tensor([1.0, -2.0], requires_grad=True)
-    adam = torch.optim.Adam([other], lr=0.1)
-    for value, loss in zip(met, losses, strict=True):
-        adam.zero_grad()
-        found = loss({"x": other})
-        assert value == pytest.approx(float(found.detach()))
-        found.backward()
-        adam.step()
-    torch.testing.assert_close(moved["x"], other)
-    (moved["x"] ** 2).sum().backward()
-    torch.testing.assert_close(start["x"].grad, 2.0 * moved["x"].detach())
-    same, none = descend_by_adam(start, [], rate=0.1)
-    assert torch.equal(same["x"], start["x"])
-    assert none == []
 
 
 def test_attackers_ask_by_name_by_a_rare_word_and_by_something_else() -> None:

@@ -30,7 +30,7 @@ def started(**changes: Any) -> tuple[MIMA, Run, dict[str, torch.Tensor]]:
 def copies_of(settings: MIMA, run: Run, leaves: dict[str, torch.Tensor]) -> list[Any]:
     draws = settings.inner_draws(run, 0)
     return [
-        settings.adapt(run, leaves, [draw[index] for draw in draws])
+        settings.adapt(run, leaves, [draw[index] for draw in draws], settings.differentiation())
         for index in range(len(run.pools))
     ]
 
