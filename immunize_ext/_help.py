@@ -39,7 +39,7 @@ class Option(NamedTuple):
 
     Attributes:
         flags: Its flags; a positional argument has none.
-        metavar: What stands for its value.
+        metavar: What stands for its value, or its values with a space between.
         nargs: How many values, as argparse says it; 0 for none.
         help: Its text, ``%`` doubled.
         owners: Names of the methods or attacks whose setting it is; of a command's own it is empty.
@@ -100,7 +100,8 @@ class Page(NamedTuple):
 
 def option_of(action: argparse.Action, owners: Sequence[str] = ()) -> Option:
     """An argument of a parser as a page holds it."""
-    metavar = action.metavar if isinstance(action.metavar, str) else action.dest.upper()
+    metavar = action.metavar or action.dest.upper()
+    metavar = metavar if isinstance(metavar, str) else " ".join(metavar)
     return Option(
         list(action.option_strings), metavar, action.nargs, action.help or "", list(owners)
     )
@@ -176,9 +177,8 @@ def _add(parser: Any, option: Option) -> None:
     elif option.nargs == 0:
         parser.add_argument(*option.flags, action="store_true", help=option.help)
     else:
-        parser.add_argument(
-            *option.flags, nargs=option.nargs, metavar=option.metavar, help=option.help
-        )
+        names = tuple(option.metavar.split()) if option.nargs == 2 else option.metavar
+        parser.add_argument(*option.flags, nargs=option.nargs, metavar=names, help=option.help)
 
 
 def _values_of(flag: str, argv: Sequence[str]) -> list[str]:

@@ -22,6 +22,7 @@ from immunize_ext.settings import (
     Registry,
     Setting,
     build,
+    length_of,
     literals_of,
     options_of,
     parse_yaml,
@@ -225,6 +226,8 @@ def _add_flag(parser: Any, setting: Setting, dest: str, *, prefix: str = "") -> 
     choices = literals_of(setting.type)
     if options == [bool]:
         more["action"] = argparse.BooleanOptionalAction
+    elif any(length_of(kind) == 2 for kind in options):
+        more |= {"nargs": 2, "metavar": ("LOW", "HIGH")}
     elif any(typing.get_origin(kind) is tuple for kind in options):
         more |= {"nargs": "+", "metavar": setting.name.removesuffix("s").upper()}
     elif _is_table(setting):

@@ -140,7 +140,7 @@ def _read_as(kind: Any) -> Any:
         options = tuple(option for option in options if typing.get_origin(option) is not Literal)
     options = tuple(
         tuple[_read_as(typing.get_args(option)[0]), ...]  # type: ignore[misc]
-        if typing.get_origin(option) is tuple
+        if length_of(option) == 0
         else option
         for option in options
     )
@@ -182,12 +182,26 @@ def _words(kind: Any) -> str:
             found += [repr(value) for value in typing.get_args(option)]
         elif origin is tuple:
             item = _words(typing.get_args(option)[0])
-            found.append(f"a list, each {item}")
+            count = length_of(option)
+            found.append(f"{count} values, each {item}" if count else f"a list, each {item}")
         elif origin in (Mapping, dict) or option in (Mapping, dict):
             found.append("a table")
         else:
             found.append(simple.get(option, getattr(option, "__name__", str(option))))
     return " or ".join(found)
+
+
+def length_of(kind: Any) -> int | None:
+    """How many values a tuple holds, 0 for any number; ``None`` for what is no tuple.
+
+    Example:
+        >>> length_of(tuple[float, float]), length_of(tuple[str, ...]), length_of(float)
+        (2, 0, None)
+    """
+    if typing.get_origin(kind) is not tuple:
+        return None
+    inner = typing.get_args(kind)
+    return 0 if Ellipsis in inner else len(inner)
 
 
 def literals_of(kind: Any) -> list[str]:
@@ -208,7 +222,8 @@ def _has_type(value: Any, kind: Any) -> bool:
     if origin is Literal:
         return any(value == choice and type(value) is type(choice) for choice in inner)
     if origin is tuple:
-        return isinstance(value, tuple) and all(_has_type(item, inner[0]) for item in value)
+        whole = isinstance(value, tuple) and length_of(kind) in (0, len(value))
+        return whole and all(_has_type(item, inner[0]) for item in value)
     if Mapping in (kind, origin):
         return isinstance(value, Mapping) and (
             not inner or all(_has_type(item, inner[1]) for item in value.values())

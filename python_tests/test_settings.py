@@ -77,11 +77,13 @@ class Second:
     Attributes:
         depth: How deep.
         rotate: Whether to rotate.
+        window: From where to where.
     """
 
     method: ClassVar[str] = "second"
     depth: int = 7
     rotate: bool = True
+    window: tuple[float, float] | None = None
 
 
 @ATTACKS.register
@@ -128,7 +130,18 @@ def test_every_kind_of_flag() -> None:
     found = read(
         *("--primary", "4:9", "--harmful", "1", "2", "--steps", "4", "--rate", "1e-3"),
         *("--grading", "top", "--no-erase", "--strength", "auto", "--method", "second"),
-        *("--depth", "9", "--no-rotate", "--attacks", "low_rank", "--low-rank.rank", "16"),
+        *(
+            "--depth",
+            "9",
+            "--no-rotate",
+            "--window",
+            "1",
+            "30",
+            "--attacks",
+            "low_rank",
+            "--low-rank.rank",
+            "16",
+        ),
     )
     assert found == Toy(
         primary="4:9",
@@ -139,7 +152,7 @@ def test_every_kind_of_flag() -> None:
         grading="top",
         erase=False,
         strength="auto",
-        settings={"depth": 9, "rotate": False},
+        settings={"depth": 9, "rotate": False, "window": (1.0, 30.0)},
         attacks=("low_rank",),
         attack_settings={"low_rank": {"rank": 16}},
     )
@@ -169,6 +182,7 @@ def test_help_says_what_the_docstrings_say(capsys: pytest.CaptureFixture[str]) -
         "--erase, --no-erase Whether to erase (default: True)",
         "--depth N How deep",
         "--rotate, --no-rotate Whether to rotate (default: True)",
+        "--window LOW HIGH From where to where",
         "--low-rank.rank N Of the update (default: 4)",
     ):
         assert words in text
@@ -350,6 +364,16 @@ def test_types_are_checked_where_python_builds_settings(values: dict[str, Any], 
     assert words in str(caught.value)
 
 
+def test_a_pair_is_two_values(yaml: Callable[[str], str]) -> None:
+    file = yaml("method: second\nsettings:\n  window: [1, 30]\n")
+    assert read("--config", file).settings == {"window": (1.0, 30.0)}
+    with pytest.raises(SystemExit):
+        read("--method", "second", "--window", "1")
+    for value in ([1.0], [1.0, 2.0, 3.0]):
+        with pytest.raises(ValueError, match="window must be 2 values, each a finite number"):
+            METHODS.typed("second", {"window": value}, "file")
+
+
 def test_what_has_the_right_type_is_kept() -> None:
     found = Toy(
         rate=1, strength="auto", settings={"depth": 3}, attack_settings={"low_rank": {"rank": 3}}
@@ -368,7 +392,8 @@ def test_registry_refuses_two_things_of_one_name() -> None:
     assert METHODS.build("second", {"depth": "3"}, "flags", rotate=False, other=1) == Second(
         3, False
     )
-    owners = {"depth": ["first", "second"], "steps": ["first"], "rotate": ["second"]}
+    owners = {"depth": ["first", "second"], "steps": ["first"]}
+    owners |= {"rotate": ["second"], "window": ["second"]}
     assert METHODS.all_settings() == owners
 
 

@@ -79,6 +79,7 @@ class StreamedGram:
 
     Attributes:
         rows: Number of rows seen.
+        factor: R of x = Q R, shape (min(rows, p), p), float64: its singular values are those of x.
         extremes: The result, in float64, without a graph.
 
     Raises:
@@ -139,7 +140,7 @@ class StreamedGram:
             self.extremes = GramExtremes(*values)
             # The right vectors of both extremes, which are all there is to simple ones.
             self._pair = (v_max, v_min)
-            self._factor = factor
+            self.factor = factor
 
     def derivative(self, objective: Callable[[GramExtremes], Tensor]) -> tuple[Tensor, Tensor]:
         """Value of an objective of the extremes, and its derivative with respect to K.
@@ -171,7 +172,7 @@ class StreamedGram:
             torch.zeros_like(leaf) if grad is None else grad
             for leaf, grad in zip(leaves, found, strict=True)
         )
-        derivative = 2.0 * g_frobenius * (self._factor.mT @ self._factor)
+        derivative = 2.0 * g_frobenius * (self.factor.mT @ self.factor)
         rank = int(self.extremes.rank)
         if rank > 0:
             top, bottom = self._vectors(rank)
@@ -187,7 +188,7 @@ class StreamedGram:
         if most == least == 1:
             top, bottom = self._pair
             return top[None], bottom[None]
-        vectors = torch.linalg.svd(self._factor, full_matrices=False).Vh
+        vectors = torch.linalg.svd(self.factor, full_matrices=False).Vh
         return vectors[:most], vectors[rank - least : rank]
 
     def backward(self, objective: Callable[[GramExtremes], Tensor]) -> Tensor:

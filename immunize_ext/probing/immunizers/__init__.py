@@ -20,6 +20,7 @@ from immunize_ext.probing.immunizers.condition_number import (
     ConditionNumberImmunizer,
     PlainConditionNumberImmunizer,
 )
+from immunize_ext.probing.immunizers.control import ControllerName, CorridorController
 from immunize_ext.probing.immunizers.corridor import project_to_corridor
 from immunize_ext.probing.immunizers.deep_extractor import DeepExtractorImmunizer
 from immunize_ext.probing.immunizers.imma import ImmaImmunizer
@@ -50,6 +51,8 @@ __all__ = [
     "BaselineImmunizer",
     "ClosedFormImmunizer",
     "ConditionNumberImmunizer",
+    "ControllerName",
+    "CorridorController",
     "DeepExtractorImmunizer",
     "GradedImmunizer",
     "Head",

@@ -5,7 +5,8 @@ H_P' = V diag(t sigma) V^T: every spectrum can be had without touching its eigen
 is invertible if theta is. A kappa above the corridor has its eigenvalues clipped to a window of the
 right width, centred on a logarithmic axis; one below has their logarithms spread from that centre.
 
-A multiplier on kappa_P instead of a projection oscillates around its target.
+A multiplier on kappa_P instead of a projection oscillates around its target (module ``control``,
+which is for extractors that cannot be projected).
 """
 
 from __future__ import annotations
@@ -31,11 +32,11 @@ def check_corridor(function: str, corridor: tuple[float, float] | None) -> None:
     """
     if corridor is None:
         return
-    low, high = corridor
-    if not 1.0 <= low <= high < math.inf:
+    if len(corridor) != 2 or not 1.0 <= corridor[0] <= corridor[1] < math.inf:
         raise ValueError(
-            f"{function}: corridor must be two numbers 1 <= low <= high, got {low} and {high}; "
-            "they are the least and the largest kappa_P allowed"
+            f"{function}: corridor must be two numbers 1 <= low <= high, got "
+            f"{' and '.join(map(str, corridor))}; they are the least and the largest kappa_P "
+            "allowed"
         )
 
 

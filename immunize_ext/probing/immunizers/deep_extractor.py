@@ -14,7 +14,7 @@ from __future__ import annotations
 
 import copy
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, ClassVar, Literal, get_args
@@ -26,6 +26,8 @@ from torch.nn import functional
 from immunize_ext.errors import EqualSingularValuesError
 from immunize_ext.ops.precondition import Preconditioner
 from immunize_ext.ops.regularizers import gram_r_ill, gram_r_well
+from immunize_ext.ops.spectrum import GramExtremes
+from immunize_ext.ops.streaming import StreamedGram
 from immunize_ext.probing.data.problem import Problem
 from immunize_ext.probing.data.samples import Samples, Source
 from immunize_ext.probing.extractors.feature_extractor import (
@@ -35,6 +37,7 @@ from immunize_ext.probing.extractors.feature_extractor import (
     freeze_except,
     select_blocks,
 )
+from immunize_ext.probing.immunizers.control import ControllerName, CorridorController
 from immunize_ext.probing.immunizers.imma import probe_after_steps
 from immunize_ext.probing.immunizers.immunized import ImmunizedExtractor
 from immunize_ext.probing.immunizers.loop import (
@@ -162,6 +165,14 @@ class DeepExtractorImmunizer:
             the gradients of R_well and R_ill are multiplied by K^-1 there, K of that layer's own
             inputs. ``None``: plain gradients.
         precondition_ridge: Ridge on that K, in units of its mean diagonal.
+        corridor: The least and the largest kappa of H_P + a I over ``corridor_samples``, kept by
+            corrections of each step (module ``control``); ``None`` leaves kappa_P free.
+        controller: What kind of correction: ``"sqp"``, ``"pi"`` or ``"dual"``.
+        corridor_every: Steps between two measurements of kappa_P and its gradient, each two passes
+            over the samples; between them both are carried on to first order.
+        corridor_samples: Samples of the primary task that are measured, the same each time; all
+            when ``None``. What is kept on few of them is not kept on all.
+        corridor_ridge: a, in units of the largest eigenvalue of H_P before the first step.
         inner_steps: Steps of the probe for ``"imma"``.
         label_smoothing: Of the cross-entropy of the primary task.
         seed: Seed of the batches and of a head that is made here.
@@ -198,6 +209,11 @@ class DeepExtractorImmunizer:
     rebalance_every: int | None = None
     precondition: str | None = None
     precondition_ridge: float = 1e-2
+    corridor: tuple[float, float] | None = None
+    controller: ControllerName = "sqp"
+    corridor_every: int = 1
+    corridor_samples: int | None = None
+    corridor_ridge: float = 1e-4
     inner_steps: int = 5
     label_smoothing: float = 0.1
     seed: int = 0
@@ -215,11 +231,16 @@ class DeepExtractorImmunizer:
                 "share": self.share,
                 "rebalance_every": self.rebalance_every or 1,
                 "precondition_ridge": self.precondition_ridge,
+                "corridor_every": self.corridor_every,
+                "corridor_samples": self.corridor_samples or 1,
+                "corridor_ridge": self.corridor_ridge,
                 "inner_steps": self.inner_steps,
             },
-            {"objective": get_args(DeepObjective)},
-            {"objective": self.objective},
+            {"objective": get_args(DeepObjective), "controller": get_args(ControllerName)},
+            {"objective": self.objective, "controller": self.controller},
         )
+        if self.corridor is not None:
+            CorridorController(self.corridor, self.controller)
         for name in ("lambda_well", "lambda_ill", "weight", "head_weight_decay"):
             value = getattr(self, name)
             if value is not None and not (math.isfinite(value) and value >= 0.0):
@@ -269,7 +290,9 @@ class DeepExtractorImmunizer:
         Returns:
             The immunized extractor with theta_0. ``history`` has a record for each step, of its
             batches before the update: ``step``, ``loss``, ``log_kappa_primary``,
-            ``log_kappa_harmful``, and for each term its value and ``lambda_*``.
+            ``log_kappa_harmful``, and for each term its value and ``lambda_*``; with a corridor
+            also ``log_kappa_corridor``, where the controller believes to be, and ``multiplier``,
+            how much of the gradient of log kappa_P the step before was corrected by.
 
         Raises:
             ValueError: If blocks, layer, labels or features do not fit, ``resume`` is of another
@@ -293,6 +316,9 @@ class DeepExtractorImmunizer:
         parameters = freeze_except(extractor, blocks)
         device = next(iter(parameters.values())).device
         run = _Run(self, extractor, parameters, blocks, samples, device)
+        steering = None
+        if self.corridor is not None:
+            steering = _Steering(self, self.corridor, extractor, parameters, samples[0], device)
         head = run.make_head(problem.head)
         optimizer = self._optimizer(parameters, head)
         named = {**parameters, **{f"head.{n}": p for n, p in head.named_parameters()}}
@@ -320,15 +346,26 @@ class DeepExtractorImmunizer:
                 if name.startswith("momentum."):
                     parameter = named[name.removeprefix("momentum.")]
                     optimizer.state[parameter]["momentum_buffer"] = buffer.to(device)
+            if steering is not None:
+                steering.restore(state, values["steering"])
         every = max(1, self.steps // _PARTS)
         for step in range(len(history), self.steps):
+            before = [] if steering is None else steering.look(step)
             record, lambdas = run.step(step, head, optimizer, lambdas)
+            if steering is not None:
+                record |= steering.record()
+                steering.correct(before)
             history.append(record)
             if (step + 1) % every == 0 or step + 1 == self.steps:
                 if progress is not None:
                     progress(f"{self.objective}, step {step + 1}", (step + 1) / self.steps)
                 state = {**named, **{f"momentum.{n}": b for n, b in _buffers(named, optimizer)}}
-                checkpoint.save(state, {"history": history, "lambdas": lambdas})
+                marks = {}
+                if steering is not None:
+                    state |= steering.state()
+                    marks = steering.marks
+                values = {"history": history, "lambdas": lambdas, "steering": marks}
+                checkpoint.save(state, values)
         run.close()
         extractor.requires_grad_(False)
         return ImmunizedExtractor(
@@ -376,6 +413,82 @@ def _buffers(
     """Momentum buffers by the name of their parameter."""
     found = ((name, optimizer.state.get(p, {}).get("momentum_buffer")) for name, p in named.items())
     return [(name, buffer.detach()) for name, buffer in found if buffer is not None]
+
+
+class _Steering:
+    """kappa_P of a deep extractor, streamed, and what its controller makes of a step."""
+
+    def __init__(
+        self,
+        settings: DeepExtractorImmunizer,
+        corridor: tuple[float, float],
+        extractor: nn.Module,
+        parameters: dict[str, nn.Parameter],
+        samples: Samples,
+        device: torch.device,
+    ) -> None:
+        self.controller = CorridorController(corridor, settings.controller)
+        self.every, self.batch_size = settings.corridor_every, settings.batch_size
+        self.extractor, self.parameters = extractor, parameters
+        self.samples, self.device = samples, device
+        count = min(settings.corridor_samples or len(samples), len(samples))
+        self.chosen = batch_indices(len(samples), count, 0, seed=settings.seed, role=0)
+        self.marks: dict[str, float] = {}
+        self.normal: dict[str, Tensor] = {}
+        # The model may not change the ruler it is measured with.
+        self.floor = settings.corridor_ridge * self._streamed().extremes.lambda_max
+
+    def _streamed(self) -> StreamedGram:
+        def blocks() -> Iterator[Tensor]:
+            for part in self.chosen.split(self.batch_size):
+                yield self.extractor(self.samples.batch(part)[0].to(self.device))
+
+        return StreamedGram(blocks, rank="full")
+
+    def _log_kappa(self, extremes: GramExtremes) -> Tensor:
+        return (extremes.lambda_max + self.floor).log() - (extremes.lambda_min + self.floor).log()
+
+    def look(self, step: int) -> list[Tensor]:
+        """Measure where that is due; the parameters before the step."""
+        if step % self.every == 0 or not self.normal:
+            self.marks["log_kappa"] = float(self._streamed().backward(self._log_kappa))
+            for name, parameter in self.parameters.items():
+                self.normal[name] = _or_zero(parameter.grad, parameter).clone()
+                parameter.grad = None
+        return [parameter.detach().clone() for parameter in self.parameters.values()]
+
+    @torch.no_grad()
+    def correct(self, before: list[Tensor]) -> None:
+        """Correct the step that led from ``before`` to where the parameters are."""
+        normal, steps = list(self.normal.values()), list(self.parameters.values())
+        moved = [p - b for p, b in zip(steps, before, strict=True)]
+        slope = sum(float((n * d).sum()) for n, d in zip(normal, moved, strict=True))
+        square = _norm(normal) ** 2
+        here = self.marks["log_kappa"]
+        share = self.controller.correction(here, slope, square, _norm(moved), self.marks)
+        for parameter, direction in zip(steps, normal, strict=True):
+            parameter.add_(direction, alpha=share)
+        self.marks["log_kappa"] = here + slope + share * square
+
+    def record(self) -> dict[str, float]:
+        """What the history shall have of the iterate before the step."""
+        return {
+            "log_kappa_corridor": self.marks["log_kappa"],
+            "multiplier": self.marks.get("multiplier", 0.0),
+        }
+
+    def state(self) -> dict[str, Tensor]:
+        """Tensors that a run goes on from."""
+        return {
+            "floor": self.floor,
+            **{f"normal.{name}": value for name, value in self.normal.items()},
+        }
+
+    def restore(self, state: dict[str, Tensor], marks: dict[str, float]) -> None:
+        """Take back what :meth:`state` and ``marks`` were."""
+        self.marks, self.floor = dict(marks), state["floor"].to(self.device)
+        for name, parameter in self.parameters.items():
+            self.normal[name] = state[f"normal.{name}"].to(parameter.device)
 
 
 class _Run:

@@ -9,7 +9,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
 from dataclasses import KW_ONLY, dataclass, field, replace
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import Any, ClassVar, Literal
 
 import torch
 from torch import Tensor
@@ -18,6 +18,7 @@ from immunize_ext.ops.spectrum import gram_extremes
 from immunize_ext.probing.data.problem import Problem
 from immunize_ext.probing.data.scale import excess_exponent, in_range, unit_scale
 from immunize_ext.probing.data.task import Task
+from immunize_ext.probing.immunizers.control import ControllerName, CorridorController
 from immunize_ext.probing.immunizers.corridor import check_corridor, project_to_corridor
 from immunize_ext.probing.immunizers.immunized import Immunized
 from immunize_ext.probing.metrics.hessian import check_ridge, with_ridge
@@ -95,6 +96,7 @@ class Descent:
         start: theta_0, shape ``(p, p)``, float64.
         theta: The iterate, changed in place.
         corridor: The least and the largest kappa_P, or ``None``.
+        controller: What keeps to the corridor; ``None`` projects.
         optimizer: What moves theta, where a torch optimizer does.
         tensors: What else changes in place: heads, the best iterate.
         marks: What else has to be known to go on.
@@ -108,6 +110,7 @@ class Descent:
     start: Tensor
     theta: Tensor
     corridor: tuple[float, float] | None
+    controller: CorridorController | None = None
     optimizer: torch.optim.Optimizer | None = None
     tensors: dict[str, Tensor] = field(default_factory=dict)
     marks: dict[str, float] = field(default_factory=dict)
@@ -122,14 +125,16 @@ class Descent:
         problem: Problem[Task],
         ridge: float,
         corridor: tuple[float, float] | None,
+        controller: CorridorController | None = None,
     ) -> Descent:
         """Take the inputs of two tasks and the start, checked against each other."""
         check_ridge(name, ridge)
         primary, harmful = problem.primary, problem.only_harm(f"{name}.fit")
         start = identity_or(model, primary, name)
         rows = [with_ridge(t.x_train.to(torch.float64), ridge) for t in (primary, harmful)]
-        descent = cls(name, rows[0], rows[1], start, start.clone(), corridor)
-        descent.theta = descent.settled(descent.theta).clone()
+        descent = cls(name, rows[0], rows[1], start, start.clone(), corridor, controller)
+        if controller is None:
+            descent.theta = descent.settled(start).clone()
         return descent
 
     def record(self, step: int, **values: float) -> dict[str, float]:
@@ -144,11 +149,18 @@ class Descent:
             "log_rir": (logs[1] - base[1]) - (logs[0] - base[0]),
             **values,
         }
+        if self.controller is not None:
+            record["multiplier"] = self.marks.get("multiplier", 0.0)
         self.history.append(record)
         return record
 
-    def settled(self, theta: Tensor) -> Tensor:
-        """An iterate checked finite and brought into the corridor, if there is one."""
+    def settled(self, theta: Tensor, before: Tensor | None = None) -> Tensor:
+        """An iterate checked finite and kept to the corridor, if there is one.
+
+        Args:
+            theta: The iterate that a method proposes.
+            before: The one that it comes from; ``self.theta`` when omitted.
+        """
         if not bool(torch.isfinite(theta).all()):
             raise ValueError(
                 f"{self.name}.fit: step sizes must keep theta finite, got NaN or infinity after "
@@ -156,14 +168,41 @@ class Descent:
             )
         if self.corridor is None:
             return theta
+        if self.controller is not None:
+            return self._steered(theta, self.theta.detach() if before is None else before)
         return project_to_corridor(theta, self.primary, self.corridor)
 
+    @torch.enable_grad()
+    def _steered(self, theta: Tensor, before: Tensor) -> Tensor:
+        """The controller's correction, in E of theta' = theta exp(E), where no scale counts.
+
+        With F = A theta the gradient of log kappa_P in E is N = F^T d log kappa / dF, symmetric.
+        """
+        assert self.controller is not None
+        features = (self.primary @ before).requires_grad_()
+        value = log_kappa_of(features)
+        (gradient,) = torch.autograd.grad(value, features)
+        normal = features.detach().mT @ gradient
+        normal = (normal + normal.mT) / 2.0
+        change = torch.linalg.solve(before, theta) - torch.eye(
+            len(theta), dtype=theta.dtype, device=theta.device
+        )
+        share = self.controller.correction(
+            float(value.detach()),
+            float((normal * change).sum()),
+            float(normal.square().sum()),
+            float(change.norm()),
+            self.marks,
+        )
+        return theta @ torch.linalg.matrix_exp(share * normal)
+
     def move(self) -> None:
-        """One step of the optimizer, checked and brought into the corridor."""
+        """One step of the optimizer, checked and kept to the corridor."""
         assert self.optimizer is not None  # the method made one
+        before = self.theta.detach().clone()
         self.optimizer.step()
         with torch.no_grad():
-            self.theta.copy_(self.settled(self.theta.detach()))
+            self.theta.copy_(self.settled(self.theta.detach(), before))
 
     def state(self) -> dict[str, Tensor]:
         """Everything that changes, by name."""
@@ -330,6 +369,20 @@ class LinearImmunizer(ABC):
         """
 
 
+def controller_of(
+    name: str, corridor: tuple[float, float] | None, kind: str
+) -> CorridorController | None:
+    """What keeps to a corridor; ``None`` where nothing does, or a projection."""
+    if kind == "projection":
+        return None
+    if corridor is None:
+        raise ValueError(
+            f"{name}: corridor must be given for controller {kind!r} to keep to, got none; it is "
+            "the least and the largest kappa_P"
+        )
+    return CorridorController(corridor, kind)  # type: ignore[arg-type]  # checked there
+
+
 Advance = Callable[[int], None]
 
 
@@ -339,16 +392,20 @@ class IterativeImmunizer(LinearImmunizer):
 
     Attributes:
         ridge: Ridge on each K, relative to its largest eigenvalue.
-        corridor: The least and the largest kappa_P, held exactly at the start and after each step
-            (module ``corridor``); ``None`` leaves kappa_P free.
+        corridor: The least and the largest kappa_P; ``None`` leaves kappa_P free.
+        controller: How it is kept: ``"projection"`` holds it exactly, at the start and after each
+            step (module ``corridor``); ``"sqp"``, ``"pi"`` and ``"dual"`` steer towards it from
+            where the run starts (module ``control``), as has to be done for deep extractors.
     """
 
     _: KW_ONLY
     ridge: float = 1e-2
     corridor: tuple[float, float] | None = None
+    controller: Literal["projection"] | ControllerName = "projection"
 
     def __post_init__(self) -> None:
         check_corridor(type(self).__name__, self.corridor)
+        controller_of(type(self).__name__, self.corridor, self.controller)
 
     @abstractmethod
     def begin(self, descent: Descent, problem: Problem[Task]) -> tuple[int, Advance]:
@@ -384,7 +441,8 @@ class IterativeImmunizer(LinearImmunizer):
         """
         problem = self.prepared(problem)
         name = type(self).__name__
-        descent = Descent.of(name, model, problem, self.ridge, self.corridor)
+        controller = controller_of(name, self.corridor, self.controller)
+        descent = Descent.of(name, model, problem, self.ridge, self.corridor, controller)
         total, advance = self.begin(descent, problem)
         settings = {"method": self.method, **plain(self)}
         checkpoint = Checkpoint(

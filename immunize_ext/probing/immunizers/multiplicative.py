@@ -17,6 +17,7 @@ with an orthonormal basis B of its range, exp(E) = I + B (exp(B^T E B) - I) B^T.
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from typing import ClassVar
 
@@ -82,7 +83,7 @@ class MultiplicativeImmunizer(IterativeImmunizer):
 
     Attributes:
         steps: Number of updates.
-        eta_primary: First step on log kappa_P.
+        eta_primary: First step on log kappa_P; 0 leaves it to a corridor.
         eta_harmful: First step on log kappa_H.
 
     Raises:
@@ -106,8 +107,11 @@ class MultiplicativeImmunizer(IterativeImmunizer):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        names = ("steps", "eta_primary", "eta_harmful")
-        check_settings(_NAME, {name: getattr(self, name) for name in names}, {}, {})
+        check_settings(_NAME, {"steps": self.steps, "eta_harmful": self.eta_harmful}, {}, {})
+        if not (math.isfinite(self.eta_primary) and self.eta_primary >= 0.0):
+            raise ValueError(
+                f"{_NAME}: eta_primary must be finite and not negative, got {self.eta_primary}"
+            )
 
     def begin(self, descent: Descent, problem: Problem[Task]) -> tuple[int, Advance]:
         """Nothing has to be made ready."""

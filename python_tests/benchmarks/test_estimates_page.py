@@ -1,0 +1,85 @@
+"""docs/estimates.md and docs/corridor.md come from their result files, and say what these hold."""
+
+from __future__ import annotations
+
+import copy
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+ROOT = Path(__file__).resolve().parents[2]
+corridor = pytest.importorskip("benchmarks.protection.corridor")
+estimates = pytest.importorskip("benchmarks.protection.estimates")
+PAGES = {"estimates": estimates, "corridor": corridor}
+
+
+def results(name: str) -> dict[str, Any]:
+    return json.loads(PAGES[name].OUT.read_text(encoding="utf-8"))  # type: ignore[no-any-return]
+
+
+def page(name: str) -> str:
+    return (ROOT / "docs" / f"{name}.md").read_text(encoding="utf-8")
+
+
+@pytest.mark.parametrize("name", PAGES)
+def test_page_is_what_the_result_file_says(name: str) -> None:
+    assert estimates.filled(page(name), PAGES[name].parts(results(name))) == page(name)
+    with pytest.raises(ValueError, match="must have the marks"):
+        estimates.filled("no marks", PAGES[name].parts(results(name)))
+
+
+def test_a_changed_number_is_found() -> None:
+    changed = copy.deepcopy(results("estimates"))
+    for row in changed["rows"]:
+        row["rir_known_base"]["bias"] += 0.5
+    assert estimates.filled(page("estimates"), estimates.parts(changed)) != page("estimates")
+    changed = copy.deepcopy(results("corridor"))
+    for row in changed["deep"]:
+        row["inside"] -= 0.1
+    assert estimates.filled(page("corridor"), corridor.parts(changed)) != page("corridor")
+
+
+@pytest.mark.parametrize(("tasks", "estimator"), [("gaussian", "matched"), ("cosines", "spiked")])
+def test_what_the_estimates_page_claims(tasks: str, estimator: str) -> None:
+    rows = results("estimates")["rows"]
+    assert estimates.worst(rows, tasks, "plain") > 1.0
+    assert estimates.worst(rows, tasks, estimator) <= estimates.GOAL
+    # The floor: what samples have not seen.
+    assert estimates.worst(rows, "rectified", estimator) > 1.0
+
+
+def test_what_the_corridor_page_claims() -> None:
+    found = results("corridor")
+    best = found["linear"]["best_log_kappa_harmful"]
+    linear = {row["controller"]: row for row in found["linear"]["rows"]}
+    assert linear["sqp"]["log_kappa_harmful"] == pytest.approx(best, abs=1e-2)
+    assert linear["sqp"]["kappa_last"] == pytest.approx(30.0, rel=1e-3)
+    assert linear["dual"]["kappa_largest"] > 2 * linear["sqp"]["kappa_largest"]
+    kept = [
+        row["inside"]
+        for row in found["deep"]
+        if row["controller"] == "sqp" and row["measured"] == "all samples, every step"
+    ]
+    assert min(kept) >= corridor.GOAL
+
+
+def test_a_small_run_measures_what_the_page_holds() -> None:
+    population = estimates.gaussian("log-uniform")
+    small = population._replace(
+        rows={role: rows[::10, ::10] for role, rows in population.rows.items()}
+    )
+    rows = list(estimates.rows_of(small, 60, 3))
+    assert {row["estimator"] for row in rows} == set(estimates.ESTIMATORS)
+    found = {"rows": [{**row, "samples": estimates.ENOUGH} for row in rows]}
+    assert estimates.table(found, "rir_known_base").count("\n") == 1 + len(estimates.STRENGTHS)
+
+
+def test_a_small_deep_run_is_judged_on_all_samples() -> None:
+    settings = corridor.DeepExtractorImmunizer(
+        ("2",), objective="r_ill", steps=corridor.BURN_IN + 3, learning_rate=3e-3
+    )
+    row = corridor.deep_row(settings, 0)
+    assert row["kappa_start"] > corridor.DEEP_HIGH
+    assert 0.0 <= row["inside"] <= 1.0
