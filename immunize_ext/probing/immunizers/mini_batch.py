@@ -147,8 +147,8 @@ class MiniBatchImmunizer(IterativeImmunizer):
         primary, harmful = problem.primary, problem.only_harm(_NAME)
         if self.loss == "logistic" and not primary.is_classification:
             raise ValueError(
-                f"{_NAME}.fit: primary must have labels of classes for loss='logistic', got "
-                "others; use loss='squared'"
+                f"{_NAME}.fit: primary must have labels of -1 and +1, or of more classes, for "
+                "loss='logistic', got others; use loss='squared'"
             )
         x, y, x_harmful = (
             t.to(torch.float64) for t in (primary.x_train, primary.y_train, harmful.x_train)
