@@ -258,7 +258,7 @@ def _linear_head(omega: Tensor) -> nn.Module:
     """A head without bias that starts from omega."""
     # On the meta device, so that no random number is drawn for weights that are replaced.
     weight = omega.reshape(len(omega), -1).mT
-    head = nn.Linear(*weight.shape[::-1], bias=False, device="meta", dtype=omega.dtype)
+    head = nn.Linear(weight.shape[1], len(weight), bias=False, device="meta", dtype=omega.dtype)
     head = head.to_empty(device=omega.device)
     with torch.no_grad():
         head.weight.copy_(weight)
