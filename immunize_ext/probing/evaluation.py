@@ -325,7 +325,9 @@ def evaluate(
     inputs = rows["primary"], rows["harmful"]
     exponent = excess_exponent(given)
     # The floor of the official policy alone is an absolute number.
-    as_given = [x * 2.0**exponent for x in inputs] if exponent else inputs
+    as_given = inputs
+    if exponent:
+        as_given = inputs[0] * 2.0**exponent, inputs[1] * 2.0**exponent
     ratios = {
         policy: relative_immunization_ratio(
             *(as_given if policy == "official" else inputs),

@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from sample_inputs import gaussian, taking_route
+from sample_inputs import compiled_only, gaussian, taking_route
 from torch import Tensor
 
 from immunize_ext.ops import RegularizationFactor, merge_kv
@@ -136,6 +136,7 @@ sys.exit(os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]))
 """
 
 
+@compiled_only  # torch's own threads, which the torch-only route runs on, survive no fork
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="no fork here")
 def test_a_small_merge_ends_in_a_forked_process() -> None:
     """The threads of the parent are gone there; waiting for them would never end."""

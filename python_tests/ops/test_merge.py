@@ -28,6 +28,7 @@ from sample_inputs import (
     taking_route,
     tensors_in,
 )
+from spectrum_bounds import same_bits
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
@@ -909,6 +910,7 @@ def test_jacobian_of_a_linear_layer():
 # --- memory, determinism, settings ----------------------------------------------------------------
 
 
+@same_bits
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("values", [False, True])
 def test_layers_do_not_depend_on_the_number_of_threads(dtype, values):
@@ -939,6 +941,7 @@ def test_layers_do_not_depend_on_the_number_of_threads(dtype, values):
             assert torch.equal(found, truth)
 
 
+@same_bits
 @pytest.mark.parametrize(("d", "rows"), [(24, (2, 1)), (300, (9, 8)), (150, (70, 50))])
 def test_merge_does_not_depend_on_the_number_of_threads(d, rows):
     """LAPACK's solves and inverses do; the merge, given the factor, does not.

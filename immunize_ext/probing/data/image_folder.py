@@ -295,7 +295,8 @@ def image_folder_task(
         tensors.append(features[rows].to(dtype))
         tensors.append(torch.where(torch.isin(labels[rows], ones), 1.0, -1.0).to(dtype))
     title = f"{Path(root).name}: {' or '.join(sides[0])} against {' or '.join(sides[1])}"
-    return Task(title, *tensors)
+    x_train, y_train, x_test, y_test = tensors
+    return Task(title, x_train, y_train, x_test, y_test)
 
 
 def _contents(name: str, folder: ImageFolder, sides: tuple[list[str], list[str]]) -> list[str]:

@@ -222,4 +222,6 @@ def mnist_task(
             images, targets = images[:max_train], targets[:max_train]
         parts.append(torch.from_numpy(_standardise(images, size)).to(dtype))
         parts.append(torch.from_numpy(targets).to(dtype))
-    return Task("MNIST " + describe_digits(*sides), *parts, classes=class_names(*sides))
+    x_train, y_train, x_test, y_test = parts
+    name = "MNIST " + describe_digits(*sides)
+    return Task(name, x_train, y_train, x_test, y_test, class_names(*sides))

@@ -389,9 +389,9 @@ def _classes(path: str, text: str, seed: int) -> Task:
     """Some classes of a file of features: +1 against -1, several, or one with the label +1."""
     sides = parse_sides(text)
     name = Path(path).stem
-    x_train, y_train, x_test, y_test = load_features(path, seed=seed)
+    found = load_features(path, seed=seed)
     parts = []
-    for x, y in ((x_train, y_train), (x_test, y_test)):
+    for x, y in (found[:2], found[2:]):
         for wanted in sum(sides, ()):
             if not bool((y == wanted).any()):
                 raise ValueError(
@@ -399,7 +399,8 @@ def _classes(path: str, text: str, seed: int) -> Task:
                 )
         kept = torch.isin(y, y.new_tensor(sum(sides, ())))
         parts += [x[kept], side_targets(y[kept].to(torch.int64), *sides).to(x.dtype)]
-    return Task(f"{name}, {text}", *parts, classes=class_names(*sides))
+    x_train, y_train, x_test, y_test = parts
+    return Task(f"{name}, {text}", x_train, y_train, x_test, y_test, class_names(*sides))
 
 
 def _cut(task: Task, count: int | None) -> Task:

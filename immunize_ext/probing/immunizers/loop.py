@@ -82,7 +82,7 @@ def batch_indices(count: int, size: int, step: int, *, seed: int, role: int) -> 
 def log_kappa_of(features: Tensor) -> Tensor:
     """Log of the condition number of F^T F, differentiable."""
     extremes = gram_extremes(features * unit_scale(features))
-    return extremes.lambda_max.log() - extremes.lambda_min.log()
+    return (extremes.lambda_max / extremes.lambda_min).log()
 
 
 @dataclass

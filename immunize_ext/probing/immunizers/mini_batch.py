@@ -147,8 +147,8 @@ class MiniBatchImmunizer(IterativeImmunizer):
         primary, harmful = problem.primary, problem.only_harm(_NAME)
         if self.loss == "logistic" and not primary.is_classification:
             raise ValueError(
-                f"{_NAME}.fit: primary must have labels of classes for loss='logistic', got "
-                "others; use loss='squared'"
+                f"{_NAME}.fit: primary must have labels of -1 and +1, or of more classes, for "
+                "loss='logistic', got others; use loss='squared'"
             )
         x, y, x_harmful = (
             t.to(torch.float64) for t in (primary.x_train, primary.y_train, harmful.x_train)
@@ -258,7 +258,7 @@ def _linear_head(omega: Tensor) -> nn.Module:
     """A head without bias that starts from omega."""
     # On the meta device, so that no random number is drawn for weights that are replaced.
     weight = omega.reshape(len(omega), -1).mT
-    head = nn.Linear(*weight.shape[::-1], bias=False, device="meta", dtype=omega.dtype)
+    head = nn.Linear(weight.shape[1], len(weight), bias=False, device="meta", dtype=omega.dtype)
     head = head.to_empty(device=omega.device)
     with torch.no_grad():
         head.weight.copy_(weight)

@@ -155,7 +155,8 @@ def log_kappa(
         counted = there * features.shape[-1]
         return value.where(there, math.inf), counted
     extremes = extremal_singular_values(features, rank_rtol=rank_rtol)
-    value = 2 * (extremes.sigma_max.log() - extremes.sigma_min.log())
+    # The log of the ratio: a difference of logs would see the size of the features by its rounding.
+    value = 2 * (extremes.sigma_max / extremes.sigma_min).log()
     return value.where(extremes.rank > 0, math.inf), extremes.rank
 
 
