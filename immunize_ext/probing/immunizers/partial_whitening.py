@@ -75,13 +75,14 @@ class PartialWhiteningImmunizer(LinearImmunizer):
         Returns:
             The extractor, invertible; its history has one record before and one after.
         """
-        problem = problem.as_tasks()
+        problem = self.prepared(problem)
         name = type(self).__name__
         harmful = problem.only_harm(f"{name}.fit")
         theta0 = identity_or(model, problem.primary, name)
         x = with_ridge(problem.primary.x_train.to(torch.float64), self.ridge) @ theta0
         _, sigma, right = torch.linalg.svd(x, full_matrices=False)
-        theta = right.mT @ (right * sigma[:, None].pow(-self.power))
+        # Shares of the largest: no size of the features enters the rounding.
+        theta = right.mT @ (right * (sigma[:, None] / sigma[0]).pow(-self.power))
         theta = theta * (math.sqrt(len(theta)) / torch.linalg.matrix_norm(theta))
         theta = theta0 @ theta
         rows = with_ridge(harmful.x_train.to(torch.float64), self.ridge)
