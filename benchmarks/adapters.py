@@ -37,6 +37,7 @@ from immunize_ext.ops import (
 )
 from immunize_ext.storage import environment, write_whole
 
+from ._page import filled
 from .merge import SD14_WIDTHS
 
 D, RANK, CONCEPTS, TOKENS, CAPTIONS = 768, 8, 3, 8, 4000
@@ -392,17 +393,6 @@ def table(content: dict[str, Any]) -> str:
     return "\n".join(lines)
 
 
-BEGIN, END = "<!-- adapters:begin -->\n", "\n<!-- adapters:end -->"
-
-
-def write_page(page: Path, content: dict[str, Any]) -> None:
-    """Put the table between its marks."""
-    text = page.read_text(encoding="utf-8")
-    before, _, rest = text.partition(BEGIN)
-    _, _, after = rest.partition(END)
-    page.write_text(f"{before}{BEGIN}{table(content)}{END}{after}", encoding="utf-8")
-
-
 def main(argv: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
     parser.add_argument("--out", type=Path, default=Path(__file__).parent / "results")
@@ -419,7 +409,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     arguments.out.mkdir(parents=True, exist_ok=True)
     write_whole(arguments.out / "adapters-cpu.json", content)
     if arguments.page is not None:
-        write_page(arguments.page, content)
+        text = arguments.page.read_text(encoding="utf-8")
+        arguments.page.write_text(filled(text, {"adapters": table(content)}), encoding="utf-8")
     for kind, ratios in content["speed"]["ratios"].items():
         print(kind, ", ".join(f"{name} {ratio:.3g}" for name, ratio in ratios.items()))
     for name, one in content["objectives"].items():

@@ -13,11 +13,8 @@ the merge, the reference is mpmath with 50 digits.
 
 from __future__ import annotations
 
-import argparse
-import json
 import sys
 from collections.abc import Sequence
-from pathlib import Path
 from typing import Any
 
 import mpmath
@@ -35,7 +32,7 @@ from immunize_ext.ops import (
 )
 
 from ._environment import environment_record
-from ._session import RESULTS
+from ._page import parser, run
 
 FILE = "numerics.json"
 DIGITS = 50
@@ -382,27 +379,8 @@ def page(found: dict[str, Any]) -> str:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
-    parser.add_argument("--quick", action="store_true", help="a few small cases")
-    parser.add_argument("--results", type=Path, default=RESULTS)
-    action = parser.add_mutually_exclusive_group()
-    action.add_argument("--write", type=Path, metavar="PAGE")
-    action.add_argument("--check", type=Path, metavar="PAGE")
-    arguments = parser.parse_args(argv)
-    path = arguments.results / FILE
-    if arguments.check is not None:
-        wanted = page(json.loads(path.read_text(encoding="utf-8")))
-        if arguments.check.read_text(encoding="utf-8") == wanted:
-            return 0
-        print(f"benchmarks.numerics: {arguments.check} is not what {path} says", file=sys.stderr)
-        return 1
-    found = measure(arguments.quick)
-    if arguments.write is None:
-        print(page(found))
-        return 0
-    path.write_text(json.dumps(found, indent=1) + "\n", encoding="utf-8")
-    arguments.write.write_text(page(found), encoding="utf-8")
-    return 0
+    flags = parser((__doc__ or "").partition("\n")[0])
+    return run(FILE, page, lambda chosen: measure(chosen.quick), flags, argv)
 
 
 if __name__ == "__main__":

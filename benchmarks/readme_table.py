@@ -15,10 +15,10 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from . import _results
+from ._page import filled
 from ._session import RESULTS, machine_in_words
 
-BEGIN = "<!-- benchmarks:begin -->"
-END = "<!-- benchmarks:end -->"
+BLOCK = "benchmarks"
 
 
 class Line(NamedTuple):
@@ -180,15 +180,6 @@ def block(contents: Sequence[Mapping[str, Any]]) -> str:
     return "\n\n".join(table(contents, device) for device in devices)
 
 
-def split(text: str, name: str) -> tuple[str, str, str]:
-    """What stands before, between and after the marks, without the marks."""
-    if text.count(BEGIN) != 1 or text.count(END) != 1 or text.index(BEGIN) > text.index(END):
-        raise ValueError(f"{name} must have one line {BEGIN} and, below it, one line {END}")
-    before, _, rest = text.partition(BEGIN)
-    between, _, after = rest.partition(END)
-    return before, between.strip("\n"), after
-
-
 def main(argv: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
     parser.add_argument("--results", type=Path, default=RESULTS)
@@ -202,14 +193,15 @@ def main(argv: Sequence[str] | None = None) -> int:
         if page is None:
             print(made)
             return 0
-        before, between, after = split(page.read_text(encoding="utf-8"), page.name)
+        before = page.read_text(encoding="utf-8")
+        after = filled(before, {BLOCK: made})
     except (OSError, ValueError) as error:
         print(f"benchmarks.readme_table: {error}", file=sys.stderr)
         return 2
     if arguments.write is not None:
-        page.write_text(f"{before}{BEGIN}\n{made}\n{END}{after}", encoding="utf-8")
+        page.write_text(after, encoding="utf-8")
         return 0
-    if between == made:
+    if before == after:
         return 0
     print(
         f"benchmarks.readme_table: the table in {page.name} differs from the result files; "
@@ -217,7 +209,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         file=sys.stderr,
     )
     difference = difflib.unified_diff(
-        between.splitlines(), made.splitlines(), page.name, str(arguments.results), lineterm=""
+        before.splitlines(), after.splitlines(), page.name, str(arguments.results), lineterm="", n=0
     )
     print("\n".join(difference), file=sys.stderr)
     return 1

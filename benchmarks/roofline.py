@@ -11,13 +11,10 @@ and as a copy of a large buffer.
 
 from __future__ import annotations
 
-import argparse
-import json
 import statistics
 import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
-from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -28,7 +25,7 @@ from immunize_ext import ops
 from immunize_ext.ops import regularizers
 
 from ._environment import environment_record
-from ._session import RESULTS
+from ._page import parser, run
 from ._timing import copy_bandwidth, fixed_threads, refuse_fallback
 
 FILE = "roofline.json"
@@ -254,28 +251,9 @@ def page(found: dict[str, Any]) -> str:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
-    parser.add_argument("--quick", action="store_true", help="tiny sizes: does everything run?")
-    parser.add_argument("--threads", type=int, default=2)
-    parser.add_argument("--results", type=Path, default=RESULTS)
-    action = parser.add_mutually_exclusive_group()
-    action.add_argument("--write", type=Path, metavar="PAGE", help="measure, write JSON and page")
-    action.add_argument("--check", type=Path, metavar="PAGE", help="is the page what the JSON says")
-    arguments = parser.parse_args(argv)
-    path = arguments.results / FILE
-    if arguments.check is not None:
-        wanted = page(json.loads(path.read_text(encoding="utf-8")))
-        if arguments.check.read_text(encoding="utf-8") == wanted:
-            return 0
-        print(f"benchmarks.roofline: {arguments.check} is not what {path} says", file=sys.stderr)
-        return 1
-    found = measure(arguments.quick, arguments.threads)
-    if arguments.write is None:
-        print(page(found))
-        return 0
-    path.write_text(json.dumps(found, indent=1) + "\n", encoding="utf-8")
-    arguments.write.write_text(page(found), encoding="utf-8")
-    return 0
+    flags = parser((__doc__ or "").partition("\n")[0])
+    flags.add_argument("--threads", type=int, default=2)
+    return run(FILE, page, lambda chosen: measure(chosen.quick, chosen.threads), flags, argv)
 
 
 if __name__ == "__main__":

@@ -13,6 +13,8 @@ from typing import Any
 
 import numpy as np
 
+from .. import _page
+
 Row = Mapping[str, Any]
 
 MARKS = ("certificates", "rotation", "layers", "seconds")
@@ -214,10 +216,4 @@ def filled(page: str, results: Mapping[str, Any]) -> str:
         ValueError: If marks are missing.
     """
     made = (tables, rotation_table, layer_table, seconds)
-    for name, make in zip(MARKS, made, strict=True):
-        begin, end = f"<!-- {name}:begin -->", f"<!-- {name}:end -->"
-        if begin not in page or end not in page:
-            raise ValueError(f"page must have the marks {begin} and {end}, got none")
-        before, rest = page.split(begin, 1)
-        page = f"{before}{begin}\n{make(results)}\n{end}{rest.split(end, 1)[1]}"
-    return page
+    return _page.filled(page, {name: make(results) for name, make in zip(MARKS, made, strict=True)})

@@ -32,8 +32,8 @@ from immunize_ext.probing.immunizers import (
 )
 from immunize_ext.probing.metrics import pencil
 
+from .._page import filled
 from ._outcomes import one_thread, write
-from .estimates import filled
 
 OUT = Path(__file__).with_name("corridor.json")
 RIDGE, HIGH, STEPS = 1e-3, 30.0, 400

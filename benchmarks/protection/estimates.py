@@ -26,6 +26,7 @@ from immunize_ext.probing.data import load_problem
 from immunize_ext.probing.immunizers import closed_form_theta
 from immunize_ext.probing.metrics import EstimatorName, control_variate, estimated_kappa
 
+from .._page import filled
 from ._outcomes import one_thread, write
 
 OUT = Path(__file__).with_name("estimates.json")
@@ -231,21 +232,6 @@ def parts(results: dict[str, Any]) -> dict[str, str]:
         "paired": table(results, "rir_paired"),
         "control": control_table(results),
     }
-
-
-def filled(page: str, contents: dict[str, str]) -> str:
-    """A page with contents between the marks of their names.
-
-    Raises:
-        ValueError: If marks are missing.
-    """
-    for name, content in contents.items():
-        begin, end = f"<!-- {name}:begin -->", f"<!-- {name}:end -->"
-        if begin not in page or end not in page:
-            raise ValueError(f"page must have the marks {begin} and {end}, got none")
-        before, rest = page.split(begin, 1)
-        page = f"{before}{begin}\n{content}\n{end}{rest.split(end, 1)[1]}"
-    return page
 
 
 def main() -> None:

@@ -52,6 +52,7 @@ from immunize_ext.text_to_image.immunizers.bilevel import denoising_loss
 from immunize_ext.text_to_image.immunizers.loop import Run
 from immunize_ext.text_to_image.immunizers.parameters import scope_parameters
 
+from .. import _page
 from .mima_task import TARGETS, MimaTask, digit, mima_task
 from .mima_tuning import tuned_attack
 
@@ -583,13 +584,7 @@ TABLES = {
 
 def filled(page: str, results: Mapping[str, Any]) -> str:
     """The page with its tables as the results say them."""
-    for name, make in TABLES.items():
-        begin, end = f"<!-- {name}:begin -->\n", f"\n<!-- {name}:end -->"
-        if begin not in page or end not in page:
-            raise ValueError(f"the page must have the marks {begin.strip()} and {end.strip()}")
-        head, _, rest = page.partition(begin)
-        page = head + begin + make(results) + end + rest.partition(end)[2]
-    return page
+    return _page.filled(page, {name: make(results) for name, make in TABLES.items()})
 
 
 def main() -> int:

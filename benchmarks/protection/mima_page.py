@@ -18,6 +18,7 @@ from immunize_ext.quantities import corrected_share, share_over_seeds
 from immunize_ext.text_to_image.attacks import attack_label
 from immunize_ext.text_to_image.results import Measured
 
+from .. import _page
 from .mima_attackers import ERASED, NEVER, SCORES, STEPS
 from .mima_task import TARGETS, digit
 
@@ -352,13 +353,7 @@ TABLES = {
 
 def filled(page: str) -> str:
     """The page with every table between its marks."""
-    for name, table in TABLES.items():
-        begin, end = f"<!-- {name}:begin -->", f"<!-- {name}:end -->"
-        if page.count(begin) != 1 or page.count(end) != 1:
-            raise ValueError(f"the page must have the marks {begin} and {end} once")
-        head, rest = page.split(begin)
-        page = f"{head}{begin}\n{table()}\n{end}{rest.split(end)[1]}"
-    return page
+    return _page.filled(page, {name: table() for name, table in TABLES.items()})
 
 
 def main() -> int:

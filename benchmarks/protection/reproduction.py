@@ -13,11 +13,12 @@ from __future__ import annotations
 import argparse
 import difflib
 import json
-import re
 import sys
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
+
+from .. import _page
 
 FOLDER = Path(__file__).parent
 FILES = ("house_prices", "mnist_pairs", "mnist_released", "discrepancies", "digit_tasks")
@@ -409,14 +410,7 @@ def filled(page: str, files: Mapping[str, Any]) -> str:
     Raises:
         ValueError: If the marks of a block are missing.
     """
-    for name, make in BLOCKS.items():
-        begin, end = f"<!-- {name}:begin -->", f"<!-- {name}:end -->"
-        if page.count(begin) != 1 or page.count(end) != 1:
-            raise ValueError(f"the page must have the marks {begin} and {end} once")
-        block = "\n".join([begin, *make(files), end])
-        pattern = re.escape(begin) + ".*?" + re.escape(end)
-        page = re.sub(pattern, lambda _, text=block: text, page, flags=re.DOTALL)
-    return page
+    return _page.filled(page, {name: "\n".join(make(files)) for name, make in BLOCKS.items()})
 
 
 def main() -> int:

@@ -730,24 +730,25 @@ def test_readme_table(results, capsys):
     assert "`python -m benchmarks.spectrum --x`" in lines[-2]
 
 
+BEGIN, END = "<!-- benchmarks:begin -->", "<!-- benchmarks:end -->"
+
+
 def test_readme_check(results, tmp_path, capsys):
     page = tmp_path / "README.md"
-    page.write_text(
-        f"# Title\n{readme_table.BEGIN}\nold\n{readme_table.END}\nend\n", encoding="utf-8"
-    )
+    page.write_text(f"# Title\n{BEGIN}\nold\n{END}\nend\n", encoding="utf-8")
     check = ["--results", str(results), "--check", str(page)]
     assert readme_table.main(check) == 1
     assert "differs" in capsys.readouterr().err
     assert readme_table.main(["--results", str(results), "--write", str(page)]) == 0
     text = page.read_text(encoding="utf-8")
     assert text.startswith("# Title\n")
-    assert text.endswith(f"{readme_table.END}\nend\n")
+    assert text.endswith(f"{END}\nend\n")
     assert readme_table.main(check) == 0
     page.write_text(text.replace("100x", "101x"), encoding="utf-8")
     assert readme_table.main(check) == 1
     page.write_text("# Title\n", encoding="utf-8")
     assert readme_table.main(check) == 2
-    assert readme_table.BEGIN in capsys.readouterr().err
+    assert BEGIN in capsys.readouterr().err
 
 
 def test_readme_table_refuses_what_it_cannot_show(results, tmp_path, capsys):
