@@ -26,7 +26,9 @@ def filled(page: str, blocks: Mapping[str, str]) -> str:
         before, _, rest = page.partition(begin)
         between, _, after = rest.partition(end)
         if page.count(begin) != 1 or after.count(end) or not between.endswith("\n"):
-            raise ValueError(f"the page must have the marks {begin} and, below it, {end}, each once")
+            raise ValueError(
+                f"the page must have the marks {begin} and, below it, {end}, each in one line"
+            )
         page = f"{before}{begin}\n{block}\n{end}{after}"
     return page
 
