@@ -6,6 +6,7 @@ from collections import Counter
 
 import pytest
 import torch
+from sample_inputs import compiled_only
 from torch import Tensor
 from torch.profiler import ProfilerActivity, profile
 
@@ -30,6 +31,7 @@ def operators(layers: int) -> Counter[str]:
     return Counter(event.name for event in record.events())
 
 
+@compiled_only
 def test_no_zeros_are_made_for_a_layer() -> None:
     few, many = operators(2), operators(9)
     for name in ("aten::zeros", "aten::zero_", "aten::fill_", "aten::copy_"):

@@ -19,7 +19,7 @@ from typing import ClassVar, Literal
 import torch
 from torch import Tensor
 
-from immunize_ext.errors import NumericalWarning
+from immunize_ext.errors import EqualSingularValuesError, NumericalWarning
 from immunize_ext.ops.precondition import Preconditioner, precondition_gradient
 from immunize_ext.ops.regularizers import gram_r_ill, gram_r_well, r_ill, r_well
 from immunize_ext.probing.data.problem import Problem
@@ -161,8 +161,17 @@ class ConditionNumberImmunizer(IterativeImmunizer):
         descent.found = dict(zip(("lambda_well", "lambda_ill"), lambdas, strict=True))
 
         def advance(step: int) -> None:
-            well_value, well_grad = well.value_and_gradient(theta)
-            ill_value, ill_grad = ill.value_and_gradient(theta)
+            try:
+                well_value, well_grad = well.value_and_gradient(theta)
+                ill_value, ill_grad = ill.value_and_gradient(theta)
+            except EqualSingularValuesError as error:
+                if step == 0:
+                    raise
+                # A theta that ran away gives features with one direction left.
+                raise EqualSingularValuesError(
+                    f"{_NAME}.fit: step sizes must keep theta finite, at step {step}: {error}; "
+                    "lower the step size"
+                ) from error
             loss = (x @ theta @ omega - y).square().mean()
             record = descent.record(
                 step,
