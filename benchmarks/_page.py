@@ -33,6 +33,11 @@ def filled(page: str, blocks: Mapping[str, str]) -> str:
     return page
 
 
+def fill(page: Path, blocks: Mapping[str, str]) -> None:
+    """Put blocks in their places in a file; errors as :func:`filled`."""
+    page.write_text(filled(page.read_text(encoding="utf-8"), blocks), encoding="utf-8")
+
+
 def parser(description: str) -> argparse.ArgumentParser:
     """Flags of a program that measures and writes a page, or checks that the page is right."""
     result = argparse.ArgumentParser(description=description)

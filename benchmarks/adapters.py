@@ -37,7 +37,7 @@ from immunize_ext.ops import (
 )
 from immunize_ext.storage import environment, write_whole
 
-from ._page import filled
+from ._page import fill
 from .merge import SD14_WIDTHS
 
 D, RANK, CONCEPTS, TOKENS, CAPTIONS = 768, 8, 3, 8, 4000
@@ -409,8 +409,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     arguments.out.mkdir(parents=True, exist_ok=True)
     write_whole(arguments.out / "adapters-cpu.json", content)
     if arguments.page is not None:
-        text = arguments.page.read_text(encoding="utf-8")
-        arguments.page.write_text(filled(text, {"adapters": table(content)}), encoding="utf-8")
+        fill(arguments.page, {"adapters": table(content)})
     for kind, ratios in content["speed"]["ratios"].items():
         print(kind, ", ".join(f"{name} {ratio:.3g}" for name, ratio in ratios.items()))
     for name, one in content["objectives"].items():

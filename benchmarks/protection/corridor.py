@@ -32,7 +32,7 @@ from immunize_ext.probing.immunizers import (
 )
 from immunize_ext.probing.metrics import pencil
 
-from .._page import filled
+from .._page import fill
 from ._outcomes import one_thread, write
 
 OUT = Path(__file__).with_name("corridor.json")
@@ -264,9 +264,7 @@ def main() -> None:
     arguments = parser.parse_args()
     one_thread()
     if arguments.write is not None:
-        results = json.loads(arguments.out.read_text(encoding="utf-8"))
-        page = arguments.write.read_text(encoding="utf-8")
-        arguments.write.write_text(filled(page, parts(results)), encoding="utf-8")
+        fill(arguments.write, parts(json.loads(arguments.out.read_text(encoding="utf-8"))))
         return
     if arguments.mnist is None:
         parser.error("--mnist must name the folder of MNIST")

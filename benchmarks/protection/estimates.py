@@ -26,7 +26,7 @@ from immunize_ext.probing.data import load_problem
 from immunize_ext.probing.immunizers import closed_form_theta
 from immunize_ext.probing.metrics import EstimatorName, control_variate, estimated_kappa
 
-from .._page import filled
+from .._page import fill
 from ._outcomes import one_thread, write
 
 OUT = Path(__file__).with_name("estimates.json")
@@ -246,9 +246,7 @@ def main() -> None:
     arguments = parser.parse_args()
     one_thread()
     if arguments.write is not None:
-        results = json.loads(arguments.out.read_text(encoding="utf-8"))
-        page = arguments.write.read_text(encoding="utf-8")
-        arguments.write.write_text(filled(page, parts(results)), encoding="utf-8")
+        fill(arguments.write, parts(json.loads(arguments.out.read_text(encoding="utf-8"))))
         return
     rows = measure(arguments.mnist, SAMPLES, arguments.repeats)
     command = "python -m benchmarks.protection.estimates --mnist DATA/mnist"

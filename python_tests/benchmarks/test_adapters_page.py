@@ -9,7 +9,7 @@ import pytest
 
 pytest.importorskip("peft")
 
-from benchmarks import adapters
+from benchmarks import _page, adapters
 
 ROOT = Path(__file__).resolve().parents[2]
 RESULTS = ROOT / "benchmarks" / "results" / "adapters-cpu.json"
@@ -18,7 +18,7 @@ RESULTS = ROOT / "benchmarks" / "results" / "adapters-cpu.json"
 def test_page_holds_the_measured_numbers() -> None:
     content = json.loads(RESULTS.read_text(encoding="utf-8"))
     page = (ROOT / "docs" / "merge.md").read_text(encoding="utf-8")
-    assert adapters.filled(page, {"adapters": adapters.table(content)}) == page
+    assert _page.filled(page, {"adapters": adapters.table(content)}) == page
 
 
 def test_dense_and_factored_merges_agreed_before_they_were_timed() -> None:

@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 
 ROOT = Path(__file__).resolve().parents[2]
+_page = pytest.importorskip("benchmarks._page")
 corridor = pytest.importorskip("benchmarks.protection.corridor")
 estimates = pytest.importorskip("benchmarks.protection.estimates")
 PAGES = {"estimates": estimates, "corridor": corridor}
@@ -25,20 +26,20 @@ def page(name: str) -> str:
 
 @pytest.mark.parametrize("name", PAGES)
 def test_page_is_what_the_result_file_says(name: str) -> None:
-    assert estimates.filled(page(name), PAGES[name].parts(results(name))) == page(name)
+    assert _page.filled(page(name), PAGES[name].parts(results(name))) == page(name)
     with pytest.raises(ValueError, match="must have the marks"):
-        estimates.filled("no marks", PAGES[name].parts(results(name)))
+        _page.filled("no marks", PAGES[name].parts(results(name)))
 
 
 def test_a_changed_number_is_found() -> None:
     changed = copy.deepcopy(results("estimates"))
     for row in changed["rows"]:
         row["rir_known_base"]["bias"] += 0.5
-    assert estimates.filled(page("estimates"), estimates.parts(changed)) != page("estimates")
+    assert _page.filled(page("estimates"), estimates.parts(changed)) != page("estimates")
     changed = copy.deepcopy(results("corridor"))
     for row in changed["deep"]:
         row["inside"] -= 0.1
-    assert estimates.filled(page("corridor"), corridor.parts(changed)) != page("corridor")
+    assert _page.filled(page("corridor"), corridor.parts(changed)) != page("corridor")
 
 
 @pytest.mark.parametrize(("tasks", "estimator"), [("gaussian", "matched"), ("cosines", "spiked")])
