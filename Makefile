@@ -37,7 +37,7 @@ export IMMUNIZE_EXT_BUILD ?= 1
 # What the compiled part is made of, and all files of a language.
 NATIVE := setup.py pyproject.toml immunize_ext/_version.py \
   $(sort $(wildcard csrc/*.* csrc/cpu/*.* csrc/cuda/*.*))
-PYTHON_SOURCES := immunize_ext python_tests benchmarks csrc setup.py .ci
+PYTHON_SOURCES := immunize_ext python_tests benchmarks csrc docs setup.py .ci
 CPP_SOURCES := $(sort $(shell find csrc -name '*.h' -o -name '*.inl' -o -name '*.cpp' -o -name '*.cu*'))
 
 .PHONY: help build test test-fallback mutants nightly simt ptx cuda gpu sanitizer lint format docs \

@@ -63,6 +63,7 @@ API = {
 }
 
 _LINK = re.compile(r"\]\((?!https?:|#|mailto:)([^)#\s]+)")
+_PAGE = re.compile(r'href="(\.\./[^":]*)\.md"')
 _ROLE = re.compile(r":(?:func|class|meth|mod|data|attr|exc):<code>~?([^<]*)</code>")
 
 
@@ -70,6 +71,7 @@ def gather() -> None:
     """Put the pages of the repository where mkdocs looks, at the places they have."""
     shutil.rmtree(PAGES, ignore_errors=True)
     found = [ROOT / "README.md", *sorted(ROOT.glob("docs/*.md"))]
+    found += sorted(ROOT.glob("docs/notebooks/*.ipynb"))
     seen: set[Path] = set()
     while found:
         page = found.pop()
@@ -95,8 +97,10 @@ def write_api() -> None:
         page.write_text(f"# {title}\n\n{blocks}", encoding="utf-8")
 
 
-def on_page_content(html: str, **_: Any) -> str:
-    """Roles of docstrings (``:func:`~package.name```) as the name alone."""
+def on_page_content(html: str, page: Any, **_: Any) -> str:
+    """Roles of docstrings (``:func:`~package.name```) as the name alone; links of notebooks."""
+    if page.file.src_uri.endswith(".ipynb"):
+        html = _PAGE.sub(r'href="\1.html"', html)  # mkdocs itself does those of Markdown alone
     return _ROLE.sub(lambda role: f"<code>{role[1].rpartition('.')[2] or role[1]}</code>", html)
 
 

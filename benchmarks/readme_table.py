@@ -94,6 +94,28 @@ memory traffic that nobody avoids, as torch does them; below 1 where its product
 AVX-512."""
 
 
+def _losses(contents: Sequence[Mapping[str, Any]]) -> list[str]:
+    """Where anybody else is faster, and which goals were missed, in two sentences."""
+    slower, missed = [], []
+    for row in (row for content in contents for row in content["rows"]):
+        medians = {
+            entry["name"]: entry["both"]["median"] for entry in row["contenders"] if entry["both"]
+        }
+        what = f"{row['title']}, {row['dtype']}"
+        for name in ("published", "composite", "bare", "svdvals", "eigvalsh"):
+            if name in medians and medians[name] < medians["ours"]:
+                slower.append(f"{what} ({name}, {medians[name] / medians['ours']:.2f}x)")
+        missed += [
+            f"{what}: {target['wording']} ({_ratio(target['measured'], 1.0)})"
+            for target in row["targets"]
+            if target["met"] is False
+        ]
+    return [
+        f"Slower than another way: {'; '.join(slower) or 'nothing that was measured'}.",
+        f"Goals that were missed: {'; '.join(missed) or 'none'}.",
+    ]
+
+
 def _milliseconds(value: float | None) -> str:
     if value is None:
         return ""
@@ -160,6 +182,8 @@ def table(contents: Sequence[Mapping[str, Any]], device: str) -> str:
     if unmeasured:
         lines += ["", f"Not measured yet: {'; '.join(dict.fromkeys(unmeasured))}."]
     lines += ["", *LEGEND.splitlines(), ""]
+    if device == "cpu":  # goals of a GPU are those of its page
+        lines += [*(text + "\n" for text in _losses(list(files.values())))]
     for benchmark in dict.fromkeys(line.benchmark for line in LINES):
         environment = files[benchmark]["environment"]
         commit = environment["commit"]

@@ -54,8 +54,9 @@ def test_speeds_of_the_readme_are_those_that_were_measured() -> None:
 
 
 def test_the_site_has_every_page() -> None:
-    listed = re.findall(r"(\S+\.md)$", (ROOT / "mkdocs.yml").read_text(), re.MULTILINE)
-    pages = {str(path.relative_to(ROOT)) for path in ROOT.glob("docs/*.md")}
+    listed = re.findall(r"(\S+\.(?:md|ipynb))$", (ROOT / "mkdocs.yml").read_text(), re.MULTILINE)
+    found = (*ROOT.glob("docs/*.md"), *ROOT.glob("docs/notebooks/*.ipynb"))
+    pages = {str(path.relative_to(ROOT)) for path in found}
     assert pages <= set(listed)
     missing = [
         page for page in listed if not page.startswith("api/") and not (ROOT / page).is_file()

@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from immunize_ext.quantities import Slowdown
-from immunize_ext.report.page import Page, register
+from immunize_ext.report.page import Page, brief, register
 from immunize_ext.report.tables import text_table
 from immunize_ext.report.words import count, number, percent, real, times
 
@@ -269,3 +269,14 @@ def page(record: Certificate) -> Page:
             ],
         },
     )
+
+
+@register("kappa-certificate-part")
+def part_page(one: Certificate) -> Page:
+    """What a notebook shows of one certificate.
+
+    Args:
+        one: What its ``to_dict`` gave.
+    """
+    header = ["Optimizer", "power", "kappa before", "kappa after", "steps"]
+    return brief(headline(one), sentences=sentences(one), header=header, rows=_delay_rows(one))

@@ -46,6 +46,7 @@ from immunize_ext.probing.metrics import (
     worst_case,
 )
 from immunize_ext.quantities import Slowdown
+from immunize_ext.report.page import in_notebook
 from immunize_ext.seams import Attack, Progress
 
 ROLES: tuple[Literal["harmful", "primary"], ...] = ("harmful", "primary")
@@ -120,6 +121,10 @@ class Evaluation:
         """Everything, as JSON can say it; details stand beside the rest."""
         found = {f.name: getattr(self, f.name) for f in fields(self) if f.name != "details"}
         return {**found, **self.details}
+
+    def _repr_html_(self) -> str | None:
+        """What a notebook shows."""
+        return in_notebook("kappa-evaluation", self.to_dict())
 
     @classmethod
     def from_dict(cls, values: Mapping[str, Any]) -> Evaluation:

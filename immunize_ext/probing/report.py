@@ -9,7 +9,7 @@ from typing import Any
 from immunize_ext.probing import certificate_report, plots
 from immunize_ext.probing.results import ROLES, Attacked, attacked
 from immunize_ext.quantities import Slowdown
-from immunize_ext.report.page import Page, Panel, register
+from immunize_ext.report.page import Page, Panel, brief, register
 from immunize_ext.report.tables import text_table
 from immunize_ext.report.words import (
     count,
@@ -542,6 +542,22 @@ def page(results: Results) -> Page:
             "accuracy": _accuracy_panels(results, found),
             "spectra": _spectrum_panels(results),
         },
+    )
+
+
+@register("kappa-evaluation")
+def evaluation_page(results: Results) -> Page:
+    """What a notebook shows of an evaluation.
+
+    Args:
+        results: What its ``to_dict`` gave.
+    """
+    return brief(
+        headline(results),
+        verdict(results),
+        header=("Attacker", "Harmful task", "Primary task"),
+        rows=_attack_rows(attacked(results)),
+        warnings=results["warnings"],
     )
 
 

@@ -14,7 +14,7 @@ from html import escape
 from pathlib import Path
 from typing import Any
 
-from immunize_ext._extras import require_extra
+from immunize_ext._extras import MissingExtraError, require_extra
 from immunize_ext.report import words
 from immunize_ext.report.plots import PANEL, Draw, panel_svg, panels_png
 from immunize_ext.storage import write_file, write_numbered
@@ -58,6 +58,38 @@ class Page:
     columns: int = 2
 
 
+def brief(
+    title: str,
+    lede: str = "",
+    *,
+    sentences: Sequence[str] = (),
+    header: Sequence[str] = (),
+    rows: Sequence[Sequence[Any]] = (),
+    warnings: Sequence[str] = (),
+) -> Page:
+    """What a notebook shows of a result.
+
+    Args:
+        title: The verdict.
+        lede: A sentence on it.
+        sentences: More, one by one.
+        header: Of the table.
+        rows: Its rows; cells as the pages have them.
+        warnings: What has to be known before a number is quoted.
+    """
+    return Page(
+        title,
+        "brief.html.j2",
+        {
+            "lede": lede,
+            "sentences": list(sentences),
+            "header": list(header),
+            "rows": [list(row) for row in rows],
+            "warnings": list(warnings),
+        },
+    )
+
+
 Maker = Callable[[Mapping[str, Any]], Page]
 
 
@@ -67,11 +99,14 @@ _makers: dict[str, Maker] = {}
 # Who registers the kinds of this package; imported when the first page of theirs is asked for.
 _REGISTRANTS = {
     "kappa": "immunize_ext.probing.report",
+    "kappa-evaluation": "immunize_ext.probing.report",
     "kappa-attack": "immunize_ext.probing.attack_report",
     "kappa-certificate": "immunize_ext.probing.certificate_report",
+    "kappa-certificate-part": "immunize_ext.probing.certificate_report",
     "kappa-sweep": "immunize_ext.probing.comparison_report",
     "kappa-comparison": "immunize_ext.probing.comparison_report",
     "mima": "immunize_ext.text_to_image.report",
+    "mima-evaluation": "immunize_ext.text_to_image.report",
     "mima-attack": "immunize_ext.text_to_image.report",
     "mima-sweep": "immunize_ext.text_to_image.comparison",
     "demo": "immunize_ext.report.demo",
@@ -198,6 +233,22 @@ def render(results: Mapping[str, Any]) -> str:
         MissingExtraError: If jinja2 or matplotlib is not installed.
     """
     return _document(page_of(results))
+
+
+def in_notebook(kind: str, results: Mapping[str, Any]) -> str | None:
+    """What a result shows of itself in a notebook, for its ``_repr_html_``.
+
+    Args:
+        kind: Who draws it, see :func:`register`.
+        results: What it is drawn from.
+
+    Returns:
+        HTML, or ``None`` without the extra ``report``: the notebook then shows its ``repr``.
+    """
+    try:
+        return str(body(page_of({**results, "kind": kind})))
+    except MissingExtraError:
+        return None
 
 
 def write(results: Mapping[str, Any], folder: str | Path) -> None:

@@ -53,9 +53,10 @@ from typing import Any, Literal
 from torch import Tensor
 
 from immunize_ext.quantities import Spread
+from immunize_ext.report.page import in_notebook
 from immunize_ext.seams import AttackCurve, Progress
 from immunize_ext.text_to_image.attack_runs import SIDES, Budget, Job, Run, Side, run_all
-from immunize_ext.text_to_image.attacks import TextToImageAttack
+from immunize_ext.text_to_image.attacks import TextToImageAttack, attack_label
 from immunize_ext.text_to_image.concepts import Concept, ConceptSet
 from immunize_ext.text_to_image.metrics.gaps import (
     MSGR,
@@ -516,6 +517,12 @@ class TextToImageEvaluation:
                 for attack, cost in self.costs().items()
             },
         }
+
+    def _repr_html_(self) -> str | None:
+        """What a notebook shows."""
+        labels = {name: {"label": attack_label(name)} for name in self.attacks}
+        found = {"evaluation": self.to_dict(losses=False), "attacks": labels}
+        return in_notebook("mima-evaluation", found)
 
     @classmethod
     def from_dict(cls, values: Mapping[str, Any]) -> TextToImageEvaluation:

@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from itertools import product
 from typing import Any
 
-from immunize_ext.report.page import Page, Panel, register
+from immunize_ext.report.page import Page, Panel, brief, register
 from immunize_ext.report.tables import text_table
 from immunize_ext.report.words import count, percent, real, times
 from immunize_ext.text_to_image import plots
@@ -454,6 +454,22 @@ def _attack_context(measured: Measured) -> dict[str, Any]:
         "images": trials,
         "definitions": measured.definitions,
     }
+
+
+@register("mima-evaluation")
+def evaluation_page(results: Results) -> Page:
+    """What a notebook shows of an evaluation.
+
+    Args:
+        results: What its ``to_dict`` gave, as ``evaluation``, and its ``attacks`` with labels.
+    """
+    measured = Measured(results)
+    return brief(
+        "Attacks, step by step",
+        results["evaluation"]["verdict"],
+        header=(f"{measured.measure.capitalize()} after steps", "0", *map(str, _judged(measured))),
+        rows=_score_rows(measured),
+    )
 
 
 @register("mima-attack")

@@ -119,7 +119,7 @@ class Measured:
         self.seeds: list[int] = found["seeds"]
         self.threshold = real(found["threshold"])
         self.strongest: str = found["strongest"]
-        images = found.get("images", results["config"].get("images", 0))
+        images = found.get("images", results.get("config", {}).get("images", 0))
         self.shares: list[str] = found.get("shares", ["accuracy"])
         self._of_each = images
         self._images = images if self.measure in self.shares else 0

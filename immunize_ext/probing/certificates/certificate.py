@@ -44,6 +44,7 @@ from immunize_ext.probing.data.scale import in_range
 from immunize_ext.probing.immunizers import Immunized
 from immunize_ext.probing.metrics import EXPONENT, WHITENING, kappa_under, with_ridge
 from immunize_ext.quantities import Slowdown, slowdown
+from immunize_ext.report.page import in_notebook
 from immunize_ext.seams import Progress
 
 # Multiples of the number of features: how many unlabelled inputs the attacker whitens with.
@@ -242,6 +243,10 @@ class Certificate:
     def to_dict(self) -> dict[str, Any]:
         """Plain values, as JSON holds them."""
         return asdict(self)
+
+    def _repr_html_(self) -> str | None:
+        """What a notebook shows."""
+        return in_notebook("kappa-certificate-part", self.to_dict())
 
 
 def certify(
