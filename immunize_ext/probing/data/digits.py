@@ -168,7 +168,7 @@ def describe_digits(*sides: tuple[int, ...]) -> str:
     return f"digits {' against '.join(groups)}"
 
 
-def class_names(*sides: tuple[int, ...]) -> tuple[str, ...]:
+def class_names(*sides: Sequence[int | str]) -> tuple[str, ...]:
     """Names of the classes in the order of the targets: of two sides the negative one first."""
     if len(sides) == 1:
         return ()

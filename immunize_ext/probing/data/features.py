@@ -4,10 +4,13 @@ from __future__ import annotations
 
 import zipfile
 import zlib
+from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 
 from immunize_ext._extras import require_extra
@@ -31,19 +34,50 @@ _DAMAGED = (
 )
 
 
-def _read_npz(path: Path) -> dict[str, Tensor]:
-    found = {}
+def _read_npz(path: Path, wanted: Sequence[str]) -> dict[str, NDArray[Any]]:
     try:
         # Without allow_pickle, so that a file cannot run code.
         with np.load(path) as arrays:
-            for name in arrays.files:
-                if name in _PARTS + _WHOLE:
-                    found[name] = torch.from_numpy(np.ascontiguousarray(arrays[name]))
+            return {name: arrays[name] for name in arrays.files if name in wanted}
     except _DAMAGED as error:
         raise ValueError(
             f"features_task: path must name an .npz file of numeric arrays, got {path}: {error}"
         ) from error
-    return found
+
+
+def _are_names(targets: NDArray[Any]) -> bool:
+    return targets.dtype.kind in "SU"
+
+
+def target_names(path: str | Path) -> tuple[str, ...]:
+    """Names of the classes of a file whose targets are texts, sorted; none for numbers.
+
+    Args:
+        path: As for :func:`features_task`. The features in it are not read.
+
+    Raises:
+        ValueError: If the file is damaged.
+    """
+    path = Path(path)
+    if path.suffix != ".npz" or not path.is_file():
+        return ()
+    found = _read_npz(path, _PARTS[1::2] + _WHOLE[1:]).values()
+    texts = {str(name) for targets in found if _are_names(targets) for name in targets.astype(str)}
+    return tuple(sorted(texts))
+
+
+def _tensors_of_npz(path: Path) -> dict[str, Tensor]:
+    """Targets that are names become the ids that :func:`target_names` puts them at."""
+    found, names = _read_npz(path, _PARTS + _WHOLE), np.asarray(target_names(path))
+    for name, array in found.items():
+        if name.startswith("y") and _are_names(array):
+            found[name] = np.searchsorted(names, array.astype(str))
+    try:
+        return {name: torch.from_numpy(np.ascontiguousarray(a)) for name, a in found.items()}
+    except TypeError as error:  # texts, dates
+        raise ValueError(
+            f"features_task: path must name an .npz file of numeric arrays, got {path}: {error}"
+        ) from error
 
 
 def _read_safetensors(path: Path) -> dict[str, Tensor]:
@@ -79,7 +113,7 @@ def features_task(
     Args:
         path: File whose name ends in ``.npz`` or ``.safetensors``; features are ``(n, p)``, targets
             ``(n,)``: -1 and +1, or 0 and 1, which becomes the same, for two classes; integer ids
-            for more.
+            for more; or, in an ``.npz``, names of classes.
         name: Name of the task; that of the file when omitted.
         train_fraction: Share of the samples to train on, for a file of ``x`` and ``y``.
         seed: Seed of that split.
@@ -108,12 +142,17 @@ def features_task(
         ('toy', (3, 5), True)
     """
     parts = load_features(path, train_fraction=train_fraction, seed=seed, dtype=dtype)
+    title = Path(path).stem if name is None else name
+    if names := target_names(path):
+        named = np.asarray(names)
+        x_train, y_train, x_test, y_test = parts
+        return Task.of((x_train, named[y_train], x_test, named[y_test]), title)
     values = set(torch.cat([parts[1], parts[3]]).unique().tolist())
     if values == {0.0, 1.0}:
         # As numbers they would be a regression task, whose attackers have to learn the mean as
         # well: the same features then look many times slower to misuse.
         parts = parts[0], 2.0 * parts[1] - 1.0, parts[2], 2.0 * parts[3] - 1.0
-    return Task.of(parts, Path(path).stem if name is None else name)
+    return Task.of(parts, title)
 
 
 def _targets(y: Tensor, dtype: torch.dtype) -> Tensor:
@@ -130,12 +169,14 @@ def load_features(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Features and targets of a file as they stand there; as :func:`features_task` otherwise.
 
+    Names of classes are ids here, in the order of :func:`target_names`.
+
     Returns:
         Inputs and targets to train on, and to test on.
     """
     path = Path(path)
     check_seed("features_task", seed)
-    readers = {".npz": _read_npz, ".safetensors": _read_safetensors}
+    readers = {".npz": _tensors_of_npz, ".safetensors": _read_safetensors}
     if path.suffix not in readers:
         raise ValueError(
             f"features_task: path must end in {' or '.join(readers)}, got {path.name!r}"

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 from immunize_ext._extras import require_extra
 from immunize_ext.images import SUFFIXES, content_digest, image_files, read_rgb
-from immunize_ext.probing.data.digits import check_seed
+from immunize_ext.probing.data.digits import check_seed, class_names, side_targets
 from immunize_ext.probing.data.samples import Samples
 from immunize_ext.probing.data.task import Task
 from immunize_ext.probing.extractors.feature_extractor import (
@@ -199,7 +199,7 @@ def image_folder_task(
     extractor: nn.Module,
     positive: Sequence[str],
     negative: Sequence[str],
-    *,
+    *others: Sequence[str],
     cache: str | Path | None = None,
     preprocessing: Preprocessing | None = None,
     train_fraction: float = 0.6,
@@ -214,6 +214,7 @@ def image_folder_task(
         extractor: The backbone.
         positive: Classes labelled +1.
         negative: Classes labelled -1.
+        others: Further groups of classes: each group is told from all others then, in this order.
         cache: Folder of the cache; ``root/.features`` when omitted.
         preprocessing: How images become inputs; that of the extractor when omitted.
         train_fraction: Share of the images of each class to train on.
@@ -227,7 +228,7 @@ def image_folder_task(
     Raises:
         FileNotFoundError: If there is no such folder.
         MissingExtraError: If Pillow or safetensors is not installed.
-        ValueError: If a class is unknown or on both sides, a picture is in classes of both sides, a
+        ValueError: If a class is unknown or on two sides, a picture is in classes of two sides, a
             file is no image, or a part would be empty.
 
     Note:
@@ -252,18 +253,18 @@ def image_folder_task(
     """
     name = "image_folder_task"
     check_seed(name, seed)
-    sides = list(positive), list(negative)
-    both = sorted(set(sides[0]) & set(sides[1]))
-    if both or not all(sides):
+    sides = [list(side) for side in (positive, negative, *others)]
+    named = [one for side in sides for one in dict.fromkeys(side)]
+    if len(set(named)) < len(named) or not all(sides):
         raise ValueError(
-            f"{name}: positive and negative must each name classes and share none, got {sides[0]} "
-            f"and {sides[1]}"
+            f"{name}: positive and negative must each name classes and share none, as every other "
+            f"side, got {' and '.join(map(str, sides))}"
         )
     if not 0.0 < train_fraction < 1.0:
         raise ValueError(f"{name}: train_fraction must be between 0 and 1, got {train_fraction}")
     folder = ImageFolder(root)
     classes = folder.classes
-    unknown = [c for c in sides[0] + sides[1] if c not in classes]
+    unknown = [c for c in named if c not in classes]
     if unknown:
         raise ValueError(f"{name}: classes must be among {', '.join(classes)}, got {unknown[0]!r}")
     features, labels, classes = folder_features(
@@ -272,7 +273,7 @@ def image_folder_task(
     generator = torch.Generator().manual_seed(seed)
     contents = _contents(name, folder, sides)
     parts: dict[str, list[Tensor]] = {"train": [], "test": []}
-    for chosen in sides[0] + sides[1]:
+    for chosen in named:
         rows = torch.nonzero(labels == classes.index(chosen))[:, 0]
         rows = rows[torch.randperm(len(rows), generator=generator)]
         # Split by picture and not by file: copies go together.
@@ -288,19 +289,18 @@ def image_folder_task(
         parts["train"].append(rows[is_trained])
         parts["test"].append(rows[~is_trained])
     tensors = []
-    ones = torch.tensor([classes.index(c) for c in sides[0]])
+    ids = [tuple(map(classes.index, side)) for side in sides]
     for part in ("train", "test"):
         rows = torch.cat(parts[part])
         rows = rows[torch.randperm(len(rows), generator=generator)]
-        tensors.append(features[rows].to(dtype))
-        tensors.append(torch.where(torch.isin(labels[rows], ones), 1.0, -1.0).to(dtype))
-    title = f"{Path(root).name}: {' or '.join(sides[0])} against {' or '.join(sides[1])}"
+        tensors += [features[rows].to(dtype), side_targets(labels[rows], *ids).to(dtype)]
+    title = f"{Path(root).name}: {' against '.join(' or '.join(side) for side in sides)}"
     x_train, y_train, x_test, y_test = tensors
-    return Task(title, x_train, y_train, x_test, y_test)
+    return Task(title, x_train, y_train, x_test, y_test, class_names(*sides))
 
 
-def _contents(name: str, folder: ImageFolder, sides: tuple[list[str], list[str]]) -> list[str]:
-    """What is in each file; no picture may belong to both sides."""
+def _contents(name: str, folder: ImageFolder, sides: Sequence[Sequence[str]]) -> list[str]:
+    """What is in each file; no picture may belong to two sides."""
     contents = [content_digest(folder.root / file) for file in folder.files]
     found: dict[str, tuple[int, str]] = {}
     for content, label, file in zip(contents, folder.labels.tolist(), folder.files, strict=True):
@@ -310,7 +310,7 @@ def _contents(name: str, folder: ImageFolder, sides: tuple[list[str], list[str]]
         other, first = found.setdefault(content, (side, file.as_posix()))
         if other != side:
             raise ValueError(
-                f"{name}: no picture may be in classes of both sides, got the same content in "
+                f"{name}: no picture may be in classes of two sides, got the same content in "
                 f"{first} and {file.as_posix()}; remove one"
             )
     return contents

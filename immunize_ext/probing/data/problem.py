@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from functools import lru_cache
 from itertools import combinations
@@ -19,7 +20,7 @@ from immunize_ext.probing.data.digits import (
     side_targets,
 )
 from immunize_ext.probing.data.download import fetch_house_prices, fetch_mnist
-from immunize_ext.probing.data.features import FILES, features_task, load_features
+from immunize_ext.probing.data.features import FILES, features_task, load_features, target_names
 from immunize_ext.probing.data.house_prices import house_prices_task
 from immunize_ext.probing.data.mnist import load_mnist, mnist_task
 from immunize_ext.probing.data.samples import Samples
@@ -141,7 +142,7 @@ def _tensors(task: object) -> list[tuple[str, Tensor]]:
 _DEFAULTS = {"digits": ("4,6:2,3,7", ("5,9:0,1,8",)), "mnist": ("4", ("9",))}
 
 
-def parse_sides(text: str) -> tuple[tuple[int, ...], ...]:
+def parse_sides(text: str, names: Sequence[str] = ()) -> tuple[tuple[int, ...], ...]:
     """Read a task as the command line writes it.
 
     ``"4,6:2,3"`` is classes against classes, ``"4"`` one class alone; ``"0:1,2:3"`` has more than
@@ -150,6 +151,8 @@ def parse_sides(text: str) -> tuple[tuple[int, ...], ...]:
 
     Args:
         text: The task.
+        names: What the classes are called, in the order of their ids, where they have names:
+            ``"cat,dog:cow"``.
 
     Returns:
         The classes of each side; one side for one class alone.
@@ -162,7 +165,18 @@ def parse_sides(text: str) -> tuple[tuple[int, ...], ...]:
         (((4, 6), (2, 3)), ((9,),))
         >>> parse_sides("0-2"), parse_sides("0-1:2")
         (((0,), (1,), (2,)), ((0, 1), (2,)))
+        >>> parse_sides("dog:cat", ("cat", "cow", "dog"))
+        ((2,), (0,))
     """
+    if names:
+        words = [side.split(",") for side in text.split(":")]
+        unknown = [word for side in words for word in side if word not in names]
+        if unknown:
+            raise ValueError(
+                f"a task must name classes among {', '.join(names)}, got {unknown[0]!r} in {text!r}"
+                f"{hint(unknown[0], names)}"
+            )
+        return _apart(text, tuple(tuple(map(names.index, side)) for side in words))
     try:
         sides = tuple(
             tuple(one for part in side.split(",") for one in _range(part))
@@ -175,6 +189,11 @@ def parse_sides(text: str) -> tuple[tuple[int, ...], ...]:
         ) from None
     if len(sides) == 1 and "-" in text and "," not in text:
         sides = tuple((one,) for one in sides[0])
+    return _apart(text, sides)
+
+
+def _apart(text: str, sides: tuple[tuple[int, ...], ...]) -> tuple[tuple[int, ...], ...]:
+    """The sides, if no class is on two of them."""
     every = [one for side in sides for one in set(side)]
     both = sorted({one for one in every if every.count(one) > 1})
     if both:
@@ -224,7 +243,7 @@ def check_names(data: str, primary: str | None, harmful: tuple[str, ...]) -> Non
     for text in (primary, *harmful):
         if text is None or text.endswith(FILES):
             continue
-        sides = parse_sides(text)
+        sides = parse_sides(text, target_names(data) if file else ())
         if not file and max(max(side) for side in sides) > 9:
             raise ValueError(
                 f"{data}: a task must hold digits from 0 to 9, got {text!r}; in YAML, quote tasks: "
@@ -321,12 +340,13 @@ def other_pairs(
     named = [text for text in (primary, *harmful) if text is not None]
     if data == "house" or not named or any(text.endswith(FILES) for text in named):
         return []
-    taken = {frozenset(parse_sides(text)) for text in named}
+    names = target_names(data) if data.endswith(FILES) else ()
+    taken = {frozenset(parse_sides(text, names)) for text in named}
     classes: list[int] = list(range(10))
     if data.endswith(FILES):
         classes = sorted(int(label) for label in load_features(data, seed=seed)[1].unique())
     texts = [
-        f"{one}:{other}"
+        f"{names[one]}:{names[other]}" if names else f"{one}:{other}"
         for one, other in combinations(classes, 2)
         if frozenset({(one,), (other,)}) not in taken
     ]
@@ -387,7 +407,8 @@ def _one_class(
 
 def _classes(path: str, text: str, seed: int) -> Task:
     """Some classes of a file of features: +1 against -1, several, or one with the label +1."""
-    sides = parse_sides(text)
+    names = target_names(path)
+    sides = parse_sides(text, names)
     name = Path(path).stem
     found = load_features(path, seed=seed)
     parts = []
@@ -395,12 +416,14 @@ def _classes(path: str, text: str, seed: int) -> Task:
         for wanted in sum(sides, ()):
             if not bool((y == wanted).any()):
                 raise ValueError(
-                    f"{name}: both parts must hold the classes of {text!r}, got no {wanted}"
+                    f"{name}: both parts must hold the classes of {text!r}, got no "
+                    f"{names[wanted] if names else wanted}"
                 )
         kept = torch.isin(y, y.new_tensor(sum(sides, ())))
         parts += [x[kept], side_targets(y[kept].to(torch.int64), *sides).to(x.dtype)]
     x_train, y_train, x_test, y_test = parts
-    return Task(f"{name}, {text}", x_train, y_train, x_test, y_test, class_names(*sides))
+    called = [[names[one] for one in side] for side in sides] if names else sides
+    return Task(f"{name}, {text}", x_train, y_train, x_test, y_test, class_names(*called))
 
 
 def _cut(task: Task, count: int | None) -> Task:

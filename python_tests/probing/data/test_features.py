@@ -9,6 +9,7 @@ import pytest
 import torch
 
 from immunize_ext.probing.data import features_task
+from immunize_ext.probing.data.problem import check_names, load_problem, other_pairs
 
 
 def arrays(n: int = 10, p: int = 3) -> tuple[np.ndarray, np.ndarray]:
@@ -135,3 +136,24 @@ def test_labels_0_and_1_are_a_classification_task(whole: bool, tmp_path: Path) -
     assert task.kind == "classification"
     for part in ("x_train", "y_train", "x_test", "y_test"):
         assert torch.equal(getattr(task, part), getattr(same, part))
+
+
+def test_names_of_classes(tmp_path: Path) -> None:
+    x, _ = arrays(12)
+    labels = np.array(["cat", "dog", "cow"] * 4)
+    for kind in (labels, labels.astype("S3")):
+        path = write(tmp_path / "animals.npz", x=x, y=kind)
+        task = features_task(path)
+        assert task.classes == ("cat", "cow", "dog")
+        assert task.num_classes == 3
+    problem = load_problem(str(path), "dog:cat", ("cow:cat,dog",))
+    assert problem.primary.classes == ("cat", "dog")  # of two, that of -1 first
+    assert problem.harmful[0].classes == ("cat or dog", "cow")
+    # The rows of +1 are those of dogs.
+    ones = problem.primary.x_train[problem.primary.y_train > 0]
+    assert all((row == torch.from_numpy(x[labels == "dog"])).all(1).any() for row in ones)
+    assert [t.name for t in other_pairs(str(path), "dog:cat", ("cow:cat",))] == ["animals, cow:dog"]
+    with pytest.raises(ValueError, match="among cat, cow, dog, got 'dgo' in 'cat:dgo'; did you"):
+        check_names(str(path), "cat:dgo", ("cow:cat",))
+    with pytest.raises(ValueError, match="numeric arrays"):
+        features_task(write(tmp_path / "texts.npz", x=labels[:, None], y=kind))

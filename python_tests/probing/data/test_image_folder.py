@@ -151,6 +151,22 @@ def test_task(root: Path) -> None:
     assert len(rows.unique(dim=0)) == 10
 
 
+def test_several_classes(root: Path) -> None:
+    (root / "cow").mkdir()
+    for index in range(5):
+        draw(root / "cow" / f"{index}.png", 200 + index)
+    sides = (["cat"], ["dog"], ["cow"])
+    task = image_folder_task(root, backbone(), *sides)
+    assert (task.num_classes, task.classes) == (3, ("cat", "dog", "cow"))
+    assert task.name == "images: cat against dog against cow"
+    assert task.y_train.argmax(1).bincount().tolist() == [3, 3, 3]
+    # Two sides of it are the task of two sides.
+    two = image_folder_task(root, backbone(), ["cat", "cow"], ["dog"])
+    assert (two.num_classes, two.classes) == (2, ("dog", "cat or cow"))
+    with pytest.raises(ValueError, match="share none, as every other side"):
+        image_folder_task(root, backbone(), *sides, ["dog"])
+
+
 def test_an_image_replaced_by_one_of_the_same_size_is_seen(root: Path) -> None:
     extractor, file = backbone(), root / "cat" / "1.bmp"
     draw(file, 1)
