@@ -9,7 +9,7 @@ from typing import Any
 
 from immunize_ext.report.page import Page, Panel, brief, register
 from immunize_ext.report.tables import text_table
-from immunize_ext.report.words import count, percent, real, times
+from immunize_ext.report.words import count, percent, plain, real, times
 from immunize_ext.text_to_image import plots
 from immunize_ext.text_to_image.results import SIDES, Measured, Score, in_words
 
@@ -358,6 +358,22 @@ def _method_rows(results: Results) -> list[list[Any]]:
     ]
 
 
+def _search_rows(record: Results, measured: Measured) -> list[list[Any]]:
+    """What a search found for each attack; records of earlier versions hold none."""
+    return [
+        [
+            measured.label(one["attack"]),
+            {"main": f"{one['score']:.2f}", "small": f"{one['own_score']:.2f} by its own settings"},
+            f"{one['lost']:+.2f}",
+            count(one["trials"], "attempt"),
+            ", ".join(
+                f"{in_words(name)} {plain(v)}" for name, v in sorted(one["settings"].items())
+            ),
+        ]
+        for one in record.get("search", ())
+    ]
+
+
 # --- the page -----------------------------------------------------------------------------------
 
 
@@ -490,6 +506,7 @@ def attack_page(record: Results) -> Page:
         "warnings": remarks(record),
         "settings": record["config"],
         "run": record["environment"],
+        "searches": _search_rows(record, measured),
         **_attack_context(measured),
     }
     return Page(headline(record), "mima_attack.html.j2", context, {"curves": _panels(measured)})

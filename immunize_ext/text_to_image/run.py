@@ -44,7 +44,8 @@ from immunize_ext.sweep import run_sweep
 from immunize_ext.text_to_image import comparison as comparisons
 from immunize_ext.text_to_image import report as pages
 from immunize_ext.text_to_image.attack_runs import SIDES
-from immunize_ext.text_to_image.attacks import attack_label
+from immunize_ext.text_to_image.attack_search import Attempts, search_attacks
+from immunize_ext.text_to_image.attacks import SettingsSearch, attack_label
 from immunize_ext.text_to_image.card import Measured
 from immunize_ext.text_to_image.evaluation import (
     TextToImageEvaluation,
@@ -528,6 +529,10 @@ def _relative_changes(before: TextToImage, after: TextToImage) -> dict[str, floa
     }
 
 
+# Seeds of searches are so far beyond those of results.
+_SEARCH_SEED = 10_000
+
+
 # --- more attacks on a finished run ---------------------------------------------------------------
 
 
@@ -597,9 +602,31 @@ def attack(
     task = load_task(about)
     if about.erase:
         _erase(task)
+    immunized = ImmunizedPipeline.load(Path(folder) / PIPELINE, device=task.model.device).model
+    searches: list[SettingsSearch] = []
+    if settings.search:
+        searches = search_attacks(
+            attacks,
+            Attempts(
+                immunized,
+                task.judged,
+                measures,
+                sampling_of(about),
+                about.attack_steps,
+                max(about.seeds) + _SEARCH_SEED,
+            ),
+            trials=settings.search,
+            most_lost=settings.most_lost,
+            seconds=settings.search_seconds,
+            journal=Path(folder) / "attacks" / "search.journal",
+            progress=_part(progress, 0.0, 0.8),
+        )
+        best = {found.attack.name: found.attack for found in searches}
+        attacks = [best.get(attack.name, attack) for attack in attacks]
+        progress = _part(progress, 0.8, 1.0)
     evaluation = evaluate_text_to_image(
         task.model,
-        ImmunizedPipeline.load(Path(folder) / PIPELINE, device=task.model.device).model,
+        immunized,
         task.judged,
         attacks=attacks,
         measures=measures,
@@ -618,6 +645,7 @@ def attack(
         "attacks": _labels(evaluation.attacks),
         "config": plain(about)
         | {name: results["config"].get(name) for name in ("method", "settings")},
+        "search": [found.to_dict() for found in searches],
         "evaluation": evaluation.to_dict(),
         "environment": environment(task.model.device),
     }

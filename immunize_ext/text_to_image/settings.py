@@ -258,6 +258,11 @@ class AttackSettings:
         budgets: Steps at which they are judged, the last of which ends them; those of the run when
             empty.
         images: Images for each score; as many as the run had when omitted.
+        search: Attempts at better settings of each attack on the immunized model, judged at the
+            last step with a seed of their own; the best is then measured like any attack. None
+            when 0.
+        search_seconds: Time for the attempts of each attack; no bound when omitted.
+        most_lost: What a searched attack may lose of what the model shall still draw.
         device: Where to compute; where the run did when omitted.
     """
 
@@ -266,11 +271,20 @@ class AttackSettings:
     prompts: tuple[str, ...] = ()
     budgets: tuple[int, ...] = ()
     images: int | None = None
+    search: int = 0
+    search_seconds: float | None = None
+    most_lost: float = 0.05
     device: str | None = None
 
     def __post_init__(self) -> None:
         check_types(self)
         _check_attacks(self.attacks, self.attack_settings, self.prompts)
+        if self.search < 0:
+            raise ValueError(f"search must be at least 0 attempts, got {self.search}")
+        if not (self.search_seconds is None or 0.0 < self.search_seconds < math.inf):
+            raise ValueError(f"search_seconds must be positive, got {self.search_seconds}")
+        if not 0.0 <= self.most_lost <= 1.0:
+            raise ValueError(f"most_lost must lie in [0, 1], got {self.most_lost}")
         if any(budget < 1 for budget in self.budgets):
             raise ValueError(f"budgets must be at least 1 step, got {min(self.budgets)}")
 

@@ -103,6 +103,22 @@ def test_attack_adds_and_report_compares(run, tmp_path, capsys):
     assert row["concepts"] == 3
 
 
+def test_attack_with_settings_that_were_searched_for(run, capsys):
+    pytest.importorskip("optuna")
+    arguments = ["--attacks", "kv_fine_tuning", "--budgets", "1", "--search", "2", "--quiet"]
+    assert main(["attack", str(run), *arguments]) == 0
+    *_, file = sorted((run / "attacks").glob("*.json"))
+    record = json.loads(file.read_text())
+    (found,) = record["search"]
+    assert (found["attack"], found["trials"]) == ("kv_fine_tuning", 2)
+    assert "Settings that were searched for" in file.with_suffix(".html").read_text()
+    # What is measured is what was found.
+    curve = record["evaluation"]["comparisons"][0]["curves"]["immunized"][0]
+    assert curve["config"]["learning_rate"] == found["settings"]["learning_rate"]
+    assert main(["attack", str(run), "--search", "-1"]) == 2
+    assert "search must be at least 0" in capsys.readouterr().err
+
+
 def test_a_run_that_was_cut_off_goes_on(tmp_path, monkeypatch, capsys):
     target = tmp_path / "run"
     arguments = ["mima", "--out", str(target), *TINY, "--targets", "three"]

@@ -23,6 +23,7 @@ from immunize_ext.text_to_image.attacks.registry import (
 )
 from immunize_ext.text_to_image.attacks.reinitialised import ReinitialisedAttack
 from immunize_ext.text_to_image.attacks.scoring import ConceptScores
+from immunize_ext.text_to_image.attacks.search import Outcome, SettingsSearch, search_settings
 from immunize_ext.text_to_image.attacks.target import Evaluate, Target
 from immunize_ext.text_to_image.attacks.textual_inversion import (
     CustomDiffusionAttack,
@@ -45,10 +46,12 @@ __all__ = [
     "Evaluate",
     "FineTuningAttack",
     "LoRAAttack",
+    "Outcome",
     "PriorPreservation",
     "Progress",
     "RateSearch",
     "ReinitialisedAttack",
+    "SettingsSearch",
     "Target",
     "TextToImageAttack",
     "TextualInversionAttack",
@@ -61,6 +64,7 @@ __all__ = [
     "registered_name",
     "replace_name",
     "save_adaptation",
+    "search_settings",
     "snr_weights",
     "tune_learning_rate",
 ]
