@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import os
+import signal
 from concurrent.futures import BrokenExecutor, Future
 from pathlib import Path
 from typing import Any
@@ -119,3 +120,25 @@ def test_dask_on_this_machine(tmp_path: Path) -> None:
         with executor_of(f"dask://{address}", tmp_path) as executor:
             assert run_jobs(JOBS, tmp_path / "done", executor=executor) == WANTED
     assert os.listdir(tmp_path / "done")
+
+
+def dies_once(marker: str) -> dict[str, int]:
+    """Takes its worker with it the first time."""
+    if not Path(marker).exists():
+        Path(marker).touch()
+        os.kill(os.getpid(), signal.SIGKILL)
+    return {"number": 3}
+
+
+@pytest.mark.slow
+def test_a_worker_of_dask_that_is_killed_costs_one_job(tmp_path: Path) -> None:
+    distributed = pytest.importorskip("distributed")
+    options: dict[str, Any] = {"processes": True, "dashboard_address": None, "n_workers": 1}
+    jobs = {**JOBS, "job-3": functools.partial(dies_once, str(tmp_path / "died"))}
+    with (
+        distributed.LocalCluster(protocol="tcp", threads_per_worker=1, **options) as cluster,
+        executor_of(cluster.scheduler_address, tmp_path) as executor,
+    ):
+        found = run_jobs(jobs, tmp_path / "done", executor=executor)
+    assert found == {**WANTED, "job-3": {"number": 3}}
+    assert (tmp_path / "died").exists()
