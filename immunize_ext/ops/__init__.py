@@ -1,9 +1,23 @@
 """Differentiable operators: spectrum, key/value merge, preconditioned gradient."""
 
 from immunize_ext.ops import operators as operators
+from immunize_ext.ops.attention_gauge import (
+    AttentionLayers,
+    HeadWeights,
+    attention_gauge,
+    balance_attention,
+    find_attention,
+)
 from immunize_ext.ops.equal_diagonal import equal_diagonal_rotation
 from immunize_ext.ops.factor import RegularizationFactor
 from immunize_ext.ops.layers import convolution_matrix, map_layers
+from immunize_ext.ops.local_control import (
+    GaussNewtonStep,
+    InputSubspace,
+    clip_spectral_norm,
+    gauss_newton_step,
+    project_out,
+)
 from immunize_ext.ops.lora import MergeAdapter, as_lora, lora_state_dict, save_lora
 from immunize_ext.ops.lora_change import ChangeAdapter, adapter_of_change
 from immunize_ext.ops.lora_files import (
@@ -49,9 +63,13 @@ from immunize_ext.ops.streaming import StreamedGram
 from immunize_ext.ops.tracker import SingularTracker, SpectrumTracker
 
 __all__ = [
+    "AttentionLayers",
     "ChangeAdapter",
+    "GaussNewtonStep",
     "GramExtremes",
+    "HeadWeights",
     "InputMoments",
+    "InputSubspace",
     "LayerMoments",
     "LoraLayer",
     "LowRank",
@@ -69,12 +87,17 @@ __all__ = [
     "SymmetricExtremes",
     "adapter_of_change",
     "as_lora",
+    "attention_gauge",
+    "balance_attention",
+    "clip_spectral_norm",
     "collect_moments",
     "condition_number",
     "convolution_matrix",
     "equal_diagonal_rotation",
     "extremal_singular_values",
     "factor_layers",
+    "find_attention",
+    "gauss_newton_step",
     "gram_extremes",
     "gram_log_condition_number",
     "log_condition_number",
@@ -87,6 +110,7 @@ __all__ = [
     "merge_moments",
     "merge_report",
     "precondition_gradient",
+    "project_out",
     "read_lora",
     "resolvent_traces",
     "save_lora",

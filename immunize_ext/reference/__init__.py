@@ -7,6 +7,7 @@ the package and no torch, so agreement means something.
 * ``spectrum``, ``gram``, ``symmetric``, ``condition_numbers``: extremal singular values and
   eigenvalues, ranks, multiplicities, condition numbers.
 * ``regularizers``: R_well and R_ill of a matrix and of a Gram matrix.
+* ``local_control``: changes of a layer that a task does not see, and bases inside attention heads.
 * ``merge``: the key/value merge by a null-space method, by its optimality system and by the
   closed form; ``merge_optimality``: objective and residuals; ``merge_gradients``: gradients by the
   closed form and by implicit differentiation.
@@ -39,6 +40,12 @@ from immunize_ext.reference.gram import (
     gram_extremes,
     gram_extremes_gradient,
     gram_extremes_hvp,
+)
+from immunize_ext.reference.local_control import (
+    attention_gauge,
+    clip_spectral_norm,
+    gauss_newton_step,
+    project_out,
 )
 from immunize_ext.reference.merge import (
     merge_formula,
@@ -120,6 +127,8 @@ __all__ = [
     "SymmetricExtremes",
     "SymmetricExtremesGradient",
     "absolute_ridge",
+    "attention_gauge",
+    "clip_spectral_norm",
     "condition_number",
     "condition_number_gradient",
     "condition_number_hvp",
@@ -127,6 +136,7 @@ __all__ = [
     "extremal_singular_values",
     "extremal_singular_values_gradient",
     "extremal_singular_values_hvp",
+    "gauss_newton_step",
     "gram_extremes",
     "gram_extremes_gradient",
     "gram_extremes_hvp",
@@ -152,6 +162,7 @@ __all__ = [
     "merge_residuals",
     "preconditioned_gradient",
     "preconditioned_gradient_by_qr",
+    "project_out",
     "r_ill",
     "r_ill_gradient",
     "r_ill_hvp",

@@ -23,10 +23,12 @@ from immunize_ext.probing.immunizers.condition_number import (
 from immunize_ext.probing.immunizers.control import ControllerName, CorridorController
 from immunize_ext.probing.immunizers.corridor import project_to_corridor
 from immunize_ext.probing.immunizers.deep_extractor import DeepExtractorImmunizer
+from immunize_ext.probing.immunizers.guard import LayerWorth, LocalControl, RuleName, rank_layers
 from immunize_ext.probing.immunizers.imma import ImmaImmunizer
 from immunize_ext.probing.immunizers.immunized import Immunized, ImmunizedExtractor
 from immunize_ext.probing.immunizers.label_direction import LabelDirectionImmunizer
 from immunize_ext.probing.immunizers.learning_curve import LearningCurveImmunizer
+from immunize_ext.probing.immunizers.local_control import LocalControlImmunizer
 from immunize_ext.probing.immunizers.lock import (
     Head,
     LinearLock,
@@ -61,9 +63,12 @@ __all__ = [
     "ImmunizedExtractor",
     "IterativeImmunizer",
     "LabelDirectionImmunizer",
+    "LayerWorth",
     "LearningCurveImmunizer",
     "LinearImmunizer",
     "LinearLock",
+    "LocalControl",
+    "LocalControlImmunizer",
     "MethodName",
     "MiniBatchImmunizer",
     "MultiplicativeImmunizer",
@@ -71,6 +76,7 @@ __all__ = [
     "PartialWhiteningImmunizer",
     "PencilLock",
     "PlainConditionNumberImmunizer",
+    "RuleName",
     "SeveralHarmsImmunizer",
     "WhiteningImmunizer",
     "best_head",
@@ -83,6 +89,7 @@ __all__ = [
     "lock_price",
     "multiplicative_step",
     "project_to_corridor",
+    "rank_layers",
     "several_harms_theta",
     "well_step_bound",
 ]

@@ -38,6 +38,7 @@ from immunize_ext.probing.extractors.feature_extractor import (
     select_blocks,
 )
 from immunize_ext.probing.immunizers.control import ControllerName, CorridorController
+from immunize_ext.probing.immunizers.guard import Guard, LocalControl
 from immunize_ext.probing.immunizers.imma import probe_after_steps
 from immunize_ext.probing.immunizers.immunized import ImmunizedExtractor
 from immunize_ext.probing.immunizers.loop import (
@@ -173,6 +174,9 @@ class DeepExtractorImmunizer:
         corridor_samples: Samples of the primary task that are measured, the same each time; all
             when ``None``. What is kept on few of them is not kept on all.
         corridor_ridge: a, in units of the largest eigenvalue of H_P before the first step.
+        local: What changes of the layers are allowed, so that the primary task is kept for certain
+            or within a budget (module ``guard``); its head must be given, and stays as it is.
+            ``None`` allows all.
         inner_steps: Steps of the probe for ``"imma"``.
         label_smoothing: Of the cross-entropy of the primary task.
         seed: Seed of the batches and of a head that is made here.
@@ -214,6 +218,7 @@ class DeepExtractorImmunizer:
     corridor_every: int = 1
     corridor_samples: int | None = None
     corridor_ridge: float = 1e-4
+    local: LocalControl | None = None
     inner_steps: int = 5
     label_smoothing: float = 0.1
     seed: int = 0
@@ -241,6 +246,11 @@ class DeepExtractorImmunizer:
         )
         if self.corridor is not None:
             CorridorController(self.corridor, self.controller)
+            if self.local is not None:
+                raise ValueError(
+                    f"{_NAME}: corridor must be None beside local, got {self.corridor}: its "
+                    "corrections would lead out of what is allowed"
+                )
         for name in ("lambda_well", "lambda_ill", "weight", "head_weight_decay"):
             value = getattr(self, name)
             if value is not None and not (math.isfinite(value) and value >= 0.0):
@@ -320,6 +330,17 @@ class DeepExtractorImmunizer:
         if self.corridor is not None:
             steering = _Steering(self, self.corridor, extractor, parameters, samples[0], device)
         head = run.make_head(problem.head)
+        if self.local is not None:
+            if problem.head is None:
+                raise ValueError(
+                    f"{_NAME}.fit: problem must have the head of the primary task for local to "
+                    "keep its answers, got none; train one first: Problem.of(..., head=head)"
+                )
+            head.requires_grad_(False)
+            run.guard = Guard(
+                self.local, extractor, head, parameters, samples[0], device, self.batch_size
+            )
+            run.rows.clear()
         optimizer = self._optimizer(parameters, head)
         named = {**parameters, **{f"head.{n}": p for n, p in head.named_parameters()}}
         settings = {name: value for name, value in plain(self).items() if name != "steps"}
@@ -374,7 +395,7 @@ class DeepExtractorImmunizer:
             theta0=original,
             head=head.eval(),
             blocks=blocks,
-            config={**plain(self), "lambdas": lambdas},
+            config={**plain(self), "lambdas": lambdas, **run.found()},
             history=history,
             momentum={name: buffer.clone() for name, buffer in _buffers(named, optimizer)},
         )
@@ -393,7 +414,7 @@ class DeepExtractorImmunizer:
     def _optimizer(self, parameters: dict[str, nn.Parameter], head: nn.Module) -> torch.optim.SGD:
         rate = self.learning_rate if self.head_learning_rate is None else self.head_learning_rate
         groups: list[dict[str, Any]] = [{"params": list(parameters.values())}]
-        head_parameters = list(head.parameters())
+        head_parameters = [p for p in head.parameters() if p.requires_grad]
         if head_parameters:
             groups.append(
                 {"params": head_parameters, "lr": rate, "weight_decay": self.head_weight_decay}
@@ -516,6 +537,7 @@ class _Run:
             p=settings.p,
             k=settings.k,
         )
+        self.guard: Guard | None = None
         self.rows: list[Tensor] = []
         self.layer = None if settings.precondition is None else self._linear(blocks)
         self._hook: Any = None
@@ -524,6 +546,10 @@ class _Run:
             self._hook = module.register_forward_pre_hook(
                 lambda _, inputs: self.rows.append(inputs[0].detach().flatten(0, -2))
             )
+
+    def found(self) -> dict[str, Any]:
+        """What a guard allowed, and what of it was used."""
+        return {} if self.guard is None else {"guard": self.guard.report()}
 
     def close(self) -> None:
         """Take the hook off the model."""
@@ -611,7 +637,8 @@ class _Run:
         for found in (features.primary, features.harmful):
             self._check_finite(step, bool(torch.isfinite(found).all()))
         loss = self._loss(head(features.primary), y)
-        blocks, head_parameters = list(self.parameters.values()), list(head.parameters())
+        blocks = list(self.parameters.values())
+        head_parameters = [p for p in head.parameters() if p.requires_grad]
         every = torch.autograd.grad(
             loss, blocks + head_parameters, retain_graph=True, allow_unused=True
         )
@@ -641,12 +668,16 @@ class _Run:
             record[f"lambda_{term.name}"] = lambdas[term.name]
         finite = all(math.isfinite(v) for v in record.values()) and math.isfinite(_norm(total))
         self._check_finite(step, finite)
+        if self.guard is not None:
+            total = self.guard.direct(total)
         for parameter, gradient in zip(
             blocks + head_parameters, total + gradients[len(blocks) :], strict=True
         ):
             parameter.grad = gradient
         optimizer.step()
         optimizer.zero_grad()
+        if self.guard is not None:
+            self.guard.keep()
         return record, lambdas
 
     def _check_finite(self, step: int, finite: bool) -> None:

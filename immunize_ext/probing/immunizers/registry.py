@@ -26,6 +26,7 @@ MethodName: TypeAlias = Literal[
     "pencil-lock",
     "label-direction",
     "learning-curve",
+    "local-control",
     "mini-batch",
     "multiplicative",
     "several-harms",

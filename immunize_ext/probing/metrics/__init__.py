@@ -20,6 +20,7 @@ from immunize_ext.probing.metrics.cost import (
     few_sample_error,
     relative_degradation,
 )
+from immunize_ext.probing.metrics.drift import Allowed, certified_answers, drift_bound
 from immunize_ext.probing.metrics.estimates import (
     ControlledMean,
     EstimatedKappa,
@@ -67,6 +68,7 @@ __all__ = [
     "EXPONENT",
     "IMPOSSIBLE",
     "WHITENING",
+    "Allowed",
     "AttackerSteps",
     "CeilingRow",
     "Constant",
@@ -89,11 +91,13 @@ __all__ = [
     "WorstCase",
     "best_constant",
     "ceiling_table",
+    "certified_answers",
     "computed_rank_rtol",
     "conditional_value_at_risk",
     "conjugate_gradient_steps",
     "control_variate",
     "deep_rir",
+    "drift_bound",
     "estimated_kappa",
     "estimated_rir",
     "few_sample_error",
