@@ -1,10 +1,10 @@
 """What a guarantee for the task to keep leaves of a protection: certified and measured, attackers.
 
     python -m benchmarks.protection.local_control --mnist ../shared/data/mnist
-    python -m benchmarks.protection.local_control --write docs/local_control.md   # the page's tables
+    python -m benchmarks.protection.local_control --write docs/local_control.md  # the page's tables
 
-Deep: a small network on MNIST at 14 x 14, 0 to 4 kept, 5 to 9 harmful. Gauge: a small transformer on
-16 patches, its heads in another basis. Linear: pairs of the 8 x 8 digits.
+Deep: a small network on MNIST at 14 x 14, 0 to 4 kept, 5 to 9 harmful. Gauge: a small transformer
+on 16 patches, its heads in another basis. Linear: pairs of the 8 x 8 digits.
 """
 
 from __future__ import annotations
@@ -16,6 +16,7 @@ import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from functools import cache
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -191,7 +192,7 @@ def backbone(seed: int, tasks: Mapping[str, Data]) -> tuple[nn.Sequential, nn.Li
     """A network trained on the task to keep, and its head."""
     sizes = (196, 128, 64, 24)
     parts: list[nn.Module] = []
-    for i, (d, o) in enumerate(zip(sizes, sizes[1:], strict=False)):
+    for i, (d, o) in enumerate(pairwise(sizes)):
         parts += [nn.ReLU()] * (i > 0) + [nn.Linear(d, o)]
     body = initialised(nn.Sequential(*parts), seed)
     head = initialised(nn.Linear(24, 5), seed + 1)
@@ -306,9 +307,8 @@ class Block(nn.Module):
         self.heads = heads
         for name in ("q_proj", "k_proj", "v_proj", "out_proj"):
             self.add_module(name, nn.Linear(width, width))
-        self.mlp = nn.Sequential(
-            nn.Linear(width, 2 * width), nn.GELU(), nn.Linear(2 * width, width)
-        )
+        inner = 2 * width
+        self.mlp = nn.Sequential(nn.Linear(width, inner), nn.GELU(), nn.Linear(inner, width))
 
     def forward(self, x: Tensor) -> Tensor:
         """Tokens (n, t, width) to tokens."""
@@ -368,7 +368,7 @@ def keys_kappa(model: Transformer, data: Data) -> float:
     return sum(found) / len(found)
 
 
-GAUGE_RATES = {"sgd": (0.003, 0.01, 0.03, 0.1, 0.3), "adamw": (3e-4, 1e-3, 3e-3, 1e-2)}
+GAUGE_RATES = {"sgd": (0.003, 0.01, 0.03, 0.1), "adamw": (1e-3, 3e-3, 1e-2)}
 
 
 def gauge(folder: Path, seed: int) -> list[dict[str, Any]]:
@@ -385,7 +385,7 @@ def gauge(folder: Path, seed: int) -> list[dict[str, Any]]:
     for one in find_attention(balanced).values():
         one.balance()
     rows = []
-    shots = tuple(part[:200] for part in tasks["harm train"])
+    shots = tuple(part[:150] for part in tasks["harm train"])
     for name, start in (("as trained", model), ("random basis", moved), ("balanced", balanced)):
         with torch.no_grad():
             x = tasks["kept test"][0]
@@ -445,6 +445,7 @@ def linear() -> list[dict[str, Any]]:
                     "rise": last["log_kappa_harmful"] - first["log_kappa_harmful"],
                     "rise kept": last["log_kappa_primary"] - first["log_kappa_primary"],
                     **slow,
+                    "kept": compare_attack(kept, found.theta).slowdown.ratio,
                 }
             )
             print(rows[-1], flush=True)
@@ -621,12 +622,12 @@ def linear_table(results: Mapping[str, Any]) -> str:
                 _mean([r["rise kept"] for r in found], ".2f"),
                 *(
                     f"{math.exp(Spread.of([math.log(r[name]) for r in found]).mean):.3g}x"
-                    for name in ("gradient_descent", "adam", "whitened")
+                    for name in ("gradient_descent", "adam", "whitened", "kept")
                 ),
             ]
         )
     head = ["rule, drift", "drift, bound", "drift, measured", "rise of log κ_H", "of log κ_P"]
-    return _table([*head, "slower: GD", "Adam", "whitened"], rows)
+    return _table([*head, "slower: GD", "Adam", "whitened", "GD, kept task"], rows)
 
 
 def parts(results: Mapping[str, Any]) -> dict[str, str]:
@@ -645,7 +646,29 @@ def parts(results: Mapping[str, Any]) -> dict[str, str]:
 
 def answer(results: Mapping[str, Any]) -> str:
     """The first sentence of the page."""
-    return ""
+
+    def mean(rule: str, key: Callable[[dict[str, Any]], float]) -> float:
+        return Spread.of(map(key, _rows(results, rule))).mean
+
+    def kappa(rule: str) -> float:
+        return mean(rule, lambda row: row["log kappa harm"])
+
+    def best(rule: str) -> float:
+        return mean(rule, lambda row: strongest(row)[0])
+
+    sure, budget = "certified for 99 %", "budget of 1e-6"
+    return (
+        f"Yes, but with a certificate by so little that no attacker notices: where "
+        f"{mean(sure, lambda row: row['certified train']):.1%} of the training answers and "
+        f"{mean(sure, lambda row: row['certified test']):.1%} of the test answers are certain to "
+        f"stay (measured: {mean(sure, lambda row: row['kept train']):.1%} and "
+        f"{mean(sure, lambda row: row['kept test']):.1%}), log kappa_H goes from "
+        f"{kappa('before'):.2f} to {kappa(sure):.2f}, and in the exact null space to "
+        f"{kappa('null space'):.2f}; a budget of the loss raises it to {kappa(budget):.2f} with "
+        f"{mean(budget, lambda row: row['kept test']):.1%} kept and holds up probes for some "
+        f"steps, but it guarantees nothing, and the strongest attacker, full fine-tuning, gets "
+        f"{best(budget):.1%} in place of {best('before'):.1%}."
+    )
 
 
 def main() -> None:

@@ -162,8 +162,8 @@ class AttentionLayers(NamedTuple):
 
     def weights(self) -> HeadWeights:
         """The four matrices with their biases as last columns; that of W_O stays out."""
-        with_bias = (_with_bias(one) for one in (self.query, self.key, self.value))
-        return HeadWeights(*with_bias, self.output.weight)
+        q, k, v = (_with_bias(one) for one in (self.query, self.key, self.value))
+        return HeadWeights(q, k, v, self.output.weight)
 
     @torch.no_grad()
     def set(self, weights: HeadWeights) -> None:
@@ -201,9 +201,9 @@ class AttentionLayers(NamedTuple):
 
 # What libraries call W_Q, W_K, W_V and W_O; an output may also be the ``dense`` of a sibling.
 _NAMES = (
-    ("to_q", "to_k", "to_v", ("to_out.0",)),
-    ("q_proj", "k_proj", "v_proj", ("out_proj", "o_proj")),
-    ("query", "key", "value", ("output.dense", "out")),
+    (("to_q", "to_k", "to_v"), ("to_out.0",)),
+    (("q_proj", "k_proj", "v_proj"), ("out_proj", "o_proj")),
+    (("query", "key", "value"), ("output.dense", "out")),
 )
 _HEADS = ("heads", "num_heads", "num_attention_heads", "n_heads")
 _NORMS = ("norm_q", "norm_k", "q_norm", "k_norm")
@@ -230,24 +230,27 @@ def find_attention(model: nn.Module) -> dict[str, AttentionLayers]:
         ['layer']
     """
     found = {}
-    modules = dict(model.named_modules())
+    modules: dict[str, nn.Module] = dict(model.named_modules())
     for name, module in modules.items():
         parent = modules.get(name.rpartition(".")[0], module)
-        for *three, outs in _NAMES:
-            inner = [getattr(module, part, None) for part in three]
-            places = [_at(place, out) for place in (module, parent) for out in outs]
-            output = next((one for one in places if isinstance(one, nn.Linear)), None)
-            whole = output is not None and all(isinstance(one, nn.Linear) for one in inner)
-            if whole and not getattr(module, "add_k_proj", None) and (heads := _heads(module)):
-                found[name] = AttentionLayers(*inner, output, heads, _free(module))
+        for inner, outs in _NAMES:
+            layers = [one for part in inner if (one := _linear(module, part)) is not None]
+            outputs = [_linear(place, out) for place in (module, parent) for out in outs]
+            output = next((one for one in outputs if one is not None), None)
+            if output is None or len(layers) < 3 or getattr(module, "add_k_proj", None):
+                continue
+            if heads := _heads(module):
+                query, key, value = layers
+                found[name] = AttentionLayers(query, key, value, output, heads, _free(module))
     return found
 
 
-def _at(module: nn.Module, path: str) -> nn.Module | None:
+def _linear(module: nn.Module, path: str) -> nn.Linear | None:
     try:
-        return module.get_submodule(path)
+        found = module.get_submodule(path)
     except AttributeError:
         return None
+    return found if isinstance(found, nn.Linear) else None
 
 
 def _heads(module: nn.Module) -> int | None:

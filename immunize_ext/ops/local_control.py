@@ -122,7 +122,7 @@ class InputSubspace(NamedTuple):
         return limit * math.sqrt(float(self.tail[:outputs].sum()))
 
     def rest(self, rows: Tensor) -> Tensor:
-        """|P h| of rows (\\*, d): how far they reach out of the subspace."""
+        """|P h| of rows, shape ``(*, d)``: how far they reach out of the subspace."""
         return torch.linalg.vector_norm(project_out(rows, self.basis), dim=-1)
 
 

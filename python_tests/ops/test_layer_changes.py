@@ -159,11 +159,11 @@ def test_what_has_no_derivative_is_refused_by_name() -> None:
 
 def test_bad_arguments_are_refused_by_name() -> None:
     eye = torch.eye(2)
-    with pytest.raises(ValueError, match="InputSubspace.of: explained must be above 0"):
+    with pytest.raises(ValueError, match=r"InputSubspace.of: explained must be above 0"):
         InputSubspace.of(eye, explained=0.0)
     with pytest.raises(ValueError, match=r"rows must have shape \(d, d\) for a count"):
         InputSubspace.of(torch.ones(3, 2), count=3)
-    with pytest.raises(ValueError, match="InputSubspace.of: rows must be finite"):
+    with pytest.raises(ValueError, match=r"InputSubspace.of: rows must be finite"):
         InputSubspace.of(eye * math.nan)
     with pytest.raises(ValueError, match="project_out: basis must have shape"):
         project_out(torch.ones(2, 3), eye)

@@ -7,8 +7,10 @@ Three kinds, of which two are guarantees and one is a budget (``immunize_ext.ops
     certified      Delta = Delta P, |Delta|_2 <= c in each layer, with c the largest multiple of
                    |W|_2 for which a given share of the right answers stays right under *every*
                    such change (``metrics.drift``): computed before the first step;
-    gauss-newton   <Delta, B Delta A> at most the layer's part of a budget. To second order, and as
-                   far as K-FAC is the curvature, the loss rises by no more than the budget.
+    gauss-newton   <Delta, B Delta A> at most the layer's part of a budget, and <g, Delta> <= 0 with
+                   g the layer's gradient of the loss to keep. To second order, and as far as K-FAC
+                   is the curvature, the loss rises by no more than the budget. The half-space is
+                   needed: a trained network's g is small, but not beside sqrt(budget).
 
 Guided are gradients, before the optimizer sees them, and what it made of them. The head, biases and
 all that is neither linear nor a convolution stay as they are.
@@ -137,11 +139,12 @@ class Ball(Room):
 
 @dataclass(frozen=True)
 class Ellipsoid(Room):
-    """<Delta, B Delta A> <= budget."""
+    """<Delta, B Delta A> <= budget; with a slope of what is kept also <slope, Delta> <= 0."""
 
     inputs: Tensor
     outputs: Tensor
     budget: float
+    slope: Tensor | None = None
 
     def direct(self, gradient: Tensor) -> Tensor:
         """Downhill where a unit of damage buys most, as long as the gradient itself."""
@@ -150,7 +153,10 @@ class Ellipsoid(Room):
         return step * (gradient.norm() / size) if float(size) > 0.0 else step
 
     def keep(self, change: Tensor) -> Tensor:
-        """Shorter, where it is too long."""
+        """Without its part uphill, nearest in the metric of the damage; shorter where too long."""
+        if self.slope is not None and float(uphill := (self.slope * change).sum()) > 0.0:
+            down = gauss_newton_step(self.slope, self.inputs, self.outputs, 1.0)
+            change = change + (uphill / down.worth) * down.change
         damage = self._damage(change)
         return change * math.sqrt(self.budget / damage) if damage > self.budget else change
 
@@ -202,8 +208,8 @@ class Guard:
         self.found: dict[str, Any] = {"rule": control.rule}
         if control.rule == "gauss-newton":
             budget = 2.0 * control.budget / len(names)
-            factors = moments.factors(control.ridge)
-            rooms = {name: Ellipsoid(*factors[name], budget) for name in names}
+            factors, slopes = moments.factors(control.ridge), moments.slopes()
+            rooms = {name: Ellipsoid(*factors[name], budget, slopes[name]) for name in names}
         elif control.rule == "null-space":
             found = moments.subspaces(1.0)
             rooms = {name: Ball(Allowed(found[name], math.inf)) for name in names}
@@ -375,6 +381,22 @@ class _Moments:
             for name, one in self.inputs.items()
         }
 
+    def slopes(self) -> dict[str, Tensor]:
+        """The gradient of the mean loss by each layer's weight, as a matrix, float64."""
+        weights = [self.root.get_parameter(f"{name}.weight") for name in self.names]
+        sums = [torch.zeros_like(w.flatten(1), dtype=torch.float64) for w in weights]
+        for batch, labels in self._batches():
+            labels = labels.to(self.device)
+            with torch.enable_grad():
+                output = self.head(self.extractor(batch))
+                if labels.dtype.is_floating_point:
+                    loss = (output.reshape(len(labels), -1).squeeze(1) - labels).square().sum()
+                else:
+                    loss = functional.cross_entropy(output, labels.long(), reduction="sum")
+            for total, part in zip(sums, torch.autograd.grad(loss, weights), strict=True):
+                total += part.flatten(1) / len(self.samples)
+        return dict(zip(self.names, sums, strict=True))
+
     def _output_moments(self) -> dict[str, Tensor]:
         """B of the Gauss-Newton matrix, exact: one pass back for each logit.
 
@@ -460,7 +482,7 @@ def _largest(
         )
     subspaces = moments.subspaces(control.explained)
     root = block_root(extractor)
-    weights = {n: root.get_submodule(n).weight.detach().flatten(1) for n in moments.names}
+    weights = {n: root.get_parameter(f"{n}.weight").detach().flatten(1) for n in moments.names}
     sizes = {n: float(torch.linalg.matrix_norm(w.double(), 2)) for n, w in weights.items()}
 
     def allowed(scale: float) -> dict[str, Allowed]:
