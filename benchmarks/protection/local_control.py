@@ -368,6 +368,7 @@ def keys_kappa(model: Transformer, data: Data) -> float:
     return sum(found) / len(found)
 
 
+BASES = ("as trained", "random basis", "balanced")
 GAUGE_RATES = {"sgd": (0.003, 0.01, 0.03, 0.1), "adamw": (1e-3, 3e-3, 1e-2)}
 
 
@@ -386,7 +387,7 @@ def gauge(folder: Path, seed: int) -> list[dict[str, Any]]:
         one.balance()
     rows = []
     shots = tuple(part[:150] for part in tasks["harm train"])
-    for name, start in (("as trained", model), ("random basis", moved), ("balanced", balanced)):
+    for name, start in zip(BASES, (model, moved, balanced), strict=True):
         with torch.no_grad():
             x = tasks["kept test"][0]
             change = float((start(x) - model(x)).abs().max())
@@ -595,7 +596,7 @@ def right_pairs(results: Mapping[str, Any]) -> tuple[int, int]:
 def gauge_table(results: Mapping[str, Any]) -> str:
     """The basis of the heads, and what two optimizers make of it."""
     rows = []
-    for basis in dict.fromkeys(row["basis"] for row in results["gauge"]):
+    for basis in BASES:
         found = [row for row in results["gauge"] if row["basis"] == basis]
         cells = [f"{max(r['largest change'] for r in found):.1e}"]
         cells += [_mean([r["log kappa keys"] for r in found], ".2f")]
@@ -605,6 +606,42 @@ def gauge_table(results: Mapping[str, Any]) -> str:
     head = ["basis", "largest change of a logit", "log κ of the keys"]
     head += [f"{kind}, {step}" for kind in ("SGD", "AdamW") for step in (10, 30, 60)]
     return _table(head, rows)
+
+
+def _paired(
+    after: Sequence[Mapping[str, Any]],
+    before: Sequence[Mapping[str, Any]],
+    key: Callable[[Mapping[str, Any]], float],
+) -> str:
+    """Mean difference, seed by seed, with its interval."""
+    pairs = zip(after, before, strict=True)
+    return _mean([key(one) - key(other) for one, other in pairs], "+.3f").replace("± +", "± ")
+
+
+def gauge_answer(results: Mapping[str, Any]) -> str:
+    """What a basis of the heads costs an attacker, and what undoing it gives back."""
+    by = {name: [r for r in results["gauge"] if r["basis"] == name] for name in BASES}
+    parts_ = []
+    for label, kind in (("SGD", "sgd"), ("AdamW", "adamw")):
+        found = [
+            _paired(by[name], by["as trained"], lambda r, k=kind: r["attacks"][k]["best"][-1])  # type: ignore[misc]
+            for name in BASES[1:]
+        ]
+        parts_.append(f"{label} {found[0]} in the random basis and {found[1]} once balanced")
+    return f"After 60 steps, against the basis as trained, seed by seed: {'; '.join(parts_)}."
+
+
+def slowed(results: Mapping[str, Any]) -> str:
+    """What the largest budget costs attackers of each scope, seed by seed."""
+    budget, before = (_rows(results, rule) for rule in ("budget of 1e-6", "before"))
+    rows = []
+    for scope in SCOPES:
+        cells = [
+            _paired(budget, before, lambda r, s=scope, i=i: _best(r, s, i))  # type: ignore[misc]
+            for i in range(len(LOOKS))
+        ]
+        rows.append([scope, *cells])
+    return _table(["budget of 1e-6 against before", *(f"{look} steps" for look in LOOKS)], rows)
 
 
 def linear_table(results: Mapping[str, Any]) -> str:
@@ -637,9 +674,10 @@ def parts(results: Mapping[str, Any]) -> dict[str, str]:
         "kept": kept_table(results),
         "attacks": attack_table(results),
         "early": early_table(results),
+        "slowed": slowed(results),
         "budget": budget_table(results),
         "layers": layer_table(results),
-        "gauge": gauge_table(results),
+        "gauge": gauge_answer(results) + "\n\n" + gauge_table(results),
         "linear": linear_table(results),
     }
 
@@ -653,10 +691,10 @@ def answer(results: Mapping[str, Any]) -> str:
     def kappa(rule: str) -> float:
         return mean(rule, lambda row: row["log kappa harm"])
 
-    def best(rule: str) -> float:
-        return mean(rule, lambda row: strongest(row)[0])
-
     sure, budget = "certified for 99 %", "budget of 1e-6"
+    pair = [_rows(results, rule) for rule in (budget, "before")]
+    strongest_by = _paired(*pair, lambda row: strongest(row)[0])
+    probe_by = _paired(*pair, lambda row: _best(row, "probe", 1))
     return (
         f"Yes, but with a certificate by so little that no attacker notices: where "
         f"{mean(sure, lambda row: row['certified train']):.1%} of the training answers and "
@@ -664,10 +702,11 @@ def answer(results: Mapping[str, Any]) -> str:
         f"stay (measured: {mean(sure, lambda row: row['kept train']):.1%} and "
         f"{mean(sure, lambda row: row['kept test']):.1%}), log kappa_H goes from "
         f"{kappa('before'):.2f} to {kappa(sure):.2f}, and in the exact null space to "
-        f"{kappa('null space'):.2f}; a budget of the loss raises it to {kappa(budget):.2f} with "
-        f"{mean(budget, lambda row: row['kept test']):.1%} kept and holds up probes for some "
-        f"steps, but it guarantees nothing, and the strongest attacker, full fine-tuning, gets "
-        f"{best(budget):.1%} in place of {best('before'):.1%}."
+        f"{kappa('null space'):.2f}. A budget of the loss raises it to {kappa(budget):.2f} with "
+        f"{mean(budget, lambda row: row['kept test']):.1%} kept, guarantees nothing, and moves "
+        "the accuracy of the strongest attacker "
+        f"({strongest(_rows(results, 'before')[0])[1]}) by {strongest_by}, "
+        f"a probe after {LOOKS[1]} steps by {probe_by}."
     )
 
 

@@ -41,10 +41,16 @@ def test_what_the_page_claims() -> None:
             assert (row["changed answers"], row["drift"] < 1e-6) == (0.0, True)
     for row in found["linear"]:
         assert row["reached"] <= row["bound"] * (1 + 1e-9) + 1e-12
-    # The basis of the heads is no defence.
+    strongest = {
+        rule: [local_control.strongest(row)[0] for row in found["deep"] if row["rule"] == rule]
+        for rule in ("before", "null space", "certified for 99 %", "certified for 90 %")
+    }
+    means = {rule: sum(values) / len(values) for rule, values in strongest.items()}
+    assert max(abs(mean - means["before"]) for mean in means.values()) < 0.005
+    # The basis of the heads is no defence: it is undone without data.
     best = {
         basis: [r["attacks"]["adamw"]["best"][-1] for r in found["gauge"] if r["basis"] == basis]
-        for basis in ("as trained", "random basis")
+        for basis in ("as trained", "balanced")
     }
-    means = [sum(values) / len(values) for values in best.values()]
-    assert abs(means[0] - means[1]) < 0.05
+    kept = [sum(values) / len(values) for values in best.values()]
+    assert abs(kept[0] - kept[1]) < 0.02
