@@ -46,11 +46,12 @@ def test_speeds_of_the_readme_are_those_that_were_measured() -> None:
     measured = [line.split("|") for line in (ROOT / "docs" / "speed.md").read_text().splitlines()]
     assert len(rows) == 4
     for name, milliseconds, others in rows:
-        (row,) = [
-            cells for cells in measured if len(cells) > 4 and cells[2].strip() == milliseconds
+        found = [
+            [cell.strip().rstrip("x") for cell in cells[3:5]]
+            for cells in measured
+            if len(cells) > 4 and cells[2].strip() == milliseconds
         ]
-        times = re.findall(r"([\d.]+) times", others)
-        assert [cell.strip().rstrip("x") for cell in row[3:5]] == times, name
+        assert re.findall(r"([\d.]+) times", others) in found, name
 
 
 def test_the_site_has_every_page() -> None:
