@@ -103,12 +103,12 @@ Outputs condition_number(
   return {
       value.view(shape).to(a.scalar_type()),
       coefficients.view(with_sides(shape, {2})),
-      e.multiplicity_max.view(shape),
-      e.multiplicity_min.view(shape),
-      (m.wide() ? e.thin_max : e.long_max).view(left),
-      (m.wide() ? e.long_max : e.thin_max).view(right),
-      (m.wide() ? e.thin_min : e.long_min).view(left),
-      (m.wide() ? e.long_min : e.thin_min).view(right)};
+      shaped(e.multiplicity_max, shape),
+      shaped(e.multiplicity_min, shape),
+      shaped(m.wide() ? e.thin_max : e.long_max, left),
+      shaped(m.wide() ? e.long_max : e.thin_max, right),
+      shaped(m.wide() ? e.thin_min : e.long_min, left),
+      shaped(m.wide() ? e.long_min : e.thin_min, right)};
 }
 
 Tensor condition_number_backward(

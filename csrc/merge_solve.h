@@ -70,4 +70,14 @@ inline std::tuple<at::Tensor, at::Tensor, at::Tensor> solve_constraints(
   return {root.contiguous(), basis.contiguous(), defect.contiguous()};
 }
 
+// S F = L^-T (I - Z H (Z H)^T) L^-1 F, of solve(X, transposed) = L^-1 X or L^-T X.
+template <typename Solve>
+at::Tensor solve_free(
+    const at::Tensor& f,      // [*, d, k]
+    const at::Tensor& basis,  // [*, d, s], Z H
+    const Solve& solve) {
+  const at::Tensor v = solve(f, false);
+  return solve(v - basis.matmul(basis.mT().matmul(v)), true).contiguous();
+}
+
 }  // namespace immunize_ext

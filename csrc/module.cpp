@@ -4,12 +4,12 @@
 
 #include <ATen/Config.h>
 #include <pybind11/pybind11.h>
-#include <torch/csrc/autograd/forward_grad.h>
 
 #include <string>
 
 #include "cpu/instructions.h"
 #include "cpu/pool.h"
+#include "rules.h"
 
 #ifdef IMMUNIZE_EXT_WITH_CUDA
 #include <cuda_runtime_api.h>  // CUDART_VERSION
@@ -75,11 +75,6 @@ py::dict build_info() {
   return info;
 }
 
-// Forward mode has no levels but this one. A graph that Dynamo traced enters it without Python.
-bool forward_mode_is_entered() {
-  return torch::autograd::ForwardADLevel::try_get_by_idx(0) != nullptr;
-}
-
 std::string instructions() {
   return immunize_ext::name_of(immunize_ext::instructions());
 }
@@ -95,8 +90,8 @@ PYBIND11_MODULE(TORCH_EXTENSION_NAME, m) {
       "instructions", &instructions,
       "Instruction set of the CPU kernels in this process: baseline, avx2 or avx512.");
   m.def(
-      "forward_mode_is_entered", &forward_mode_is_entered,
-      "Whether any tensor can carry a tangent: False outside of forward_ad.dual_level.");
+      "ask_before_rules", &immunize_ext::ask_before_rules,
+      "Serve an operator on CPU and CUDA without Python where nothing is differentiated.");
   m.def("cached_bytes", &immunize_ext::pool::waiting, "Bytes that wait for the next large output.");
   m.def(
       "empty_cache", &immunize_ext::pool::empty, "Give them back to the system; returns how many.");

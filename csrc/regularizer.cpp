@@ -209,11 +209,11 @@ Outputs outputs(
     const Tensor& coefficients) {
   const auto shape = batch_shape(x);
   return {
-      value.view(shape).to(x.scalar_type()), coefficients.view(with_sides(shape, {4})),
-      (ill ? e.multiplicity_min : e.multiplicity_max).view(shape),
-      (ill ? e.thin_min : e.thin_max).view(with_sides(shape, {m.thin()})),
-      gram ? e.thin_gram.view(with_sides(shape, {m.thin(), m.thin()}))
-           : (ill ? e.long_min : e.long_max).view(with_sides(shape, {std::max(m.n, m.p)}))};
+      shaped(value, shape).to(x.scalar_type()), shaped(coefficients, with_sides(shape, {4})),
+      shaped(ill ? e.multiplicity_min : e.multiplicity_max, shape),
+      shaped(ill ? e.thin_min : e.thin_max, with_sides(shape, {m.thin()})),
+      gram ? shaped(e.thin_gram, with_sides(shape, {m.thin(), m.thin()}))
+           : shaped(ill ? e.long_min : e.long_max, with_sides(shape, {std::max(m.n, m.p)}))};
 }
 
 Outputs regularizer(

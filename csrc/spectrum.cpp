@@ -42,7 +42,8 @@ Tensor flat(
   shape.insert(shape.end(), sides.begin(), sides.end());
   flattened.insert(flattened.end(), sides.begin(), sides.end());
   check_shape(op, name, t, shape);
-  return t.contiguous().view(flattened);
+  const Tensor plain = t.contiguous();
+  return plain.sizes() == at::IntArrayRef(flattened) ? plain : plain.view(flattened);
 }
 
 }  // namespace
@@ -81,15 +82,15 @@ Forward extremal_singular_values(
   const auto shape = batch_shape(a);
   const auto left = with_sides(shape, {m.n}), right = with_sides(shape, {m.p});
   return {
-      e.value_max.view(shape),
-      e.value_min.view(shape),
-      e.rank.view(shape),
-      e.multiplicity_max.view(shape),
-      e.multiplicity_min.view(shape),
-      (m.wide() ? e.thin_max : e.long_max).view(left),
-      (m.wide() ? e.long_max : e.thin_max).view(right),
-      (m.wide() ? e.thin_min : e.long_min).view(left),
-      (m.wide() ? e.long_min : e.thin_min).view(right)};
+      shaped(e.value_max, shape),
+      shaped(e.value_min, shape),
+      shaped(e.rank, shape),
+      shaped(e.multiplicity_max, shape),
+      shaped(e.multiplicity_min, shape),
+      shaped(m.wide() ? e.thin_max : e.long_max, left),
+      shaped(m.wide() ? e.long_max : e.thin_max, right),
+      shaped(m.wide() ? e.thin_min : e.long_min, left),
+      shaped(m.wide() ? e.long_min : e.thin_min, right)};
 }
 
 // What both backward operators have in common.
@@ -158,17 +159,17 @@ GramForward gram_extremes(
   const auto shape = batch_shape(x);
   const auto left = with_sides(shape, {m.n}), right = with_sides(shape, {m.p});
   return {
-      e.value_max.view(shape),
-      e.value_min.view(shape),
-      e.squared_frobenius.view(shape),
-      e.rank.view(shape),
-      e.multiplicity_max.view(shape),
-      e.multiplicity_min.view(shape),
-      (m.wide() ? e.thin_max : e.long_max).view(left),
-      (m.wide() ? e.long_max : e.thin_max).view(right),
-      (m.wide() ? e.thin_min : e.long_min).view(left),
-      (m.wide() ? e.long_min : e.thin_min).view(right),
-      e.thin_gram.view(with_sides(shape, {m.thin(), m.thin()}))};
+      shaped(e.value_max, shape),
+      shaped(e.value_min, shape),
+      shaped(e.squared_frobenius, shape),
+      shaped(e.rank, shape),
+      shaped(e.multiplicity_max, shape),
+      shaped(e.multiplicity_min, shape),
+      shaped(m.wide() ? e.thin_max : e.long_max, left),
+      shaped(m.wide() ? e.long_max : e.thin_max, right),
+      shaped(m.wide() ? e.thin_min : e.long_min, left),
+      shaped(m.wide() ? e.long_min : e.thin_min, right),
+      shaped(e.thin_gram, with_sides(shape, {m.thin(), m.thin()}))};
 }
 
 template <const SpectrumEngine& engine>

@@ -200,12 +200,12 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> symmetric_extremes(
   const SymmetricBatch x = engine.extremes(op, flattened(h), allowed_asymmetry(h), cluster_rtol);
   const auto shape = batch_shape(h);
   return {
-      x.lambda_max.view(shape),
-      x.lambda_min.view(shape),
-      x.multiplicity_max.view(shape),
-      x.multiplicity_min.view(shape),
-      x.v_max.view(with_sides(shape, {p})),
-      x.v_min.view(with_sides(shape, {p}))};
+      shaped(x.lambda_max, shape),
+      shaped(x.lambda_min, shape),
+      shaped(x.multiplicity_max, shape),
+      shaped(x.multiplicity_min, shape),
+      shaped(x.v_max, with_sides(shape, {p})),
+      shaped(x.v_min, with_sides(shape, {p}))};
 }
 
 template <const SymmetricEngine& engine>

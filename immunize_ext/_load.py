@@ -46,7 +46,7 @@ _RECORD = _PACKAGE / "_build_info.json"
 _DISABLE = "IMMUNIZE_EXT_DISABLE"
 
 # What Python calls of the binary, beside its operators.
-_CALLED = ("build_info", "cached_bytes", "empty_cache", "forward_mode_is_entered", "instructions")
+_CALLED = ("ask_before_rules", "build_info", "cached_bytes", "empty_cache", "instructions")
 
 _lock = threading.Lock()
 _status: "LoadStatus | None" = None

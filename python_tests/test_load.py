@@ -251,7 +251,7 @@ def test_switched_off_operators_take_the_torch_route(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("damage", "error", "text"),
     [
-        ("older sources", "NoneType", "older sources, without forward_mode_is_entered"),
+        ("older sources", "NoneType", "older sources, without ask_before_rules"),
         ("another file", "ImportError", "the binary cannot be loaded"),
         # Mapping a truncated library ends the process with SIGBUS, so it must not come to that.
         ("truncated", "NoneType", "is incomplete"),
@@ -262,7 +262,7 @@ def test_broken_binary_falls_back(tmp_path: Path, damage: str, error: str, text:
     (binary,) = package.glob(f"_C*{importlib.machinery.EXTENSION_SUFFIXES[0]}")
     whole = binary.read_bytes()
     damaged = {
-        "older sources": whole.replace(b"forward_mode_is_entered\0", b"forward_mode_at_entered\0"),
+        "older sources": whole.replace(b"ask_before_rules\0", b"ask_behind_rules\0"),
         "another file": b"not a library",
         "truncated": whole[: len(whole) // 3],
     }

@@ -65,19 +65,24 @@ void with_storage_type(at::ScalarType dtype, const Function& function) {
 // ---- solve: the part shared by all layers -------------------------------------------------------
 
 // Y of L Y = F, or of L^T Y = F, as rows: [batch, s, d] for F [batch, d, s] in any layout. A few
-// right-hand sides go through the factor in one launch; more are what a library is for.
+// right-hand sides go through the factor in a launch a panel; more are what a library is for.
 Tensor solve_rows(const Tensor& chol, const Tensor& f, bool transposed) {
   const int64_t batch = f.size(0), d = f.size(1), s = f.size(2);
-  const auto stream = at::cuda::getCurrentCUDAStream();
-  if (s > merge::kFewTokens || !triangular::fits(d, simt::shared_limit(stream)))
+  if (s > merge::kFewTokens)
     return at::linalg_solve_triangular(transposed ? chol.mT() : chol, f, /*upper=*/transposed)
         .mT()
         .contiguous();
   const Tensor out = at::empty({batch, s, d}, f.options());
+  const Tensor scratch = at::empty({triangular::has_panels(d) ? out.numel() : 0}, f.options());
   triangular::launch_solve_triangular(
-      {pointer<double>(chol), pointer<double>(f), mutable_pointer<double>(out), batch, s, d,
-       f.stride(1), f.stride(2), f.stride(0)},
-      transposed, stream);
+      {pointer<double>(chol),
+       {pointer<double>(f), f.stride(1), f.stride(2), f.stride(0)},
+       mutable_pointer<double>(out),
+       mutable_pointer<double>(scratch),
+       batch,
+       s,
+       d},
+      transposed, triangular::panel_width(d), at::cuda::getCurrentCUDAStream());
   return out;
 }
 
@@ -145,6 +150,36 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> merge_solve(
   const Tensor rank =
       few ? v.rank : v.rank.masked_fill(t.isfinite().flatten(1).all(-1).logical_not(), -1);
   return {p.shaped(b), p.shaped(root), p.shaped(basis), p.shaped(defect), p.shaped(rank)};
+}
+
+// S F, see ops/merge_saddle.py.
+Tensor merge_free_solve(
+    const Tensor& f,  // [*, d, k] float64
+    const Tensor&,
+    const Tensor&,
+    const Tensor&,
+    const Tensor&,
+    const Tensor& chol,  // [*, d, d]
+    const Tensor&,
+    const Tensor& basis,  // [*, d, s]
+    const Tensor&) {
+  constexpr const char* op = "merge_free_solve";
+  check_dtype(op, "f", f, at::kDouble);
+  check_matrix(op, "f", f);
+  const at::IntArrayRef leading = f.sizes().slice(0, f.dim() - 2);
+  const int64_t d = f.size(-2), k = f.size(-1), batch = c10::multiply_integers(leading);
+  check_dtype(op, "chol", chol, at::kDouble);
+  check_matrix(op, "chol", chol, d, d);
+  check_batch(op, "chol", chol, leading);
+  check_same_device(op, "chol", chol, "f", f);
+  const c10::cuda::CUDAGuard guard(f.device());
+  const Tensor factor = chol.reshape({batch, d, d}).contiguous();
+  return solve_free(
+             f.reshape({batch, d, k}), basis.reshape({batch, d, basis.size(-1)}),
+             [&](const Tensor& right, bool transposed) {
+               return solve_rows(factor, right, transposed).mT();
+             })
+      .view(f.sizes());
 }
 
 // ---- the part per layer -------------------------------------------------------------------------
@@ -308,6 +343,7 @@ std::tuple<std::vector<Tensor>, std::vector<Tensor>, Tensor, Tensor> merge_apply
 
 TORCH_LIBRARY_IMPL(immunize_ext, CUDA, m) {
   m.impl("merge_solve", &merge_solve);
+  m.impl("merge_free_solve", &merge_free_solve);
   m.impl("merge_apply", &merge_apply);
   m.impl("merge_apply_backward", &merge_apply_backward);
 }

@@ -15,7 +15,6 @@ and compiled code, and nothing for Dynamo to trace.
 
 from __future__ import annotations
 
-import functools
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple, cast
 
@@ -25,8 +24,6 @@ from torch._functorch.utils import enable_single_level_autograd_function
 from torch.autograd.forward_ad import _set_fwd_grad_enabled
 from torch.autograd.function import _SingleLevelFunction
 from torch.utils import _pytree as pytree
-
-from immunize_ext import _load
 
 Kernel = Callable[..., Any]
 
@@ -441,16 +438,6 @@ def _differentiated(args: tuple[Any, ...]) -> Tensor | None:
     return None
 
 
-@functools.cache  # asked after the operators are registered, when the part is loaded or is not
-def _forward_mode() -> Callable[[], bool]:
-    """What tells whether any tensor can carry a tangent: the compiled part; without it, any may."""
-    if not _load.available():
-        return lambda: True
-    from immunize_ext import _C
-
-    return _C.forward_mode_is_entered
-
-
 def apply_here(function: type[_SingleLevelFunction], *args: Any) -> Any:
     """Apply a function at the transform that is being served, and no other."""
     if not torch._C._are_functorch_transforms_active():
@@ -462,17 +449,11 @@ def apply_here(function: type[_SingleLevelFunction], *args: Any) -> Any:
 def differentiable(operator: Kernel, function: type[_SingleLevelFunction], *given: Any) -> Kernel:
     """The ``Autograd`` kernel of an operator with a rule: ``function.apply(*given, *args)``.
 
-    Without transforms ``apply`` itself finds out what is differentiated, in less time than asking
-    every tensor; where neither mode runs, as in a gradient of first order, there is nothing to ask.
+    On CPU and CUDA the compiled part asks first (csrc/rules.h): what arrives is differentiated.
     """
-    forward_mode_is_entered = _forward_mode()
 
     def kernel(*args: Any) -> Any:
-        if torch._C._are_functorch_transforms_active():
-            idle = _differentiated(args) is None
-        else:
-            idle = not torch.is_grad_enabled() and not forward_mode_is_entered()
-        if idle:
+        if _differentiated(args) is None:
             with torch._C._AutoDispatchBelowAutograd():
                 return operator(*args)
         return apply_here(function, *given, *args)

@@ -728,6 +728,20 @@ def _register() -> None:
         if operator.autocast:
             for device in ("cpu", "cuda"):
                 torch.library.register_autocast(full_name, device, torch.float32, lib=_LIBRARY)
+    if _load.available():
+        _ask_before_rules()
+
+
+def _ask_before_rules() -> None:
+    """Let the compiled part serve, without Python, what differentiates nothing on CPU and CUDA."""
+    from immunize_ext import _C
+
+    for name, operator in OPERATORS.items():
+        recorded = torch._C._dispatch_has_kernel_for_dispatch_key(
+            f"{_NAMESPACE}::{name}", "AutogradCPU"
+        )
+        if operator.derivative is not None and not recorded:  # in csrc, which asks itself
+            _C.ask_before_rules(name)
 
 
 @contextmanager

@@ -126,6 +126,17 @@ def solve_problem(m: ModuleType, d: int, s: int) -> None:
     m.triangular.solve(factor, np.ascontiguousarray(z.swapaxes(1, 2)), True, True)
 
 
+def panels_problem(m: ModuleType, d: int, s: int) -> None:
+    """Solves with the factor of Q alone, in the panels that a merge of this width takes."""
+    import numpy as np
+
+    random = np.random.default_rng(0)
+    factor = np.tril(random.standard_normal((1, d, d))) / d + np.eye(d)
+    rows = random.standard_normal((1, s, d))
+    for transposed in (False, True):
+        m.triangular.solve(factor, rows, transposed, False, 0, m.triangular.panel_width(d))
+
+
 def precondition_problem(m: ModuleType, dtype: str, side: int, rows: int) -> None:
     """A gradient of `rows` rows."""
     import numpy as np
@@ -179,6 +190,7 @@ PROBLEMS: Sequence[Problem] = (
     ("64 x 768, s = 24", lambda m: merge_problem(m, "float64", 768, 24, 64)),
     ("64 x 2048, s = 154", lambda m: merge_problem(m, "float16", 2048, 154, 64)),
     ("768, s = 24", lambda m: solve_problem(m, 768, 24)),
+    ("1024, s = 4", lambda m: panels_problem(m, 1024, 4)),
     ("64 x 128", lambda m: precondition_problem(m, "float32", 128, 64)),
     ("8 of 8 x 8", lambda m: small_problem(m, "float32", 8, 8, 8, True)),
     ("32 x 128", lambda m: small_problem(m, "float32", 1, 32, 128, True)),
