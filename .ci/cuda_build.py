@@ -107,12 +107,12 @@ shared memory and for loads, at 40 % of the bandwidth of DRAM.
 Changed since, and **not measured yet**; what follows are estimates from counts:
 
 - The two solves are kernels of their own, no longer 24 triangular ones of a library and their
-  products; what lies between them is seven launches, no longer some seventy. In one launch each they
-  were measured at 104 and 84 us (L, L^T) for d = 768 and 467 and 409 us for d = 2048: a tile takes
-  2.6 and 1.8 us and 0.15 more for each tile before it. So beyond d = 768 the factor is cut into
-  panels of up to 512 columns, of which `solve_triangular` does one and `subtract_solved` spreads the
-  rest over the GPU: 240 and 190 us of chain and three launches of some 8 us at d = 2048, 265 and
-  210 us in all.
+  products; what lies between them is seven launches, no longer some seventy. In one launch each
+  they were measured at 104 and 84 us (L, L^T) for d = 768 and 467 and 409 us for d = 2048: a tile
+  takes 2.6 and 1.8 us and 0.15 more for each tile before it. So beyond d = 768 the factor is cut
+  into panels of up to 512 columns, of which `solve_triangular` does one and `subtract_solved`
+  spreads the rest over the GPU: 240 and 190 us of chain and three launches of some 8 us at
+  d = 2048, 265 and 210 us in all.
 - The row kernels run 24 warps a multiprocessor for float32. Shared memory is now what bounds them
   together with DRAM: a block of 16 rows and 768 columns takes the wavefronts of the second table,
   at one a cycle 105 to 140 us for SD 1.4, beside 108 us for DRAM; as the two overlap only in part,

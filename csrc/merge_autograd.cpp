@@ -38,16 +38,17 @@ const auto& merge_apply() {
 }
 
 const auto& merge_apply_backward() {
-  static const auto op = c10::Dispatcher::singleton()
-                             .findSchemaOrThrow("immunize_ext::merge_apply_backward", "")
-                             .typed<Gradients(
-                                 TensorList, TensorList, TensorList, IntArrayRef, bool,
-                                 const Tensor&, const Tensor&, TensorList, bool, bool, bool, bool)>();
+  static const auto op =
+      c10::Dispatcher::singleton()
+          .findSchemaOrThrow("immunize_ext::merge_apply_backward", "")
+          .typed<Gradients(
+              TensorList, TensorList, TensorList, IntArrayRef, bool, const Tensor&, const Tensor&,
+              TensorList, bool, bool, bool, bool)>();
   return op;
 }
 
-// Inputs in the order c, b, base, targets; outputs are the merged weights. Residuals and the status,
-// which have no derivative, go by `rest`: an output costs a node of the graph its while.
+// Inputs are c, b, base and targets, outputs the merged weights. Residuals and the status, which have
+// no derivative, leave by `found`: as outputs they would be recorded first and excepted then.
 class MergeApply : public torch::autograd::Function<MergeApply> {
  public:
   static variable_list forward(
@@ -94,8 +95,8 @@ class MergeApply : public torch::autograd::Function<MergeApply> {
       below.emplace();
     auto [of_base, of_targets, of_c, of_b] = merge_apply_backward().call(
         incoming, base, all.slice(first_target, targets), ctx->saved_data["rows"].toIntVector(),
-        ctx->saved_data["targets_are_values"].toBool(), saved[0], saved[1],
-        all.slice(end, layers), need_base, need_targets, need_c, need_b);
+        ctx->saved_data["targets_are_values"].toBool(), saved[0], saved[1], all.slice(end, layers),
+        need_base, need_targets, need_c, need_b);
     if (need_c)
       out[0] = std::move(of_c);
     if (need_b)
@@ -141,7 +142,7 @@ Merged merge_apply_recorded(
   return found;
 }
 
-// --- B ---------------------------------------------------------------------------------------------
+// --- B --------------------------------------------------------------------------------------------
 
 template <typename Result, typename... First>
 auto saddle_operator(const char* name) {
@@ -174,8 +175,8 @@ class ConstraintMap : public torch::autograd::Function<ConstraintMap> {
       const Tensor& basis,
       const Tensor& b) {
     at::AutoDispatchBelowADInplaceOrView below;
-    const Tensor out = merge_constraint_map().call(
-        c, inverse_hardness, source, ridge, chol, root, basis, b);
+    const Tensor out =
+        merge_constraint_map().call(c, inverse_hardness, source, ridge, chol, root, basis, b);
     ctx->save_for_backward({c, inverse_hardness, source, ridge, chol, root, basis, out});
     return out;
   }
@@ -204,8 +205,7 @@ class ConstraintMap : public torch::autograd::Function<ConstraintMap> {
       out[0] = with_saddle(constraint_solve, u) - b.matmul(g.mT()).matmul(b);
     if (need_source) {
       const Tensor wide = source.to(at::kDouble);
-      const Tensor moved =
-          wide.matmul(b.mT()).matmul(u) + wide.matmul(u.mT()).matmul(b);
+      const Tensor moved = wide.matmul(b.mT()).matmul(u) + wide.matmul(u.mT()).matmul(b);
       out[2] = (-moved).to(source.scalar_type());
     }
     if (need_ridge)
@@ -226,8 +226,7 @@ Tensor merge_constraint_map_recorded(
   const auto& op = merge_constraint_map();
   switch (way_of({c, inverse_hardness, source, ridge, chol, root, basis, b})) {
     case Way::rules:
-      return op.redispatch(
-          kRules, c, inverse_hardness, source, ridge, chol, root, basis, b);
+      return op.redispatch(kRules, c, inverse_hardness, source, ridge, chol, root, basis, b);
     case Way::recorded:
       return ConstraintMap::apply(c, inverse_hardness, source, ridge, chol, root, basis, b);
     case Way::below:

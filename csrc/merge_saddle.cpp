@@ -49,8 +49,7 @@ Tensor merge_free_solve(
     const Tensor& basis,
     const Tensor&) {
   return solve_free(f, basis, [&](const Tensor& right, bool transposed) {
-    return at::linalg_solve_triangular(
-        transposed ? chol.mT() : chol, right, /*upper=*/transposed);
+    return at::linalg_solve_triangular(transposed ? chol.mT() : chol, right, /*upper=*/transposed);
   });
 }
 

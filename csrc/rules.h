@@ -1,6 +1,6 @@
-// Operators whose rules stand in Python, at the dispatch key Autograd (ops/derivatives.py). On CPU and
-// CUDA a kernel in C++ is asked first, and goes there only where something is differentiated that it
-// does not know how to: in a backward pass of first order nothing is.
+// Operators whose rules stand in Python, at the dispatch key Autograd (ops/derivatives.py). On CPU
+// and CUDA a kernel in C++ is asked first, and goes there only where something is differentiated
+// that it does not know how to: in a backward pass of first order nothing is.
 
 #pragma once
 
@@ -9,13 +9,12 @@
 #include <c10/core/GradMode.h>
 #include <c10/core/impl/LocalDispatchKeySet.h>
 
-#include <algorithm>
 #include <string>
 
 namespace immunize_ext {
 
-// The alias Autograd stands for AutogradCPU, AutogradCUDA and this key, among others. No kernel in C++
-// takes it, so that a call sent here finds the rules.
+// The alias Autograd stands for AutogradCPU, AutogradCUDA and this key, among others. No kernel in
+// C++ takes it, so that a call sent here finds the rules.
 inline constexpr c10::DispatchKeySet kRules(c10::DispatchKey::AutogradOther);
 
 inline bool carries_tangent(const at::Tensor& t) {

@@ -285,8 +285,7 @@ __device__ __forceinline__ void sum_products(
       for (int r = 0; r < kSolvers; ++r) {
         IMMUNIZE_EXT_UNROLL
         for (int i = 0; i < kRowsOfWarp; i += 2) {
-          const simt::Pack<double, 2> solved =
-              simt::load_pack<2>(y + (r * padded + column + i));
+          const simt::Pack<double, 2> solved = simt::load_pack<2>(y + (r * padded + column + i));
           sums[r] += values[i] * solved.values[0];
           sums[r] += values[i + 1] * solved.values[1];
         }
@@ -453,8 +452,7 @@ __global__ void __launch_bounds__(kSubtractThreads) subtract_solved(const Rest p
 // Solves L Y = F, or with `transposed` L^T Y = F, in panels of `width` columns, a multiple of kTile.
 #if defined(IMMUNIZE_EXT_WITH_CUDA) && !defined(__CUDACC__)
 
-void launch_solve_triangular(
-    const Problem& p, bool transposed, std::int64_t width, Stream stream);
+void launch_solve_triangular(const Problem& p, bool transposed, std::int64_t width, Stream stream);
 
 #else
 

@@ -6,7 +6,7 @@ The operators return statuses; this is the one place that finds words for them.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import NamedTuple
+from typing import NamedTuple, NoReturn
 
 import torch
 from torch import Tensor
@@ -205,13 +205,20 @@ def check_merge_problem(
     # Names are for errors: to write one for every tensor takes longer than to look at it.
     for name, tensors in (("base", base), ("embeddings", embeddings)):
         for i, tensor in enumerate(tensors):
-            _check_matrix(name, i, tensor, dim)
+            if (
+                not isinstance(tensor, Tensor)
+                or not tensor.dtype.is_floating_point
+                or tensor.dim() != 2
+                or tensor.shape[1] != dim
+            ):
+                _refuse_matrix(name, i, tensor, dim)
     if concepts is not None:
         if len(concepts) != len(embeddings):
             raise ValueError(
                 f"merge_kv: concepts and embeddings must have the same length, got {len(concepts)} "
                 f"and {len(embeddings)}"
             )
+        shapes = [weight.shape for weight in base]
         for n, layers in enumerate(concepts):
             if len(layers) != len(base):
                 raise ValueError(
@@ -219,8 +226,8 @@ def check_merge_problem(
                     f"{len(layers)}"
                 )
             for layer, weight in enumerate(layers):
-                other = base[layer]
-                if weight.shape != other.shape or weight.dtype != other.dtype:
+                if weight.shape != shapes[layer] or weight.dtype != base[layer].dtype:
+                    other = base[layer]
                     raise ValueError(
                         f"merge_kv: concepts[{n}][{layer}] must have the shape and dtype of "
                         f"base[{layer}], {tuple(other.shape)} {other.dtype}, got "
@@ -286,13 +293,12 @@ def require_floating(function: str, name: str, value: Tensor, index: int | None 
     )
 
 
-def _check_matrix(name: str, index: int, tensor: Tensor, dim: int) -> None:
+def _refuse_matrix(name: str, index: int, tensor: Tensor, dim: int) -> NoReturn:
     require_floating("merge_kv", name, tensor, index)
-    if tensor.dim() != 2 or tensor.shape[1] != dim:
-        raise ValueError(
-            f"merge_kv: {name}[{index}] must have shape (rows, {dim}), the width of the factor, "
-            f"got {tuple(tensor.shape)}"
-        )
+    raise ValueError(
+        f"merge_kv: {name}[{index}] must have shape (rows, {dim}), the width of the factor, got "
+        f"{tuple(tensor.shape)}"
+    )
 
 
 def _refuse_devices(

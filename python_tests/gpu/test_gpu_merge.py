@@ -127,7 +127,7 @@ def no_waiting() -> Iterator[None]:
 
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("values", [False, True])
-@pytest.mark.parametrize("d", [64, 127, 200, 768])
+@pytest.mark.parametrize("d", [64, 127, 200, 768, 1100])
 def test_values_and_gradients_equal_those_of_the_cpu(
     dtype: torch.dtype, values: bool, d: int
 ) -> None:

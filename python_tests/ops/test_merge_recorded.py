@@ -29,9 +29,7 @@ def inputs() -> list[Tensor]:
 
 def merge(*arguments: Tensor) -> list[Tensor]:
     base, first, second = arguments[:2], arguments[2:4], arguments[4:6]
-    factor = RegularizationFactor.from_embeddings(
-        arguments[8], ridge=arguments[9], relative=False
-    )
+    factor = RegularizationFactor.from_embeddings(arguments[8], ridge=arguments[9], relative=False)
     return merge_kv(base, [first, second], arguments[6:8], factor)
 
 
@@ -52,7 +50,11 @@ def asked(monkeypatch: pytest.MonkeyPatch) -> list[str]:
 
         return wrapper
 
-    rules = {"apply": ApplyRule, "backward": ApplyBackwardRule, "map": RULES["merge_constraint_map"]}
+    rules = {
+        "apply": ApplyRule,
+        "backward": ApplyBackwardRule,
+        "map": RULES["merge_constraint_map"],
+    }
     for name, rule in rules.items():
         monkeypatch.setattr(rule, "apply", staticmethod(watched(name, rule.apply)))
     return found
