@@ -76,7 +76,7 @@ def _unet(**settings: Any) -> Any:
     return UNet2DConditionModel(**(shape | settings))
 
 
-def _vae() -> Any:
+def _vae(**settings: Any) -> Any:
     from diffusers import AutoencoderKL
 
     return AutoencoderKL(
@@ -88,6 +88,7 @@ def _vae() -> Any:
         latent_channels=4,
         norm_num_groups=4,
         sample_size=8,
+        **settings,
     )
 
 
@@ -117,13 +118,13 @@ def tiny_pipeline(*, dtype: torch.dtype = torch.float32, prediction: str = "epsi
     )
 
 
-def tiny_xl_pipeline() -> Any:
+def tiny_xl_pipeline(seed: int = 0) -> Any:
     """A complete StableDiffusionXLPipeline: two encoders, the second with the historic eos id."""
     from diffusers import StableDiffusionXLPipeline
 
     words = tokenizer()
     with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(0)
+        torch.manual_seed(seed)
         unet = _unet(
             cross_attention_dim=2 * WIDTH,
             transformer_layers_per_block=2,
@@ -143,6 +144,111 @@ def tiny_xl_pipeline() -> Any:
         unet=unet,
         scheduler=_scheduler("epsilon"),
         add_watermarker=False,
+    )
+
+
+def _t5(width: int) -> tuple[Any, Any]:
+    """A text encoder that looks both ways, and a tokenizer that ends texts as T5's does."""
+    from tokenizers import Tokenizer, models, normalizers, pre_tokenizers, processors
+    from transformers import PreTrainedTokenizerFast, T5Config, T5EncoderModel
+
+    listed = ["<pad>", "</s>", "<unk>", *WORDS]
+    vocabulary = {word: index for index, word in enumerate(dict.fromkeys(listed))}
+    core = Tokenizer(models.WordLevel(vocabulary, unk_token="<unk>"))
+    core.normalizer = normalizers.Lowercase()
+    core.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
+    core.post_processor = processors.TemplateProcessing(
+        single="$A </s>", special_tokens=[("</s>", vocabulary["</s>"])]
+    )
+    words = PreTrainedTokenizerFast(
+        tokenizer_object=core, pad_token="<pad>", eos_token="</s>", unk_token="<unk>"
+    )
+    config = T5Config(
+        vocab_size=len(vocabulary),
+        d_model=width,
+        d_kv=8,
+        d_ff=2 * width,
+        num_layers=2,
+        num_heads=4,
+        feed_forward_proj="gated-gelu",
+        dropout_rate=0.0,
+        is_encoder_decoder=False,
+        use_cache=False,
+    )
+    return T5EncoderModel(config), words
+
+
+def _flow(shift: float = 1.0, **settings: Any) -> Any:
+    from diffusers import FlowMatchEulerDiscreteScheduler
+
+    return FlowMatchEulerDiscreteScheduler(shift=shift, **settings)
+
+
+def tiny_sd3_pipeline(seed: int = 0, *, qk_norm: str | None = None, t5: bool = True) -> Any:
+    """A complete StableDiffusion3Pipeline of 8 x 8 images: two CLIP encoders and T5."""
+    from diffusers import SD3Transformer2DModel, StableDiffusion3Pipeline
+
+    words = tokenizer()
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        transformer = SD3Transformer2DModel(
+            sample_size=8,
+            patch_size=2,
+            in_channels=4,
+            out_channels=4,
+            num_layers=2,
+            attention_head_dim=16,
+            num_attention_heads=2,
+            joint_attention_dim=2 * WIDTH,
+            caption_projection_dim=32,
+            pooled_projection_dim=2 * WIDTH,
+            pos_embed_max_size=8,
+            qk_norm=qk_norm,
+        )
+        encoders = [_encoder(words, projection=True) for _ in range(2)]
+        third, third_words = _t5(2 * WIDTH) if t5 else (None, None)
+        vae = _vae(shift_factor=0.1, scaling_factor=1.5)
+    return StableDiffusion3Pipeline(
+        transformer=transformer,
+        scheduler=_flow(3.0),
+        vae=vae,
+        text_encoder=encoders[0],
+        tokenizer=words,
+        text_encoder_2=encoders[1],
+        tokenizer_2=tokenizer(),
+        text_encoder_3=third,
+        tokenizer_3=third_words,
+    )
+
+
+def tiny_flux_pipeline(seed: int = 0, *, guidance: bool = False) -> Any:
+    """A complete FluxPipeline of 8 x 8 images: two double and two single blocks, CLIP and T5."""
+    from diffusers import FluxPipeline, FluxTransformer2DModel
+
+    words = tokenizer()
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        transformer = FluxTransformer2DModel(
+            in_channels=16,
+            num_layers=2,
+            num_single_layers=2,
+            attention_head_dim=16,
+            num_attention_heads=2,
+            joint_attention_dim=WIDTH,
+            pooled_projection_dim=WIDTH,
+            guidance_embeds=guidance,
+            axes_dims_rope=(4, 4, 8),
+        )
+        second, second_words = _t5(WIDTH)
+        encoder, vae = _encoder(words), _vae(shift_factor=0.1, scaling_factor=1.5)
+    return FluxPipeline(
+        transformer=transformer,
+        scheduler=_flow(use_dynamic_shifting=True),
+        vae=vae,
+        text_encoder=encoder,
+        tokenizer=words,
+        text_encoder_2=second,
+        tokenizer_2=second_words,
     )
 
 

@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import os
 import weakref
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -221,6 +221,7 @@ def collect_moments(
     batches: Iterable[Any],
     *,
     share: bool = True,
+    select: Callable[[str, Tensor], Tensor] | None = None,
     tag: str | None = None,
 ) -> LayerMoments:
     r"""Run a model and sum the second moments of what some of its layers receive.
@@ -235,6 +236,8 @@ def collect_moments(
         batches: What the model is called with, one after the other: a mapping as keyword arguments,
             a tuple or list as arguments, anything else as the one argument.
         share: Whether layers that are handed the same tensor share one matrix.
+        select: What of an input counts, of a layer's name and what it received: ``x[mask]`` of a
+            linear layer leaves padding out. Layers that share an input must share this too.
         tag: What model and data the moments are of.
 
     Returns:
@@ -246,8 +249,8 @@ def collect_moments(
             or layers that shared their input at first do not in a later call.
 
     Note:
-        Deterministic. Rows count alike, those of padding tokens too. Biases are not looked at:
-        merge them as other parameters, by the mean. Memory: one matrix for each distinct input, and
+        Deterministic. Rows count alike, those of padding tokens too unless ``select`` leaves them
+        out. Biases are not looked at: merge them as other parameters, by the mean. Memory: one matrix for each distinct input, and
         the patches of one image.
 
     Source:
@@ -273,7 +276,7 @@ def collect_moments(
         )
     known = dict(model.named_modules())
     modules = {name: _layer(name, known) for name in layers}
-    collecting = _Collection(share)
+    collecting = _Collection(share, select)
     handles = [
         module.register_forward_pre_hook(collecting.hook(name, module), with_kwargs=True)
         for name, module in modules.items()
@@ -369,8 +372,8 @@ class _Sum:
 class _Collection:
     """Which layer has received which tensor, and the sums."""
 
-    def __init__(self, share: bool) -> None:
-        self.share = share
+    def __init__(self, share: bool, select: Callable[[str, Tensor], Tensor] | None) -> None:
+        self.share, self.select = share, select
         self.alive: list[tuple[weakref.ref[Tensor], int, int]] = []
         self.count = 0
         self.sums: dict[str, _Sum] = {}
@@ -406,7 +409,8 @@ class _Collection:
             self.sums[name] = next(shared, None) or _Sum(geometry)
         group = self.sums[name]
         if call == len(group.entered):
-            group.add(name, module, x, number)
+            chosen = x if self.select is None else self.select(name, x)
+            group.add(name, module, chosen, number)
         elif group.entered[call] != number:
             raise self._parted(name)
 

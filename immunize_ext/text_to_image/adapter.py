@@ -125,7 +125,7 @@ def export_lora(
             f"{settings.model}; give it with --model"
         )
     _refuse_other_parts(function, before, after)
-    change = adapter_of_change(before.unet, after.unet, rank=rank)
+    change = adapter_of_change(before.unet, after.unet, prefix=before.backbone.component, rank=rank)
     weights = sum(
         layer.up.shape[0] * layer.down.shape[1]
         for name, layer in change.layers.items()
@@ -151,7 +151,7 @@ def _made_of(function: str, folder: Path) -> tuple[Mapping[str, Any], Path, str 
 
 def _refuse_other_parts(function: str, before: TextToImage, after: TextToImage) -> None:
     for name, part in after.pipeline.components.items():
-        if not isinstance(part, torch.nn.Module) or part is after.pipeline.unet:
+        if not isinstance(part, torch.nn.Module) or part is after.unet:
             continue
         other = before.pipeline.components.get(name)
         old = {} if other is None else other.state_dict()

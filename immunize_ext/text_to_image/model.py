@@ -9,7 +9,7 @@ from __future__ import annotations
 import copy
 import inspect
 import warnings
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, Literal, NamedTuple, TypeAlias
@@ -21,6 +21,14 @@ from torch.func import functional_call
 from immunize_ext._extras import require_extra
 from immunize_ext.hub import model_folder
 from immunize_ext.storage import check_sealed, digest, new_folder, seal_folder
+from immunize_ext.text_to_image.backbones import (
+    COMPONENTS,
+    Backbone,
+    Segment,
+    denoiser_of,
+    supported,
+)
+from immunize_ext.text_to_image.objectives import Objective, objective_of
 from immunize_ext.text_to_image.pipeline_folder import (
     INDEX,
     check_folder,
@@ -35,8 +43,8 @@ class Conditioning(NamedTuple):
     """What prompts become.
 
     Attributes:
-        hidden: Text features that the K and V projections receive, shape ``(b, t, d)``.
-        pooled: Pooled text features, shape ``(b, d2)``, of models that take them (SDXL).
+        hidden: Features of tokens, as they enter the denoiser, shape ``(b, t, d)``.
+        pooled: Pooled text features, shape ``(b, d2)``, of models that take them (SDXL, SD3, FLUX).
         mask: True for tokens of the prompt itself, False for special tokens and padding, shape
             ``(b, t)``.
     """
@@ -57,40 +65,53 @@ ModelLike: TypeAlias = "TextToImage | str | Path | Any"
 
 
 class TextToImage:
-    """A thin view on a diffusers text-to-image pipeline (Stable Diffusion 1, 2 or XL).
+    """A thin view on a diffusers text-to-image pipeline: Stable Diffusion 1, 2, XL or 3, or FLUX.
 
     Args:
         pipeline: The pipeline; not copied.
 
     Attributes:
         pipeline: The pipeline itself.
-        unet: The denoiser, without the wrapper of ``torch.compile`` if it has one.
-        text_encoders: One or two text encoders.
+        unet: The denoiser, without the wrapper of ``torch.compile`` if it has one. Also that of a
+            model whose denoiser is a transformer.
+        backbone: The family it is of.
+        text_encoders: One to three text encoders.
         tokenizers: Their tokenizers.
         vae: The autoencoder.
-        scheduler: The noise schedule for training, DDPM with the pipeline's own settings.
+        objective: What the denoiser is trained for, as the scheduler says.
 
     Raises:
         ValueError: If the pipeline lacks one of these parts, or is meant for something else than
-            images of a text: it takes images or masks as well, classes, or flow matching.
+            images of a text: it takes images or masks as well, or classes.
     """
 
     def __init__(self, pipeline: Any) -> None:
-        diffusers = require_extra("diffusers", extra="diffusion", purpose="text-to-image models")
-        for part in ("unet", "text_encoder", "tokenizer", "vae", "scheduler"):
-            if getattr(pipeline, part, None) is None:
-                raise ValueError(
-                    f"TextToImage: pipeline must have {part}, got {type(pipeline).__name__} "
-                    "without it; give a Stable Diffusion 1, 2 or XL pipeline"
-                )
+        denoiser, family = denoiser_of(pipeline)
+        needed = ["text_encoder", "tokenizer", "vae", "scheduler"]
+        missing = [part for part in needed if getattr(pipeline, part, None) is None]
+        if denoiser is None:
+            missing.insert(0, " or ".join(COMPONENTS))
+        if missing:
+            raise ValueError(
+                f"TextToImage: pipeline must have {missing[0]}, got {type(pipeline).__name__} "
+                f"without it; give a pipeline of {supported()}"
+            )
+        if family is None:
+            raise ValueError(
+                f"TextToImage: pipeline must have a denoiser of a family that is known, got "
+                f"{type(denoiser).__name__}; give a pipeline of {supported()}"
+            )
         self.pipeline = pipeline
-        self.unet: Any = _uncompiled(pipeline.unet)
+        self.backbone: Backbone = family
+        self.unet: Any = denoiser
         self.vae: Any = pipeline.vae
-        names = [""] + (["_2"] if getattr(pipeline, "text_encoder_2", None) is not None else [])
+        names = [
+            n for n in family.encoders if getattr(pipeline, f"text_encoder{n}", None) is not None
+        ]
         self.text_encoders: list[Any] = [getattr(pipeline, f"text_encoder{n}") for n in names]
         self.tokenizers: list[Any] = [getattr(pipeline, f"tokenizer{n}") for n in names]
-        _check_kind(pipeline, self.unet)
-        self.scheduler: Any = diffusers.DDPMScheduler.from_config(pipeline.scheduler.config)
+        _check_kind(pipeline, family, denoiser)
+        self.objective: Objective = objective_of(pipeline.scheduler)
 
     @classmethod
     def of(cls, model: ModelLike) -> TextToImage:
@@ -235,6 +256,36 @@ class TextToImage:
         return digest(schedule, words, self._modules())[:16]
 
     @property
+    def scheduler(self) -> Any:
+        """The noise schedule for training, with the pipeline's own settings."""
+        return self.objective.scheduler
+
+    @property
+    def _scale(self) -> int:
+        """Pixels in the side of a latent."""
+        return int(getattr(self.pipeline, "vae_scale_factor", 1))
+
+    @property
+    def image_size(self) -> int:
+        """Side of the images that are drawn, in pixels.
+
+        Set it where the denoiser has no size of its own (FLUX); elsewhere that has no effect. Then
+        it stands in the settings of the autoencoder, and is saved with them.
+        """
+        own = self._own_size()
+        return int(self.vae.config.sample_size) if own is None else own * self._scale
+
+    @image_size.setter
+    def image_size(self, size: int) -> None:
+        if self._own_size() is None:
+            self.vae.register_to_config(sample_size=size)
+
+    def _own_size(self) -> int | None:
+        """Side of the latents that the denoiser was made for."""
+        side = getattr(self.unet.config, "sample_size", None)
+        return None if side is None else int(side)
+
+    @property
     def device(self) -> torch.device:
         """Device of the denoiser."""
         return next(self.unet.parameters()).device
@@ -259,27 +310,28 @@ class TextToImage:
         texts = list(prompts)
         if not texts:
             raise ValueError("TextToImage.conditioning: prompts must hold at least one, got none")
-        encoded = self.pipeline.encode_prompt(
-            prompt=texts,
-            device=self.device,
-            num_images_per_prompt=1,
-            do_classifier_free_guidance=False,
-        )
-        hidden = encoded[0]
-        pooled = encoded[2] if len(encoded) > 2 else None
+        hidden, pooled = self.backbone.encode(self.pipeline, texts, self.device)
         return Conditioning(hidden, pooled, self._mask(texts, hidden.shape[1]).to(hidden.device))
 
+    def segments(self, length: int) -> tuple[Segment, ...]:
+        """Which tokenizer accounts for which of ``length`` positions of the features."""
+        return self.backbone.segments(self.pipeline, length)
+
     def _mask(self, texts: list[str], length: int) -> Tensor:
-        tokens = self.tokenizers[0](
-            texts,
-            padding="max_length",
-            max_length=length,
-            truncation=True,
-            return_special_tokens_mask=True,
-            return_tensors="pt",
-        )
-        # CLIP pads with its end of text: padding shows in the attention mask only.
-        return (tokens["special_tokens_mask"] == 0) & (tokens["attention_mask"] == 1)
+        mask = torch.zeros(len(texts), length, dtype=torch.bool)
+        for segment in self.segments(length):
+            tokens = self.tokenizers[segment.tokenizer](
+                texts,
+                padding="max_length",
+                max_length=segment.length,
+                truncation=True,
+                return_special_tokens_mask=True,
+                return_tensors="pt",
+            )
+            # CLIP pads with its end of text: padding shows in the attention mask only.
+            words = (tokens["special_tokens_mask"] == 0) & (tokens["attention_mask"] == 1)
+            mask[:, segment.start : segment.start + segment.length] = words
+        return mask
 
     def token_features(
         self,
@@ -314,7 +366,10 @@ class TextToImage:
             mask = mask & (order == last)
         if drop_shared_prefix and len(texts) > 1:
             mask = mask.clone()
-            mask[:, : self._shared_prefix(texts)] = False
+            for segment in self.segments(mask.shape[1]):
+                if segment.looks_back:
+                    shared = self._shared_prefix(texts, segment)
+                    mask[:, segment.start : segment.start + shared] = False
         for text, own in zip(texts, mask, strict=True):
             # Left out silently, a concept would be lost without a sign.
             if not bool(own.any()):
@@ -324,15 +379,53 @@ class TextToImage:
                 )
         return hidden[mask]
 
-    def _shared_prefix(self, texts: list[str]) -> int:
+    def _shared_prefix(self, texts: list[str], segment: Segment) -> int:
         """Number of leading positions, special tokens included, that are the same in all."""
-        ids = [self.tokenizers[0](text)["input_ids"] for text in texts]
+        ids = [self.tokenizers[segment.tokenizer](text)["input_ids"] for text in texts]
         count = 0
         for column in zip(*ids, strict=False):
             if len(set(column)) > 1:
                 break
             count += 1
         return count
+
+    @torch.no_grad()
+    def received(self, conditioning: Conditioning, layer: str) -> Tensor:
+        """What a layer of the denoiser that is reached by text alone receives for prompts.
+
+        Args:
+            conditioning: The prompts.
+            layer: Name of the layer.
+
+        Returns:
+            Its input: ``(b, t, d)`` of one by which tokens enter, ``(b, d)`` of one that takes a
+            vector a prompt. In SDXL the latter holds the size conditioning too.
+
+        Raises:
+            ValueError: If a call of the denoiser does not reach the layer.
+
+        Note:
+            The denoiser is called no further than to the layer.
+        """
+        heard: list[Tensor] = []
+
+        def listen(_: nn.Module, inputs: tuple[Any, ...]) -> None:
+            heard.append(inputs[0].detach())
+            raise _Heard
+
+        latents, count = self.backbone.sizes(self.unet.config).latents, len(conditioning.hidden)
+        side = self.image_size // self._scale
+        noisy = torch.zeros(count, latents[0], side, side, dtype=self.dtype, device=self.device)
+        handle = self.unet.get_submodule(layer).register_forward_pre_hook(listen)
+        try:
+            self.predict(noisy, torch.zeros(count, device=self.device), conditioning)
+        except _Heard:
+            return heard[0]
+        finally:
+            handle.remove()
+        raise ValueError(
+            f"TextToImage.received: {layer} must be reached by text, got no call of it"
+        )
 
     @torch.no_grad()
     def latents(self, images: Tensor) -> Tensor:
@@ -410,13 +503,7 @@ class TextToImage:
         if noise is None:
             noise = _draw_normal(latents, generator)
         if timesteps is None:
-            timesteps = torch.randint(
-                0,
-                self.scheduler.config.num_train_timesteps,
-                (count,),
-                generator=generator,
-                device=generator.device if generator is not None else "cpu",
-            )
+            timesteps = self.objective.draw(count, generator)
         timesteps = timesteps.to(latents.device)
         if noise.shape != latents.shape or timesteps.shape != (count,):
             raise ValueError(
@@ -424,8 +511,8 @@ class TextToImage:
                 f"{tuple(latents.shape)} and ({count},), got {tuple(noise.shape)} and "
                 f"{tuple(timesteps.shape)}"
             )
-        noisy = self.scheduler.add_noise(latents, noise, timesteps)
-        target = self.target(latents, noise, timesteps)
+        noisy = self.objective.mix(latents, noise, timesteps)
+        target = self.objective.target(latents, noise, timesteps)
         prediction = self._predict(noisy, timesteps, conditioning, parameters)
         error = at_least_float(prediction) - at_least_float(target)
         losses = error.square().flatten(1).mean(1)
@@ -442,21 +529,6 @@ class TextToImage:
         """What the denoiser predicts for noisy latents, shape as ``noisy``; see ``noise_loss``."""
         return self._predict(noisy, timesteps, conditioning, parameters)
 
-    def target(self, latents: Tensor, noise: Tensor, timesteps: Tensor) -> Tensor:
-        """What the denoiser should predict, shape as ``latents``; see ``noise_loss``."""
-        kind = self.scheduler.config.prediction_type
-        if kind == "epsilon":
-            return noise
-        if kind == "v_prediction":
-            velocity: Tensor = self.scheduler.get_velocity(latents, noise, timesteps)
-            return velocity
-        if kind == "sample":
-            return latents
-        raise ValueError(
-            "TextToImage.noise_loss: prediction_type must be epsilon, v_prediction or sample, got "
-            f"{kind!r}"
-        )
-
     def _predict(
         self,
         noisy: Tensor,
@@ -466,30 +538,27 @@ class TextToImage:
     ) -> Tensor:
         noisy = noisy.to(self.dtype)
         count = len(noisy)
-        arguments: dict[str, Any] = {
-            "encoder_hidden_states": _rows(conditioning.hidden, count).to(noisy.dtype),
-            "return_dict": False,
-        }
-        if conditioning.pooled is not None:
-            arguments["added_cond_kwargs"] = {
-                "text_embeds": _rows(conditioning.pooled, count).to(noisy.dtype),
-                "time_ids": self._time_ids(noisy),
-            }
-        if parameters is None:
-            prediction: Tensor = self.unet(noisy, timesteps, **arguments)[0]
-        else:
+        pooled = conditioning.pooled
+        run: Callable[..., Any] = self.unet
+        if parameters is not None:
             # Parameters are moved in float32 where the model is kept in half precision.
             own = {name: self.unet.get_parameter(name).dtype for name in parameters}
             given = {name: value.to(own[name]) for name, value in parameters.items()}
-            prediction = functional_call(self.unet, given, (noisy, timesteps), arguments)[0]
-        return prediction
 
-    def _time_ids(self, noisy: Tensor) -> Tensor:
-        """SDXL's size conditioning: original size, crop corner, target size, in pixels."""
-        scale = int(getattr(self.pipeline, "vae_scale_factor", 1))
-        height, width = (side * scale for side in noisy.shape[-2:])
-        row = torch.tensor([height, width, 0, 0, height, width], dtype=noisy.dtype)
-        return row.to(noisy.device).expand(len(noisy), 6)
+            def moved(*inputs: Any, **more: Any) -> Any:
+                return functional_call(self.unet, given, inputs, more)
+
+            run = moved
+
+        return self.backbone.predict(
+            run,
+            self.unet.config,
+            noisy,
+            timesteps,
+            _rows(conditioning.hidden, count).to(noisy.dtype),
+            None if pooled is None else _rows(pooled, count).to(noisy.dtype),
+            self._scale,
+        )
 
     @torch.no_grad()
     def generate(
@@ -518,6 +587,7 @@ class TextToImage:
         generators = [torch.Generator().manual_seed(seed + index) for index in range(len(texts))]
         bars = dict(getattr(self.pipeline, "_progress_bar_config", {}))
         training = {m: m.training for part in self._modules() for m in part.modules()}
+        size = {} if self._own_size() else dict.fromkeys(("height", "width"), self.image_size)
         self.pipeline.set_progress_bar_config(disable=True)
         try:
             for part in self._modules():
@@ -528,6 +598,7 @@ class TextToImage:
                 guidance_scale=guidance,
                 generator=generators,
                 output_type="pt",
+                **size,
             ).images
         finally:
             self.pipeline.set_progress_bar_config(**bars)
@@ -537,6 +608,12 @@ class TextToImage:
 
     def _modules(self) -> list[nn.Module]:
         return [self.unet, self.vae, *self.text_encoders]
+
+    def unused(self, names: Iterable[str]) -> set[str]:
+        """Those of ``names`` (``"unet. ..."``, as attacks name parameters) that no output needs."""
+        part = self.backbone.component
+        idle = tuple(f"{part}.{layer}." for layer in self.backbone.unused(self.unet.config))
+        return {name for name in names if name.startswith(idle)} if idle else set()
 
     @contextmanager
     def math_attention(self) -> Iterator[None]:
@@ -559,38 +636,33 @@ def _with_channels(images: Tensor, channels: int) -> Tensor:
     return images.expand(-1, channels, -1, -1) if images.shape[1] == 1 else images
 
 
+class _Heard(Exception):
+    """A layer has been reached; the rest of the call is of no interest."""
+
+
 def _uncompiled(part: Any) -> Any:
     """What ``torch.compile`` wrapped."""
     return getattr(part, "_orig_mod", part)
 
 
-def _check_kind(pipeline: Any, unet: Any) -> None:
+def _check_kind(pipeline: Any, family: Backbone, denoiser: Any) -> None:
     """Refuse pipelines for something else than images of a text."""
-    kind, config = type(pipeline).__name__, unet.config
-    latents = getattr(pipeline.vae.config, "latent_channels", config.in_channels)
+    kind = type(pipeline).__name__
     takes = inspect.signature(type(pipeline).__call__).parameters
     given = next((name for name in ("image", "mask_image", "gligen_phrases") if name in takes), "")
-    reason = ""
+    reason = family.refusal(pipeline)
     if getattr(pipeline, "controlnet", None) is not None:
         reason = "a ControlNet"
-    elif config.in_channels != latents:
-        reason = f"a denoiser of {config.in_channels} channels beside latents of {latents}"
+    elif reason:
+        pass
     elif given:
         reason = f"one that takes {given}"
-    elif str(getattr(config, "attention_type", "")).startswith("gated"):
-        reason = "grounded attention (GLIGEN)"
-    elif getattr(config, "class_embed_type", None) or getattr(config, "num_class_embeds", None):
-        reason = "a denoiser with classes"
-    elif getattr(config, "encoder_hid_dim_type", None) == "ip_image_proj":
-        reason = "a loaded IP-Adapter (unload_ip_adapter takes it out)"
-    elif "Flow" in type(pipeline.scheduler).__name__:
-        reason = f"flow matching ({type(pipeline.scheduler).__name__})"
-    elif any(p.dtype.itemsize < 2 for p in unet.parameters()):
+    elif any(p.dtype.itemsize < 2 for p in denoiser.parameters()):
         reason = "weights in 8 bits (float16 is the least)"
     if reason:
         raise ValueError(
             f"TextToImage: pipeline must make images of a text alone, got {kind} with {reason}; "
-            "give a plain Stable Diffusion 1, 2 or XL text-to-image pipeline"
+            f"give a plain text-to-image pipeline of {family.kinds}"
         )
 
 

@@ -15,6 +15,7 @@ from typing import Any
 import torch
 
 from immunize_ext._extras import require_extra
+from immunize_ext.text_to_image.backbones import COMPONENTS
 
 INDEX = "model_index.json"
 _DTYPES = {"F16": torch.float16, "BF16": torch.bfloat16, "F32": torch.float32, "F64": torch.float64}
@@ -89,6 +90,12 @@ def _json(function: str, file: Path) -> dict[str, Any]:
     return found if isinstance(found, dict) else {}
 
 
+def denoiser_folder(folder: Path) -> Path:
+    """Where a pipeline's folder keeps its denoiser, which decides variant and data type."""
+    places = [folder / name for name in COMPONENTS]
+    return next((place for place in places if place.is_dir()), places[0])
+
+
 def weights_variant(function: str, folder: Path, wanted: str | None) -> str | None:
     """Which files of weights to read, as ``variant`` of diffusers.
 
@@ -103,7 +110,7 @@ def weights_variant(function: str, folder: Path, wanted: str | None) -> str | No
     Raises:
         ValueError: If the denoiser has no safetensors files, or none of that variant.
     """
-    part = folder / "unet"
+    part = denoiser_folder(folder)
     names = [file.name for file in sorted(part.glob("*.safetensors"))]
     found = sorted({_variant_of(name) for name in names}, key=lambda v: v or "")
     if not found:
@@ -129,7 +136,7 @@ def _variant_of(name: str) -> str | None:
 def saved_dtype(folder: Path, variant: str | None) -> torch.dtype | None:
     """Data type that the denoiser's weights were saved in; ``None`` if the files do not say."""
     safetensors = require_extra("safetensors", extra="diffusion", purpose="model weights")
-    for file in sorted((folder / "unet").glob("*.safetensors")):
+    for file in sorted(denoiser_folder(folder).glob("*.safetensors")):
         if _variant_of(file.name) != variant:
             continue
         with safetensors.safe_open(os.fspath(file), framework="pt") as opened:

@@ -1,8 +1,9 @@
-"""Which layers of a denoiser take text: found by what they receive, not by what they are called.
+"""Where text enters a denoiser, and which layers attend to it.
 
-A probe call with marked text features goes through the model; a linear layer whose input is those
-features takes text. That finds ``attn2.to_k`` and ``attn2.to_v`` of Stable Diffusion 1 and 2, every
-one of the stacked transformer blocks of SDXL, and layers of models that name them otherwise.
+The layers are found by what they receive (:mod:`immunize_ext.text_to_image.text_layers`), not by
+what they are called. That gives ``attn2.to_k`` and ``attn2.to_v`` of Stable Diffusion 1 and 2,
+every one of the stacked transformer blocks of SDXL, the one layer by which tokens enter SD3 and
+FLUX, and layers of models that name them otherwise.
 """
 
 from __future__ import annotations
@@ -10,14 +11,17 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
-from typing import Any, Literal, get_args
+from typing import Literal, get_args
 
-import torch
-from torch import Tensor, nn
+from torch import nn
+
+from immunize_ext.text_to_image.text_layers import find_text_layers
+
+Role = Literal["key", "value", "context", "pooled"]
 
 # Names that diffusers gives the two projections, by role. The role cannot be read off an input: K
 # and V receive the same text.
-_ROLES: dict[str, Literal["key", "value"]] = {
+_ROLES: dict[str, Role] = {
     "to_k": "key",
     "to_v": "value",
     "k_proj": "key",
@@ -29,18 +33,19 @@ _ROLES: dict[str, Literal["key", "value"]] = {
 
 @dataclass(frozen=True)
 class TextProjection:
-    """A linear layer that takes text features.
+    """A linear layer by which text enters.
 
     Attributes:
         name: Module path in the model.
-        role: ``"key"`` or ``"value"``.
+        role: ``"key"`` or ``"value"``; ``"context"`` of the one layer by which all tokens enter a
+            joint model; ``"pooled"`` of one that takes the vector of a whole prompt.
         module: The layer; its weight has shape ``(out_features, in_features)``.
-        in_features: Width d of the text features.
+        in_features: Width d of what it takes.
         out_features: Rows of the weight.
     """
 
     name: str
-    role: Literal["key", "value"]
+    role: Role
     module: nn.Linear
     in_features: int
     out_features: int
@@ -52,13 +57,15 @@ class TextProjection:
 
 
 def find_text_projections(unet: nn.Module) -> list[TextProjection]:
-    """Find the K and V projections of the text in a denoiser.
+    """Find the layers by which the features of tokens enter a denoiser.
 
     Args:
-        unet: A diffusers UNet (Stable Diffusion 1, 2, XL or one built alike).
+        unet: A diffusers UNet (Stable Diffusion 1, 2, XL or one built alike), or the transformer of
+            SD3 or FLUX.
 
     Returns:
-        The layers in the order of the model, K before V in a block.
+        The layers in the order of the model: K before V in each cross-attention of a UNet, one
+        layer of a transformer.
 
     Raises:
         ValueError: If a layer that takes text cannot be edited: fused projections, an injected
@@ -66,8 +73,7 @@ def find_text_projections(unet: nn.Module) -> list[TextProjection]:
             it and says what to do; nothing is changed.
 
     Note:
-        One forward pass at the smallest size the model takes, without gradients; no random number
-        is drawn, and training mode, buffers and weights stay as they were.
+        As :func:`~immunize_ext.text_to_image.text_layers.find_text_layers`.
 
     Source:
         huggingface/diffusers#11903 and #14003 (fused projections keep their unfused copies, edits
@@ -86,27 +92,54 @@ def find_text_projections(unet: nn.Module) -> list[TextProjection]:
         >>> len(found), found[0].role, found[0].in_features
         (8, 'key', 6)
     """
-    _refuse_fused(unet)
-    reached = _layers_that_receive_text(unet)
+    return [entrance for entrance in text_entrances(unet) if entrance.role != "pooled"]
+
+
+def text_entrances(denoiser: nn.Module) -> list[TextProjection]:
+    """All layers by which text enters: those of tokens, and those of the pooled vector.
+
+    Args:
+        denoiser: As :func:`find_text_projections`.
+
+    Returns:
+        The layers in the order of the model.
+
+    Raises:
+        ValueError: As :func:`find_text_projections`.
+
+    Example:
+        >>> from immunize_ext.text_to_image.digits.pipeline import load_digits_pipeline
+        >>> unet = load_digits_pipeline().unet  # takes no pooled vector
+        >>> text_entrances(unet) == find_text_projections(unet)
+        True
+    """
+    function = "find_text_projections"
+    _refuse_fused(denoiser)
+    entrances = [layer for layer in find_text_layers(denoiser) if layer.entrance]
     # Those that take text are named first.
-    refuse_adapters("find_text_projections", [*reached, *unet.named_modules()])
+    refuse_adapters(
+        function, [*((layer.name, layer.module) for layer in entrances), *denoiser.named_modules()]
+    )
+    of_tokens = [layer for layer in entrances if layer.rows == "text"]
     found = []
-    for name, module in reached:
+    for layer in entrances:
+        name, module = layer.name, layer.module
         if not isinstance(module, nn.Linear):
             raise ValueError(
-                f"find_text_projections: {name} takes text and must be a linear layer, got "
+                f"{function}: {name} takes text and must be a linear layer, got "
                 f"{type(module).__name__}; unload adapters and quantization first"
             )
         last = name.rpartition(".")[2]
-        if last not in _ROLES:
+        role: Role = _ROLES.get(last, "context")
+        if layer.rows == "prompt":
+            role = "pooled"
+        elif role == "context" and len(of_tokens) > 1:
             # Left out silently it would go on seeing the old text while K and V are edited.
             raise ValueError(
-                f"find_text_projections: {name} takes text and must be a key or a value projection "
+                f"{function}: {name} takes text and must be a key or a value projection "
                 f"({', '.join(_ROLES)}), got the name {last!r}; this kind of model is not supported"
             )
-        found.append(
-            TextProjection(name, _ROLES[last], module, module.in_features, module.out_features)
-        )
+        found.append(TextProjection(name, role, module, module.in_features, module.out_features))
     return found
 
 
@@ -129,12 +162,16 @@ def describe_projections(found: Sequence[TextProjection]) -> str:
         return "no text projections"
     widths = sorted({projection.in_features for projection in found})
     rows = Counter(projection.out_features for projection in found)
-    keys = sum(projection.role == "key" for projection in found)
+    roles = Counter(projection.role for projection in found)
+    counts = ", ".join(f"{roles[role]} {word}" for role, word in _WORDS.items() if roles[role])
     return (
-        f"{len(found)} text projections ({keys} K, {len(found) - keys} V): text width "
+        f"{len(found)} text projections ({counts}): text width "
         f"{', '.join(map(str, widths))}; rows "
         + ", ".join(f"{width} x {count}" for width, count in sorted(rows.items()))
     )
+
+
+_WORDS: dict[Role, str] = {"key": "K", "value": "V", "context": "context", "pooled": "pooled"}
 
 
 def refuse_adapters(function: str, modules: Iterable[tuple[str, nn.Module]]) -> None:
@@ -165,99 +202,35 @@ def _refuse_fused(unet: nn.Module) -> None:
             )
 
 
-@torch.no_grad()
-def _layers_that_receive_text(unet: nn.Module) -> list[tuple[str, nn.Module]]:
-    text, arguments = _probe(unet)
-    reached: list[tuple[str, nn.Module]] = []
-    seen: set[str] = set()
-    # Self-attention's input has as many tokens as the image has positions; the text's has a length
-    # of its own, and its values are marked, so that a copy or a reshape of it is recognised too.
-    mark = text.detach().flatten()[:4].clone()
-
-    def hook(name: str, module: nn.Module) -> Any:
-        def look(_: nn.Module, inputs: tuple[Any, ...]) -> None:
-            if not inputs or not isinstance(inputs[0], Tensor) or name in seen:
-                return
-            x = inputs[0]
-            same = x.numel() == text.numel() and x.shape[-1] == text.shape[-1]
-            if same and torch.equal(x.detach().flatten()[:4], mark):
-                seen.add(name)
-                reached.append((name, module))
-
-        return module.register_forward_pre_hook(look)
-
-    leaves = [
-        (name, module)
-        for name, module in unet.named_modules()
-        if name and (isinstance(module, nn.Linear) or hasattr(module, "base_layer"))
-    ]
-    handles = [hook(name, module) for name, module in leaves]
-    training = {module: module.training for module in unet.modules()}
-    try:
-        unet.eval()
-        unet(**arguments)
-    finally:
-        for module, mode in training.items():
-            module.training = mode
-        for handle in handles:
-            handle.remove()
-    order = {name: index for index, (name, _) in enumerate(unet.named_modules())}
-    return sorted(reached, key=lambda item: order[item[0]])
-
-
-def _probe(unet: nn.Module) -> tuple[Tensor, dict[str, Any]]:
-    """Marked text features, and the arguments of a call that takes them."""
-    config: Any = unet.config
-    parameter = next(unet.parameters())
-    width = config.cross_attention_dim
-    width = max(width) if isinstance(width, (list, tuple)) else int(width)
-    if getattr(config, "encoder_hid_dim", None):
-        width = int(config.encoder_hid_dim)
-    options: dict[str, Any] = {"dtype": parameter.dtype, "device": parameter.device}
-    # A prime number of tokens, which no image of a power of two has positions for.
-    text = torch.linspace(-1.0, 1.0, 7 * width).reshape(1, 7, width).to(**options)
-    # One pixel more than the smallest: normalising groups of one channel needs two values.
-    side = 2 ** len(config.block_out_channels)
-    arguments: dict[str, Any] = {
-        "sample": torch.zeros(1, config.in_channels, side, side, **options),
-        "timestep": torch.zeros(1, device=parameter.device, dtype=torch.long),
-        "encoder_hidden_states": text,
-    }
-    if getattr(config, "addition_embed_type", None) == "text_time":
-        times = config.addition_time_embed_dim * 6
-        pooled = config.projection_class_embeddings_input_dim - times
-        arguments["added_cond_kwargs"] = {
-            "text_embeds": torch.zeros(1, pooled, **options),
-            "time_ids": torch.zeros(1, 6, **options),
-        }
-    return text, arguments
-
-
 AttentionScope = Literal["kv", "attn2", "attention"]
 
 
-def _projections(function: str, unet: nn.Module) -> list[str]:
-    names = [projection.name for projection in find_text_projections(unet)]
-    if not names:
+def _projections(function: str, unet: nn.Module) -> list[TextProjection]:
+    """Where text enters, as scopes count it: K and V of a UNet, both entrances of a joint model."""
+    found = text_entrances(unet)
+    tokens = [projection for projection in found if projection.role != "pooled"]
+    if not tokens:
         raise ValueError(
             f"{function}: the UNet must have layers that take text, got none; give a "
             "text-conditioned model"
         )
-    return names
+    return found if tokens[0].role == "context" else tokens
 
 
 def attention_blocks(function: str, unet: nn.Module, scope: AttentionScope) -> list[str]:
-    """Names of the attention blocks in a scope, in the order of the model.
+    """Names of the modules in a scope, in the order of the model.
 
-    Cross-attention is what holds a projection that receives text, whatever its name is.
+    Cross-attention is what holds a projection that receives text, whatever its name is. A joint
+    model has none: what stands for it there are the entrances of the text and the layers that
+    tokens alone go through on their way into attention and out of it.
 
     Args:
         function: Who asks; stands in the error.
-        unet: The UNet.
-        scope: ``"attn2"`` for cross-attention, ``"attention"`` for self-attention too.
+        unet: The denoiser.
+        scope: ``"attn2"`` for cross-attention, ``"attention"`` for all attention blocks.
 
     Returns:
-        Module names.
+        Module names; none lies inside another.
 
     Raises:
         ValueError: If the scope is unknown or no layer takes text.
@@ -266,17 +239,28 @@ def attention_blocks(function: str, unet: nn.Module, scope: AttentionScope) -> l
         raise ValueError(
             f"{function}: scope must be one of {', '.join(get_args(AttentionScope))}, got {scope!r}"
         )
-    cross = {name.rpartition(".")[0] for name in _projections(function, unet)}
+    parts = ("to_q", "to_k", "to_v")
+    attending = {
+        name for name, module in unet.named_modules() if all(hasattr(module, p) for p in parts)
+    }
+    entrances = _projections(function, unet)
+    if entrances[0].role in ("key", "value"):
+        chosen = {projection.name.rpartition(".")[0] for projection in entrances}
+    else:
+        chosen = {projection.name for projection in entrances}
+        if scope == "attn2":
+            chosen |= {
+                layer.name
+                for layer in find_text_layers(unet)
+                if layer.rows == "text" and layer.name.rpartition(".")[0] in attending
+            }
     if scope == "attention":
-        parts = ("to_q", "to_k", "to_v")
-        cross |= {
-            name for name, module in unet.named_modules() if all(hasattr(module, p) for p in parts)
-        }
-    return [name for name, _ in unet.named_modules() if name in cross]
+        chosen |= attending
+    return [name for name, _ in unet.named_modules() if name in chosen]
 
 
 def linear_layers(function: str, unet: nn.Module, scope: AttentionScope) -> list[str]:
-    """Names of the linear layers in a scope: K and V of the text only, or whole blocks.
+    """Names of the linear layers in a scope: where text enters, or whole blocks.
 
     Args:
         function: Who asks; stands in the error.
@@ -289,15 +273,14 @@ def linear_layers(function: str, unet: nn.Module, scope: AttentionScope) -> list
     Raises:
         ValueError: As :func:`attention_blocks`.
     """
-    blocks = attention_blocks(function, unet, scope)
     if scope == "kv":
-        return _projections(function, unet)
-    found = []
-    for block in blocks:
-        for name, module in unet.get_submodule(block).named_modules():
-            if isinstance(module, nn.Linear):
-                found.append(f"{block}.{name}")
-    return found
+        return [projection.name for projection in _projections(function, unet)]
+    return [
+        f"{block}.{name}" if name else block
+        for block in attention_blocks(function, unet, scope)
+        for name, module in unet.get_submodule(block).named_modules()
+        if isinstance(module, nn.Linear)
+    ]
 
 
 def block_layers(function: str, unet: nn.Module) -> list[str]:
@@ -324,8 +307,8 @@ def block_layers(function: str, unet: nn.Module) -> list[str]:
     ]
 
 
-# What a diffusers UNet calls its stacks of blocks.
-_BLOCKS = ("down_blocks", "mid_block", "up_blocks")
+# What diffusers calls stacks of blocks.
+_BLOCKS = ("down_blocks", "mid_block", "up_blocks", "transformer_blocks")
 
 
 def parameters_of(unet: nn.Module, modules: list[str]) -> dict[str, nn.Parameter]:

@@ -63,7 +63,7 @@ from immunize_ext.text_to_image.immunizers import erase as erase_concepts
 from immunize_ext.text_to_image.model import TextToImage
 from immunize_ext.text_to_image.pipeline_folder import INDEX
 from immunize_ext.text_to_image.plots import grid_entries, unattacked_entries
-from immunize_ext.text_to_image.projections import describe_projections, find_text_projections
+from immunize_ext.text_to_image.projections import describe_projections, text_entrances
 from immunize_ext.text_to_image.settings import (
     BASELINE,
     DIGITS,
@@ -311,7 +311,7 @@ def _measured(
     started = time.perf_counter()
     tell = progress or (lambda text, share: None)
     task, measures = load_task(settings), load_measures(settings)
-    projections = describe_projections(find_text_projections(task.model.unet))
+    projections = describe_projections(text_entrances(task.model.unet))
     tell(projections, 0.0)
     rates = settings.rates()
     if rates is not None:
@@ -501,7 +501,7 @@ def erase(
     tell = progress or (lambda text, share: None)
     model, found = load_model(settings)
     chosen = found.select(settings.targets or found.names)
-    layers = describe_projections(find_text_projections(model.unet))
+    layers = describe_projections(text_entrances(model.unet))
     tell(layers, 0.3)
     immunized = method.fit(model, chosen)
     tell("writing", 0.9)

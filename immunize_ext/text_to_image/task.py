@@ -114,9 +114,12 @@ def load_alone(settings: ModelSettings) -> TextToImage:
     if settings.model == DIGITS:
         return TextToImage(load_digits_pipeline()).to(settings.device)
     dtype = None if settings.dtype == "saved" else getattr(torch, settings.dtype)
-    return TextToImage.from_pretrained(
+    model = TextToImage.from_pretrained(
         settings.model, dtype=dtype, variant=settings.variant, device=settings.device
     )
+    if settings.image_size is not None:
+        model.image_size = settings.image_size
+    return model
 
 
 def load_model(settings: ModelSettings) -> tuple[TextToImage, ConceptSet]:
@@ -130,8 +133,7 @@ def load_model(settings: ModelSettings) -> tuple[TextToImage, ConceptSet]:
     model = load_alone(settings)
     if settings.model == DIGITS:
         return model, digit_concepts(settings.targets or DIGIT_TARGETS)
-    scale = int(getattr(model.pipeline, "vae_scale_factor", 1))
-    size = settings.image_size or int(model.unet.config.sample_size) * scale
+    size = settings.image_size or model.image_size
     assert settings.concepts is not None  # check_model asked
     return model, load_concepts(settings.concepts, size=size)
 

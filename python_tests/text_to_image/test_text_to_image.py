@@ -10,6 +10,7 @@ pytest.importorskip("transformers")
 
 from attack_pipelines import WIDTH, tiny_pipeline, tiny_xl_pipeline
 
+from immunize_ext.text_to_image.backbones.unet import time_ids
 from immunize_ext.text_to_image.model import TextToImage
 
 PROMPTS = ["a photo of the digit three", "a handwritten five"]
@@ -37,7 +38,7 @@ def test_conditioning_is_what_the_denoiser_receives(make):
     else:
         assert torch.equal(found.pooled, added["text_embeds"])
         model.noise_loss(_latents(), found)
-        times = model._time_ids(_latents())
+        times = time_ids(_latents(), model.image_size // 8)
         assert torch.equal(times, added["time_ids"][: len(times)].to(times))
 
 

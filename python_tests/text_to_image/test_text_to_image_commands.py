@@ -17,6 +17,7 @@ pytest.importorskip("yaml")
 
 
 from immunize_ext.cli import main
+from immunize_ext.ops import read_lora
 from immunize_ext.storage import work_folder
 from immunize_ext.text_to_image import run as runs
 from immunize_ext.text_to_image.attacks import ATTACKS
@@ -328,9 +329,15 @@ def test_missing_pieces_of_a_model_of_ones_own(tmp_path, capsys):
 def own_model(tmp_path):
     """Flags of a tiny random model of Stable Diffusion's classes, with two concepts."""
     from attack_pipelines import tiny_pipeline
+
+    return flags_of(tiny_pipeline(), tmp_path)
+
+
+def flags_of(pipeline, tmp_path):
+    """Flags of a pipeline, written to a folder beside two concepts with images."""
     from PIL import Image
 
-    TextToImage(tiny_pipeline()).save(tmp_path / "model")
+    TextToImage(pipeline).save(tmp_path / "model")
     lines = ["concepts:"]
     for index, name in enumerate(("three", "five")):
         folders = []
@@ -369,6 +376,44 @@ def test_a_model_of_ones_own_takes_the_rates_of_stable_diffusion(own_model, tmp_
     kv = [name for name in before if "attn2.to_q.weight" in name]
     for name in kv:
         assert (after[name] - before[name]).abs().max() == pytest.approx(3e-5, rel=0.05)
+
+
+@pytest.mark.parametrize("family", ["sd3", "flux"])
+def test_joint_models_are_immunized_and_attacked_by_the_same_commands(family, tmp_path):
+    import attack_pipelines
+
+    model = flags_of(getattr(attack_pipelines, f"tiny_{family}_pipeline")(), tmp_path)
+    small = ["--steps", "1", "--loss-clamp", "100", "--batch-size", "2", "--threads", "1"]
+    attack = ["--attacks", "lora", "--attack-steps", "1", "--threads", "1", "--quiet"]
+    target = tmp_path / "run"
+    assert main(["mima", *model, *small, *attack, "--merge", "by_class", "--out", str(target)]) == 0
+    results = json.loads((target / "results.json").read_text())
+    assert "1 context, 1 pooled" in results["mima"]["projections"]
+    assert (
+        main(
+            [
+                "attack",
+                str(target),
+                "--attacks",
+                "lora",
+                "--budgets",
+                "1",
+                "--lora.rank",
+                "2",
+                "--quiet",
+            ]
+        )
+        == 0
+    )
+    assert main(["erase", *model, "--out", str(tmp_path / "erased"), "--quiet"]) == 0
+    changed = json.loads((tmp_path / "erased" / "erasure.json").read_text())["relative_changes"]
+    assert set(changed) == {
+        "context_embedder.weight",
+        "time_text_embed.text_embedder.linear_1.weight",
+    }
+    adapter = tmp_path / "adapter"
+    assert main(["export-lora", str(tmp_path / "erased"), "--out", str(adapter)]) == 0
+    assert all(name.startswith("transformer.") for name in read_lora(adapter))
 
 
 def test_rates_of_every_method_and_attack(tmp_path):

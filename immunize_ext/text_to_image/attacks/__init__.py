@@ -30,7 +30,7 @@ from immunize_ext.text_to_image.attacks.textual_inversion import (
     TextualInversionAttack,
 )
 from immunize_ext.text_to_image.attacks.tuning import RateSearch, rate_grid, tune_learning_rate
-from immunize_ext.text_to_image.attacks.weights import load_adaptation, save_adaptation
+from immunize_ext.text_to_image.attacks.weights import load_adaptation, save_adaptation, save_lora
 
 __all__ = [
     "ATTACKS",
@@ -64,6 +64,7 @@ __all__ = [
     "registered_name",
     "replace_name",
     "save_adaptation",
+    "save_lora",
     "search_settings",
     "snr_weights",
     "tune_learning_rate",

@@ -204,6 +204,7 @@ class Adaptation(ABC):
             clone = model.clone()
             freeze([clone.unet, clone.vae, *clone.text_encoders])
             prepared = self._prepare(clone, wanted.concepts)
+            prepared.trainables.may_be_unused |= clone.unused(prepared.trainables.parameters)
             for module in (clone.unet, *clone.text_encoders):
                 module.eval()
             if self.gradient_checkpointing:
@@ -293,10 +294,7 @@ class _Run:
         if self.classes is not None:
             more, theirs = self._draw(self.classes, count)
             latents, owners = torch.cat([latents, more]), torch.cat([owners, theirs])
-        config: Any = self.model.scheduler.config
-        timesteps = torch.randint(
-            0, config.num_train_timesteps, (len(latents),), generator=self.generator
-        )
+        timesteps = self.model.objective.draw(len(latents), self.generator)
         noise = torch.randn(latents.shape, generator=self.generator).to(latents)
         losses = self.model.noise_loss(
             latents,
@@ -433,6 +431,9 @@ def snr_weights(scheduler: Any, timesteps: Tensor, gamma: float) -> Tensor:
     Returns:
         Weights, shape ``(b,)``, float32.
 
+    Raises:
+        ValueError: If the scheduler has no such product, being one of flow matching.
+
     Source:
         Hang et al., ICCV 2023.
 
@@ -445,6 +446,11 @@ def snr_weights(scheduler: Any, timesteps: Tensor, gamma: float) -> Tensor:
         >>> [round(w, 4) for w in snr_weights(scheduler, torch.tensor([0, 1]), 3.0).tolist()]
         [0.3333, 1.0]
     """
+    if not hasattr(scheduler, "alphas_cumprod"):
+        raise ValueError(
+            "snr_gamma: must be None for flow matching, whose times are drawn by weight, got "
+            f"{gamma} with {type(scheduler).__name__}"
+        )
     a = scheduler.alphas_cumprod[timesteps.to(scheduler.alphas_cumprod.device)].to(torch.float32)
     snr = a / (1.0 - a)
     capped = snr.clamp(max=gamma)

@@ -61,7 +61,9 @@ class FineTuningAttack(Adaptation):
             chosen = parameters_of(unet, linear_layers(self.name, unet, "kv"))
         else:
             chosen = parameters_of(unet, attention_blocks(self.name, unet, self.scope))
-        named = {f"unet.{name}": parameter for name, parameter in chosen.items()}
+        named = {
+            f"{model.backbone.component}.{name}": parameter for name, parameter in chosen.items()
+        }
         text = {}
         if self.train_text_encoder:
             for index, encoder in enumerate(model.text_encoders):

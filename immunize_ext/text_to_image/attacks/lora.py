@@ -23,6 +23,16 @@ _FACTORS = re.compile(r"\.lora_[AB]\.")
 # The projections of CLIP's attention, which the usual scripts adapt in text encoders.
 _TEXT_LAYERS = r".*\.(q_proj|k_proj|v_proj|out_proj)"
 
+
+def with_attention(encoders: Sequence[nn.Module]) -> list[tuple[int, nn.Module]]:
+    """Text encoders that are adapted, with their place: those of CLIP, as the usual scripts do."""
+    return [
+        (index, encoder)
+        for index, encoder in enumerate(encoders)
+        if any(re.fullmatch(_TEXT_LAYERS, name) for name, _ in encoder.named_modules())
+    ]
+
+
 LoRATargets = AttentionScope | Literal["blocks"]
 
 
@@ -114,10 +124,11 @@ class LoRAAttack(Adaptation):
         else:
             layers = linear_layers(self.name, unet, self.targets)
         values = self._values("|".join(map(re.escape, layers)))
-        named = {f"unet.{name}": factor for name, factor in inject(unet, values).items()}
+        part = model.backbone.component
+        named = {f"{part}.{name}": factor for name, factor in inject(unet, values).items()}
         text: dict[str, nn.Parameter] = {}
         if self.train_text_encoder:
-            for index, encoder in enumerate(model.text_encoders):
+            for index, encoder in with_attention(model.text_encoders):
                 found = inject(encoder, self._values(_TEXT_LAYERS))
                 text |= {f"text_encoder.{index}.{name}": factor for name, factor in found.items()}
         # While B is 0, no gradient reaches A.

@@ -117,5 +117,7 @@ class CustomDiffusionAttack(NewWordAttack):
     def _prepare(self, model: TextToImage, target: Sequence[Concept]) -> Prepared:
         tokens, rows = self._new_tokens(model, target)
         chosen = parameters_of(model.unet, linear_layers(self.name, model.unet, "kv"))
-        named = {f"unet.{name}": parameter for name, parameter in chosen.items()}
+        named = {
+            f"{model.backbone.component}.{name}": parameter for name, parameter in chosen.items()
+        }
         return Prepared(Trainables(named | rows), tokens=tokens, text_moves=True)

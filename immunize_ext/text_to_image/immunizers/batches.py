@@ -8,7 +8,6 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -58,12 +57,12 @@ class Batch:
         self, model: TextToImage, parameters: Mapping[str, Tensor] | None = None
     ) -> Tensor:
         """What the denoiser predicts for the noisy latents, shape as ``latents``."""
-        noisy = model.scheduler.add_noise(self.latents, self.noise, self.timesteps)
+        noisy = model.objective.mix(self.latents, self.noise, self.timesteps)
         return model.predict(noisy, self.timesteps, self.conditioning, parameters=parameters)
 
     def loss(self, model: TextToImage) -> Composed:
         """Their mean as a function of the denoiser's parameters, by way of its prediction."""
-        target = at_least_float(model.target(self.latents, self.noise, self.timesteps))
+        target = at_least_float(model.objective.target(self.latents, self.noise, self.timesteps))
 
         def outputs(parameters: Mapping[str, Tensor]) -> Tensor:
             return at_least_float(self.prediction(model, parameters))
@@ -88,8 +87,7 @@ class ConceptPool:
         self.latents = model.latents(images)
         with torch.no_grad():
             self.conditioning = model.conditioning(prompts)
-        config: Any = model.scheduler.config
-        self.train_steps = int(config.num_train_timesteps)
+        self.objective = model.objective
 
     def draw(self, count: int, generator: torch.Generator, wording: int | None = None) -> Batch:
         """A random batch; no image twice while there are enough.
@@ -106,7 +104,7 @@ class ConceptPool:
         prompt = torch.randint(len(self.conditioning.hidden), (count,), generator=generator)
         if wording is not None:
             prompt = torch.full_like(prompt, wording)
-        timesteps = torch.randint(self.train_steps, (count,), generator=generator)
+        timesteps = self.objective.draw(count, generator)
         noise = torch.randn(latents.shape, generator=generator)
         return Batch(
             latents,

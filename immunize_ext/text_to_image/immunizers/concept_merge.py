@@ -5,13 +5,14 @@ from __future__ import annotations
 import math
 import time
 from collections.abc import Sequence
-from typing import Any
+from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
 
 from immunize_ext.bilevel import Parameters
 from immunize_ext.ops import (
+    LayerMoments,
     MergeReport,
     RegularizationFactor,
     collect_moments,
@@ -22,8 +23,10 @@ from immunize_ext.ops import (
 )
 from immunize_ext.text_to_image.concepts import Concept
 from immunize_ext.text_to_image.immunizers.batches import Batch
+from immunize_ext.text_to_image.immunizers.token_rows import own_tokens, padding_rows
 from immunize_ext.text_to_image.model import TextToImage
-from immunize_ext.text_to_image.projections import find_text_projections
+from immunize_ext.text_to_image.projections import TextProjection, text_entrances
+from immunize_ext.text_to_image.text_layers import find_text_layers
 
 
 class Merge:
@@ -78,6 +81,8 @@ class MomentMerge(Merge):
     G_keep over those of what is to be kept. Other parameters, and layers with more than
     :data:`WIDEST` inputs, whose moments would not fit, are the mean of their copies.
 
+    Rows of T5's padding, which joint models send through their layers in hundreds, are left out.
+
     Args:
         model: The model, whose weights at the start the moments are of.
         names: Weights that may be merged, by their name in the denoiser.
@@ -102,8 +107,8 @@ class MomentMerge(Merge):
         predicting = _Predicting(model)
         layers = [f"unet.{name}" for name in _mergeable(model.unet, names)]
         found = factor_layers(
-            [collect_moments(predicting, layers, batches) for batches in concepts],
-            regularization=collect_moments(predicting, layers, kept) if kept else None,
+            [predicting.moments(layers, batches) for batches in concepts],
+            regularization=predicting.moments(layers, kept) if kept else None,
             ridge=ridge,
         )
         self.factors = {
@@ -132,9 +137,27 @@ class _Predicting(nn.Module):
         super().__init__()
         self.unet = model.unet
         self._model = [model]  # in a list, or it would be looked through for modules
+        self._rows = {f"unet.{layer.name}": layer.rows for layer in find_text_layers(model.unet)}
+        self._mask = torch.empty(0)
 
     def forward(self, batch: Batch) -> Tensor:
+        self._mask = batch.conditioning.mask
         return batch.prediction(self._model[0])
+
+    def moments(self, layers: Sequence[str], batches: Sequence[Batch]) -> LayerMoments:
+        """Of what batches send through layers."""
+        return collect_moments(self, layers, batches, select=self._select)
+
+    def _select(self, layer: str, x: Tensor) -> Tensor:
+        """Without padding, where rows are tokens and it tells no more of the prompt."""
+        if self._rows.get(layer) not in ("text", "joint"):
+            return x
+        kept = self._mask.clone()
+        for segment in self._model[0].segments(kept.shape[1]):
+            if segment.looks_back:  # CLIP's end of text and padding sum up the prompt
+                kept[:, segment.start : segment.start + segment.length] = True
+        image = kept.new_ones(len(kept), x.shape[1] - kept.shape[1])
+        return x[torch.cat([kept, image], 1).expand(len(x), -1)]
 
 
 def _mergeable(unet: nn.Module, names: Sequence[str]) -> list[str]:
@@ -154,13 +177,15 @@ def _mergeable(unet: nn.Module, names: Sequence[str]) -> list[str]:
 class ConceptMerge(Merge):
     r"""Merge of concept-adapted parameters, differentiable in all of them.
 
-    For a text projection, with C the features of the concepts' own tokens and C_reg those of
-    unrelated captions,
+    For a layer by which text enters, with C what the concepts' own tokens send through it and C_reg
+    what unrelated captions send,
 
     .. math:: W = \arg\min_W \lVert (W - W_0) C_{reg}^\top \rVert_F^2 + \rho \lVert W - W_0 \rVert^2
               \quad\text{subject to}\quad W c = W'_n c \ \text{for the tokens c of concept n},
 
-    one factorisation for all layers; any other parameter is the mean of its adapted copies.
+    one factorisation for all layers that tokens enter by, and one for each that takes a vector of a
+    whole prompt, whose c are those of the concept's prompts. A bias is the weight of a constant
+    input 1 and is merged with its layer. Any other parameter is the mean of its adapted copies.
 
     Args:
         model: The model; its text encoders give C and C_reg.
@@ -170,8 +195,7 @@ class ConceptMerge(Merge):
         prompts_per_concept: Prompts of each concept whose tokens are constrained.
 
     Attributes:
-        embeddings: C by concept, each ``(s_n, d)``.
-        factor: Of Q.
+        entrances: What is merged alike: layers, C and Q.
         seconds: Time spent merging so far, forward alone.
         reports: Where it is a list, every merge adds what it did; measuring takes about as long as
             two merges.
@@ -181,7 +205,7 @@ class ConceptMerge(Merge):
 
     Note:
         Tokens that several concepts' prompts begin with ("a photo of the") have the same features
-        in each of them, since the text encoders only look back. Their targets would contradict each
+        in each of them where the text encoders only look back. Their targets would contradict each
         other, so they are left out, as is the start of the text.
 
     Source:
@@ -204,36 +228,165 @@ class ConceptMerge(Merge):
             )
         super().__init__()
         self.names = [concept.name for concept in concepts]
-        self.embeddings = own_tokens(model, concepts, prompts_per_concept)
-        rows = model.token_features(captions, positions="tokens")
-        self.factor = RegularizationFactor.from_embeddings(rows, ridge=ridge)
-        self.projections = [p.weight_name for p in find_text_projections(model.unet)]
+        layers = text_entrances(model.unet)
+        tokens = [layer for layer in layers if layer.role != "pooled"]
+        rows = torch.cat(
+            [model.token_features(captions, positions="tokens"), padding_rows(model, captions)]
+        )
+        own = own_tokens(model, concepts, prompts_per_concept)
+        self.entrances = [Entrance.of(tokens, own, rows, ridge)]
+        for layer in layers:
+            if layer.role == "pooled":
+                *own, rows = (
+                    model.received(model.conditioning(texts), layer.name)
+                    for texts in (
+                        *(list(c.prompts[:prompts_per_concept]) for c in concepts),
+                        list(captions),
+                    )
+                )
+                self.entrances.append(Entrance.of([layer], own, rows, ridge))
+
+    @property
+    def weights(self) -> list[str]:
+        """Weights of all layers by which text enters."""
+        return [name for entrance in self.entrances for name in entrance.weights]
+
+    @property
+    def projections(self) -> list[str]:
+        """Weights of the layers that tokens enter by."""
+        return self.entrances[0].weights
+
+    @property
+    def embeddings(self) -> list[Tensor]:
+        """C of those, by concept, each ``(s_n, d)``."""
+        return self.entrances[0].embeddings
+
+    @property
+    def factor(self) -> RegularizationFactor:
+        """Of their Q."""
+        return self.entrances[0].factor
 
     def layers(self, base: Parameters, adapted: Sequence[Parameters]) -> Parameters:
-        """Merge the text projections."""
-        names = [name for name in self.projections if name in base]
-        merged = merge_kv(
-            [base[name] for name in names],
-            [[copy[name] for name in names] for copy in adapted],
-            self.embeddings,
-            self.factor,
-            names=self.names,
-        )
-        return dict(zip(names, merged, strict=True))
-
-    def report(self, merged: Parameters, base: Parameters, adapted: Sequence[Parameters]) -> None:
-        """How far each projection moved, and what was lost."""
-        assert self.reports is not None
-        self.reports.append(
-            merge_report(
-                [weight.detach() for weight in merged.values()],
-                [base[name].detach() for name in merged],
-                [[copy[name].detach() for name in merged] for copy in adapted],
-                self.embeddings,
-                self.factor,
+        """Merge the layers by which text enters."""
+        found: Parameters = {}
+        for entrance in self.entrances:
+            weights = entrance.take(base)
+            if not weights:
+                continue
+            merged = merge_kv(
+                weights,
+                [entrance.take(copy) for copy in adapted],
+                entrance.embeddings,
+                entrance.factor,
                 names=self.names,
             )
+            found |= entrance.give(base, merged)
+        return found
+
+    def report(self, merged: Parameters, base: Parameters, adapted: Sequence[Parameters]) -> None:
+        """How far each layer moved, and what was lost."""
+        assert self.reports is not None
+        for entrance in reversed(self.entrances):  # tokens last: whoever wants one takes theirs
+            if entrance.take(base):
+                self.reports.append(
+                    merge_report(
+                        [weight.detach() for weight in entrance.take(merged)],
+                        [weight.detach() for weight in entrance.take(base)],
+                        [[w.detach() for w in entrance.take(copy)] for copy in adapted],
+                        entrance.embeddings,
+                        entrance.factor,
+                        names=self.names,
+                    )
+                )
+
+
+class Entrance(NamedTuple):
+    """Layers that receive the same rows, which are known before any image is drawn.
+
+    Attributes:
+        weights: Names of their weights.
+        biases: Names of their biases; empty if they have none.
+        embeddings: C by concept, ``(s_n, d)``, or ``(s_n, d + 1)`` with a last input 1 for biases.
+        factor: Of Q, as wide.
+    """
+
+    weights: list[str]
+    biases: list[str]
+    embeddings: list[Tensor]
+    factor: RegularizationFactor
+
+    @classmethod
+    def of(
+        cls,
+        layers: Sequence[TextProjection],
+        embeddings: Sequence[Tensor],
+        captions: Tensor,
+        ridge: float,
+    ) -> Entrance:
+        """Layers with what concepts and captions send through them."""
+        biased = [layer.module.bias is not None for layer in layers]
+        if any(biased) != all(biased):
+            raise ValueError(
+                "ConceptMerge: all layers that take tokens must have a bias, or none, got "
+                f"{sum(biased)} of {len(biased)} with one"
+            )
+        rows = [_with_one(c) if all(biased) else c for c in (*embeddings, captions)]
+        return cls(
+            [layer.weight_name for layer in layers],
+            [f"{layer.name}.bias" for layer in layers] if all(biased) else [],
+            rows[:-1],
+            RegularizationFactor.from_embeddings(rows[-1], ridge=ridge),
         )
+
+    def take(self, parameters: Parameters) -> list[Tensor]:
+        """Weights, with their biases as a last column, of the layers that are among parameters."""
+        if not self.biases:
+            return [parameters[name] for name in self.weights if name in parameters]
+        return [
+            torch.cat([parameters[name], parameters[bias].unsqueeze(1)], 1)
+            for name, bias in zip(self.weights, self.biases, strict=True)
+            if name in parameters
+        ]
+
+    def give(self, base: Parameters, merged: Sequence[Tensor]) -> Parameters:
+        """By name, what :meth:`take` would have taken."""
+        weights = [name for name in self.weights if name in base]
+        if not self.biases:
+            return dict(zip(weights, merged, strict=True))
+        biases = [name for name in self.biases if name in base]
+        return {
+            **{name: w[:, :-1] for name, w in zip(weights, merged, strict=True)},
+            **{name: w[:, -1] for name, w in zip(biases, merged, strict=True)},
+        }
+
+
+def _with_one(rows: Tensor) -> Tensor:
+    return torch.cat([rows, rows.new_ones(len(rows), 1)], 1)
+
+
+class ClassMerge(Merge):
+    """Each layer by what is known of its inputs: token constraints where text enters, else moments.
+
+    Args:
+        exact: Of the layers by which text enters.
+        moments: Of others; what neither merges is the mean of its copies.
+
+    Source:
+        DERIVED: what layers receive is found by probing (``text_layers``).
+    """
+
+    def __init__(self, exact: ConceptMerge, moments: MomentMerge) -> None:
+        super().__init__()
+        self.exact, self.moments = exact, moments
+
+    def layers(self, base: Parameters, adapted: Sequence[Parameters]) -> Parameters:
+        """Both, and constraints where there is a choice."""
+        return {**self.moments.layers(base, adapted), **self.exact.layers(base, adapted)}
+
+    def report(self, merged: Parameters, base: Parameters, adapted: Sequence[Parameters]) -> None:
+        """Of the layers with constraints."""
+        self.exact.reports = self.reports
+        self.exact.report(merged, base, adapted)
 
 
 def check_merge(function: str, ridge: float, prompts_per_concept: int) -> None:
@@ -255,51 +408,3 @@ def _mean(copies: Sequence[Tensor]) -> Tensor:
         total = total + copy
     # In place: no later step needs the sum. One copy is its own mean, and stays as it is.
     return total.div_(len(copies)) if len(copies) > 1 else total
-
-
-def own_tokens(
-    model: TextToImage, concepts: Sequence[Concept], prompts_per_concept: int
-) -> list[Tensor]:
-    """Text features of the tokens that belong to one concept alone.
-
-    A position belongs to a concept alone if the text up to it occurs in none of the other concepts'
-    prompts. The first end-of-text position is taken along: it sums up the prompt, and
-    cross-attention looks at it.
-
-    Args:
-        model: The model.
-        concepts: The concepts.
-        prompts_per_concept: Prompts of each that are looked at.
-
-    Returns:
-        One matrix a concept, shape ``(s_n, d)``.
-
-    Raises:
-        ValueError: If a concept has no token of its own.
-    """
-    tokenizer: Any = model.tokenizers[0]
-    prefixes: list[dict[tuple[int, ...], tuple[int, int]]] = []
-    features: list[Tensor] = []
-    for concept in concepts:
-        texts = list(concept.prompts[:prompts_per_concept])
-        with torch.no_grad():
-            hidden, _, _ = model.conditioning(texts)
-        features.append(hidden)
-        found: dict[tuple[int, ...], tuple[int, int]] = {}
-        for row, text in enumerate(texts):
-            ids = tuple(tokenizer(text, truncation=True)["input_ids"])
-            for position in range(1, min(len(ids), hidden.shape[1])):
-                found.setdefault(ids[: position + 1], (row, position))
-        prefixes.append(found)
-    rows = []
-    for index, (concept, found) in enumerate(zip(concepts, prefixes, strict=True)):
-        others = [other for i, other in enumerate(prefixes) if i != index]
-        own = [at for key, at in found.items() if not any(key in other for other in others)]
-        if not own:
-            raise ValueError(
-                f"ConceptMerge: concept {concept.name!r} must have tokens of its own, got prompts "
-                f"that other concepts have too: {list(concept.prompts[:prompts_per_concept])}"
-            )
-        places = torch.tensor(own)
-        rows.append(features[index][places[:, 0], places[:, 1]])
-    return rows

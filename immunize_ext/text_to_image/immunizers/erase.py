@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import ClassVar, NamedTuple
@@ -16,9 +16,10 @@ from immunize_ext.ops.erasure import uce
 from immunize_ext.seams import Progress
 from immunize_ext.text_to_image.concepts import Concept, ConceptSet
 from immunize_ext.text_to_image.immunizers.immunized import ImmunizedPipeline
+from immunize_ext.text_to_image.immunizers.token_rows import Replaced, replaced_rows
 from immunize_ext.text_to_image.model import ModelLike, TextToImage
 from immunize_ext.text_to_image.names import replace_names
-from immunize_ext.text_to_image.projections import find_text_projections
+from immunize_ext.text_to_image.projections import TextProjection, text_entrances
 from immunize_ext.text_to_image.weight_edit import WeightEdit, apply_edit
 
 
@@ -36,7 +37,8 @@ def erase(
     Every prompt that holds a concept's name or an alias (:mod:`immunize_ext.text_to_image.names`)
     is paired with the same prompt with the anchor in its place.
     The tokens from the name on, the end of the text and the padding are mapped to what the model
-    sees in the paired prompt.
+    sees in the paired prompt, and where it takes one vector of a whole prompt beside them, so is
+    that (SDXL, SD3, FLUX).
 
     Args:
         model: The model, edited in place.
@@ -74,27 +76,25 @@ def erase(
         kept = concepts.retain if isinstance(concepts, ConceptSet) else ()
         preserve = [prompt for concept in kept for prompt in concept.prompts]
     pairs = [entry for concept in chosen for entry in erased_prompts(concept) if entry.found]
-    rows, replacements = _aligned(model, pairs)
-    found = find_text_projections(model.unet)
-    base = [projection.module.weight.detach() for projection in found]
-    edited = uce(
-        base,
-        rows,
-        replacements,
-        preserve=model.token_features(preserve) if preserve else None,
-        ridge=ridge,
-        erase_scale=erase_scale,
-        preserve_scale=preserve_scale,
-    )
-    if all(torch.equal(w, w0) for w, w0 in zip(edited, base, strict=True)):
+    edited = {}
+    for layers, rows, replacements, kept in _inputs(model, pairs, preserve):
+        found = uce(
+            [layer.module.weight.detach() for layer in layers],
+            rows,
+            replacements,
+            preserve=kept,
+            ridge=ridge,
+            erase_scale=erase_scale,
+            preserve_scale=preserve_scale,
+        )
+        edited |= {layer.weight_name: w for layer, w in zip(layers, found, strict=True)}
+    old = dict(model.unet.named_parameters())
+    if all(torch.equal(w, old[name]) for name, w in edited.items()):
         raise ValueError(
             "erase: the concepts must differ from their anchors for the model, got an edit that "
             "changes nothing; choose other anchors"
         )
-    return apply_edit(
-        model.unet,
-        {projection.weight_name: w for projection, w in zip(found, edited, strict=True)},
-    )
+    return apply_edit(model.unet, edited)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -246,40 +246,39 @@ def describe_erasure(concepts: Sequence[Concept]) -> list[str]:
     return lines
 
 
-def _aligned(model: TextToImage, pairs: Sequence[ErasedPrompt]) -> tuple[Tensor, Tensor]:
-    """Features of the tokens that differ, in both prompts, row by row.
+class _Inputs(NamedTuple):
+    """What layers that are edited alike receive of erased, replacing and preserved prompts."""
 
-    Prompts that differ in one word of one token stand against each other position by position. An
-    anchor of more or fewer tokens shifts what comes after it; then the last token of the name
-    stands against the last of the anchor, and what follows is matched from there.
-    """
-    with torch.no_grad():
-        before = model.conditioning([entry.prompt for entry in pairs]).hidden
-        after = model.conditioning([entry.anchored for entry in pairs]).hidden
-    rows, replacements = [], []
-    tokenizer = model.tokenizers[0]
-    length = before.shape[1]
-    for index, entry in enumerate(pairs):
-        ids, ids_other = (
-            tokenizer(text, truncation=True, max_length=length)["input_ids"]
-            for text in (entry.prompt, entry.anchored)
+    layers: list[TextProjection]
+    rows: Tensor
+    replacements: Tensor
+    preserve: Tensor | None
+
+
+def _inputs(
+    model: TextToImage, pairs: Sequence[ErasedPrompt], preserve: Sequence[str]
+) -> Iterator[_Inputs]:
+    """Of the layers by which tokens enter, then of each that takes a vector a prompt."""
+    entrances = text_entrances(model.unet)
+    found = replaced_rows(model, [Replaced(entry.prompt, entry.anchored) for entry in pairs])
+    if found.same:
+        entry = pairs[found.same[0]]
+        raise ValueError(
+            f"erase: {entry.found[0]!r} must differ from its anchor within the first {found.length} "
+            f"tokens, which are all that the model sees, got {_shortened(entry.prompt)!r}; "
+            "shorten the prompt, or choose another anchor"
         )
-        if ids == ids_other:
-            raise ValueError(
-                f"erase: {entry.found[0]!r} must differ from its anchor within the first {length} "
-                f"tokens, which are all that the model sees, got {_shortened(entry.prompt)!r}; "
-                "shorten the prompt, or choose another anchor"
-            )
-        first = next(
-            (i for i, pair in enumerate(zip(ids, ids_other, strict=False)) if pair[0] != pair[1]),
-            min(len(ids), len(ids_other)) - 1,
-        )
-        shift = len(ids_other) - len(ids)
-        for position in range(first, length):
-            there = min(max(position + shift, first), length - 1)
-            rows.append(before[index, position])
-            replacements.append(after[index, there])
-    return torch.stack(rows), torch.stack(replacements)
+    tokens = [layer for layer in entrances if layer.role != "pooled"]
+    kept = model.token_features(preserve) if preserve else None
+    yield _Inputs(tokens, found.rows, found.others, kept)
+    for layer in entrances:
+        if layer.role == "pooled":
+            vectors = [
+                model.received(model.conditioning(texts), layer.name)
+                for texts in ([p.prompt for p in pairs], [p.anchored for p in pairs])
+            ]
+            kept = model.received(model.conditioning(preserve), layer.name) if preserve else None
+            yield _Inputs([layer], *vectors, kept)
 
 
 def _shortened(text: str) -> str:

@@ -14,6 +14,7 @@ another ``hypergradient`` the term -alpha d g_n / d theta comes in.
 
 from __future__ import annotations
 
+from collections.abc import Collection
 from dataclasses import dataclass
 from typing import ClassVar, Literal, get_args
 
@@ -23,10 +24,16 @@ from torch import Tensor
 from immunize_ext.bilevel import Hypergradient, Parameters
 from immunize_ext.text_to_image.immunizers.batches import generator_of
 from immunize_ext.text_to_image.immunizers.bilevel import BilevelImmunizer
-from immunize_ext.text_to_image.immunizers.concept_merge import Merge, MomentMerge, check_merge
+from immunize_ext.text_to_image.immunizers.concept_merge import (
+    ClassMerge,
+    ConceptMerge,
+    Merge,
+    MomentMerge,
+    check_merge,
+)
 from immunize_ext.text_to_image.immunizers.loop import OUTER, Run
 
-MergeKind = Literal["closed_form", "moments", "mean", "own_copies"]
+MergeKind = Literal["closed_form", "moments", "mean", "own_copies", "by_class"]
 
 # Purpose of the draws that moments are collected over, beside those of the loop.
 MOMENTS = 3
@@ -48,6 +55,7 @@ class MIMA(BilevelImmunizer):
         merge: How the copies become one: ``"closed_form"`` as published, the text projections by
             token constraints and everything else by the mean; ``"moments"``, every linear and
             convolution layer by the second moments of its inputs, collected once at the start;
+            ``"by_class"``, token constraints where text alone arrives and moments elsewhere;
             ``"mean"`` of everything, the control; ``"own_copies"``, no merge at all, each concept's
             loss at its own copy.
         moment_batches: Batches of each concept, and of what is kept, that moments are collected
@@ -98,7 +106,7 @@ class MIMA(BilevelImmunizer):
 
     def needs_merge(self) -> bool:
         """Of token constraints; the others are made of what the run draws."""
-        return self.merge == "closed_form"
+        return self.merge in ("closed_form", "by_class")
 
     def attacked_losses(self, run: Run, leaves: Parameters, step: int, batch: int) -> Tensor:
         """At the merge, or each concept's at its own copy."""
@@ -142,6 +150,8 @@ class MIMA(BilevelImmunizer):
     ) -> Parameters:
         if run.merge is None:
             run.merge = Merge() if self.merge == "mean" else self._moment_merge(run)
+        if self.merge == "by_class" and isinstance(run.merge, ConceptMerge):
+            run.merge = ClassMerge(run.merge, self._moment_merge(run, run.merge.weights))
         return run.merge(parameters, self._copies(run, parameters, step, how))
 
     def _copies(
@@ -153,14 +163,17 @@ class MIMA(BilevelImmunizer):
             for index in range(len(run.pools))
         ]
 
-    def _moment_merge(self, run: Run) -> MomentMerge:
-        """Moments of the model that the run began with, also in one that goes on."""
+    def _moment_merge(self, run: Run, merged: Collection[str] = ()) -> MomentMerge:
+        """Moments of the model that the run began with, also in one that goes on.
+
+        Of the weights that are not merged otherwise.
+        """
         generator = generator_of(self.seed, 0, MOMENTS)
         count = range(self.moment_batches)
         kept = [run.retain.draw(self.retain_batch, generator) for _ in count]
         return MomentMerge(
             run.model,
-            list(run.moved),
+            [name for name in run.moved if name not in merged],
             [[pool.draw(self.batch_size, generator) for _ in count] for pool in run.pools],
             [batch for batch in kept if batch is not None],
             ridge=self.ridge,

@@ -10,6 +10,7 @@ from typing import Literal, get_args
 
 from torch import nn
 
+from immunize_ext.text_to_image.backbones import backbone_of
 from immunize_ext.text_to_image.projections import attention_blocks, linear_layers, parameters_of
 
 Scope = Literal["kv", "attn2", "attn", "all"]
@@ -22,6 +23,7 @@ def scope_parameters(unet: nn.Module, scope: Scope, *, function: str) -> dict[st
         unet: The denoiser.
         scope: ``"kv"`` for the text projections alone, ``"attn2"`` for the whole cross-attention
             blocks that hold them, ``"attn"`` for self-attention too, ``"all"`` for every parameter.
+            Layers whose outputs the denoiser throws away are in none.
         function: Who asks; stands in the error.
 
     Returns:
@@ -37,5 +39,11 @@ def scope_parameters(unet: nn.Module, scope: Scope, *, function: str) -> dict[st
     # Asks whether the model takes text, also where all of it moves.
     blocks = attention_blocks(function, unet, "attention" if scope == "attn" else "attn2")
     if scope == "all":
-        return dict(unet.named_parameters())
-    return parameters_of(unet, linear_layers(function, unet, "kv") if scope == "kv" else blocks)
+        chosen = dict(unet.named_parameters())
+    else:
+        chosen = parameters_of(
+            unet, linear_layers(function, unet, "kv") if scope == "kv" else blocks
+        )
+    family = backbone_of(unet)
+    idle = tuple(f"{layer}." for layer in family.unused(unet.config)) if family else ()
+    return {name: p for name, p in chosen.items() if not idle or not name.startswith(idle)}

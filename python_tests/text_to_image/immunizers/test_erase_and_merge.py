@@ -21,7 +21,7 @@ from immunize_ext.text_to_image.immunizers import (
 )
 from immunize_ext.text_to_image.immunizers.erase import erased_prompts
 from immunize_ext.text_to_image.model import TextToImage
-from immunize_ext.text_to_image.projections import find_text_projections
+from immunize_ext.text_to_image.projections import find_text_projections, text_entrances
 
 pytest.importorskip("diffusers")
 
@@ -43,7 +43,9 @@ def test_an_erased_prompt_is_seen_as_its_anchor(make: Any) -> None:
     # What is kept moves by less than what is erased.
     assert (new @ six - old @ six).norm() < 0.5 * (old @ three - wanted).norm()
     changed = {n for n, p in weights(model).items() if not torch.equal(p, before[n])}
-    assert changed == {p.weight_name for p in find_text_projections(model.unet)}
+    # SDXL takes a vector of the whole prompt beside the tokens, which tells of the name as well.
+    assert changed == {p.weight_name for p in text_entrances(model.unet)}
+    assert len(changed) - len(find_text_projections(model.unet)) == len(model.text_encoders) - 1
     edit.undo()
     assert all(torch.equal(p, before[name]) for name, p in weights(model).items())
 
