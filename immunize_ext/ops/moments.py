@@ -250,8 +250,8 @@ def collect_moments(
 
     Note:
         Deterministic. Rows count alike, those of padding tokens too unless ``select`` leaves them
-        out. Biases are not looked at: merge them as other parameters, by the mean. Memory: one matrix for each distinct input, and
-        the patches of one image.
+        out. Biases are not looked at: merge them as other parameters, by the mean. Memory: one
+        matrix for each distinct input, and the patches of one image.
 
     Source:
         RegMean (Jin et al., ICLR 2023); K-FAC's input factor (Martens, Grosse 2015).

@@ -411,7 +411,7 @@ class TextToImage:
 
         def listen(_: nn.Module, inputs: tuple[Any, ...]) -> None:
             heard.append(inputs[0].detach())
-            raise _Heard
+            raise _HeardError
 
         latents, count = self.backbone.sizes(self.unet.config).latents, len(conditioning.hidden)
         side = self.image_size // self._scale
@@ -419,7 +419,7 @@ class TextToImage:
         handle = self.unet.get_submodule(layer).register_forward_pre_hook(listen)
         try:
             self.predict(noisy, torch.zeros(count, device=self.device), conditioning)
-        except _Heard:
+        except _HeardError:
             return heard[0]
         finally:
             handle.remove()
@@ -636,7 +636,7 @@ def _with_channels(images: Tensor, channels: int) -> Tensor:
     return images.expand(-1, channels, -1, -1) if images.shape[1] == 1 else images
 
 
-class _Heard(Exception):
+class _HeardError(Exception):
     """A layer has been reached; the rest of the call is of no interest."""
 
 

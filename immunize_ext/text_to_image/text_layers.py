@@ -93,21 +93,17 @@ def find_text_layers(denoiser: nn.Module) -> list[TextLayer]:
     parameter = next(denoiser.parameters())
     generator = torch.Generator().manual_seed(0)
 
-    def random(*shape: int) -> Tensor:
-        return torch.randn(shape, generator=generator).to(parameter)
+    def draw(time: int) -> dict[str, Any]:
+        shapes = {"noisy": (1, *sizes.latents), "hidden": (1, _TOKENS, sizes.text)}
+        if sizes.pooled is not None:
+            shapes["pooled"] = (1, sizes.pooled)
+        found = {
+            name: torch.randn(shape, generator=generator).to(parameter)
+            for name, shape in shapes.items()
+        }
+        return {"pooled": None, **found, "timesteps": torch.tensor([time]).to(parameter.device)}
 
-    first: dict[str, Any] = {
-        "noisy": random(1, *sizes.latents),
-        "timesteps": torch.full((1,), 600, device=parameter.device),
-        "hidden": random(1, _TOKENS, sizes.text),
-        "pooled": None if sizes.pooled is None else random(1, sizes.pooled),
-    }
-    moved: dict[str, Any] = {
-        "noisy": random(1, *sizes.latents),
-        "timesteps": torch.full((1,), 150, device=parameter.device),
-        "hidden": random(1, _TOKENS, sizes.text),
-        "pooled": None if sizes.pooled is None else random(1, sizes.pooled),
-    }
+    first, moved = draw(600), draw(150)
     layers = {
         name: module
         for name, module in denoiser.named_modules()

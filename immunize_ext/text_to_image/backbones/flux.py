@@ -1,4 +1,4 @@
-"""FLUX.1: two-stream and one-stream blocks of joint attention, T5's tokens, CLIP's pooled vector."""
+"""FLUX.1: joint attention in two streams, then in one; tokens of T5, the pooled vector of CLIP."""
 
 from __future__ import annotations
 

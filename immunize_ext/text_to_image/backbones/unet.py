@@ -27,7 +27,7 @@ class UNet:
         return ()
 
     def refusal(self, pipeline: Any) -> str:
-        """Inpainting, classes, grounding, image prompts, and flow matching, which no UNet learnt."""
+        """Inpainting, classes, grounding, image prompts, and flow matching: no UNet learnt it."""
         config = pipeline.unet.config
         latents = getattr(pipeline.vae.config, "latent_channels", config.in_channels)
         if config.in_channels != latents:

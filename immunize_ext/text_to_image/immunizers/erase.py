@@ -264,8 +264,9 @@ def _inputs(
     if found.same:
         entry = pairs[found.same[0]]
         raise ValueError(
-            f"erase: {entry.found[0]!r} must differ from its anchor within the first {found.length} "
-            f"tokens, which are all that the model sees, got {_shortened(entry.prompt)!r}; "
+            f"erase: {entry.found[0]!r} must differ from its anchor within the first "
+            f"{found.length} tokens, which are all that the model sees, got "
+            f"{_shortened(entry.prompt)!r}; "
             "shorten the prompt, or choose another anchor"
         )
     tokens = [layer for layer in entrances if layer.role != "pooled"]
