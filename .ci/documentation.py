@@ -48,6 +48,7 @@ API = {
             "text_to_image.attacks",
             "text_to_image.evaluation",
             "text_to_image.metrics",
+            "text_to_image.text_layers",
             "text_to_image.weight_edit",
         ],
     ),

@@ -17,7 +17,9 @@ from immunize_ext.text_to_image.projections import (
     TextProjection,
     describe_projections,
     find_text_projections,
+    text_entrances,
 )
+from immunize_ext.text_to_image.text_layers import TextLayer, find_text_layers
 from immunize_ext.text_to_image.weight_edit import WeightEdit, apply_edit
 
 if TYPE_CHECKING:
@@ -55,6 +57,7 @@ __all__ = [
     "ConceptSet",
     "Conditioning",
     "ImmunizedPipeline",
+    "TextLayer",
     "TextProjection",
     "TextToImage",
     "WeightEdit",
@@ -66,11 +69,13 @@ __all__ = [
     "digits",
     "evaluate_text_to_image",
     "evaluation",
+    "find_text_layers",
     "find_text_projections",
     "immunizers",
     "load_concepts",
     "metrics",
     "run",
+    "text_entrances",
 ]
 
 __getattr__ = lazy(__name__, _PLACES)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections import Counter
+from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -312,7 +313,11 @@ def test_noise_prediction_draws_what_it_always_drew() -> None:
         objective.target(_latents(), _latents(), torch.zeros(2))
 
 
-@JOINT
+@pytest.mark.parametrize(
+    "make",
+    [partial(tiny_sd3_pipeline, qk_norm="rms_norm"), tiny_flux_pipeline],
+    ids=["sd3.5", "flux"],
+)
 def test_the_loss_can_be_differentiated_twice(make: Any) -> None:
     model = TextToImage(make())
     name = "transformer_blocks.0.attn.add_k_proj.weight"

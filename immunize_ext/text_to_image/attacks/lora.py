@@ -74,9 +74,9 @@ class LoRAAttack(Adaptation):
     Attributes:
         rank: Rank of the updates.
         alpha: Their scale; equal to the rank when omitted, which makes the factor 1.
-        targets: ``"attention"`` (all of it, as the usual training scripts do), ``"attn2"`` (Q, K,
-            V and output of cross-attention), ``"kv"``, or ``"blocks"``: feed-forward layers and
-            convolutions too (LoCon).
+        targets: ``"attention"`` (all of it, as the usual training scripts do, and in joint models
+            where text enters), ``"attn2"`` (Q, K, V and output of cross-attention), ``"kv"``, or
+            ``"blocks"``: feed-forward layers and convolutions too (LoCon).
         train_text_encoder: Adapt the attention of the text encoders too.
         rs_lora: Scale by alpha / sqrt(rank) instead, which keeps updates of all ranks alike.
         init: How A starts: ``"kaiming"`` (PEFT's default) or ``"gaussian"`` (that of diffusers'

@@ -24,7 +24,7 @@ class Flux:
     """All text enters once: T5's tokens by ``context_embedder``, CLIP's vector beside the time."""
 
     component = "transformer"
-    encoders = ("", "_2")
+    encoders: tuple[str, ...] = ("", "_2")
     kinds = "FLUX"
 
     def unused(self, config: Any) -> tuple[str, ...]:

@@ -15,7 +15,7 @@ class SD3:
     """All text enters once: tokens by ``context_embedder``, the pooled vector beside the time."""
 
     component = "transformer"
-    encoders = ("", "_2", "_3")
+    encoders: tuple[str, ...] = ("", "_2", "_3")
     kinds = "Stable Diffusion 3"
 
     def unused(self, config: Any) -> tuple[str, ...]:

@@ -18,7 +18,7 @@ class UNet:
     """CLIP's features enter every cross-attention by K and V, SDXL's pooled vector once."""
 
     component = "unet"
-    encoders = ("", "_2")
+    encoders: tuple[str, ...] = ("", "_2")
     kinds = "Stable Diffusion 1, 2 or XL"
 
     def unused(self, config: Any) -> tuple[str, ...]:

@@ -76,13 +76,13 @@ def erase(
         kept = concepts.retain if isinstance(concepts, ConceptSet) else ()
         preserve = [prompt for concept in kept for prompt in concept.prompts]
     pairs = [entry for concept in chosen for entry in erased_prompts(concept) if entry.found]
-    edited = {}
-    for layers, rows, replacements, kept in _inputs(model, pairs, preserve):
+    edited: dict[str, Tensor] = {}
+    for layers, rows, replacements, same in _inputs(model, pairs, preserve):
         found = uce(
             [layer.module.weight.detach() for layer in layers],
             rows,
             replacements,
-            preserve=kept,
+            preserve=same,
             ridge=ridge,
             erase_scale=erase_scale,
             preserve_scale=preserve_scale,
@@ -274,12 +274,12 @@ def _inputs(
     yield _Inputs(tokens, found.rows, found.others, kept)
     for layer in entrances:
         if layer.role == "pooled":
-            vectors = [
+            before, after = (
                 model.received(model.conditioning(texts), layer.name)
                 for texts in ([p.prompt for p in pairs], [p.anchored for p in pairs])
-            ]
+            )
             kept = model.received(model.conditioning(preserve), layer.name) if preserve else None
-            yield _Inputs([layer], *vectors, kept)
+            yield _Inputs([layer], before, after, kept)
 
 
 def _shortened(text: str) -> str:
