@@ -35,11 +35,12 @@ def backbone_of(denoiser: Any) -> Backbone | None:
         >>> backbone_of(UNet2DConditionModel.__new__(UNet2DConditionModel)).component
         'unet'
     """
-    names = (kind.__name__ for kind in type(denoiser).__mro__)
-    found = next((_FAMILIES[name] for name in names if name in _FAMILIES), None)
+    for kind in type(denoiser).__mro__:
+        if kind.__name__ in _FAMILIES:
+            return _FAMILIES[kind.__name__]
     # Other UNets are built alike; transformers are not.
-    alike = hasattr(getattr(denoiser, "config", None), "cross_attention_dim")
-    return _UNET if found is None and alike and "UNet" in type(denoiser).__name__ else found
+    alike = "UNet" in type(denoiser).__name__ and hasattr(denoiser.config, "cross_attention_dim")
+    return _UNET if alike else None
 
 
 def denoiser_of(pipeline: Any) -> tuple[Any, Backbone | None]:
