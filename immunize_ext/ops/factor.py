@@ -197,7 +197,9 @@ class RegularizationFactor:
             Q is the same for any number of threads where there is a kernel (CPU), its factor for a
             given number.
             Warns with :class:`~immunize_ext.errors.NumericalWarning` if a positive
-            ridge is below the resolution of float64 at the largest diagonal of Q.
+            ridge is below the resolution of float64 at the largest diagonal of Q, and if rows of
+            less than float64 lack a direction but for their rounding and the ridge leaves it to
+            that.
 
         Source:
             MIMA and Custom Diffusion, Q without ridge; the ridge is ours.
@@ -212,7 +214,7 @@ class RegularizationFactor:
         """
         function = "RegularizationFactor.from_embeddings"
         whole = c_reg if isinstance(c_reg, Tensor) else None
-        gram, samples = _stream_gram(function, c_reg, chunk)
+        gram, samples, rows_eps = _stream_gram(function, c_reg, chunk)
         if samples == 0 and relative:
             raise ValueError(
                 f"{function}: c_reg must hold at least one row for a relative ridge, got an empty "
@@ -236,6 +238,9 @@ class RegularizationFactor:
             )
         gram.diagonal().add_(absolute)
         chol = _factor_or_explain(function, gram, samples, mean_diagonal if relative else None)
+        # Fewer rows lack directions altogether, and tokens need not.
+        if samples >= chol.shape[0]:
+            _warn_of_rounded_rows(function, chol, absolute, mean_diagonal, rows_eps, relative)
 
         source = None
         if whole is not None and carries_derivative(whole):
@@ -387,13 +392,15 @@ class RegularizationFactor:
         )
 
 
-def _stream_gram(function: str, c_reg: Tensor | Iterable[Tensor], chunk: int) -> tuple[Tensor, int]:
-    """C_reg^T C_reg in float64 and the number of rows."""
+def _stream_gram(
+    function: str, c_reg: Tensor | Iterable[Tensor], chunk: int
+) -> tuple[Tensor, int, float]:
+    """C_reg^T C_reg in float64, the number of rows and the coarsest epsilon that one has."""
     if chunk < 1:
         raise ValueError(f"{function}: chunk must be positive, got {chunk}")
     blocks = [c_reg] if isinstance(c_reg, Tensor) else c_reg
     gram: Tensor | None = None
-    samples = 0
+    samples, rows_eps = 0, _EPS
     for block in blocks:
         empty = isinstance(block, Tensor) and block.dim() == 2 and block.shape[0] == 0
         if not empty or block.shape[1] == 0:
@@ -414,6 +421,7 @@ def _stream_gram(function: str, c_reg: Tensor | Iterable[Tensor], chunk: int) ->
             )
         gram += torch.ops.immunize_ext.merge_gram(block, chunk)
         samples += block.shape[0]
+        rows_eps = max(rows_eps, torch.finfo(block.dtype).eps)
         # Every entry is squared into the diagonal: one look there instead of a pass over c_reg.
         if not bool(torch.isfinite(gram.diagonal()).all()):
             require_finite(function, "c_reg", block)
@@ -423,7 +431,38 @@ def _stream_gram(function: str, c_reg: Tensor | Iterable[Tensor], chunk: int) ->
             )
     if gram is None:
         raise ValueError(f"{function}: c_reg must hold at least one block, got none")
-    return gram, samples
+    return gram, samples, rows_eps
+
+
+def _warn_of_rounded_rows(
+    function: str, chol: Tensor, ridge: float, mean: float, eps: float, relative: bool
+) -> None:
+    """Warn where a direction of Q is the rounding of its rows, and what is merged would follow it.
+
+    Rows that lie in a plane (of a layer norm without weights, say) leave it by eps of their size
+    when they are rounded, and so do tokens: Q has an eigenvalue of about eps^2 times the mean
+    diagonal there. To change by E what a token c gives, W may use eps |c| across the plane at a
+    cost of as many such eigenvalues as it would have to pay of ordinary ones within it; it then
+    grows by E / (eps |c|). Only a ridge of eps times the mean diagonal makes the plane cheaper.
+    """
+    if eps <= _EPS or ridge >= eps * mean:
+        return
+    # Inverse iteration: the gap is wide where it matters, and elsewhere the bound is not needed.
+    x = torch.arange(1, chol.shape[0] + 1, dtype=chol.dtype, device=chol.device).sin()[:, None]
+    for _ in range(3):
+        x = torch.cholesky_solve(x / x.norm(), chol)
+    least = 1.0 / float(x.norm()) - ridge
+    if least > (4.0 * eps) ** 2 * mean:
+        return
+    unit = "relative" if relative else "in units of Q"
+    warnings.warn(
+        f"{function}: c_reg must reach every direction by more than its rounding, got one where "
+        f"the mean square of its rows is {max(least, 0.0) / mean:.1g} of the average, and the "
+        f"ridge leaves the merge to it: weights would become some {1.0 / eps:.0e} times too large; "
+        f"use a ridge of at least {eps * (1.0 if relative else mean):.2g} {unit}",
+        NumericalWarning,
+        stacklevel=3,
+    )
 
 
 def _factor_or_explain(

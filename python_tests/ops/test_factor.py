@@ -476,3 +476,40 @@ def test_factor_that_is_not_finite_gives_no_numbers():
     factor = RegularizationFactor(chol, ridge=0.0, samples=3)
     with pytest.raises(ValueError, match="merge_kv"):
         merge_kv([gaussian(2, 3)], [[gaussian(2, 3, seed=1)]], [gaussian(1, 3, seed=2)], factor)
+
+
+# --- rows that lack a direction but for their rounding --------------------------------------------
+
+
+def normalised(count: int, width: int, dtype: torch.dtype, seed: int = 0) -> torch.Tensor:
+    """Rows of a layer norm without weights: orthogonal to (1, ..., 1) but for their rounding."""
+    x = gaussian(count, width, dtype=torch.float64, seed=seed)
+    return torch.nn.functional.layer_norm(x, (width,)).to(dtype)
+
+
+def test_rows_that_lie_in_a_plane_but_for_their_rounding_are_named():
+    """With no ridge to speak of the merge follows rounding, 1e3 times further than it has to."""
+    c_reg, tokens = normalised(300, 24, torch.float32), normalised(2, 24, torch.float32, seed=1)
+    w0 = gaussian(5, 24, dtype=torch.float32, seed=2)
+    adapted = [[w0 + 0.01 * gaussian(5, 24, dtype=torch.float32, seed=3)]]
+
+    def change(factor: RegularizationFactor) -> float:
+        return float((merge_kv([w0], adapted, [tokens], factor)[0] - w0).norm())
+
+    with pytest.warns(NumericalWarning, match="by more than its rounding.*1.2e-07 relative"):
+        unheld = from_embeddings(c_reg, ridge=1e-12)
+    with pytest.warns(NumericalWarning, match="by more than its rounding.*in units of Q"):
+        from_embeddings(c_reg, ridge=1e-9, relative=False)
+    held = from_embeddings(c_reg, ridge=torch.finfo(torch.float32).eps)  # no warning: what it says
+    assert change(held) < 1.0
+    assert change(unheld) > 100 * change(held)
+
+
+def test_small_directions_that_are_no_rounding_are_taken_as_they_are():
+    """A warning here is an error."""
+    c_reg = gaussian(300, 24, dtype=torch.float32)
+    c_reg[:, 0] *= 1e-5
+    from_embeddings(c_reg)
+    from_embeddings(normalised(20, 24, torch.float32), ridge=1e-12)  # fewer rows than columns
+    with pytest.raises(NotPositiveDefiniteError):
+        from_embeddings(normalised(300, 24, torch.float64))
