@@ -3,10 +3,11 @@
 //   add_symmetric_product   g += s s^T, s the thin side of a (t x k): lower triangle by tiles
 //   multiply_left           out = m x    (t x t) (t x p), of some rows of x and out
 //   multiply_right          out = x m    (n x t) (t x t), of some columns
+//   multiply_vectors        out = A z    for many vectors z, A = a or a^T
 //   combine_rows            y = u^T a    for one or two vectors u
 //   combine_columns         y = a v      for one or two vectors v
 //
-// One register tile serves all of the first three: 4 rows by a panel of 12 columns (three vectors),
+// One register tile serves all of the first four: 4 rows by a panel of 12 columns (three vectors),
 // both packed or strided, over a depth of 128; where vectors hold eight numbers, by two panels at
 // once. A symmetric product packs only one operand, since a panel of 12 holds three groups of 4
 // rows. Only tiles on or below the diagonal are computed: half the arithmetic of a general product.
@@ -184,8 +185,10 @@ inline void multiply_left(
     const int64_t first = panel * kPanel;
     const int64_t used = std::min(two ? width : kPanel, p - first);
     if constexpr (std::is_same_v<T, double>) {
-      // Nothing to widen, to leave out or to pad: without copies.
-      if (used == width && kept[t - 1] == t - 1 && t % kRows == 0) {
+      // Nothing to widen, to leave out or to pad: without copies, while a page for each row is not
+      // too many.
+      constexpr int64_t few = 96;
+      if (used == width && t <= few && kept[t - 1] == t - 1 && t % kRows == 0) {
         for (int64_t i = 0; i < t; ++i)
           std::memset(out + i * p + first, 0, sizeof(double) * width);
         for (int64_t i = 0; i < t; i += kRows)
@@ -256,6 +259,50 @@ inline void multiply_right(
     for (int64_t i = 0; i < height; ++i)
       for (int64_t j = 0; j < t; ++j)
         out[(i0 + i) * p + kept[j]] = static_cast<T>(result[i * ld + j]);
+  }
+}
+
+// Blocks [begin, end) of kRowBlock rows of out = A z, A (rows x depth) with entries
+// a[i * row + k * step], z (depth x m) and m a multiple of 12.
+template <typename T>
+inline void multiply_vectors(
+    const T* a,
+    int64_t row,
+    int64_t step,
+    int64_t rows,
+    int64_t depth,
+    const double* z,
+    int64_t m,
+    int64_t begin,
+    int64_t end,
+    double* out) {
+  std::vector<double> scratch(kRowBlock * (kDepth + m));
+  double *packed = scratch.data(), *result = packed + kRowBlock * kDepth;
+  for (int64_t i0 = begin * kRowBlock; i0 < std::min(end * kRowBlock, rows); i0 += kRowBlock) {
+    const int64_t height = std::min(kRowBlock, rows - i0);
+    std::memset(scratch.data(), 0, sizeof(double) * scratch.size());
+    for (int64_t k0 = 0; k0 < depth; k0 += kDepth) {
+      const int64_t width = std::min(kDepth, depth - k0);
+      const T* from = a + i0 * row + k0 * step;
+      if (step == 1)
+        for (int64_t i = 0; i < height; ++i)
+          for (int64_t k = 0; k < width; ++k)
+            packed[k * kRowBlock + i] = static_cast<double>(from[i * row + k]);
+      else
+        for (int64_t k = 0; k < width; ++k)
+          for (int64_t i = 0; i < height; ++i)
+            packed[k * kRowBlock + i] = static_cast<double>(from[i * row + k * step]);
+      for (int64_t i = 0; i < height; i += kRows)
+        for (int64_t j = 0; j < m; j += 2 * kPanel) {
+          const double* right = z + k0 * m + j;
+          double* to = result + i * m + j;
+          if (j + kPanel < m)
+            two_tiles(packed + i, 1, kRowBlock, right, right + kPanel, width, to, m, m);
+          else
+            tile(packed + i, 1, kRowBlock, right, width, to, m, m);
+        }
+    }
+    std::memcpy(out + i0 * m, result, sizeof(double) * height * m);
   }
 }
 

@@ -1,9 +1,8 @@
 // Extremes of a batch on the CPU, and their gradient; the formulas stand in ../spectrum.cpp.
 //
-// Routes: many tiny matrices at once (lanes.h); the thin Gram matrix, reduced (gram_route.inl) or
-// searched (gram_krylov.inl); the singular values that it cannot see from the matrix itself
-// (small_end.h); and a singular value decomposition for what these refuse. Which one a matrix takes
-// depends on this matrix alone.
+// Routes: many tiny matrices at once (lanes.h); the thin Gram matrix, reduced (gram_route.inl); the
+// singular values that it cannot see from the matrix itself (small_end.h); and a singular value
+// decomposition for what these refuse. Which one a matrix takes depends on this matrix alone.
 //
 // Rows of the thin side that hold nothing but zeros, pixels that are never set, have singular value
 // zero and add nothing to the others or to any vector: they are left out from the start.
@@ -109,22 +108,14 @@ void settle_occupied(
   if (thin_gram_out != nullptr)
     for (int64_t i = 0; i < t; ++i)
       std::copy(g.data() + i * ld, g.data() + i * ld + t, thin_gram_out + i * t);
-  const auto searched = [&] {
-    return t >= kKrylovSide && IMMUNIZE_EXT_CHOSEN(large_extremes(
-                                   thin, g.data(), policy, wanted, Threads{}, out.extremes));
+  Workspace work(thin.n, thin.p);
+  const auto resolve = [&](SmallEnd& end) {
+    out.postponed = at::in_parallel_region();
+    return !out.postponed && resolve_small_end(thin, g.data(), ld, policy, end, out.extremes);
   };
-  const auto reduced = [&] {
-    if (t > kLargestSide)
-      return false;
-    Workspace work(thin.n, thin.p);
-    const auto resolve = [&](SmallEnd& end) {
-      out.postponed = at::in_parallel_region();
-      return !out.postponed && resolve_small_end(thin, g.data(), ld, policy, end, out.extremes);
-    };
-    return IMMUNIZE_EXT_CHOSEN(
-        extremes(thin, g.data(), policy, wanted, work, Threads{}, resolve, out.extremes));
-  };
-  out.route = searched() || reduced() ? Route::settled : Route::decompose;
+  const bool settled = IMMUNIZE_EXT_CHOSEN(
+      extremes(thin, g.data(), policy, wanted, work, Threads{}, resolve, out.extremes));
+  out.route = settled ? Route::settled : Route::decompose;
 }
 
 // Rows of the thin side that are not all zeros, ascending. Dense matrices show in a row or two that

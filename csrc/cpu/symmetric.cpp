@@ -1,5 +1,5 @@
-// Algebraic extremes of symmetric matrices on the CPU, many tiny ones at once (lanes.h), reduced
-// (symmetric_route.inl) or searched (krylov.inl), and along a trajectory: warm-started and proven.
+// Algebraic extremes of symmetric matrices on the CPU, many tiny ones at once (lanes.h) or reduced
+// (symmetric_route.inl), and along a trajectory: warm-started and proven.
 //
 // A trajectory. A cold call reduces H_ref = Q T Q^T and keeps Q, T, and at each end the extreme and
 // the eigenvalue next to it. A warm call for H
@@ -189,10 +189,6 @@ SymmetricBatch extremes_of(const char* op, const Tensor& h, double allowed, doub
       settled[index] = 1;
       return;
     }
-    settled[index] = t >= kKrylovSide && IMMUNIZE_EXT_CHOSEN(large_symmetric_extremes(
-                                             g.data(), t, cluster_rtol, Threads{}, pair));
-    if (settled[index])
-      return;
     Workspace work(t, t);
     settled[index] =
         IMMUNIZE_EXT_CHOSEN(symmetric_extremes(g.data(), t, cluster_rtol, work, Threads{}, pair));

@@ -1,14 +1,23 @@
-"""Threads change neither a bit of a result, nor whether there is one in a forked child."""
+"""Threads change no bit of a result, and there are never more of them than were asked for.
+
+Not in a batch, whose matrices are worked on in parallel and ask for threads themselves; not in the
+worker of a data loader, which has one, and whose parent's threads did not survive the fork; and
+calls from several threads of Python do not disturb each other.
+"""
 
 from __future__ import annotations
 
 import multiprocessing
+import os
 from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
 
 import pytest
 import torch
 from spectrum_bounds import same_bits
 from torch import Tensor
+from torch.utils.data import DataLoader, Dataset
 
 from immunize_ext import ops
 from immunize_ext.ops.regularizers import gram_r_ill, gram_r_well, r_ill, r_well
@@ -137,3 +146,70 @@ def test_small_batches_in_a_forked_child():
         child.join()
     assert not hung
     assert queue.get(timeout=10) == "done"
+
+
+TASKS = Path("/proc/self/task")
+counts_threads = pytest.mark.skipif(not TASKS.is_dir(), reason="counts the threads in /proc")
+
+
+def value_and_gradient(name: str) -> tuple[Tensor, Tensor]:
+    loss, matrix = LOSSES[name]
+    a = matrix().requires_grad_()
+    value = loss(a)
+    (grad,) = torch.autograd.grad(value, a)
+    return value.detach(), grad
+
+
+@same_bits
+@pytest.mark.parametrize(
+    "name", ["gram_r_ill, 784 x 64", "gram_r_ill, rank deficient", "symmetric", "cluster of 24"]
+)
+def test_calls_from_several_threads_of_python_change_no_bit(name):
+    """Four at once, each with two threads of its own."""
+
+    def call(_: int) -> tuple[Tensor, Tensor]:
+        torch.set_num_threads(2)
+        return value_and_gradient(name)
+
+    right = value_and_gradient(name)
+    with ThreadPoolExecutor(4) as pool:
+        for found in pool.map(call, range(8)):
+            assert all(torch.equal(one, other) for one, other in zip(found, right, strict=True))
+
+
+@same_bits
+@counts_threads
+@pytest.mark.parametrize("shape", [(1, 64, 784), (5, 784, 40), (4, 230, 250), (300, 8, 9)])
+def test_a_batch_asks_for_no_threads_within_threads(shape):
+    torch.set_num_threads(2)
+    a, b = gaussian(600, 600), gaussian(600, 600)
+    (a * b + a).sum()  # torch's threads are there
+    before = len(os.listdir(TASKS))
+    x = gaussian(*shape).requires_grad_()
+    gram_r_ill(x).sum().backward()
+    ops.symmetric_extremes(x.detach() @ x.detach().mT).lambda_min.sum()
+    assert len(os.listdir(TASKS)) <= before
+
+
+class Spectra(Dataset):
+    """R_ill of matrices large enough for threads, and how many threads the call left behind."""
+
+    def __len__(self) -> int:
+        return 4
+
+    def __getitem__(self, index: int) -> tuple[Tensor, int]:
+        before = len(os.listdir(TASKS))
+        value = gram_r_ill(gaussian(3, 200, 300, seed=index))
+        return value, len(os.listdir(TASKS)) - before
+
+
+@same_bits
+@counts_threads
+@pytest.mark.filterwarnings("ignore:This process .* is multi-threaded:DeprecationWarning")
+def test_a_worker_of_a_data_loader_has_one_thread():
+    torch.set_num_threads(2)
+    right = [gram_r_ill(gaussian(3, 200, 300, seed=index)) for index in range(4)]
+    found = list(DataLoader(Spectra(), batch_size=None, num_workers=2, timeout=60))
+    for (value, more), same in zip(found, right, strict=True):
+        assert torch.equal(value, same)
+        assert more == 0
