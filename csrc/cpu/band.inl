@@ -47,14 +47,22 @@ __attribute__((always_inline)) inline double horizontal_sum(const Vec8& v) {
   return horizontal_sum(
       __builtin_shufflevector(v, v, 0, 1, 2, 3) + __builtin_shufflevector(v, v, 4, 5, 6, 7));
 }
+#elif IMMUNIZE_EXT_REGISTER_BYTES == 16
+using Wide = Vec2;
+typedef int64_t Lanes __attribute__((vector_size(16)));
+constexpr Lanes kLanes = {0, 1};
+
+__attribute__((always_inline)) inline void sum_each(const Vec2* x, Vec2& sums) {
+  sums = Vec2{horizontal_sum(x[0]), horizontal_sum(x[1])};
+}
 #else
 using Wide = Vec4;
 using Lanes = Count4;
 constexpr Lanes kLanes = {0, 1, 2, 3};
 
 __attribute__((always_inline)) inline void sum_each(const Vec4* x, Vec4& sums) {
-  for (int i = 0; i < 4; ++i)
-    sums[i] = horizontal_sum(x[i]);
+  sums =
+      Vec4{horizontal_sum(x[0]), horizontal_sum(x[1]), horizontal_sum(x[2]), horizontal_sum(x[3])};
 }
 #endif
 constexpr int64_t kWide = sizeof(Wide) / sizeof(double);
@@ -90,8 +98,8 @@ inline void block_factor(const Reduction& m, int64_t side, const double* packed,
   double products[kBand * kBand] = {};  // v_q . v_r
   for (int64_t q = 0; q < kBand; q += kRows)
     two_tiles(
-        m.v + (side - 1 - q) * m.ld, -m.ld, 1, packed, packed + kPanel, depth,
-        products + q * kBand, kBand, kBand);
+        m.v + (side - 1 - q) * m.ld, -m.ld, 1, packed, packed + kPanel, depth, products + q * kBand,
+        kBand, kBand);
   std::fill(factor, factor + kBand * kBand, 0.0);
   for (int64_t q = 0; q < kBand; ++q) {
     const double tau = m.tau[side - 1 - q];
@@ -159,7 +167,7 @@ template <typename Run>
 void reduce_to_band(const Reduction& m, const Run& run) {
   constexpr int64_t b = kBand;
   const int64_t ld = m.ld;
-  std::vector<double> memory((3 * b + 2 * kBoth) * ld);
+  std::vector<double> memory((3 * b + 2 * kBoth) * ld);  // in panels of whole rows
   double *packed = memory.data(), *z = packed + b * ld, *w = z + b * ld;
   double *left = w + b * ld, *right = left + kBoth * ld;
   for (int64_t row = 0; row <= std::min(b, m.t - 1); ++row) {
@@ -169,16 +177,14 @@ void reduce_to_band(const Reduction& m, const Run& run) {
   for (int64_t side = m.t; side > b + 1; side -= b) {
     const int64_t rest = side - b, quads = (rest + 3) / 4, panels = panels_of(rest);
     factor_panel(m, side);
-    std::fill(z, z + 4 * quads * b, 0.0);
-    std::fill(w, w + 4 * quads * b, 0.0);
-    std::fill(left + rest * kBoth, left + panels * kPanel * kBoth, 0.0);
-    std::fill(right + (panels - 1) * kBoth * kPanel, right + panels * kBoth * kPanel, 0.0);
-    for (int64_t q = 0; q < b; ++q)
-      for (int64_t j = 0; j < rest; ++j)
-        packed[j * b + q] = m.v[(side - 1 - q) * ld + j];
+    const double* last = m.v + (side - 1) * ld;  // v_0; those after it stand before it
+    for (int64_t j = 0; j < panels * kPanel; ++j)
+      for (int64_t q = 0; q < b; ++q)
+        packed[j * b + q] = last[j - q * ld];
     double factor[b * b], core[b * b] = {}, turned[b * b] = {}, half[b * b] = {};
     block_factor(m, side, packed, factor);
     // Z = A V^T. A slice below about 25 microseconds is not worth a thread.
+    std::fill(z, z + panels * kPanel * b, 0.0);
     run(quads, std::max<int64_t>(1, 5000 / rest), [&](int64_t begin, int64_t end) {
       for (int64_t k0 = 0; k0 < rest; k0 += kDepth)
         for (int64_t i = 4 * begin; i < 4 * end; i += 4)
@@ -186,33 +192,38 @@ void reduce_to_band(const Reduction& m, const Run& run) {
               m.g + i * ld + k0, ld, 1, packed + k0 * b, packed + k0 * b + kPanel,
               std::min(kDepth, rest - k0), z + i * b, b, b);
     });
-    std::fill(z + rest * b, z + 4 * quads * b, 0.0);
+    std::fill(z + rest * b, z + panels * kPanel * b, 0.0);
     // W = Z T - 1/2 V^T T^T (V Z) T.
     for (int64_t q = 0; q < b; q += kRows)
-      two_tiles(
-          m.v + (side - 1 - q) * ld, -ld, 1, z, z + kPanel, rest, core + q * b, b, b);
+      two_tiles(last - q * ld, -ld, 1, z, z + kPanel, rest, core + q * b, b, b);
     for (int64_t q = 0; q < b; q += kRows)
       two_tiles(core + q * b, b, 1, factor, factor + kPanel, b, turned + q * b, b, b);
     for (int64_t q = 0; q < b; q += kRows)
       two_tiles(factor + q, 1, b, turned, turned + kPanel, b, half + q * b, b, b);
     for (double& x : half)
       x *= -0.5;
-    for (int64_t i = 0; i < rest; i += 4) {
-      two_tiles(z + i * b, b, 1, factor, factor + kPanel, b, w + i * b, b, b);
-      two_tiles(packed + i * b, b, 1, half, half + kPanel, b, w + i * b, b, b);
-    }
-    for (int64_t i = 0; i < rest; ++i) {
-      double* of_panel = right + i / kPanel * kBoth * kPanel + i % kPanel;
-      for (int64_t q = 0; q < b; ++q) {
-        left[i * kBoth + q] = -w[i * b + q];
-        left[i * kBoth + b + q] = -packed[i * b + q];
-        of_panel[q * kPanel] = packed[i * b + q];
-        of_panel[(b + q) * kPanel] = w[i * b + q];
+    std::fill(w, w + panels * kPanel * b, 0.0);
+    run(panels, 10, [&](int64_t begin, int64_t end) {
+      for (int64_t i = begin * kPanel; i < end * kPanel; i += kRows) {
+        two_tiles(z + i * b, b, 1, factor, factor + kPanel, b, w + i * b, b, b);
+        two_tiles(packed + i * b, b, 1, half, half + kPanel, b, w + i * b, b, b);
       }
-    }
-    run(symmetric_units(rest), 200, [&](int64_t begin, int64_t end) {
-      update_units(m.g, ld, rest, left, right, begin, end);
+      for (int64_t i = begin * kPanel; i < end * kPanel; ++i)
+        for (int64_t q = 0; q < b; ++q) {
+          left[i * kBoth + q] = -w[i * b + q];
+          left[i * kBoth + b + q] = -packed[i * b + q];
+        }
+      for (int64_t panel = begin; panel < end; ++panel)
+        for (int64_t q = 0; q < b; ++q) {
+          double* to = right + (panel * kBoth + q) * kPanel;
+          const int64_t first = panel * kPanel;
+          std::memcpy(to, last - q * ld + first, sizeof(double) * kPanel);
+          for (int64_t r = 0; r < kPanel; ++r)
+            to[b * kPanel + r] = w[(first + r) * b + q];
+        }
     });
+    run(symmetric_units(rest), 200,
+        [&](int64_t begin, int64_t end) { update_units(m.g, ld, rest, left, right, begin, end); });
     for (int64_t j = 0; j < panels * kPanel; j += b)
       mirror(m.g + j * ld + j, std::min(b, panels * kPanel - j), ld);
   }
@@ -225,21 +236,21 @@ struct Column {
 
 __attribute__((always_inline)) inline Column load_column(const double* from) {
   Column x;
-#pragma GCC unroll 8
+#pragma GCC unroll 12
   for (int64_t k = 0; k < kWides; ++k)
     load(x.part[k], from + k * kWide);
   return x;
 }
 
 __attribute__((always_inline)) inline void store_column(double* to, const Column& x) {
-#pragma GCC unroll 8
+#pragma GCC unroll 12
   for (int64_t k = 0; k < kWides; ++k)
     store(to + k * kWide, x.part[k]);
 }
 
 __attribute__((always_inline)) inline double product_of(const Column& x, const Column& y) {
   Wide sum = {};
-#pragma GCC unroll 8
+#pragma GCC unroll 12
   for (int64_t k = 0; k < kWides; ++k)
     sum += x.part[k] * y.part[k];
   return horizontal_sum(sum);
@@ -258,7 +269,7 @@ inline double head_reflector(const double* x, double* u) {
   const double beta = -std::copysign(std::sqrt(alpha * alpha + square), alpha);
   // v = x - beta e_1, |v|^2 = 2 beta (beta - alpha), u = v sqrt(2) / |v|.
   const double scale = 1.0 / std::sqrt(beta * (beta - alpha));
-#pragma GCC unroll 8
+#pragma GCC unroll 12
   for (int64_t k = 0; k < kWides; ++k)
     v.part[k] *= scale;
   store_column(u, v);
@@ -275,10 +286,10 @@ inline void turn_both_sides(double* d, const double* u) {
   const Column v = load_column(u);
   Column product = {};
   alignas(64) double across[kBand];
-#pragma GCC unroll 8
+#pragma GCC unroll 12
   for (int64_t k = 0; k < kWides; ++k) {  // columns [k kWide, (k + 1) kWide)
     Wide sums[kWide];
-#pragma GCC unroll 8
+#pragma GCC unroll 12
     for (int64_t c = 0; c < kWide; ++c) {
       const double* column = d + (k * kWide + c) * kBandStep;
       const double factor = u[k * kWide + c];
@@ -286,7 +297,7 @@ inline void turn_both_sides(double* d, const double* u) {
       load(x, column + k * kWide);
       product.part[k] += (kLanes >= c ? x : Wide{}) * factor;
       sums[c] = (kLanes > c ? x : Wide{}) * v.part[k];
-#pragma GCC unroll 8
+#pragma GCC unroll 12
       for (int64_t below = k + 1; below < kWides; ++below) {
         load(x, column + below * kWide);
         product.part[below] += x * factor;
@@ -297,7 +308,7 @@ inline void turn_both_sides(double* d, const double* u) {
     sum_each(sums, row);
     store(across + k * kWide, row);
   }
-#pragma GCC unroll 8
+#pragma GCC unroll 12
   for (int64_t k = 0; k < kWides; ++k) {
     Wide x;
     load(x, across + k * kWide);
@@ -306,14 +317,14 @@ inline void turn_both_sides(double* d, const double* u) {
   // D - u w^T - w u^T with w = D u - (u^T D u / 2) u.
   const double along = 0.5 * product_of(product, v);
   alignas(64) double w[kBand];
-#pragma GCC unroll 8
+#pragma GCC unroll 12
   for (int64_t k = 0; k < kWides; ++k)
     product.part[k] -= along * v.part[k];
   store_column(w, product);
-#pragma GCC unroll 8
+#pragma GCC unroll 12
   for (int64_t k = 0; k < kWides; ++k)
     for (int64_t j = k * kWide; j < (k + 1) * kWide; ++j)
-#pragma GCC unroll 8
+#pragma GCC unroll 12
       for (int64_t below = k; below < kWides; ++below) {
         double* entry = d + j * kBandStep + below * kWide;
         Wide x;
@@ -326,15 +337,16 @@ inline void turn_both_sides(double* d, const double* u) {
 inline void turn_below(double* block, const double* u, double* next) {
   Column sum = {}, other = {};  // B u; two chains of additions
   for (int64_t j = 0; j < kBand; j += 2) {
-    const Column x = load_column(block + j * kBandStep), y = load_column(block + (j + 1) * kBandStep);
-#pragma GCC unroll 8
+    const Column x = load_column(block + j * kBandStep),
+                 y = load_column(block + (j + 1) * kBandStep);
+#pragma GCC unroll 12
     for (int64_t k = 0; k < kWides; ++k) {
       sum.part[k] += x.part[k] * u[j];
       other.part[k] += y.part[k] * u[j + 1];
     }
   }
   Column first = load_column(block);
-#pragma GCC unroll 8
+#pragma GCC unroll 12
   for (int64_t k = 0; k < kWides; ++k) {
     sum.part[k] += other.part[k];
     first.part[k] -= u[0] * sum.part[k];
@@ -345,11 +357,11 @@ inline void turn_below(double* block, const double* u, double* next) {
   const double turned = product_of(sum, v);
   for (int64_t j = 0; j < kBand; j += kWide) {
     Wide sums[kWide];
-#pragma GCC unroll 8
+#pragma GCC unroll 12
     for (int64_t c = 0; c < kWide; ++c) {
       sums[c] = Wide{};
       const Column x = load_column(block + (j + c) * kBandStep);
-#pragma GCC unroll 8
+#pragma GCC unroll 12
       for (int64_t k = 0; k < kWides; ++k)
         sums[c] += x.part[k] * v.part[k];
     }
@@ -358,11 +370,11 @@ inline void turn_below(double* block, const double* u, double* next) {
     sum_each(sums, products);
     alignas(64) double along[kWide];
     store(along, products - factors * turned);
-#pragma GCC unroll 8
+#pragma GCC unroll 12
     for (int64_t c = 0; c < kWide; ++c) {
       double* column = block + (j + c) * kBandStep;
       Column x = load_column(column);
-#pragma GCC unroll 8
+#pragma GCC unroll 12
       for (int64_t k = 0; k < kWides; ++k)
         x.part[k] -= u[j + c] * sum.part[k] + along[c] * v.part[k];
       store_column(column, x);
@@ -401,7 +413,7 @@ inline void chase(const Reduction& m) {
 // x <- Q2 x or Q2^T x.
 inline void apply_chase(const Reduction& m, bool transposed, double* x) {
   const int64_t t = m.t;
-  std::vector<double> memory(t + kBand, 0.0);
+  std::vector<double> memory(m.ld + kBand);
   double* y = memory.data();
   std::memcpy(y, x, sizeof(double) * t);
   for (int64_t step = 0; step + 1 < t; ++step) {

@@ -25,6 +25,31 @@ inline void tile(
     double* c,
     int64_t ldc,
     int64_t b_step = kPanel) {
+#if IMMUNIZE_EXT_REGISTER_BYTES == 16
+  for (int64_t first = 0; first < kPanel; first += 4) {
+    Vec2 acc[kRows][2] = {};
+    for (int64_t k = 0; k < depth; ++k) {
+      Vec2 right[2];
+      load(right[0], b + k * b_step + first);
+      load(right[1], b + k * b_step + first + 2);
+#pragma GCC unroll 4
+      for (int r = 0; r < kRows; ++r) {
+        const double left = a[r * a_row + k * a_step];
+        acc[r][0] += left * right[0];
+        acc[r][1] += left * right[1];
+      }
+    }
+#pragma GCC unroll 4
+    for (int r = 0; r < kRows; ++r)
+#pragma GCC unroll 2
+      for (int h = 0; h < 2; ++h) {
+        double* to = c + r * ldc + first + 2 * h;
+        Vec2 old;
+        load(old, to);
+        store(to, old + acc[r][h]);
+      }
+  }
+#else
   Vec4 acc[kRows][3] = {};
   for (int64_t k = 0; k < depth; ++k) {
     Vec4 right[3];
@@ -48,6 +73,7 @@ inline void tile(
       store(c + r * ldc + 4 * j, old + acc[r][j]);
     }
   }
+#endif
 }
 
 // The same for two panels, b and next, whose columns are neighbours in c. No bit differs.
@@ -263,7 +289,7 @@ inline void multiply_right(
 }
 
 // Blocks [begin, end) of kRowBlock rows of out = A z, A (rows x depth) with entries
-// a[i * row + k * step], z (depth x m) and m a multiple of 12.
+// a[i * row + k * step], one of row and step being 1; z (depth x m), m a multiple of 12.
 template <typename T>
 inline void multiply_vectors(
     const T* a,
@@ -284,22 +310,21 @@ inline void multiply_vectors(
     for (int64_t k0 = 0; k0 < depth; k0 += kDepth) {
       const int64_t width = std::min(kDepth, depth - k0);
       const T* from = a + i0 * row + k0 * step;
-      if (step == 1)
-        for (int64_t i = 0; i < height; ++i)
-          for (int64_t k = 0; k < width; ++k)
-            packed[k * kRowBlock + i] = static_cast<double>(from[i * row + k]);
-      else
-        for (int64_t k = 0; k < width; ++k)
-          for (int64_t i = 0; i < height; ++i)
-            packed[k * kRowBlock + i] = static_cast<double>(from[i * row + k * step]);
+      const bool along = step == 1;
+      const int64_t lines = along ? height : width, used = along ? width : height;
+      const int64_t from_line = along ? row : step, to_line = along ? kDepth : kRowBlock;
+      for (int64_t line = 0; line < lines; ++line)
+        for (int64_t i = 0; i < used; ++i)
+          packed[line * to_line + i] = static_cast<double>(from[line * from_line + i]);
+      const int64_t left_row = along ? kDepth : 1, left_step = along ? 1 : kRowBlock;
       for (int64_t i = 0; i < height; i += kRows)
         for (int64_t j = 0; j < m; j += 2 * kPanel) {
-          const double* right = z + k0 * m + j;
+          const double *left = packed + i * left_row, *right = z + k0 * m + j;
           double* to = result + i * m + j;
           if (j + kPanel < m)
-            two_tiles(packed + i, 1, kRowBlock, right, right + kPanel, width, to, m, m);
+            two_tiles(left, left_row, left_step, right, right + kPanel, width, to, m, m);
           else
-            tile(packed + i, 1, kRowBlock, right, width, to, m, m);
+            tile(left, left_row, left_step, right, width, to, m, m);
         }
     }
     std::memcpy(out + i0 * m, result, sizeof(double) * height * m);

@@ -26,13 +26,13 @@
 
 #include <ATen/ATen.h>
 #include <ATen/CPUGeneratorImpl.h>
-#include <ATen/Parallel.h>
 
 #include <cmath>
 #include <limits>
 
 #include "../tensors.h"
 #include "spectrum_kernels.h"
+#include "threads.h"
 
 namespace immunize_ext::spectrum {
 
@@ -61,11 +61,10 @@ Tensor times_thin(const Thin<T>& thin, bool transposed, const Tensor& z) {
   double* to = out.mutable_data_ptr<double>();
   const bool along = thin.left() != transposed;  // rows of A are rows of the matrix
   const int64_t grain = std::max<int64_t>(1, 1000000 / (kRowBlock * depth * ld));
-  at::parallel_for(
-      0, (rows + kRowBlock - 1) / kRowBlock, grain, [&](int64_t begin, int64_t end) {
-        IMMUNIZE_EXT_CHOSEN(multiply_vectors(
-            thin.a, along ? thin.p : 1, along ? 1 : thin.p, rows, depth, from, ld, begin, end, to));
-      });
+  parallel_for((rows + kRowBlock - 1) / kRowBlock, grain, [&](int64_t begin, int64_t end) {
+    IMMUNIZE_EXT_CHOSEN(multiply_vectors(
+        thin.a, along ? thin.p : 1, along ? 1 : thin.p, rows, depth, from, ld, begin, end, to));
+  });
   return out.narrow(1, 0, m);
 }
 

@@ -10,7 +10,6 @@
 #include "../spectrum.h"
 
 #include <ATen/ATen.h>
-#include <ATen/Parallel.h>
 
 #include <algorithm>
 #include <cmath>
@@ -42,7 +41,7 @@ void thin_gram(const Thin<T>& thin, double* g) {
   std::fill(g, g + ld * ld, 0.0);
   // 2 * 24 * 4 flops a unit and depth: a slice below about 2e6 is not worth a thread.
   const int64_t grain = std::max<int64_t>(1, 10000 / thin.length());
-  at::parallel_for(0, units, grain, [&](int64_t begin, int64_t end) {
+  parallel_for(units, grain, [&](int64_t begin, int64_t end) {
     std::vector<double> packed(ld * kDepth);
     IMMUNIZE_EXT_CHOSEN(add_symmetric_product(thin, begin, end, packed.data(), g));
   });
@@ -158,7 +157,7 @@ void settle(
       nullptr, thin.left() ? rows : thin.n, thin.left() ? thin.p : rows, thin.columns};
   const std::unique_ptr<T[]> entries(new T[shape.n * shape.p]);
   const int64_t grain = std::max<int64_t>(1, kWorthAThread / shape.p);
-  at::parallel_for(0, shape.n, grain, [&](int64_t begin, int64_t end) {
+  parallel_for(shape.n, grain, [&](int64_t begin, int64_t end) {
     for (int64_t i = begin; i < end; ++i) {
       T* to = entries.get() + i * shape.p;
       const T* from = thin.a + (thin.left() ? kept[i] : i) * thin.p;
@@ -272,6 +271,7 @@ ExtremesBatch extremes_of(
     const Policy& policy,
     Wanted wanted,
     bool of_gram) {
+  const Call call;
   const int64_t n = a.n, p = a.p, t = a.thin();
   ExtremesBatch out(a, wanted, of_gram);
   const std::vector<int64_t> left = a.matrices.scalar_type() == at::kDouble
@@ -373,7 +373,7 @@ void thin_product(const Thin<T>& x, const double* full, T* out) {
       m[i * ld + j] = full[kept[i] * side + kept[j]];
   if (x.left()) {
     const int64_t grain = std::max<int64_t>(1, 100000 / (t * t));
-    at::parallel_for(0, panels_of(x.p), grain, [&](int64_t begin, int64_t end) {
+    parallel_for(panels_of(x.p), grain, [&](int64_t begin, int64_t end) {
       IMMUNIZE_EXT_CHOSEN(multiply_left(m.data(), ld, x.a, kept.data(), t, x.p, begin, end, out));
     });
     return;
@@ -382,7 +382,7 @@ void thin_product(const Thin<T>& x, const double* full, T* out) {
   pack_columns(m.data(), ld, t, packed.data());
   const int64_t blocks = (x.n + kRowBlock - 1) / kRowBlock;
   const int64_t grain = std::max<int64_t>(1, 1000000 / (t * t * kRowBlock));
-  at::parallel_for(0, blocks, grain, [&](int64_t begin, int64_t end) {
+  parallel_for(blocks, grain, [&](int64_t begin, int64_t end) {
     IMMUNIZE_EXT_CHOSEN(multiply_right(
         x.a, x.p, packed.data(), kept.data(), t, begin * kRowBlock, std::min(end * kRowBlock, x.n),
         out));
@@ -523,6 +523,7 @@ bool overflows(const MatrixBatch& a, const GradientInputs& in, int64_t b) {
 
 Tensor gradient_of(
     const char* /*op*/, const MatrixBatch& a, const GradientInputs& in, const Policy& policy) {
+  const Call call;
   std::vector<int64_t> index;
   for (int64_t b = 0; in.of_gram() && b < a.batch; ++b)
     if (overflows(a, in, b))

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import multiprocessing
 import os
+import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -189,6 +190,30 @@ def test_a_batch_asks_for_no_threads_within_threads(shape):
     gram_r_ill(x).sum().backward()
     ops.symmetric_extremes(x.detach() @ x.detach().mT).lambda_min.sum()
     assert len(os.listdir(TASKS)) <= before
+
+
+@same_bits
+@counts_threads
+def test_calls_at_the_same_time_share_their_threads():
+    """Beside a call that is under way one of two threads is left: no further one is started."""
+    large, small = with_cluster(1100, 1), with_cluster(500, 1)
+
+    def call(h: Tensor) -> int:
+        torch.set_num_threads(2)
+        before = len(os.listdir(TASKS))
+        ops.symmetric_extremes(h)
+        return len(os.listdir(TASKS)) - before
+
+    for _ in range(20):
+        with ThreadPoolExecutor(1) as one, ThreadPoolExecutor(1) as other:
+            one.submit(call, small).result()  # its own threads are there
+            first = one.submit(call, large)
+            time.sleep(0.005)
+            more = other.submit(call, small).result()
+            if not first.done():
+                assert more == 0
+                return
+    pytest.skip("the machine never had two calls at once")
 
 
 class Spectra(Dataset):
