@@ -219,7 +219,7 @@ def test_calls_at_the_same_time_share_their_threads():
 
 
 class Spectra(Dataset):
-    """R_ill of matrices large enough for threads, and how many it left behind; Python has its own."""
+    """R_ill of matrices large enough for threads, and how many it left behind beside Python's."""
 
     def __len__(self) -> int:
         return 4
