@@ -101,7 +101,7 @@ Outputs condition_number(
   const auto shape = batch_shape(a);
   const auto left = with_sides(shape, {m.n}), right = with_sides(shape, {m.p});
   return {
-      value.view(shape).to(a.scalar_type()),
+      converted(value.view(shape), a.scalar_type()),
       coefficients.view(with_sides(shape, {2})),
       shaped(e.multiplicity_max, shape),
       shaped(e.multiplicity_min, shape),

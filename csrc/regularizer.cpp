@@ -209,7 +209,8 @@ Outputs outputs(
     const Tensor& coefficients) {
   const auto shape = batch_shape(x);
   return {
-      shaped(value, shape).to(x.scalar_type()), shaped(coefficients, with_sides(shape, {4})),
+      converted(shaped(value, shape), x.scalar_type()),
+      shaped(coefficients, with_sides(shape, {4})),
       shaped(ill ? e.multiplicity_min : e.multiplicity_max, shape),
       shaped(ill ? e.thin_min : e.thin_max, with_sides(shape, {m.thin()})),
       gram ? shaped(e.thin_gram, with_sides(shape, {m.thin(), m.thin()}))

@@ -61,7 +61,7 @@ Tensor saved_counts(const char* op, const char* name, const Tensor& t, const Ten
 
 Tensor incoming_gradient(const char* op, const char* name, const Tensor& t, const Tensor& a) {
   check_real_floating(op, name, t);
-  return flat(op, name, t, a, {}).to(at::kDouble);
+  return converted(flat(op, name, t, a, {}), at::kDouble);
 }
 
 namespace {

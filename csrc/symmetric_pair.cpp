@@ -10,11 +10,11 @@
 #include <tuple>
 
 #include "plain_gradient.h"
+#include "tensors.h"
 
 namespace immunize_ext {
 namespace {
 
-using at::Tensor;
 using torch::autograd::AutogradContext;
 using torch::autograd::variable_list;
 
@@ -25,7 +25,8 @@ Outputs symmetric_pair(const Tensor& h, double cluster_rtol) {
                              .findSchemaOrThrow("immunize_ext::symmetric_extremes", "")
                              .typed<Outputs(const Tensor&, double)>();
   auto [largest, smallest, m_max, m_min, v_max, v_min] = op.call(h, cluster_rtol);
-  return {largest.to(h.scalar_type()), smallest.to(h.scalar_type()), m_max, m_min, v_max, v_min};
+  const at::ScalarType dtype = h.scalar_type();
+  return {converted(largest, dtype), converted(smallest, dtype), m_max, m_min, v_max, v_min};
 }
 
 class SymmetricPair : public torch::autograd::Function<SymmetricPair> {
@@ -36,6 +37,7 @@ class SymmetricPair : public torch::autograd::Function<SymmetricPair> {
                                .typed<Outputs(const Tensor&, double)>();
     at::AutoDispatchBelowADInplaceOrView below;
     auto [largest, smallest, m_max, m_min, v_max, v_min] = op.call(h, cluster_rtol);
+    ctx->set_materialize_grads(false);
     ctx->save_for_backward({h, m_max, m_min, v_max, v_min});
     ctx->mark_non_differentiable({m_max, m_min, v_max, v_min});
     ctx->saved_data["cluster_rtol"] = cluster_rtol;
@@ -43,15 +45,20 @@ class SymmetricPair : public torch::autograd::Function<SymmetricPair> {
   }
 
   static variable_list backward(AutogradContext* ctx, const variable_list& grads) {
+    if (!grads[0].defined() && !grads[1].defined())
+      return {Tensor(), Tensor()};
     static const auto op = c10::Dispatcher::singleton()
                                .findSchemaOrThrow("immunize_ext::symmetric_extremes_backward", "")
                                .typed<Tensor(
                                    const Tensor&, const Tensor&, const Tensor&, const Tensor&,
                                    const Tensor&, const Tensor&, const Tensor&, double)>();
     const auto saved = ctx->get_saved_variables();
+    const auto given = [&grads](int end) {
+      return grads[end].defined() ? grads[end] : at::zeros_like(grads[1 - end]);
+    };
     const auto gradient = [&] {
       return op.call(
-          grads[0], grads[1], saved[0], saved[1], saved[2], saved[3], saved[4],
+          given(0), given(1), saved[0], saved[1], saved[2], saved[3], saved[4],
           ctx->saved_data["cluster_rtol"].toDouble());
     };
     if (!wants_numbers_only(grads))

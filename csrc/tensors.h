@@ -3,7 +3,9 @@
 #pragma once
 
 #include <ATen/ATen.h>
+#include <ATen/EmptyTensor.h>
 
+#include <algorithm>
 #include <cmath>
 #include <cstdlib>
 #include <initializer_list>
@@ -48,6 +50,25 @@ inline Tensor shaped(Tensor t, at::IntArrayRef sizes) {
     return t.view(sizes);
   t.unsafeGetTensorImpl()->set_sizes_contiguous(sizes);
   return t;
+}
+
+// t.to(dtype) between float32 and float64. For the few numbers of a small batch on the CPU the
+// dispatcher alone would take longer than all of this.
+inline Tensor converted(const Tensor& t, at::ScalarType dtype) {
+  constexpr int64_t few = 64;
+  if (t.scalar_type() == dtype)
+    return t;
+  const auto simple = [](at::ScalarType type) { return type == at::kDouble || type == at::kFloat; };
+  if (!t.is_cpu() || !t.is_contiguous() || t.numel() > few || !simple(dtype) ||
+      !simple(t.scalar_type()))
+    return t.to(dtype);
+  const Tensor out(at::detail::empty_cpu(t.sizes(), dtype));
+  if (dtype == at::kDouble)
+    std::copy_n(t.const_data_ptr<float>(), t.numel(), out.mutable_data_ptr<double>());
+  else
+    for (int64_t i = 0; i < t.numel(); ++i)
+      out.mutable_data_ptr<float>()[i] = static_cast<float>(t.const_data_ptr<double>()[i]);
+  return out;
 }
 
 inline at::IntArrayRef batch_shape(const Tensor& a) {

@@ -3,10 +3,11 @@
 //   add_symmetric_product   g += s s^T, s the thin side of a (t x k): lower triangle by tiles
 //   multiply_left           out = m x    (t x t) (t x p), of some rows of x and out
 //   multiply_right          out = x m    (n x t) (t x t), of some columns
+//   multiply_vectors        out = A z    for many vectors z, A = a or a^T
 //   combine_rows            y = u^T a    for one or two vectors u
 //   combine_columns         y = a v      for one or two vectors v
 //
-// One register tile serves all of the first three: 4 rows by a panel of 12 columns (three vectors),
+// One register tile serves all of the first four: 4 rows by a panel of 12 columns (three vectors),
 // both packed or strided, over a depth of 128; where vectors hold eight numbers, by two panels at
 // once. A symmetric product packs only one operand, since a panel of 12 holds three groups of 4
 // rows. Only tiles on or below the diagonal are computed: half the arithmetic of a general product.
@@ -24,6 +25,31 @@ inline void tile(
     double* c,
     int64_t ldc,
     int64_t b_step = kPanel) {
+#if IMMUNIZE_EXT_REGISTER_BYTES == 16
+  for (int64_t first = 0; first < kPanel; first += 4) {
+    Vec2 acc[kRows][2] = {};
+    for (int64_t k = 0; k < depth; ++k) {
+      Vec2 right[2];
+      load(right[0], b + k * b_step + first);
+      load(right[1], b + k * b_step + first + 2);
+#pragma GCC unroll 4
+      for (int r = 0; r < kRows; ++r) {
+        const double left = a[r * a_row + k * a_step];
+        acc[r][0] += left * right[0];
+        acc[r][1] += left * right[1];
+      }
+    }
+#pragma GCC unroll 4
+    for (int r = 0; r < kRows; ++r)
+#pragma GCC unroll 2
+      for (int h = 0; h < 2; ++h) {
+        double* to = c + r * ldc + first + 2 * h;
+        Vec2 old;
+        load(old, to);
+        store(to, old + acc[r][h]);
+      }
+  }
+#else
   Vec4 acc[kRows][3] = {};
   for (int64_t k = 0; k < depth; ++k) {
     Vec4 right[3];
@@ -47,6 +73,7 @@ inline void tile(
       store(c + r * ldc + 4 * j, old + acc[r][j]);
     }
   }
+#endif
 }
 
 // The same for two panels, b and next, whose columns are neighbours in c. No bit differs.
@@ -184,8 +211,10 @@ inline void multiply_left(
     const int64_t first = panel * kPanel;
     const int64_t used = std::min(two ? width : kPanel, p - first);
     if constexpr (std::is_same_v<T, double>) {
-      // Nothing to widen, to leave out or to pad: without copies.
-      if (used == width && kept[t - 1] == t - 1 && t % kRows == 0) {
+      // Nothing to widen, to leave out or to pad: without copies, while a page for each row is not
+      // too many.
+      constexpr int64_t few = 96;
+      if (used == width && t <= few && kept[t - 1] == t - 1 && t % kRows == 0) {
         for (int64_t i = 0; i < t; ++i)
           std::memset(out + i * p + first, 0, sizeof(double) * width);
         for (int64_t i = 0; i < t; i += kRows)
@@ -256,6 +285,49 @@ inline void multiply_right(
     for (int64_t i = 0; i < height; ++i)
       for (int64_t j = 0; j < t; ++j)
         out[(i0 + i) * p + kept[j]] = static_cast<T>(result[i * ld + j]);
+  }
+}
+
+// Blocks [begin, end) of kRowBlock rows of out = A z, A (rows x depth) with entries
+// a[i * row + k * step], one of row and step being 1; z (depth x m), m a multiple of 12.
+template <typename T>
+inline void multiply_vectors(
+    const T* a,
+    int64_t row,
+    int64_t step,
+    int64_t rows,
+    int64_t depth,
+    const double* z,
+    int64_t m,
+    int64_t begin,
+    int64_t end,
+    double* out) {
+  std::vector<double> scratch(kRowBlock * (kDepth + m));
+  double *packed = scratch.data(), *result = packed + kRowBlock * kDepth;
+  for (int64_t i0 = begin * kRowBlock; i0 < std::min(end * kRowBlock, rows); i0 += kRowBlock) {
+    const int64_t height = std::min(kRowBlock, rows - i0);
+    std::memset(scratch.data(), 0, sizeof(double) * scratch.size());
+    for (int64_t k0 = 0; k0 < depth; k0 += kDepth) {
+      const int64_t width = std::min(kDepth, depth - k0);
+      const T* from = a + i0 * row + k0 * step;
+      const bool along = step == 1;
+      const int64_t lines = along ? height : width, used = along ? width : height;
+      const int64_t from_line = along ? row : step, to_line = along ? kDepth : kRowBlock;
+      for (int64_t line = 0; line < lines; ++line)
+        for (int64_t i = 0; i < used; ++i)
+          packed[line * to_line + i] = static_cast<double>(from[line * from_line + i]);
+      const int64_t left_row = along ? kDepth : 1, left_step = along ? 1 : kRowBlock;
+      for (int64_t i = 0; i < height; i += kRows)
+        for (int64_t j = 0; j < m; j += 2 * kPanel) {
+          const double *left = packed + i * left_row, *right = z + k0 * m + j;
+          double* to = result + i * m + j;
+          if (j + kPanel < m)
+            two_tiles(left, left_row, left_step, right, right + kPanel, width, to, m, m);
+          else
+            tile(left, left_row, left_step, right, width, to, m, m);
+        }
+    }
+    std::memcpy(out + i0 * m, result, sizeof(double) * height * m);
   }
 }
 

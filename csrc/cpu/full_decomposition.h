@@ -4,7 +4,6 @@
 #pragma once
 
 #include <ATen/ATen.h>
-#include <ATen/Parallel.h>
 
 #include <algorithm>
 #include <cmath>
@@ -13,17 +12,9 @@
 #include "../extremes.h"
 #include "../tensors.h"
 #include "lanes.h"
+#include "threads.h"
 
 namespace immunize_ext {
-
-// How the torch-free kernels spread work over threads: run(count, grain, f). Within a parallel
-// region it runs in place.
-struct Threads {
-  template <typename F>
-  void operator()(int64_t count, int64_t grain, const F& f) const {
-    at::parallel_for(0, count, grain, f);
-  }
-};
 
 // Below about this many operations a thread costs more than it saves; nor is there one to wait for
 // in a forked child, whose OpenMP has lost its threads.
@@ -38,7 +29,7 @@ void for_each_matrix(int64_t batch, int64_t cost, const F& f) {
       f(b);
   };
   if (batch > 1 && batch >= at::get_num_threads())
-    at::parallel_for(0, batch, std::max<int64_t>(1, kWorthAThread / cost), range);
+    parallel_for(batch, std::max<int64_t>(1, kWorthAThread / cost), range);
   else
     range(0, batch);
 }
@@ -49,7 +40,7 @@ void for_each_lanes(int64_t batch, int64_t cost, const F& f) {
   const int64_t width = lanes::width(), groups = (batch + width - 1) / width;
   // A tiny matrix costs more than its products.
   const int64_t grain = std::max<int64_t>(1, kWorthAThread / (width * (cost + 100)));
-  at::parallel_for(0, groups, grain, [&](int64_t begin, int64_t end) {
+  parallel_for(groups, grain, [&](int64_t begin, int64_t end) {
     f(begin * width, std::min(end * width, batch));
   });
 }

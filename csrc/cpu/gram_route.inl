@@ -188,7 +188,8 @@ bool extremes(
       /*e=*/work.take(ld),
       /*v=*/work.take(ld * ld),
       /*tau=*/work.take(ld),
-      /*work=*/work.take(3 * ld)};
+      /*work=*/work.take(3 * ld),
+      /*two_stages=*/t >= kBandSide};
   reduce(reduction, run);
   double* e_square = work.take(ld);
   for (int64_t i = 0; i + 1 < t; ++i)

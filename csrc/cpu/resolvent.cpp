@@ -2,8 +2,6 @@
 
 #include "../resolvent.h"
 
-#include <ATen/Parallel.h>
-
 #include <cstring>
 #include <vector>
 
@@ -16,6 +14,7 @@ namespace immunize_ext {
 using namespace spectrum;
 
 TridiagonalForm cpu_tridiagonal_form(const Tensor& a) {
+  const Call call;
   const int64_t batch = a.size(0), t = a.size(-1), ld = padded(t);
   const TridiagonalForm out{
       at::empty({batch, t}, a.options()), at::empty({batch, t}, a.options()),
@@ -38,6 +37,7 @@ ResolventValues cpu_resolvent_values(
     const Tensor& shifts,
     const Tensor& vectors,
     const Tensor& definite) {
+  const Call call;
   const int64_t batch = shifts.size(0), s = shifts.size(1), t = form.diagonal.size(-1),
                 m = vectors.size(-1);
   const ResolventValues out{
@@ -88,6 +88,7 @@ ResolventGradient cpu_resolvent_gradient(
     const TridiagonalForm& form,
     const Tensor& shifts,
     const Tensor& vectors) {
+  const Call call;
   const int64_t batch = shifts.size(0), s = shifts.size(1), t = form.diagonal.size(-1),
                 m = vectors.size(-1), blocks = (t + kColumns - 1) / kColumns;
   const Tensor matrix = at::zeros({batch, t, t}, shifts.options());
@@ -117,8 +118,8 @@ ResolventGradient cpu_resolvent_gradient(
         square[l] = std::numeric_limits<double>::min();
     }
     double* lower = out + b * t * t;
-    at::parallel_for(
-        0, blocks, std::max<int64_t>(1, kWorthAThread / (20 * kColumns * t * (s + 1))),
+    parallel_for(
+        blocks, std::max<int64_t>(1, kWorthAThread / (20 * kColumns * t * (s + 1))),
         [&](int64_t begin, int64_t end) {
           std::vector<double> work(t * kColumns);
           IMMUNIZE_EXT_CHOSEN(resolvent_powers(

@@ -119,32 +119,6 @@ inline void resolvent_powers(
   }
 }
 
-// Four rows x_r of ld entries <- (I - tau v v^T) x_r, v of `length` entries, a multiple of 4.
-inline void reflect_four(const double* v, double tau, int64_t length, double* x, int64_t ld) {
-  Vec4 acc[4] = {};
-  for (int64_t j = 0; j < length; j += 4) {
-    Vec4 a, b;
-    load(a, v + j);
-#pragma GCC unroll 4
-    for (int r = 0; r < 4; ++r) {
-      load(b, x + r * ld + j);
-      acc[r] += a * b;
-    }
-  }
-  double factor[4];
-  for (int r = 0; r < 4; ++r)
-    factor[r] = tau * horizontal_sum(acc[r]);
-  for (int64_t j = 0; j < length; j += 4) {
-    Vec4 a, b;
-    load(a, v + j);
-#pragma GCC unroll 4
-    for (int r = 0; r < 4; ++r) {
-      load(b, x + r * ld + j);
-      store(x + r * ld + j, b - factor[r] * a);
-    }
-  }
-}
-
 // Rows 4 [begin, end) of Q^T, rows (t rounded up to 4) x ld: row j is Q e_j, on which the reflectors
 // up to j do nothing.
 inline void form_rows(const Reduction& m, int64_t begin, int64_t end, double* rows) {
@@ -175,7 +149,7 @@ void tridiagonal_form(
   const Reduction m{t, ld, g, small, small + ld, v, small + 2 * ld, small + 3 * ld};
   for (int64_t i = 0; i < t; ++i)
     std::memcpy(g + i * ld, a + i * t, sizeof(double) * t);
-  reduce(m, run);
+  reduce_by_blocks(m, run);
   std::memcpy(d, m.d, sizeof(double) * t);
   std::memcpy(e, m.e, sizeof(double) * (t - 1));
   e[t - 1] = 0.0;

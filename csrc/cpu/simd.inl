@@ -23,6 +23,24 @@ __attribute__((always_inline)) inline double horizontal_sum(const Vec4& v) {
   return (v[0] + v[1]) + (v[2] + v[3]);
 }
 
+#if IMMUNIZE_EXT_REGISTER_BYTES == 16
+// One register where a Vec4 takes two, which arrays of them would leave for memory.
+typedef double Vec2 __attribute__((vector_size(16)));
+typedef double Unaligned2 __attribute__((vector_size(16), aligned(8), may_alias));
+
+__attribute__((always_inline)) inline void load(Vec2& v, const double* from) {
+  v = *reinterpret_cast<const Unaligned2*>(from);
+}
+
+__attribute__((always_inline)) inline void store(double* to, const Vec2& v) {
+  *reinterpret_cast<Unaligned2*>(to) = v;
+}
+
+__attribute__((always_inline)) inline double horizontal_sum(const Vec2& v) {
+  return v[0] + v[1];
+}
+#endif
+
 #if IMMUNIZE_EXT_SHUFFLES
 // Rows become columns.
 __attribute__((always_inline)) inline void transpose(Vec4& a, Vec4& b, Vec4& c, Vec4& d) {

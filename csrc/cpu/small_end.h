@@ -32,6 +32,7 @@
 
 #include "../tensors.h"
 #include "spectrum_kernels.h"
+#include "threads.h"
 
 namespace immunize_ext::spectrum {
 
@@ -47,6 +48,24 @@ inline double frobenius_norm(const Tensor& x) {
 
 inline Tensor orthonormal(const Tensor& x) {
   return std::get<0>(at::linalg_qr(x));
+}
+
+// S z, or S^T z if `transposed`, for vectors z [*, m] as columns.
+template <typename T>
+Tensor times_thin(const Thin<T>& thin, bool transposed, const Tensor& z) {
+  const int64_t m = z.size(1), ld = padded(m), depth = z.size(0);
+  const int64_t rows = transposed ? thin.length() : thin.side();
+  const Tensor columns = at::constant_pad_nd(z, {0, ld - m}).contiguous();
+  const Tensor out = at::empty({rows, ld}, z.options());
+  const double* from = columns.const_data_ptr<double>();
+  double* to = out.mutable_data_ptr<double>();
+  const bool along = thin.left() != transposed;  // rows of A are rows of the matrix
+  const int64_t grain = std::max<int64_t>(1, 1000000 / (kRowBlock * depth * ld));
+  parallel_for((rows + kRowBlock - 1) / kRowBlock, grain, [&](int64_t begin, int64_t end) {
+    IMMUNIZE_EXT_CHOSEN(multiply_vectors(
+        thin.a, along ? thin.p : 1, along ? 1 : thin.p, rows, depth, from, ld, begin, end, to));
+  });
+  return out.narrow(1, 0, m);
 }
 
 // g: S S^T up to noise, leading dimension ld. The vectors go to `out`, where they are wanted.
@@ -65,9 +84,8 @@ bool resolve_small_end(
   const double tolerance =
       4.0 * std::sqrt(static_cast<double>(thin.n + thin.p)) * kEps * end.sigma_max;
   const auto options = at::TensorOptions().dtype(at::kDouble);
-  const auto source = at::TensorOptions().dtype(c10::CppTypeToScalarType<T>::value);
-  const Tensor a = at::from_blob(const_cast<T*>(thin.a), {thin.n, thin.p}, source).to(at::kDouble);
-  const Tensor s = thin.left() ? a : a.mT();
+  const auto s = [&thin](const Tensor& z) { return times_thin(thin, false, z); };
+  const auto s_transposed = [&thin](const Tensor& z) { return times_thin(thin, true, z); };
   Tensor shifted = at::from_blob(const_cast<double*>(g), {t, t}, {ld, 1}, options).clone();
   shifted.diagonal().add_(delta);
   const auto [factor, info] = at::linalg_cholesky_ex(shifted);
@@ -79,7 +97,7 @@ bool resolve_small_end(
       orthonormal(at::cholesky_solve(orthonormal(at::cholesky_solve(start, factor)), factor));
   double before = std::numeric_limits<double>::infinity();
   for (int step = 0; step < kSteps; ++step) {
-    Tensor w = s.mT().mm(z);
+    Tensor w = s_transposed(z);
     if (block == below && frobenius_norm(w) <= 0.5 * threshold) {
       end.missing = below;
       return true;
@@ -103,9 +121,9 @@ bool resolve_small_end(
       const Tensor thin_vectors = z.slice(1, missing, below),
                    values = sigmas.slice(0, missing, below);
       Tensor along = w.slice(1, missing, below) / values;
-      const Tensor residual = s.mm(along) - thin_vectors * values;
-      along = along - s.mT().mm(at::cholesky_solve(residual, factor));
-      const double first = frobenius_norm(s.mm(along) - thin_vectors * values);
+      const Tensor residual = s(along) - thin_vectors * values;
+      along = along - s_transposed(at::cholesky_solve(residual, factor));
+      const double first = frobenius_norm(s(along) - thin_vectors * values);
       const double second = frobenius_norm(w.slice(1, missing, below) - along * values);
       const Tensor skew = along.mT().mm(along) - at::eye(below - missing, options);
       const double near = sigma[missing] + policy.cluster_rtol * end.sigma_max;
@@ -129,7 +147,7 @@ bool resolve_small_end(
         return true;
       }
     }
-    const Tensor image = s.mm(w), residual = image - z.mm(z.mT().mm(image));
+    const Tensor image = s(w), residual = image - z.mm(z.mT().mm(image));
     const double size = frobenius_norm(residual.slice(1, 0, below));
     // What does not shrink are values that count and that no gap tells apart.
     if (!(size <= 0.1 * before))

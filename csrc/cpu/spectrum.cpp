@@ -1,9 +1,8 @@
 // Extremes of a batch on the CPU, and their gradient; the formulas stand in ../spectrum.cpp.
 //
-// Routes: many tiny matrices at once (lanes.h); the thin Gram matrix, reduced (gram_route.inl) or
-// searched (gram_krylov.inl); the singular values that it cannot see from the matrix itself
-// (small_end.h); and a singular value decomposition for what these refuse. Which one a matrix takes
-// depends on this matrix alone.
+// Routes: many tiny matrices at once (lanes.h); the thin Gram matrix, reduced (gram_route.inl); the
+// singular values that it cannot see from the matrix itself (small_end.h); and a singular value
+// decomposition for what these refuse. Which one a matrix takes depends on this matrix alone.
 //
 // Rows of the thin side that hold nothing but zeros, pixels that are never set, have singular value
 // zero and add nothing to the others or to any vector: they are left out from the start.
@@ -11,7 +10,6 @@
 #include "../spectrum.h"
 
 #include <ATen/ATen.h>
-#include <ATen/Parallel.h>
 
 #include <algorithm>
 #include <cmath>
@@ -43,7 +41,7 @@ void thin_gram(const Thin<T>& thin, double* g) {
   std::fill(g, g + ld * ld, 0.0);
   // 2 * 24 * 4 flops a unit and depth: a slice below about 2e6 is not worth a thread.
   const int64_t grain = std::max<int64_t>(1, 10000 / thin.length());
-  at::parallel_for(0, units, grain, [&](int64_t begin, int64_t end) {
+  parallel_for(units, grain, [&](int64_t begin, int64_t end) {
     std::vector<double> packed(ld * kDepth);
     IMMUNIZE_EXT_CHOSEN(add_symmetric_product(thin, begin, end, packed.data(), g));
   });
@@ -109,22 +107,14 @@ void settle_occupied(
   if (thin_gram_out != nullptr)
     for (int64_t i = 0; i < t; ++i)
       std::copy(g.data() + i * ld, g.data() + i * ld + t, thin_gram_out + i * t);
-  const auto searched = [&] {
-    return t >= kKrylovSide && IMMUNIZE_EXT_CHOSEN(large_extremes(
-                                   thin, g.data(), policy, wanted, Threads{}, out.extremes));
+  Workspace work(thin.n, thin.p);
+  const auto resolve = [&](SmallEnd& end) {
+    out.postponed = at::in_parallel_region();
+    return !out.postponed && resolve_small_end(thin, g.data(), ld, policy, end, out.extremes);
   };
-  const auto reduced = [&] {
-    if (t > kLargestSide)
-      return false;
-    Workspace work(thin.n, thin.p);
-    const auto resolve = [&](SmallEnd& end) {
-      out.postponed = at::in_parallel_region();
-      return !out.postponed && resolve_small_end(thin, g.data(), ld, policy, end, out.extremes);
-    };
-    return IMMUNIZE_EXT_CHOSEN(
-        extremes(thin, g.data(), policy, wanted, work, Threads{}, resolve, out.extremes));
-  };
-  out.route = searched() || reduced() ? Route::settled : Route::decompose;
+  const bool settled = IMMUNIZE_EXT_CHOSEN(
+      extremes(thin, g.data(), policy, wanted, work, Threads{}, resolve, out.extremes));
+  out.route = settled ? Route::settled : Route::decompose;
 }
 
 // Rows of the thin side that are not all zeros, ascending. Dense matrices show in a row or two that
@@ -167,7 +157,7 @@ void settle(
       nullptr, thin.left() ? rows : thin.n, thin.left() ? thin.p : rows, thin.columns};
   const std::unique_ptr<T[]> entries(new T[shape.n * shape.p]);
   const int64_t grain = std::max<int64_t>(1, kWorthAThread / shape.p);
-  at::parallel_for(0, shape.n, grain, [&](int64_t begin, int64_t end) {
+  parallel_for(shape.n, grain, [&](int64_t begin, int64_t end) {
     for (int64_t i = begin; i < end; ++i) {
       T* to = entries.get() + i * shape.p;
       const T* from = thin.a + (thin.left() ? kept[i] : i) * thin.p;
@@ -281,6 +271,7 @@ ExtremesBatch extremes_of(
     const Policy& policy,
     Wanted wanted,
     bool of_gram) {
+  const Call call;
   const int64_t n = a.n, p = a.p, t = a.thin();
   ExtremesBatch out(a, wanted, of_gram);
   const std::vector<int64_t> left = a.matrices.scalar_type() == at::kDouble
@@ -382,7 +373,7 @@ void thin_product(const Thin<T>& x, const double* full, T* out) {
       m[i * ld + j] = full[kept[i] * side + kept[j]];
   if (x.left()) {
     const int64_t grain = std::max<int64_t>(1, 100000 / (t * t));
-    at::parallel_for(0, panels_of(x.p), grain, [&](int64_t begin, int64_t end) {
+    parallel_for(panels_of(x.p), grain, [&](int64_t begin, int64_t end) {
       IMMUNIZE_EXT_CHOSEN(multiply_left(m.data(), ld, x.a, kept.data(), t, x.p, begin, end, out));
     });
     return;
@@ -391,7 +382,7 @@ void thin_product(const Thin<T>& x, const double* full, T* out) {
   pack_columns(m.data(), ld, t, packed.data());
   const int64_t blocks = (x.n + kRowBlock - 1) / kRowBlock;
   const int64_t grain = std::max<int64_t>(1, 1000000 / (t * t * kRowBlock));
-  at::parallel_for(0, blocks, grain, [&](int64_t begin, int64_t end) {
+  parallel_for(blocks, grain, [&](int64_t begin, int64_t end) {
     IMMUNIZE_EXT_CHOSEN(multiply_right(
         x.a, x.p, packed.data(), kept.data(), t, begin * kRowBlock, std::min(end * kRowBlock, x.n),
         out));
@@ -532,6 +523,7 @@ bool overflows(const MatrixBatch& a, const GradientInputs& in, int64_t b) {
 
 Tensor gradient_of(
     const char* /*op*/, const MatrixBatch& a, const GradientInputs& in, const Policy& policy) {
+  const Call call;
   std::vector<int64_t> index;
   for (int64_t b = 0; in.of_gram() && b < a.batch; ++b)
     if (overflows(a, in, b))

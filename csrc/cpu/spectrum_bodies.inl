@@ -7,16 +7,12 @@
 
 #include "tridiagonal.inl"
 
+#include "band.inl"
+
 #include "resolvent.inl"
 
 #include "sturm.inl"
 
-#include "cholesky.inl"
-
-#include "krylov.inl"
-
 #include "gram_route.inl"
-
-#include "gram_krylov.inl"
 
 #include "symmetric_route.inl"

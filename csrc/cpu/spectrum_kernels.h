@@ -101,6 +101,9 @@ inline void pack_columns(const double* m, int64_t ldm, int64_t p, double* packed
 
 constexpr int64_t kRowBlock = 64;
 
+// From this side on a symmetric matrix becomes tridiagonal in two stages (band.inl).
+constexpr int64_t kBandSide = 192;
+
 // Columns of a resolvent that are solved for together (resolvent.inl).
 constexpr int64_t kColumns = 16;
 
@@ -111,15 +114,6 @@ constexpr int kRefinements = 3;
 inline double noise_bound(int64_t t, double size) {
   return 4.0 * static_cast<double>(std::max<int64_t>(t, 16)) * kEps * size;
 }
-
-// Beyond this side two matrices of scratch are no longer a small part of the memory in use.
-constexpr int64_t kLargestSide = 4096;
-
-// From this side on the extremes of a symmetric matrix are searched for in Krylov spaces and proven
-// by factorisations (krylov.inl); the reduction to tridiagonal form serves what that refuses.
-// Measured on one core, graded spectrum with kappa 1e4, search against reduction: side 768 36 ms
-// and 35 ms, 1024 67 and 73, 1536 176 and 250, 2048 405 and 750.
-constexpr int64_t kKrylovSide = 1024;
 
 // Scratch of one thread for matrices n x p.
 class Workspace {

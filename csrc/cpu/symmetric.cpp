@@ -1,5 +1,5 @@
-// Algebraic extremes of symmetric matrices on the CPU, many tiny ones at once (lanes.h), reduced
-// (symmetric_route.inl) or searched (krylov.inl), and along a trajectory: warm-started and proven.
+// Algebraic extremes of symmetric matrices on the CPU, many tiny ones at once (lanes.h) or reduced
+// (symmetric_route.inl), and along a trajectory: warm-started and proven.
 //
 // A trajectory. A cold call reduces H_ref = Q T Q^T and keeps Q, T, and at each end the extreme and
 // the eigenvalue next to it. A warm call for H
@@ -16,7 +16,6 @@
 #include "../symmetric.h"
 
 #include <ATen/ATen.h>
-#include <ATen/Parallel.h>
 #include <torch/library.h>
 
 #include <algorithm>
@@ -59,7 +58,7 @@ Loaded load_symmetric(const T* h, int64_t t, int64_t ld, double* g) {
     return largest;
   };
   const int64_t grain = std::max<int64_t>(1, 50000 / (block * t));
-  at::parallel_for(0, blocks, grain, [&](int64_t begin, int64_t end) {
+  parallel_for(blocks, grain, [&](int64_t begin, int64_t end) {
     for (int64_t b = begin; b < end; ++b) {
       const T* from = h + b * block * t;
       const int64_t count = (std::min((b + 1) * block, t) - b * block) * t;
@@ -90,7 +89,7 @@ Loaded load_symmetric(const T* h, int64_t t, int64_t ld, double* g) {
   // Two factors, since the inverse of a subnormal scale would overflow; both are exact.
   const double inverse = found.scale < 0x1p-1000 ? 0x1p1000 : 1.0 / found.scale;
   const double rest = found.scale < 0x1p-1000 ? 0x1p-1000 / found.scale : 1.0;
-  at::parallel_for(0, blocks, grain, [&](int64_t begin, int64_t end) {
+  parallel_for(blocks, grain, [&](int64_t begin, int64_t end) {
     for (int64_t b = begin; b < end; ++b) {
       double asymmetry = 0.0;
       for (int64_t j0 = 0; j0 < t; j0 += block) {
@@ -155,6 +154,7 @@ std::vector<int64_t> left_by_lanes(
 }
 
 SymmetricBatch extremes_of(const char* op, const Tensor& h, double allowed, double cluster_rtol) {
+  const Call call;
   const int64_t t = h.size(-1), ld = padded(t), batch = h.size(0);
   const auto options = h.options().dtype(at::kDouble);
   const SymmetricBatch out{
@@ -189,10 +189,6 @@ SymmetricBatch extremes_of(const char* op, const Tensor& h, double allowed, doub
       settled[index] = 1;
       return;
     }
-    settled[index] = t >= kKrylovSide && IMMUNIZE_EXT_CHOSEN(large_symmetric_extremes(
-                                             g.data(), t, cluster_rtol, Threads{}, pair));
-    if (settled[index])
-      return;
     Workspace work(t, t);
     settled[index] =
         IMMUNIZE_EXT_CHOSEN(symmetric_extremes(g.data(), t, cluster_rtol, work, Threads{}, pair));
@@ -223,7 +219,7 @@ SymmetricBatch extremes_of(const char* op, const Tensor& h, double allowed, doub
 // out = first x x^T + second y y^T.
 template <typename T>
 void rank_two(int64_t t, double first, const double* x, double second, const double* y, T* out) {
-  at::parallel_for(0, t, std::max<int64_t>(1, 50000 / t), [&](int64_t begin, int64_t end) {
+  parallel_for(t, std::max<int64_t>(1, 50000 / t), [&](int64_t begin, int64_t end) {
     for (int64_t i = begin; i < end; ++i) {
       const double a = first * x[i], b = second * y[i];
       for (int64_t j = 0; j < t; ++j)
@@ -234,6 +230,7 @@ void rank_two(int64_t t, double first, const double* x, double second, const dou
 
 Tensor gradient_of(
     const char* /*op*/, const Tensor& h, const SymmetricGradient& in, double cluster_rtol) {
+  const Call call;
   const int64_t t = h.size(-1);
   const Tensor grad = at::empty_like(h);
   const double* first = in.grad_max.const_data_ptr<double>();
@@ -299,6 +296,7 @@ using Cold = std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor>;
 
 Cold symmetric_reference(const Tensor& h, double cluster_rtol) {
   constexpr const char* op = "symmetric_reference";
+  const Call call;
   double scale = 0.0;
   const Tensor matrix = load(op, h, scale);
   const auto options = matrix.options();
@@ -356,6 +354,7 @@ std::tuple<Tensor, Tensor, bool> symmetric_track(
     const Tensor& tridiagonal,
     const Tensor& ends) {
   constexpr const char* op = "symmetric_track";
+  const Call call;
   const int64_t t = check_square(op, h), ld = padded(t);
   const auto state = [&](const char* name, const Tensor& x, at::IntArrayRef shape) {
     check_same_device(op, name, x, "h", h);

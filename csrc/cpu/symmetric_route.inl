@@ -98,7 +98,8 @@ bool symmetric_extremes(
       /*e=*/work.take(ld),
       /*v=*/work.take(ld * ld),
       /*tau=*/work.take(ld),
-      /*work=*/work.take(3 * ld)};
+      /*work=*/work.take(3 * ld),
+      /*two_stages=*/t >= kBandSide};
   reduce(reduction, run);
   return extremes_of_reduced(h, reduction, cluster_rtol, work.take(6 * ld), run, out);
 }
@@ -109,7 +110,7 @@ bool make_reference(
     const double* h, Reference& r, double cluster_rtol, const Run& run, SymmetricPair& out) {
   std::vector<double> copy(h, h + r.ld * r.ld), scratch(10 * r.ld);
   const Reduction reduction{r.t, r.ld, copy.data(), r.d, r.e, r.v, r.tau, scratch.data()};
-  reduce(reduction, run);
+  reduce_by_blocks(reduction, run);
   const Tridiagonal m = tridiagonal_of(r.t, r.d, r.e, scratch.data() + 3 * r.ld);
   r.lambda[0] = eigenvalue(m, r.t - 1);
   r.next[0] = eigenvalue(m, r.t - 2);

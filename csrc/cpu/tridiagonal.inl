@@ -11,11 +11,12 @@
 // is formed first; then each row is updated and, while it is in registers, multiplied with the next
 // v. The matrix is kept in full, rows padded with finite numbers that meet zeros in v and w.
 
-// g: t x t with leading dimension ld, a multiple of 4 with at least ld rows; destroyed.
+// g: t x t with leading dimension ld, a multiple of 4 with at least ld rows; lost.
 // d[t], e[t-1]: T.   v: t x ld, row i holds the reflector of row i.   tau[t].   work: 3 ld.
 struct Reduction {
   int64_t t, ld;
   double *g, *d, *e, *v, *tau, *work;
+  bool two_stages = false;  // band.inl: g then keeps the reflectors of the second
 };
 
 // The reflector that maps x (length i) to (0, .., 0, beta). Returns beta, writes v (zero beyond i).
@@ -153,7 +154,7 @@ constexpr int64_t kSlices = 8;
 // and applied together as one product of depth 2 kBlock. A reflector then costs one reading of the
 // lower triangle, a quarter of the traffic of the passes above.
 template <typename Run>
-void reduce(const Reduction& m, const Run& run) {
+void reduce_by_blocks(const Reduction& m, const Run& run) {
   const int64_t ld = m.ld;
   int64_t side = m.t;
   std::vector<double> pending, partial, left, right;
@@ -254,11 +255,28 @@ inline void reflect(const double* v, double tau, int64_t length, double* x) {
   }
 }
 
-// x <- Q x or Q^T x; x has ld entries, those beyond t zero.
-inline void apply_q(const Reduction& m, bool transposed, double* x) {
-  for (int64_t step = 1; step < m.t; ++step) {
-    const int64_t i = transposed ? m.t - step : step;
-    if (m.tau[i] != 0.0)
-      reflect(m.v + i * m.ld, m.tau[i], (i + 3) / 4 * 4, x);
+// Four rows x_r of ld entries <- (I - tau v v^T) x_r, v of `length` entries, a multiple of 4.
+inline void reflect_four(const double* v, double tau, int64_t length, double* x, int64_t ld) {
+  Vec4 acc[4] = {};
+  for (int64_t j = 0; j < length; j += 4) {
+    Vec4 a, b;
+    load(a, v + j);
+#pragma GCC unroll 4
+    for (int r = 0; r < 4; ++r) {
+      load(b, x + r * ld + j);
+      acc[r] += a * b;
+    }
+  }
+  double factor[4];
+  for (int r = 0; r < 4; ++r)
+    factor[r] = tau * horizontal_sum(acc[r]);
+  for (int64_t j = 0; j < length; j += 4) {
+    Vec4 a, b;
+    load(a, v + j);
+#pragma GCC unroll 4
+    for (int r = 0; r < 4; ++r) {
+      load(b, x + r * ld + j);
+      store(x + r * ld + j, b - factor[r] * a);
+    }
   }
 }

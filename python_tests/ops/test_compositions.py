@@ -125,7 +125,7 @@ LARGE_SPECTRA = {
 
 @pytest.mark.slow
 def test_large_symmetric_matrices():
-    """Sides where Krylov spaces search and a factorisation proves, with every way to fall back."""
+    """Sides beyond every route for small matrices."""
     basis, _ = torch.linalg.qr(gaussian(LARGE, LARGE, seed=5))
     h = torch.stack([(basis * values) @ basis.mT for values in LARGE_SPECTRA.values()])
     h = (h + h.mT) / 2

@@ -1,4 +1,4 @@
-"""Features of sides where the thin Gram matrix is searched (gram_krylov.inl), not reduced."""
+"""Features of sides where the thin Gram matrix is reduced in two stages (band.inl)."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ from torch import Tensor
 from immunize_ext.ops import condition_number, extremal_singular_values, gram_extremes
 from immunize_ext.ops.regularizers import gram_r_ill, gram_r_well
 
-SIDE, LENGTH = 1030, 1101  # beyond the crossover of the kernel, 1024, and no multiple of its tiles
+SIDE, LENGTH = 410, 437  # beyond the crossover of the kernel, 192, and no multiple of its tiles
 LOG_KAPPAS = [0.05, 1, 3, 5, 5.8, 7, 12]
 
 
@@ -63,7 +63,7 @@ def test_every_kappa_is_in_the_class_of_gesdd(log_kappa, tall):
     assert_within(found.sigma_max, sigma[0], bound)
     assert_within(found.sigma_min, sigma[-1], bound)
     assert found.rank.item() == SIDE
-    # 1030 values down to 1e-12 lie closer to each other than the resolution of a cluster.
+    # So many values down to 1e-12 lie closer to each other than the resolution of a cluster.
     least = int((sigma - sigma[-1] <= LENGTH * EPS).sum())
     assert (found.multiplicity_max.item(), found.multiplicity_min.item()) == (1, least)
     for value, u, v in triplets(a):

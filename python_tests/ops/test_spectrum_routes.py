@@ -141,8 +141,9 @@ def test_narrow_types_are_computed_in_float64(dtype, shape):
     assert torch.equal(narrow.sigma_min, wide.sigma_min.to(dtype))
 
 
-@pytest.mark.parametrize("side", [1, 2, 11, 12, 13, 48, 97, 300])
-@pytest.mark.parametrize("kind", ["random", "definite", "graded", "blocks"])
+# From 192 on in two stages, whose blocks have 24 rows.
+@pytest.mark.parametrize("side", [1, 2, 11, 12, 13, 48, 97, 191, 192, 193, 217, 218, 300])
+@pytest.mark.parametrize("kind", ["random", "definite", "graded", "blocks", "banded", "arrow"])
 def test_symmetric_extremes_equal_eigh(side, kind):
     generator = torch.Generator().manual_seed(side)
     h = torch.randn(side, side, generator=generator, dtype=torch.float64)
@@ -155,6 +156,10 @@ def test_symmetric_extremes_equal_eigh(side, kind):
         h = (h + h.mT) / 2
     elif kind == "blocks":
         h = torch.block_diag(h[: side // 2, : side // 2], h[side // 2 :, side // 2 :])
+    elif kind == "banded":  # nothing to reflect in the first stage
+        h = h.tril(3).triu(-3)
+    elif kind == "arrow":  # nothing beside the last row and the diagonal
+        h[:-1, :-1] = torch.diag(h.diagonal()[:-1])
     values = scipy.linalg.eigvalsh(h.numpy())
     found = symmetric_extremes(h)
     size = max(abs(values[0]), abs(values[-1]))

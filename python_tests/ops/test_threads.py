@@ -1,14 +1,25 @@
-"""Threads change neither a bit of a result, nor whether there is one in a forked child."""
+"""Threads change no bit of a result, and there are never more of them than were asked for.
+
+Not in a batch, whose matrices are worked on in parallel and ask for threads themselves; not in the
+worker of a data loader, which has one, and whose parent's threads did not survive the fork; and
+calls from several threads of Python do not disturb each other.
+"""
 
 from __future__ import annotations
 
 import multiprocessing
+import os
+import threading
+import time
 from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
 
 import pytest
 import torch
 from spectrum_bounds import same_bits
 from torch import Tensor
+from torch.utils.data import DataLoader, Dataset
 
 from immunize_ext import ops
 from immunize_ext.ops.regularizers import gram_r_ill, gram_r_well, r_ill, r_well
@@ -137,3 +148,96 @@ def test_small_batches_in_a_forked_child():
         child.join()
     assert not hung
     assert queue.get(timeout=10) == "done"
+
+
+TASKS = Path("/proc/self/task")
+counts_threads = pytest.mark.skipif(not TASKS.is_dir(), reason="counts the threads in /proc")
+
+
+def value_and_gradient(loss: Callable[[Tensor], Tensor], matrix: Tensor) -> tuple[Tensor, Tensor]:
+    a = matrix.clone().requires_grad_()
+    value = loss(a)
+    (grad,) = torch.autograd.grad(value, a)
+    return value.detach(), grad
+
+
+@same_bits
+@pytest.mark.parametrize(
+    "name", ["gram_r_ill, 784 x 64", "gram_r_ill, rank deficient", "symmetric", "cluster of 24"]
+)
+def test_calls_from_several_threads_of_python_change_no_bit(name):
+    """Four at once, each of which may have two threads."""
+    torch.set_num_threads(1)
+    loss, matrix = LOSSES[name][0], LOSSES[name][1]()
+
+    def call(_: int) -> tuple[Tensor, Tensor]:
+        torch.set_num_threads(2)
+        return value_and_gradient(loss, matrix)
+
+    right = value_and_gradient(loss, matrix)
+    with ThreadPoolExecutor(4) as pool:
+        for found in pool.map(call, range(8)):
+            assert all(torch.equal(one, other) for one, other in zip(found, right, strict=True))
+
+
+@same_bits
+@counts_threads
+@pytest.mark.parametrize("shape", [(1, 64, 784), (5, 784, 40), (4, 230, 250), (300, 8, 9)])
+def test_a_batch_asks_for_no_threads_within_threads(shape):
+    torch.set_num_threads(2)
+    a, b = gaussian(600, 600), gaussian(600, 600)
+    (a * b + a).sum()  # torch's threads are there
+    before = len(os.listdir(TASKS))
+    x = gaussian(*shape).requires_grad_()
+    gram_r_ill(x).sum().backward()
+    ops.symmetric_extremes(x.detach() @ x.detach().mT).lambda_min.sum()
+    assert len(os.listdir(TASKS)) <= before
+
+
+@same_bits
+@counts_threads
+def test_calls_at_the_same_time_share_their_threads():
+    """Beside a call that is under way one of two threads is left: no further one is started."""
+    large, small = with_cluster(800, 1), with_cluster(300, 1)
+
+    def call(h: Tensor) -> int:
+        torch.set_num_threads(2)
+        before = len(os.listdir(TASKS))
+        ops.symmetric_extremes(h)
+        return len(os.listdir(TASKS)) - before
+
+    for _ in range(20):
+        with ThreadPoolExecutor(1) as one, ThreadPoolExecutor(1) as other:
+            one.submit(call, small).result()  # its own threads are there
+            first = one.submit(call, large)
+            time.sleep(0.005)
+            more = other.submit(call, small).result()
+            if not first.done():
+                assert more == 0
+                return
+    pytest.skip("the machine never had two calls at once")
+
+
+class Spectra(Dataset):
+    """R_ill of matrices large enough for threads, and how many it left behind beside Python's."""
+
+    def __len__(self) -> int:
+        return 4
+
+    def __getitem__(self, index: int) -> tuple[Tensor, int]:
+        x = gaussian(3, 200, 300, seed=index)
+        before = len(os.listdir(TASKS)) - threading.active_count()
+        value = gram_r_ill(x)
+        return value, len(os.listdir(TASKS)) - threading.active_count() - before
+
+
+@same_bits
+@counts_threads
+@pytest.mark.filterwarnings("ignore:This process .* is multi-threaded:DeprecationWarning")
+def test_a_worker_of_a_data_loader_has_one_thread():
+    torch.set_num_threads(2)
+    right = [gram_r_ill(gaussian(3, 200, 300, seed=index)) for index in range(4)]
+    found = list(DataLoader(Spectra(), batch_size=None, num_workers=2, timeout=60))
+    for (value, more), same in zip(found, right, strict=True):
+        assert torch.equal(value, same)
+        assert more == 0
