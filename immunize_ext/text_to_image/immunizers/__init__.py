@@ -7,7 +7,12 @@ never changed. Importing this module imports neither diffusers nor accelerate.
 from __future__ import annotations
 
 from immunize_ext.text_to_image.immunizers.baselines import JointTraining, LossAscent, MergeOnly
-from immunize_ext.text_to_image.immunizers.concept_merge import ConceptMerge, Merge, MomentMerge
+from immunize_ext.text_to_image.immunizers.concept_merge import (
+    ConceptMerge,
+    GatedMerge,
+    Merge,
+    MomentMerge,
+)
 from immunize_ext.text_to_image.immunizers.erase import Erasure, describe_erasure, erase
 from immunize_ext.text_to_image.immunizers.imma import DiffusionIMMA
 from immunize_ext.text_to_image.immunizers.immunized import ImmunizedPipeline
@@ -27,6 +32,7 @@ __all__ = [
     "ConceptMerge",
     "DiffusionIMMA",
     "Erasure",
+    "GatedMerge",
     "ImmunizationError",
     "ImmunizedPipeline",
     "Immunizer",
