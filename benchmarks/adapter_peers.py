@@ -97,7 +97,7 @@ def others(updates: Sequence[LowRank], rank: int) -> dict[str, Tensor]:
     deltas = [one.delta for one in updates]
     count = len(updates)
     return {
-        "mean (cat), DARE's and KnOTS' expectation": mean(deltas),
+        "mean (cat)": mean(deltas),
         "sum (cat)": mean(deltas) * count,
         "PEFT linear, weights 1/3": peft_linear(updates, 1.0 / count),
         "PEFT linear, weights 1": peft_linear(updates, 1.0),

@@ -363,7 +363,7 @@ def table(content: dict[str, Any]) -> str:
         "",
         f"A few lines of torch in float32 and without checks take {few:.2f} of the time by tokens.",
         "",
-        "| combination of three adapters of rank 8 | left of the objective | with its best factor |",
+        "| three adapters of rank 8 combined by | left of the objective | with its best factor |",
         "|---|---|---|",
     ]
     for name, one in content["objectives"].items():

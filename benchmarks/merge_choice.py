@@ -27,9 +27,9 @@ from immunize_ext.ops import (
     keep_columns,
     keep_rows,
     merge_moments,
+    merge_report,
     row_scores,
 )
-from immunize_ext.ops.merge_report import merge_report
 from immunize_ext.storage import environment
 
 from ._page import filled, parser, run

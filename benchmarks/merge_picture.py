@@ -69,7 +69,7 @@ def captions(results: Row) -> Panel:
     expected = [
         (row["share"], row["predicted"])
         for row in rows
-        if row["ridge"] == 0.0 and row["predicted"] and row["share"] > 1
+        if row["ridge"] == 0.0 and row["predicted"] is not None
     ]
     curves.append(Curve("expected at ridge 0", [(x, y, y, y) for x, y in expected], dashed=True))
     ticks = [(0.25, "d/4"), (1.0, "d"), (4.0, "4 d"), (16.0, "16 d")]

@@ -51,7 +51,7 @@ COUNTS = (2, 3, 5, 7, 9)
 
 def predicted(m: int, d: int = D, s: int = TOKENS) -> float | None:
     """Expected inflation of Gaussian captions without a ridge; none where there is no merge."""
-    return (m - 1) / (m - d + s - 1) if m > d else None
+    return (m - 1) / (m - d + s - 1) if m >= d else None
 
 
 class Population:
@@ -73,10 +73,15 @@ class Population:
         """Text features."""
         return self.normal(count, self.d) @ self.root.mT
 
-    def by_topics(self, count: int, topics: int, within: float = 0.1) -> Tensor:
-        """Text features of few topics; over all topics there are, their moment is sigma."""
-        means = self.rows(topics)[torch.arange(count) % topics]
-        return (1.0 - within) ** 0.5 * means + within**0.5 * self.rows(count)
+    def by_topics(self, count: int, topics: int, width: int = 8) -> Tensor:
+        """Text features of few topics, each a mean and eight directions around it.
+
+        Over all topics there are, their second moment is sigma.
+        """
+        means, around = self.rows(topics), self.rows(topics * width).reshape(topics, width, -1)
+        which = torch.arange(count) % topics
+        moved = torch.einsum("nw,nwd->nd", self.normal(count, width), around[which]) / width**0.5
+        return (means[which] + moved) / 2**0.5
 
     def task(self, tokens: int = TOKENS) -> tuple[Tensor, Tensor, Tensor]:
         """Base weights, tokens of concepts, and the outputs asked for."""
@@ -122,7 +127,7 @@ def measured(
     return {
         "inflation": drift(merged - base, population.sigma) / least,
         "residual": report.residual["concept 0"],
-        "kappa_q": report.condition,
+        "kappa_q": report.condition_q,
         "kappa_t": float(report.condition_t or 0.0),
     }
 
@@ -186,10 +191,12 @@ def diversity(seeds: int, topics: Sequence[int]) -> list[dict[str, Any]]:
 def low_rank_factor(rows: Tensor, rank: int) -> RegularizationFactor:
     """The r leading eigenpairs of Q, and for all other directions the mean of what is left.
 
+    Where nothing is left, a relative ridge of 1e-4.
+
     Woodbury's identity applies its inverse in O(r d); here it is formed, which gives the same.
     """
     values, vectors = torch.linalg.eigh(rows.mT @ rows)
-    rest = float(values[:-rank].clamp(min=0.0).mean())
+    rest = max(float(values[:-rank].mean()), 1e-4 * float(values.mean()))
     values = torch.cat([torch.full_like(values[:-rank], rest), values[-rank:]])
     q = (vectors * values) @ vectors.mT
     return RegularizationFactor(torch.linalg.cholesky(q), ridge=rest, samples=len(rows))
@@ -270,6 +277,8 @@ def overlap(seeds: int, counts: Sequence[int]) -> list[dict[str, Any]]:
                 }
 
             alone, together = 1.0 - rho, 1.0 + (count - 1) * rho
+            inflation = predicted(4 * D, s=count)
+            assert inflation is not None
             found.append(
                 {
                     "concepts": count,
@@ -352,7 +361,12 @@ def measure(arguments: argparse.Namespace) -> dict[str, Any]:
 
 def in_words(ridge: float | str) -> str:
     """A ridge."""
-    return "Ledoit-Wolf" if isinstance(ridge, str) else f"{ridge:g}"
+    return "Ledoit-Wolf" if isinstance(ridge, str) else power(ridge)
+
+
+def power(value: float) -> str:
+    """A power of ten, or zero."""
+    return f"{value:.0e}".replace("e+0", "e").replace("e-0", "e-") if value else "0"
 
 
 def number(value: float) -> str:
@@ -393,7 +407,7 @@ def parts(results: dict[str, Any]) -> dict[str, str]:
     def spectrum_line(kappa: float, share: float) -> list[str]:
         one = [cells[kappa, share, ridge]["found"] for ridge in RIDGES]
         return [
-            f"{kappa:.0e}",
+            power(kappa),
             f"{share:g} d",
             *("singular" if f is None else number(f["inflation"]["mean"]) for f in one),
         ]

@@ -1,12 +1,13 @@
-"""MIMA with each of its merges, against LoRA, beside the noise floor of an identical rerun.
+"""MIMA with each of its merges, against one attacker, beside the noise floor of a rerun.
 
     python -m benchmarks.protection.mima_merges --seeds 0 1 2
     python -m benchmarks.protection.mima_merges --write docs/merge.md
 
 Everything is as in ``mima_attackers``: digits three, five, eight and six erased, MIMA at its tuned
-rate against the first three, LoRA at the rate that suits the unprotected model, 32 images a concept
-at 0, 10, 20 and 40 steps. ``rerun`` is the closed form once more, computed on two threads instead of
-one: other rounding, and nothing else. ``mima_merges.json`` is written after every model.
+rate against the first three, LoRA that asks by a rare word, 32 images a concept at 0, 10, 20 and 40
+steps. The closed form's counts are those of ``mima_attackers.json``; ``rerun`` is the same settings
+and seeds once more, by a later build of this package: other rounding, and nothing else.
+``mima_merges.json`` is written after every model.
 """
 
 from __future__ import annotations
@@ -27,15 +28,16 @@ from immunize_ext.storage import environment, write_file
 from .._page import fill
 from ..merge_sensitivity import table
 from .mima_attackers import IMAGES, STEPS, Judges, attacker
+from .mima_attackers import OUT as ATTACKERS
 from .mima_task import TARGETS, mima_task
 from .mima_tuning import tuned_method
 
 OUT = Path(__file__).with_suffix(".json")
-RERUN = "rerun"
-MERGES = ("closed_form", RERUN, "mean", "own_copies", "moments", "gated")
+ATTACK, PUBLISHED, RERUN = "lora:rare_token", "closed_form", "rerun"
+MERGES = ("mean", "moments", "gated", RERUN, "own_copies")
 WORDS = {
     "closed_form": "closed form (as published)",
-    RERUN: "closed form, other rounding",
+    RERUN: "closed form, the same seeds again",
     "mean": "mean of everything",
     "own_copies": "no merge, each at its own copy",
     "moments": "moments",
@@ -45,18 +47,17 @@ WORDS = {
 
 def measure(out: Path, merges: Sequence[str], seeds: Sequence[int]) -> None:
     """Everything that is not there yet, seed by seed."""
+    torch.set_num_threads(1)
     found: dict[str, Any] = json.loads(out.read_text()) if out.is_file() else {}
     counts = found.setdefault("counts", {})
-    judges, task, attack = Judges(), mima_task(), attacker("lora")
+    judges, task, attack = Judges(), mima_task(), attacker(ATTACK)
     for seed in seeds:
         for name in merges:
             if str(seed) in counts.setdefault(name, {}):
                 continue
-            kind = "closed_form" if name == RERUN else name
+            kind = PUBLISHED if name == RERUN else name
             method: Any = replace(tuned_method("mima"), merge=kind, seed=seed)
-            torch.set_num_threads(2 if name == RERUN else 1)
             immunized = method.fit(task.model, task.fitted)
-            torch.set_num_threads(1)
             last = immunized.history[-1]
             counts[name][str(seed)] = {
                 "attacked": {
@@ -71,6 +72,7 @@ def measure(out: Path, merges: Sequence[str], seeds: Sequence[int]) -> None:
                 steps=list(STEPS),
                 images=IMAGES,
                 targets=list(TARGETS),
+                attack=ATTACK,
                 rate=attack.learning_rate,
                 environment=environment(),
             )
@@ -78,49 +80,49 @@ def measure(out: Path, merges: Sequence[str], seeds: Sequence[int]) -> None:
             print(name, seed, row(found, name, str(seed)), flush=True)
 
 
+def counted(found: dict[str, Any], name: str, seed: str) -> dict[str, list[int]]:
+    """Recognised images of each concept at each step."""
+    if name == PUBLISHED:
+        attacked = json.loads(ATTACKERS.read_text(encoding="utf-8"))["counts"]["mima"][ATTACK][seed]
+    else:
+        attacked = found["counts"][name][seed]["attacked"]
+    return {concept: attacked[concept]["recognised"] for concept in found["targets"]}
+
+
 def row(found: dict[str, Any], name: str, seed: str) -> list[float]:
     """Mean recognised share of the concepts at each step."""
-    attacked = found["counts"][name][seed]["attacked"]
-    places = range(len(found["steps"]))
-    return [
-        statistics.fmean(one["recognised"][place] / found["images"] for one in attacked.values())
-        for place in places
-    ]
+    counts = counted(found, name, seed).values()
+    return [statistics.fmean(step) / found["images"] for step in zip(*counts, strict=True)]
 
 
 def parts(found: dict[str, Any]) -> dict[str, str]:
     """The block of docs/merge.md."""
-    seeds = sorted(set.intersection(*(set(rows) for rows in found["counts"].values())))
     lines = []
-    for name in (name for name in MERGES if name in found["counts"]):
+    for name in (PUBLISHED, *(name for name in MERGES if found["counts"].get(name))):
+        seeds = sorted(found["counts"]["mean" if name == PUBLISHED else name])
         rows = [row(found, name, seed) for seed in seeds]
-        lines.append(
-            [
-                WORDS[name],
-                *(
-                    f"{statistics.fmean(column):.2f} ({min(column):.2f} to {max(column):.2f})"
-                    for column in zip(*rows, strict=True)
-                ),
-            ]
+        shares = (
+            f"{statistics.fmean(column):.2f} ({min(column):.2f} to {max(column):.2f})"
+            for column in zip(*rows, strict=True)
         )
-    moved = floor(found)
+        lines.append([WORDS[name], str(len(seeds)), *shares])
+    single, mean = floor(found)
     return {
-        "protection": table(["merge", *(f"{step} steps" for step in found["steps"])], lines)
-        + f"\n\n{len(seeds)} seeds. Other rounding alone moves one concept by up to "
-        f"{max(moved[0]):.2f}, and the mean of three by up to {max(moved[1]):.2f}, at one step of "
-        "one seed."
+        "protection": table(["merge", "seeds", *(f"{s} steps" for s in found["steps"])], lines)
+        + f"\n\nThe same seeds again move one concept by up to {max(single):.2f}, and the mean of "
+        f"three by up to {max(mean):.2f}, at one step of one seed."
     }
 
 
 def floor(found: dict[str, Any]) -> tuple[list[float], list[float]]:
     """What the rerun moved: single concepts, and their mean, at every step and seed."""
-    first, second = (found["counts"][name] for name in ("closed_form", RERUN))
     single, mean = [], []
-    for seed in sorted(set(first) & set(second)):
-        for concept in found["targets"]:
-            shares = [one[seed]["attacked"][concept]["recognised"] for one in (first, second)]
-            single += [abs(a - b) / found["images"] for a, b in zip(*shares, strict=True)]
-        rows = [row(found, name, seed) for name in ("closed_form", RERUN)]
+    for seed in sorted(found["counts"][RERUN]):
+        first, second = (counted(found, name, seed) for name in (PUBLISHED, RERUN))
+        for concept, counts in first.items():
+            pairs = zip(counts, second[concept], strict=True)
+            single += [abs(a - b) / found["images"] for a, b in pairs]
+        rows = [row(found, name, seed) for name in (PUBLISHED, RERUN)]
         mean += [abs(a - b) for a, b in zip(*rows, strict=True)]
     return single, mean
 

@@ -148,7 +148,8 @@ def best_gates(
         >>> from immunize_ext.ops import MomentFactor, best_gates
         >>> factor = MomentFactor.from_moments([torch.eye(2)], ridge=0.0)
         >>> mean, merged = torch.ones(2, 2), torch.tensor([[3.0, 1.0], [0.0, 0.0]])
-        >>> best_gates([torch.zeros(2, 2)], [[mean]], [merged], factor, groups=2)[0].round(decimals=6)
+        >>> (rows,) = best_gates([torch.zeros(2, 2)], [[mean]], [merged], factor, groups=2)
+        >>> rows.round(decimals=6)
         tensor([[2., 0.]], dtype=torch.float64)
     """
     function = "best_gates"

@@ -41,7 +41,7 @@ class MergeReport:
             W0: 0 where the concept's inputs see its copy, 1 where the merge does nothing for it.
         relative_change: For each layer ``|W - W0|_F / |W0|_F``; of adapters without base relative
             to the largest of them.
-        condition: Condition number of Q = C_reg^T C_reg + ridge I, or the largest of any S.
+        condition_q: Condition number of Q = C_reg^T C_reg + ridge I, or the largest of any S.
         condition_t: Condition number of T = C Q^-1 C^T + diag(1/mu) over the rows kept; None by
             moments.
         rank: Number of independent constraints; rows beyond it repeat others. None by moments.
@@ -55,7 +55,7 @@ class MergeReport:
 
     residual: dict[str, float]
     relative_change: list[float]
-    condition: float
+    condition_q: float
     condition_t: float | None
     rank: int | None
     tokens: int | None
@@ -70,13 +70,13 @@ class MergeReport:
         layers = f"{len(self.relative_change)} layers"
         if self.condition_t is None:
             first = (
-                f"{layers}, {len(self.residual)} concepts; kappa(S) {self.condition:.2g}, ridge "
+                f"{layers}, {len(self.residual)} concepts; kappa(S) {self.condition_q:.2g}, ridge "
                 f"{self.ridge:.3g}; {self.left:.3g} of the objective left, least {self.least:.3g}"
             )
         else:
             first = (
                 f"{layers}, {self.tokens} tokens, {self.rank} independent; "
-                f"kappa(Q) {self.condition:.2g}, kappa(T) {self.condition_t:.2g}, "
+                f"kappa(Q) {self.condition_q:.2g}, kappa(T) {self.condition_t:.2g}, "
                 f"ridge {self.ridge:.3g}"
             )
         lines = [first, f"|W - W0| / |W0|: largest {max(self.relative_change):.3g}"]
@@ -141,19 +141,17 @@ def merge_report(
         (True, [0.5])
     """
     with torch.no_grad():
-        found = [_dense(w) for w in merged]
-        copies = None if concepts is None else [[_dense(w) for w in one] for one in concepts]
-        start = [torch.zeros_like(w) for w in found] if base is None else list(base)
-        if copies is not None and base is not None:
-            # Adapters beside a base stand for what they make of it.
-            found = _added(merged, start, found)
-            copies = [
-                _added(one, start, dense) for one, dense in zip(concepts, copies, strict=True)
-            ]
-        if len(found) != len(start):
-            raise ValueError(
-                f"merge_report: merged must hold one weight a layer, {len(start)}, got {len(found)}"
-            )
+        start = None if base is None else list(base)
+        for name, one in [("merged", merged), *_named(concepts)]:
+            if start is not None and len(one) != len(start):
+                raise ValueError(
+                    f"merge_report: {name} must hold one weight a layer, {len(start)}, got "
+                    f"{len(one)}"
+                )
+        found = _dense(merged, start)
+        copies = None if concepts is None else [_dense(one, start) for one in concepts]
+        if start is None:
+            start = [torch.zeros_like(w) for w in found]
         largest = None
         if base is None:
             if copies is None:
@@ -182,16 +180,22 @@ def merge_report(
         return _by_moments(found, start, copies, by_layer, called, largest)
 
 
-def _dense(weight: Tensor | LowRank) -> Tensor:
-    return weight.delta if isinstance(weight, LowRank) else weight
+def _named(concepts: Sequence[Weights] | None) -> list[tuple[str, Weights]]:
+    return [(f"concepts[{n}]", one) for n, one in enumerate(concepts or ())]
 
 
-def _added(given: Weights, base: Sequence[Tensor], dense: Sequence[Tensor]) -> list[Tensor]:
-    """W0 + Delta in its dtype where an adapter was given, else the weight."""
-    return [
-        (w0.to(torch.float64) + w.reshape(w0.shape)).to(w0.dtype) if isinstance(one, LowRank) else w
-        for one, w0, w in zip(given, base, dense, strict=True)
-    ]
+def _dense(weights: Weights, base: Sequence[Tensor] | None) -> list[Tensor]:
+    """The weights; where an adapter stands for them, what it makes of the base."""
+    found = []
+    for layer, one in enumerate(weights):
+        if not isinstance(one, LowRank):
+            found.append(one)
+        elif base is None:
+            found.append(one.delta)
+        else:
+            w0 = base[layer]
+            found.append((w0.to(torch.float64) + one.delta.reshape(w0.shape)).to(w0.dtype))
+    return found
 
 
 def _change(w: Tensor, w0: Tensor, relative_to: float | None) -> float:
@@ -244,7 +248,7 @@ def _by_tokens(
     return MergeReport(
         residual=residual,
         relative_change=change,
-        condition=factor.condition,
+        condition_q=factor.condition,
         condition_t=condition_t,
         rank=int(rank),
         tokens=problem.c.shape[0],
@@ -301,7 +305,7 @@ def _by_moments(
     return MergeReport(
         residual=residual,
         relative_change=change,
-        condition=max(float((one[0] / one[-1]).square()) for one in sigma),
+        condition_q=max(float((one[0] / one[-1]).square()) for one in sigma),
         condition_t=None,
         rank=None,
         tokens=None,
@@ -310,8 +314,8 @@ def _by_moments(
         least=least,
         warnings=(
             *(
-                f"{name} keeps little of its copy (residual {lost:.2g}); raise its hardness, or merge "
-                "fewer concepts"
+                f"{name} keeps little of its copy (residual {lost:.2g}); raise its hardness, or "
+                "merge fewer concepts"
                 for name, lost in residual.items()
                 if lost > _LOST
             ),

@@ -12,7 +12,7 @@ the package and no torch, so agreement means something.
   closed form; ``merge_optimality``: objective and residuals; ``merge_gradients``: gradients by the
   closed form and by implicit differentiation.
 * ``moments``: the second-moment merge by least squares, its gradients from the optimality system.
-* ``merge_parts``: rows, columns and layers of a merge by trying all subsets; gates; overlap of concepts.
+* ``merge_parts``: rows, columns and layers of a merge by trying all subsets; gates; overlap.
 * ``precondition``: right multiplication by K^-1.
 * ``resolvent``: traces and energies of (A + k I)^-1.
 * ``finite_differences``: central differences with an estimate of their own error.

@@ -190,7 +190,7 @@ def test_factors_of_layers_and_gated_weights_are_measured_too() -> None:
     assert gated.left == pytest.approx(0.75 * whole.left + 0.25)  # a parabola, 1 at the base
     assert gated.relative_change == pytest.approx([0.5 * c for c in whole.relative_change])
     assert gated.ridge == other.ridge
-    assert gated.condition == pytest.approx(max(float(torch.linalg.cond(f.s)) for f in factors))
+    assert gated.condition_q == pytest.approx(max(float(torch.linalg.cond(f.s)) for f in factors))
 
 
 def test_adapters_are_reported_as_the_weights_they_make() -> None:

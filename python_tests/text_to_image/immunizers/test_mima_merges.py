@@ -131,7 +131,7 @@ def test_gates_go_between_base_mean_and_moments_and_down_the_loss() -> None:
     (-first).backward()  # as the loop does: theta descends what the gates go up
     moved = run.memory["gates"]
     assert float(moved.abs().amax()) == pytest.approx(settings.gate_rate, rel=1e-5)
-    assert float(loss()) < float(first)
+    assert float(loss().detach()) < float(first.detach())
     # Probes, which go through no backward pass, leave them.
     assert torch.equal(run.memory["gates"], moved)
     shares = settings.diagnosis(run, leaves, 1)
