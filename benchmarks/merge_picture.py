@@ -23,7 +23,7 @@ from ._session import RESULTS
 from .merge_sensitivity import KAPPAS, in_words
 
 WIDTH, HEIGHT = 330, 300
-LEFT, RIGHT, TOP, BOTTOM = 46, 12, 50, 42
+LEFT, RIGHT, TOP, BOTTOM = 46, 18, 50, 42
 SHADES = ("--before", "--harmful", "--primary", "--ink", "--muted")
 
 Row = Mapping[str, Any]
@@ -46,6 +46,7 @@ class Panel(NamedTuple):
     ticks: list[tuple[float, str]]
     heights: tuple[float, ...]
     curves: list[Curve]
+    names: tuple[int, int]  # where they stand, from the upper left corner of the axes
 
 
 def _point(x: float, one: Row) -> tuple[float, float, float, float]:
@@ -74,7 +75,8 @@ def captions(results: Row) -> Panel:
     curves.append(Curve("expected at ridge 0", [(x, y, y, y) for x, y in expected], dashed=True))
     ticks = [(0.25, "d/4"), (1.0, "d"), (4.0, "4 d"), (16.0, "16 d")]
     title = "Enough captions, or a small ridge"
-    return Panel(title, "caption rows", "drift / least drift", ticks, (1, 2, 5, 10, 30), curves)
+    heights = (1, 2, 5, 10)
+    return Panel(title, "caption rows", "drift / least drift", ticks, heights, curves, (158, 8))
 
 
 def overlap(results: Row) -> Panel:
@@ -93,14 +95,15 @@ def overlap(results: Row) -> Panel:
         curves.append(Curve(name, [(x, y, y, y) for x, y in expected], dashed=True))
     ticks = [(1.0, "0"), (10.0, ".9"), (100.0, ".99")]
     title = "Concepts that can be told apart"
-    return Panel(title, "overlap of any two", "drift", ticks, (1, 10, 100, 1000), curves)
+    heights = (1, 10, 100, 1000)
+    return Panel(title, "overlap of any two", "drift", ticks, heights, curves, (8, 8))
 
 
 def weights(results: Row) -> Panel:
     """What is left against the share of the weights."""
     names = {
         "rows, by score": "best rows",
-        "columns, one by one, the same share of every layer": "best columns",
+        "columns, one by one, the same share of every layer": "columns, one by one",
         "layers, by knapsack": "best layers",
         "rows, at random": "random rows",
     }
@@ -116,7 +119,8 @@ def weights(results: Row) -> Panel:
     ticks = [(1 / 16, "1/16"), (1 / 8, "1/8"), (1 / 4, "1/4"), (1 / 2, "1/2")]
     title = "A part of it does most"
     heights = (0.1, 0.2, 0.5, 1.0)
-    return Panel(title, "share of the weights", "left of the objective", ticks, heights, curves)
+    left = "left of the objective"
+    return Panel(title, "share of the weights", left, ticks, heights, curves, (8, 147))
 
 
 # --- drawing --------------------------------------------------------------------------------------
@@ -167,12 +171,9 @@ def _draw(panel: Panel, left: float) -> Iterator[str]:
         yield f'<path d="M{line}" fill="none" stroke="{colour}"{dashes}/>'
         if curve.name:
             names.append((curve.name, colour, curve.dashed))
-    # Names where there is room: the corner that the curves leave free is the upper right one, or,
-    # for curves that rise, the upper left one.
-    rising = panel.curves[0].points[-1][1] > panel.curves[0].points[0][1]
-    x = left + LEFT + 8 if rising else right - 112
+    x = left + LEFT + panel.names[0]
     for place, (name, colour, dashed) in enumerate(names):
-        y = TOP + 8 + 15 * place
+        y = TOP + panel.names[1] + 14 * place
         dashes = ' stroke-dasharray="4 3"' if dashed else ' stroke-width="2"'
         yield f'<path d="M{x:.1f} {y:.1f}h16" stroke="{colour}"{dashes}/>'
         yield _text(x + 21, y + 4, name, "--ink")

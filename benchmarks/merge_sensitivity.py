@@ -371,7 +371,7 @@ def power(value: float) -> str:
 
 def number(value: float) -> str:
     """Three digits."""
-    return f"{value:.3g}" if value < 1e3 else f"{value:.1e}"
+    return f"{value:.3g}" if value < 1e3 else f"{float(f'{value:.3g}'):,.0f}"
 
 
 def ranged(found: dict[str, Any] | None, key: str) -> str:
