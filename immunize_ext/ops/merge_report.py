@@ -186,7 +186,7 @@ def _named(concepts: Sequence[Weights] | None) -> list[tuple[str, Weights]]:
 
 def _dense(weights: Weights, base: Sequence[Tensor] | None) -> list[Tensor]:
     """The weights; where an adapter stands for them, what it makes of the base."""
-    found = []
+    found: list[Tensor] = []
     for layer, one in enumerate(weights):
         if not isinstance(one, LowRank):
             found.append(one)

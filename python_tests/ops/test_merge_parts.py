@@ -221,6 +221,18 @@ def test_derivative_of_a_gate_is_an_inner_product() -> None:
     torch.testing.assert_close(batched[1], along(*arguments))
 
 
+@pytest.mark.usefixtures("fresh_compiler")
+def test_gates_compile_whole() -> None:
+    base, copies, factor = problem()
+    ways = [copies[0], merge_moments(base, copies, factor)]
+    gates = [gaussian(2, 4, seed=3).requires_grad_()]
+    compiled = torch.compile(gate_layers, fullgraph=True, backend="aot_eager")
+    (found,), (truth,) = compiled(base, ways, gates), gate_layers(base, ways, gates)
+    torch.testing.assert_close(found, truth)
+    grads = [torch.autograd.grad(w.square().sum(), gates[0])[0] for w in (found, truth)]
+    torch.testing.assert_close(*grads)
+
+
 @pytest.mark.parametrize("groups", [1, 2, OUT])
 def test_best_gates_are_the_least_squares_solution(groups: int) -> None:
     base, copies, factor = problem()

@@ -146,7 +146,8 @@ def test_wrong_number_of_layers_is_refused() -> None:
 def moments() -> tuple[list[Tensor], list[list[Tensor]], MomentFactor]:
     base, copies, *_ = problem([random(1, D, seed=4)] * 2)
     grams = [(h := random(rows, D, seed=rows)).mT @ h for rows in (12, 20)]
-    return base, copies, MomentFactor.from_moments(grams, ridge=1e-3)
+    hardness = torch.tensor([0.5, 2.0])
+    return base, copies, MomentFactor.from_moments(grams, ridge=1e-3, hardness=hardness)
 
 
 def objective(
@@ -155,9 +156,9 @@ def objective(
     total = 0.0
     for layer, w in enumerate(weights):
         total += factor.ridge * float((w - base[layer]).square().sum())
-        for copy, gram in zip(copies, factor.moments, strict=True):
-            away = w - copy[layer]
-            total += float(((away @ gram) * away).sum())
+        for n, gram in enumerate(factor.moments):
+            away = w - copies[n][layer]
+            total += float(factor.hardness[n] * ((away @ gram) * away).sum())
     return total
 
 
