@@ -150,6 +150,19 @@ def test_columns_are_solved_for_and_greedy_is_near_the_best_set(count: int) -> N
         assert kept == best
 
 
+@pytest.mark.parametrize("seed", range(4))
+def test_each_column_given_up_is_the_cheapest_then(seed: int) -> None:
+    base, copies, factor = problem(seed=100 * seed)
+    (merged,) = merge_moments(base, copies, factor)
+    update, s = (merged - base[0]).numpy(), factor.s.numpy()
+    kept = list(range(D))
+    while kept:
+        left = [[k for k in kept if k != j] for j in kept]
+        kept = min(left, key=lambda columns: reference.columns_update(update, s, columns)[1])
+        found = keep_columns(base[0], merged, factor, len(kept)).kept[0]
+        assert found.nonzero().flatten().tolist() == kept
+
+
 def test_uncorrelated_columns_are_the_best_set() -> None:
     factor = MomentFactor.from_moments([torch.diag(torch.arange(1.0, D + 1)).double()], ridge=0.0)
     merged = gaussian(3, D, seed=5)
