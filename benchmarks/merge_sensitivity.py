@@ -425,7 +425,7 @@ def parts(results: dict[str, Any]) -> dict[str, str]:
         ),
         "spectra": table(
             ["kappa", "captions", *(f"ridge {in_words(r)}" for r in RIDGES)],
-            [spectrum_line(k, s) for k in KAPPAS for s in (shares[0], 4.0)],
+            [spectrum_line(k, s) for k in KAPPAS for s in (0.5, 2.0, 16.0)],
         )
         + f"\n\nTokens are met in every cell: the largest residual, of float32 weights, is "
         f"{max(residuals):.0e}.",

@@ -83,10 +83,29 @@ def measure(out: Path, merges: Sequence[str], seeds: Sequence[int]) -> None:
 def counted(found: dict[str, Any], name: str, seed: str) -> dict[str, list[int]]:
     """Recognised images of each concept at each step."""
     if name == PUBLISHED:
-        attacked = json.loads(ATTACKERS.read_text(encoding="utf-8"))["counts"]["mima"][ATTACK][seed]
+        attacked = published()["counts"]["mima"][ATTACK][seed]
     else:
         attacked = found["counts"][name][seed]["attacked"]
     return {concept: attacked[concept]["recognised"] for concept in found["targets"]}
+
+
+def published() -> dict[str, Any]:
+    """What stands in ``mima_attackers.json``."""
+    found: dict[str, Any] = json.loads(ATTACKERS.read_text(encoding="utf-8"))
+    return found
+
+
+def kept(found: dict[str, Any], name: str, seeds: Sequence[str]) -> list[float]:
+    """Mean recognised share of the concepts that had to stay, of seeds for which it was counted."""
+    if name == PUBLISHED:
+        counts = published()["kept"]["mima"]
+    else:
+        counts = {seed: one["kept"] for seed, one in found["counts"][name].items()}
+    return [
+        statistics.fmean(counts[seed].values()) / found["images"]
+        for seed in seeds
+        if seed in counts
+    ]
 
 
 def row(found: dict[str, Any], name: str, seed: str) -> list[float]:
@@ -101,16 +120,20 @@ def parts(found: dict[str, Any]) -> dict[str, str]:
     for name in (PUBLISHED, *(name for name in MERGES if found["counts"].get(name))):
         seeds = sorted(found["counts"]["mean" if name == PUBLISHED else name])
         rows = [row(found, name, seed) for seed in seeds]
-        shares = (
-            f"{statistics.fmean(column):.2f} ({min(column):.2f} to {max(column):.2f})"
-            for column in zip(*rows, strict=True)
-        )
+        columns = [*zip(*rows, strict=True), kept(found, name, seeds)]
+        shares = (f"{statistics.fmean(c):.2f} ({min(c):.2f} to {max(c):.2f})" for c in columns)
         lines.append([WORDS[name], str(len(seeds)), *shares])
     single, mean = floor(found)
+    gates = [one["gates"] for one in found["counts"]["gated"].values()]
+    ends = {key: statistics.fmean(gate[key] for gate in gates) for key in gates[0]}
     return {
-        "protection": table(["merge", "seeds", *(f"{s} steps" for s in found["steps"])], lines)
+        "protection": table(
+            ["merge", "seeds", *(f"{s} steps" for s in found["steps"]), "kept"], lines
+        )
         + f"\n\nThe same seeds again move one concept by up to {max(single):.2f}, and the mean of "
-        f"three by up to {max(mean):.2f}, at one step of one seed."
+        f"three by up to {max(mean):.2f}, at one step of one seed. The gates end, on average, at "
+        f"{ends['gate_base']:.2f} for the base, {ends['gate_mean']:.2f} for the mean and "
+        f"{ends['gate_moments']:.2f} for the merge by moments."
     }
 
 

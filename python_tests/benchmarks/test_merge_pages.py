@@ -14,6 +14,7 @@ sensitivity = pytest.importorskip("benchmarks.merge_sensitivity")
 choice = pytest.importorskip("benchmarks.merge_choice")
 picture = pytest.importorskip("benchmarks.merge_picture")
 _page = pytest.importorskip("benchmarks._page")
+protection = pytest.importorskip("benchmarks.protection.mima_merges")
 PROGRAMS = {"sensitivity": sensitivity, "choice": choice}
 
 
@@ -29,6 +30,19 @@ def page() -> str:
 @pytest.mark.parametrize("name", PROGRAMS)
 def test_page_is_what_the_result_file_says(name: str) -> None:
     assert _page.filled(page(), PROGRAMS[name].parts(results(name))) == page()
+
+
+def test_protection_by_each_merge_is_what_was_counted() -> None:
+    found = json.loads(protection.OUT.read_text(encoding="utf-8"))
+    assert _page.filled(page(), protection.parts(found)) == page()
+    seeds = sorted(found["counts"]["mean"])
+    assert len(seeds) >= 3
+    ends = {
+        name: [protection.row(found, name, seed)[1] for seed in seeds]
+        for name in (protection.PUBLISHED, "mean", "moments")
+    }
+    # Only what every seed says is said: the merge by moments delays least, at ten steps.
+    assert min(ends["moments"]) > max(ends["mean"] + ends[protection.PUBLISHED])
 
 
 def test_picture_is_what_the_result_files_say() -> None:
