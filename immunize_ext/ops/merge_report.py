@@ -27,7 +27,7 @@ _LARGE_CHANGE = 1.0
 _LOST = 0.9
 _EPS = torch.finfo(torch.float64).eps
 
-Weights = Sequence[Tensor] | Sequence[LowRank]
+Weights = Sequence[Tensor | LowRank]
 
 
 @dataclass(frozen=True)
