@@ -39,10 +39,16 @@ def test_protection_by_each_merge_is_what_was_counted() -> None:
     assert len(seeds) >= 3
     ends = {
         name: [protection.row(found, name, seed)[1] for seed in seeds]
-        for name in (protection.PUBLISHED, "mean", "moments")
+        for name in (protection.PUBLISHED, "mean", "moments", "own_copies")
     }
-    # Only what every seed says is said: the merge by moments delays least, at ten steps.
+    # Only what every seed says is said, of ten steps: the merge by moments delays least, and no
+    # merge less than the closed form and the mean do.
     assert min(ends["moments"]) > max(ends["mean"] + ends[protection.PUBLISHED])
+    noise = max(protection.floor(found)[1])
+    for name in (protection.PUBLISHED, "mean"):
+        assert all(
+            alone > one + noise for alone, one in zip(ends["own_copies"], ends[name], strict=True)
+        )
 
 
 def test_picture_is_what_the_result_files_say() -> None:
