@@ -8,8 +8,10 @@ from immunize_ext.ops.attention_gauge import (
     balance_attention,
     find_attention,
 )
+from immunize_ext.ops.concept_overlap import concept_overlap
 from immunize_ext.ops.equal_diagonal import equal_diagonal_rotation
 from immunize_ext.ops.factor import RegularizationFactor
+from immunize_ext.ops.gates import best_gates, gate_layers
 from immunize_ext.ops.layers import convolution_matrix, map_layers
 from immunize_ext.ops.local_control import (
     GaussNewtonStep,
@@ -33,6 +35,14 @@ from immunize_ext.ops.lora_merge import (
     truncate_adapter,
 )
 from immunize_ext.ops.merge import merge_kv
+from immunize_ext.ops.merge_parts import (
+    KeptPart,
+    LayerChoice,
+    best_layers,
+    keep_columns,
+    keep_rows,
+    row_scores,
+)
 from immunize_ext.ops.merge_report import MergeReport, merge_report
 from immunize_ext.ops.moment_merge import MomentFactor, merge_moments
 from immunize_ext.ops.moments import (
@@ -70,6 +80,8 @@ __all__ = [
     "HeadWeights",
     "InputMoments",
     "InputSubspace",
+    "KeptPart",
+    "LayerChoice",
     "LayerMoments",
     "LoraLayer",
     "LowRank",
@@ -89,17 +101,23 @@ __all__ = [
     "as_lora",
     "attention_gauge",
     "balance_attention",
+    "best_gates",
+    "best_layers",
     "clip_spectral_norm",
     "collect_moments",
+    "concept_overlap",
     "condition_number",
     "convolution_matrix",
     "equal_diagonal_rotation",
     "extremal_singular_values",
     "factor_layers",
     "find_attention",
+    "gate_layers",
     "gauss_newton_step",
     "gram_extremes",
     "gram_log_condition_number",
+    "keep_columns",
+    "keep_rows",
     "log_condition_number",
     "lora_state_dict",
     "map_layers",
@@ -113,6 +131,7 @@ __all__ = [
     "project_out",
     "read_lora",
     "resolvent_traces",
+    "row_scores",
     "save_lora",
     "smallest_singular_values",
     "symmetric_extremes",

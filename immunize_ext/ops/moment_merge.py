@@ -358,8 +358,13 @@ def check_copies(
     base: Sequence[Tensor],
     copies: Sequence[Sequence[Tensor]],
     factors: MomentFactor | Sequence[MomentFactor],
+    names: Sequence[str] | None = None,
 ) -> list[MomentFactor]:
-    """Check base, copies and factors against each other; the factor of each layer."""
+    """Check base, copies and factors against each other; the factor of each layer.
+
+    With names, those of other weights than the copies that the factors are of.
+    """
+    called = [f"copies[{n}]" for n in range(len(copies))] if names is None else list(names)
     if len(base) == 0:
         raise ValueError(f"{function}: base must not be empty")
     given = [factors] * len(base) if isinstance(factors, MomentFactor) else list(factors)
@@ -370,7 +375,7 @@ def check_copies(
     for n, layers in enumerate(copies):
         if len(layers) != len(base):
             raise ValueError(
-                f"{function}: copies[{n}] must hold one weight a layer, {len(base)}, got "
+                f"{function}: {called[n]} must hold one weight a layer, {len(base)}, got "
                 f"{len(layers)}"
             )
     for layer, (w0, factor) in enumerate(zip(base, given, strict=True)):
@@ -381,7 +386,7 @@ def check_copies(
                 f"{function}: base[{layer}] must have shape (o, {factor.dim}), the width of its "
                 f"factor, or (o, i, *kernel) with as many columns, got {tuple(w0.shape)}"
             )
-        if factor.concepts != len(copies):
+        if names is None and factor.concepts != len(copies):
             raise ValueError(
                 f"{function}: copies must be those of {factor.concepts} concepts, as the factor of "
                 f"layer {layer} has it, got {len(copies)}"
@@ -389,14 +394,14 @@ def check_copies(
         named = [("the factor", factor.chol), (f"base[{layer}]", w0)]
         for n, layers in enumerate(copies):
             copy = layers[layer]
-            require_floating(function, f"copies[{n}][{layer}]", copy)
+            require_floating(function, f"{called[n]}[{layer}]", copy)
             if copy.shape != w0.shape or copy.dtype != w0.dtype:
                 raise ValueError(
-                    f"{function}: copies[{n}][{layer}] must have the shape and dtype of "
+                    f"{function}: {called[n]}[{layer}] must have the shape and dtype of "
                     f"base[{layer}], {tuple(w0.shape)} {w0.dtype}, got {tuple(copy.shape)} "
                     f"{copy.dtype}"
                 )
-            named.append((f"copies[{n}][{layer}]", copy))
+            named.append((f"{called[n]}[{layer}]", copy))
         require_same_device(function, named)
     return given
 

@@ -12,6 +12,7 @@ the package and no torch, so agreement means something.
   closed form; ``merge_optimality``: objective and residuals; ``merge_gradients``: gradients by the
   closed form and by implicit differentiation.
 * ``moments``: the second-moment merge by least squares, its gradients from the optimality system.
+* ``merge_parts``: rows, columns and layers of a merge by trying all subsets; gates; overlap.
 * ``precondition``: right multiplication by K^-1.
 * ``resolvent``: traces and energies of (A + k I)^-1.
 * ``finite_differences``: central differences with an estimate of their own error.
@@ -66,6 +67,14 @@ from immunize_ext.reference.merge_optimality import (
     deduplicate_rows,
     merge_objective,
     merge_residuals,
+)
+from immunize_ext.reference.merge_parts import (
+    best_columns,
+    best_gates,
+    best_layers,
+    best_rows,
+    columns_update,
+    concept_overlap,
 )
 from immunize_ext.reference.moments import (
     MomentGradients,
@@ -128,7 +137,13 @@ __all__ = [
     "SymmetricExtremesGradient",
     "absolute_ridge",
     "attention_gauge",
+    "best_columns",
+    "best_gates",
+    "best_layers",
+    "best_rows",
     "clip_spectral_norm",
+    "columns_update",
+    "concept_overlap",
     "condition_number",
     "condition_number_gradient",
     "condition_number_hvp",

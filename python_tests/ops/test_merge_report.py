@@ -6,7 +6,18 @@ import pytest
 import torch
 from torch import Tensor
 
-from immunize_ext.ops import MergeReport, RegularizationFactor, merge_kv, merge_report
+from immunize_ext.ops import (
+    LowRank,
+    MergeReport,
+    MomentFactor,
+    RegularizationFactor,
+    gate_layers,
+    merge_adapters,
+    merge_adapters_kv,
+    merge_kv,
+    merge_moments,
+    merge_report,
+)
 
 D = 8
 
@@ -130,3 +141,98 @@ def test_wrong_number_of_layers_is_refused() -> None:
     args = problem([random(1, D, seed=4)])
     with pytest.raises(ValueError, match="merged must hold one weight a layer, 2, got 1"):
         merge_report(merge_kv(*args)[:1], *args)
+
+
+def moments() -> tuple[list[Tensor], list[list[Tensor]], MomentFactor]:
+    base, copies, *_ = problem([random(1, D, seed=4)] * 2)
+    grams = [(h := random(rows, D, seed=rows)).mT @ h for rows in (12, 20)]
+    hardness = torch.tensor([0.5, 2.0])
+    return base, copies, MomentFactor.from_moments(grams, ridge=1e-3, hardness=hardness)
+
+
+def objective(
+    weights: list[Tensor], base: list[Tensor], copies: list[list[Tensor]], factor: MomentFactor
+) -> float:
+    total = 0.0
+    for layer, w in enumerate(weights):
+        total += factor.ridge * float((w - base[layer]).square().sum())
+        for n, gram in enumerate(factor.moments):
+            away = w - copies[n][layer]
+            total += float(factor.hardness[n] * ((away @ gram) * away).sum())
+    return total
+
+
+def test_by_moments_the_share_of_the_objective_that_is_left() -> None:
+    base, copies, factor = moments()
+    best = merge_moments(base, copies, factor)
+    mean = [(one + two) / 2 for one, two in zip(*copies, strict=True)]
+    at_base = objective(base, base, copies, factor)
+    for weights in (best, mean, base):
+        report = merge_report(weights, base, copies, None, factor, names=["cat", "dog"])
+        assert report.left == pytest.approx(objective(weights, base, copies, factor) / at_base)
+        assert report.least == pytest.approx(objective(best, base, copies, factor) / at_base)
+    assert report.residual == {"cat": pytest.approx(1.0), "dog": pytest.approx(1.0)}
+    assert any("cat keeps little of its copy" in warning for warning in report.warnings)
+    assert report.condition_t is report.tokens is None
+    assert "of the objective left" in str(report)
+    exact = merge_report(copies[0], base, copies, None, factor)
+    assert exact.residual["concept 0"] == 0.0
+    assert exact.residual["concept 1"] > 0.1
+
+
+def test_factors_of_layers_and_gated_weights_are_measured_too() -> None:
+    base, copies, factor = moments()
+    other = MomentFactor.from_moments([2.0 * g for g in factor.moments], ridge=0.5)
+    factors = [factor, other]
+    merged = merge_moments(base, copies, factors)
+    half = gate_layers(base, [merged], [torch.tensor([0.5])] * 2)
+    whole, gated = (merge_report(w, base, copies, None, factors) for w in (merged, half))
+    assert whole.left == pytest.approx(whole.least)
+    assert gated.left == pytest.approx(0.75 * whole.left + 0.25)  # a parabola, 1 at the base
+    assert gated.relative_change == pytest.approx([0.5 * c for c in whole.relative_change])
+    assert gated.ridge == other.ridge
+    assert gated.condition_q == pytest.approx(max(float(torch.linalg.cond(f.s)) for f in factors))
+
+
+def test_adapters_are_reported_as_the_weights_they_make() -> None:
+    base, _, factor = moments()
+    adapters = [
+        [LowRank(random(w.shape[0], 2, seed=n), random(2, D, seed=n + 5)) for w in base]
+        for n in (30, 40)
+    ]
+    dense = [[w + a.delta for w, a in zip(base, one, strict=True)] for one in adapters]
+    merged = merge_adapters(adapters, factor)
+    with_base = merge_report(merged, base, adapters, None, factor)
+    truth = merge_report(merge_moments(base, dense, factor), base, dense, None, factor)
+    alone = merge_report(merged, None, adapters, None, factor)
+    for one in (with_base, alone):
+        assert one.residual == pytest.approx(truth.residual, rel=1e-9)
+        assert one.left == pytest.approx(truth.left, rel=1e-9)
+    assert with_base.relative_change == pytest.approx(truth.relative_change, rel=1e-9)
+    largest = max(float(one[0].delta.norm()) for one in adapters)
+    assert alone.relative_change[0] == pytest.approx(float(merged[0].delta.norm()) / largest)
+
+    tokens = [random(2, D, seed=7), random(1, D, seed=8)]
+    captions = RegularizationFactor.from_embeddings(random(40, D, seed=3), ridge=0.1)
+    by_tokens = merge_adapters_kv(adapters, tokens, captions)
+    for start in (base, None):
+        report = merge_report(by_tokens, start, adapters, tokens, captions)
+        assert max(report.residual.values()) < 1e-12
+        assert report.rank == 3
+
+
+@pytest.mark.parametrize(
+    ("changes", "words"),
+    [
+        ({"embeddings": [random(1, D, seed=1)] * 2}, "concepts alone must be given with a Moment"),
+        ({"concepts": None}, "concepts alone must be given with a MomentFactor"),
+        ({"base": None, "concepts": None}, "base must be given where values are"),
+        ({"factor": RegularizationFactor.identity(D)}, "embeddings must be given with a Regular"),
+        ({"factor": []}, "factors must be one, or one a layer, 2, got 0"),
+    ],
+)
+def test_what_does_not_fit_the_factor_is_refused(changes: dict[str, object], words: str) -> None:
+    base, copies, factor = moments()
+    given = {"merged": base, "base": base, "concepts": copies, "embeddings": None, "factor": factor}
+    with pytest.raises(ValueError, match=words):
+        merge_report(**given | changes)  # type: ignore[arg-type]

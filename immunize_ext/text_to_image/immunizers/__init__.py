@@ -10,6 +10,7 @@ from immunize_ext.text_to_image.immunizers.baselines import JointTraining, LossA
 from immunize_ext.text_to_image.immunizers.concept_merge import (
     ClassMerge,
     ConceptMerge,
+    GatedMerge,
     Merge,
     MomentMerge,
 )
@@ -33,6 +34,7 @@ __all__ = [
     "ConceptMerge",
     "DiffusionIMMA",
     "Erasure",
+    "GatedMerge",
     "ImmunizationError",
     "ImmunizedPipeline",
     "Immunizer",

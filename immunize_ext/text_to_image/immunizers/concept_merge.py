@@ -17,6 +17,7 @@ from immunize_ext.ops import (
     RegularizationFactor,
     collect_moments,
     factor_layers,
+    gate_layers,
     merge_kv,
     merge_moments,
     merge_report,
@@ -89,6 +90,7 @@ class MomentMerge(Merge):
         concepts: Batches of each concept.
         kept: Batches of what is to be kept; none if there is nothing.
         ridge: rho, relative to the mean diagonal of the sum of moments.
+        labels: Names of the concepts, for reports.
 
     Source:
         DERIVED: ``ops.merge_moments`` in the place of MIMA's Merge.
@@ -102,8 +104,10 @@ class MomentMerge(Merge):
         kept: Sequence[Batch],
         *,
         ridge: float,
+        labels: Sequence[str] | None = None,
     ) -> None:
         super().__init__()
+        self.names = labels
         predicting = _Predicting(model)
         layers = [f"unet.{name}" for name in _mergeable(model.unet, names)]
         found = factor_layers(
@@ -124,6 +128,77 @@ class MomentMerge(Merge):
             [self.factors[name] for name in names],
         )
         return dict(zip(names, merged, strict=True))
+
+    def report(self, merged: Parameters, base: Parameters, adapted: Sequence[Parameters]) -> None:
+        """How far each layer moved, and what each concept lost."""
+        assert self.reports is not None
+        self.reports.append(
+            merge_report(
+                [weight.detach() for weight in merged.values()],
+                [base[name].detach() for name in merged],
+                [[copy[name].detach() for name in merged] for copy in adapted],
+                None,
+                [self.factors[name] for name in merged],
+                names=self.names,
+            )
+        )
+
+
+class GatedMerge(MomentMerge):
+    r"""Between the base, the mean of the copies and their merge by moments, layer by layer.
+
+    .. math:: W = W_0 + g_1 (\bar W - W_0) + g_2 (W_{moments} - W_0), \qquad
+              (g_0, g_1, g_2) = \mathrm{softmax}(\text{logits})
+
+    with gates for every head of to_q, to_k and to_v, and for every other layer.
+
+    Args:
+        model: As for :class:`MomentMerge`.
+        names: As there.
+        concepts: As there.
+        kept: As there.
+        ridge: As there.
+        labels: As there.
+
+    Attributes:
+        logits: (groups, 3), the groups of all layers one after the other; zero at first.
+
+    Source:
+        DERIVED: AdaMerging (ICLR 2024) learns one coefficient for each copy; here the copies are
+        merged already, and the ways of doing it are weighed.
+    """
+
+    def __init__(self, model: TextToImage, *arguments: Any, **options: Any) -> None:
+        super().__init__(model, *arguments, **options)
+        modules = dict(model.unet.named_modules())
+        self.groups = {name: _heads(modules, name) for name in self.factors}
+        some = next(iter(self.factors.values())).chol
+        self.logits = torch.zeros(
+            sum(self.groups.values()), 3, dtype=torch.float32, device=some.device
+        )
+
+    def layers(self, base: Parameters, adapted: Sequence[Parameters]) -> Parameters:
+        """Merge by moments, and go as far there, and to the mean, as the gates say."""
+        merged = super().layers(base, adapted)
+        shares = self.logits.softmax(-1)[:, 1:].mT
+        gates = dict(zip(self.groups, shares.split(list(self.groups.values()), -1), strict=True))
+        names = list(merged)
+        gated = gate_layers(
+            [base[name] for name in names],
+            [
+                [_mean([copy[name] for copy in adapted]) for name in names],
+                [merged[name] for name in names],
+            ],
+            [gates[name] for name in names],
+        )
+        return dict(zip(names, gated, strict=True))
+
+
+def _heads(modules: dict[str, nn.Module], weight: str) -> int:
+    """How many heads the rows of a weight are divided among; 1 where there are none."""
+    parent, _, part = weight.removesuffix(".weight").rpartition(".")
+    heads = getattr(modules.get(parent), "heads", 1)
+    return int(heads) if part in ("to_q", "to_k", "to_v") else 1
 
 
 # A float64 matrix of this side takes 128 MB; four of them and their maps are held for a layer.

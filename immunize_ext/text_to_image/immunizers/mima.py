@@ -14,6 +14,7 @@ another ``hypergradient`` the term -alpha d g_n / d theta comes in.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Collection
 from dataclasses import dataclass
 from typing import ClassVar, Literal, get_args
@@ -27,16 +28,19 @@ from immunize_ext.text_to_image.immunizers.bilevel import BilevelImmunizer
 from immunize_ext.text_to_image.immunizers.concept_merge import (
     ClassMerge,
     ConceptMerge,
+    GatedMerge,
     Merge,
     MomentMerge,
     check_merge,
 )
 from immunize_ext.text_to_image.immunizers.loop import OUTER, Run
 
-MergeKind = Literal["closed_form", "moments", "mean", "own_copies", "by_class"]
+MergeKind = Literal["closed_form", "moments", "gated", "mean", "own_copies", "by_class"]
 
 # Purpose of the draws that moments are collected over, beside those of the loop.
 MOMENTS = 3
+
+GATES = "gates"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -56,8 +60,11 @@ class MIMA(BilevelImmunizer):
             token constraints and everything else by the mean; ``"moments"``, every linear and
             convolution layer by the second moments of its inputs, collected once at the start;
             ``"by_class"``, token constraints where text alone arrives and moments elsewhere;
+            ``"gated"``, each layer and head between its base, the mean and the merge by moments, by
+            gates that lower what theta raises: the attacker's merge is learned against it;
             ``"mean"`` of everything, the control; ``"own_copies"``, no merge at all, each concept's
             loss at its own copy.
+        gate_rate: How far a step moves the gate (before its softmax) with the largest gradient.
         moment_batches: Batches of each concept, and of what is kept, that moments are collected
             over.
         variant: ``"algorithm1"`` as published, or ``"alternating"`` as the released code does it:
@@ -83,6 +90,7 @@ class MIMA(BilevelImmunizer):
     merge_prompts: int = 2
     merge: MergeKind = "closed_form"
     moment_batches: int = 4
+    gate_rate: float = 0.3
     variant: str = "algorithm1"
 
     def __post_init__(self) -> None:
@@ -98,10 +106,19 @@ class MIMA(BilevelImmunizer):
             raise ValueError(
                 f"{self.method}: moment_batches must be at least 1, got {self.moment_batches}"
             )
+        if not (math.isfinite(self.gate_rate) and self.gate_rate >= 0.0):
+            raise ValueError(
+                f"{self.method}: gate_rate must be finite and at least 0, got {self.gate_rate}"
+            )
         if self.alternating and self.merge == "own_copies":
             raise ValueError(
                 f"{self.method}: the alternating variant must have one model to go on from, got "
                 "merge='own_copies'"
+            )
+        if self.alternating and self.merge == "gated":
+            raise ValueError(
+                f"{self.method}: merge must be another one in the alternating variant, which "
+                "differentiates nothing that gates could learn from, got 'gated'"
             )
 
     def needs_merge(self) -> bool:
@@ -141,6 +158,14 @@ class MIMA(BilevelImmunizer):
             return self._copies(run, parameters, step, how)
         return [self._merged(run, parameters, step, how)]
 
+    def diagnosis(self, run: Run, leaves: Parameters, step: int) -> dict[str, float]:
+        """As every method's, and how far the gates go, on average."""
+        found = super().diagnosis(run, leaves, step)
+        if isinstance(run.merge, GatedMerge):
+            shares = run.merge.logits.detach().softmax(-1).mean(0).tolist()
+            found |= dict(zip(("gate_base", "gate_mean", "gate_moments"), shares, strict=True))
+        return found
+
     def models_attacked(self, run: Run) -> int:
         """One, or each concept's copy."""
         return len(run.pools) if self.merge == "own_copies" else 1
@@ -152,6 +177,8 @@ class MIMA(BilevelImmunizer):
             run.merge = Merge() if self.merge == "mean" else self._moment_merge(run)
         if self.merge == "by_class" and isinstance(run.merge, ConceptMerge):
             run.merge = ClassMerge(run.merge, self._moment_merge(run, run.merge.weights))
+        if isinstance(run.merge, GatedMerge):
+            run.merge.logits = self._gates(run, run.merge.logits)
         return run.merge(parameters, self._copies(run, parameters, step, how))
 
     def _copies(
@@ -171,10 +198,30 @@ class MIMA(BilevelImmunizer):
         generator = generator_of(self.seed, 0, MOMENTS)
         count = range(self.moment_batches)
         kept = [run.retain.draw(self.retain_batch, generator) for _ in count]
-        return MomentMerge(
+        kind = GatedMerge if self.merge == "gated" else MomentMerge
+        return kind(
             run.model,
             [name for name in run.moved if name not in merged],
             [[pool.draw(self.batch_size, generator) for _ in count] for pool in run.pools],
             [batch for batch in kept if batch is not None],
             ridge=self.ridge,
+            labels=run.names,
         )
+
+    def _gates(self, run: Run, start: Tensor) -> Tensor:
+        """As the last step left them; the backward pass of this one moves those of the next.
+
+        What theta descends is the loss with the opposite sign, so the gates ascend it.
+        """
+        now = run.memory.get(GATES, start).detach()
+        gates = now.clone().requires_grad_()
+
+        def moved(grad: Tensor) -> None:
+            if run.accelerator.num_processes > 1:
+                grad = run.accelerator.reduce(grad, reduction="mean")
+            largest = grad.abs().amax().clamp(min=torch.finfo(grad.dtype).tiny)
+            share = self.gate_rate / self.gradient_accumulation
+            run.memory = {**run.memory, GATES: run.memory.get(GATES, now) + share * grad / largest}
+
+        gates.register_hook(moved)
+        return gates

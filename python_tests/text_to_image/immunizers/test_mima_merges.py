@@ -12,7 +12,7 @@ from attack_pipelines import tiny_pipeline
 from immunizer_settings import SMALL, concepts, weights
 
 from immunize_ext.ops import merge_moments
-from immunize_ext.text_to_image.immunizers import MIMA, Merge, MomentMerge
+from immunize_ext.text_to_image.immunizers import MIMA, GatedMerge, Merge, MomentMerge
 from immunize_ext.text_to_image.immunizers.loop import OUTER, Run
 from immunize_ext.text_to_image.model import TextToImage
 
@@ -37,7 +37,13 @@ def copies_of(settings: MIMA, run: Run, leaves: dict[str, torch.Tensor]) -> list
 
 @pytest.mark.parametrize(
     ("kind", "scope"),
-    [("closed_form", "attn"), ("moments", "attn"), ("mean", "kv"), ("own_copies", "kv")],
+    [
+        ("closed_form", "attn"),
+        ("moments", "attn"),
+        ("gated", "attn"),
+        ("mean", "kv"),
+        ("own_copies", "kv"),
+    ],
 )
 def test_runs_and_goes_on_after_a_stop(kind: Any, scope: Any, tmp_path: Path) -> None:
     settings = replace(MIMA(**SMALL), merge=kind, scope=scope, checkpoint_every=1, moment_batches=1)
@@ -105,11 +111,40 @@ def test_moments_merge_linear_layers_and_average_the_rest() -> None:
     assert all(g.isfinite().all() for g in torch.autograd.grad(loss, list(leaves.values())))
 
 
+def test_gates_go_between_base_mean_and_moments_and_down_the_loss() -> None:
+    settings, run, leaves = started(merge="gated", scope="attn", moment_batches=1)
+    adapted = settings.adapted(run, leaves, 0)
+    merge = run.merge
+    assert isinstance(merge, GatedMerge)
+    copies = copies_of(settings, run, leaves)
+    name = next(n for n in merge.factors if n.endswith("attn1.to_q.weight"))
+    assert merge.groups[name] > 1
+    assert merge.groups[name.replace("to_q", "to_out.0")] == 1
+    (merged,) = merge_moments([leaves[name]], [[c[name]] for c in copies], merge.factors[name])
+    mean = (copies[0][name] + copies[1][name]) / 2
+    torch.testing.assert_close(adapted[name], (leaves[name] + mean + merged) / 3)
+
+    def loss() -> torch.Tensor:
+        return settings.attacked_losses(run, leaves, 0, 0).mean()
+
+    first = loss()
+    (-first).backward()  # as the loop does: theta descends what the gates go up
+    moved = run.memory["gates"]
+    assert float(moved.abs().amax()) == pytest.approx(settings.gate_rate, rel=1e-5)
+    assert float(loss().detach()) < float(first.detach())
+    # Probes, which go through no backward pass, leave them.
+    assert torch.equal(run.memory["gates"], moved)
+    shares = settings.diagnosis(run, leaves, 1)
+    assert sum(v for k, v in shares.items() if k.startswith("gate")) == pytest.approx(1.0)
+
+
 def test_merges_that_cannot_be_are_refused() -> None:
     for changes, words in (
-        ({"merge": "ties"}, "merge must be one of closed_form, moments, mean, own_copies"),
+        ({"merge": "ties"}, "merge must be one of closed_form, moments, gated, mean, own_copies"),
         ({"moment_batches": 0}, "moment_batches must be at least 1"),
         ({"merge": "own_copies", "variant": "alternating"}, "must have one model to go on from"),
+        ({"merge": "gated", "variant": "alternating"}, "merge must be another one"),
+        ({"gate_rate": -1.0}, "gate_rate must be finite and at least 0"),
     ):
         with pytest.raises(ValueError, match=words):
             MIMA(**SMALL | changes)
