@@ -225,6 +225,49 @@ class NegativeCurvatureError(torch.linalg.LinAlgError):  # type: ignore[name-def
         )
 
 
+class NotConvergedError(torch.linalg.LinAlgError):  # type: ignore[name-defined]
+    """An iteration ended before its result was as accurate as asked.
+
+    Attributes:
+        residual: Of the best that was found, relative to the size of the operator; ``None`` where
+            nothing was.
+        products: Products with the operator until then.
+
+    Example:
+        >>> error = NotConvergedError.after("search", 1e-3, rtol=1e-10, products=400)
+        >>> error.products
+        400
+    """
+
+    def __init__(self, message: str, *, residual: float | None = None, products: int = 0) -> None:
+        super().__init__(message)
+        self.residual = residual
+        self.products = products
+
+    @classmethod
+    def after(
+        cls, function: str, residual: float | None, *, rtol: float, products: int
+    ) -> "NotConvergedError":
+        """Build the error with its message from the facts.
+
+        Args:
+            function: The function that refuses.
+            residual: Of the best that was found, relative.
+            rtol: What was asked.
+            products: Products until then.
+
+        Returns:
+            The error, to be raised.
+        """
+        found = "nothing" if residual is None else f"{residual:.3g}"
+        return cls(
+            f"{function}: residuals must fall to {rtol:.3g} of the operator, got {found} after "
+            f"{products} products; raise restarts or rtol, or add a ridge to the small end",
+            residual=residual,
+            products=products,
+        )
+
+
 class NumericalWarning(UserWarning):
     """A result is right as defined, but the input makes it less accurate than usual."""
 

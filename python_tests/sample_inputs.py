@@ -515,6 +515,30 @@ def _resolvents_backward(device: str) -> list[Sample]:
     return samples
 
 
+def _khatri_rao(device: str) -> list[Sample]:
+    """Both routes: pairs of tokens, and outer products of many tokens with few numbers."""
+    cases = [
+        ("pairs", gaussian(3, 2, 4, seed=130), gaussian(3, 2, 5, seed=131)),
+        ("outer products", gaussian(3, 5, 2, seed=132), gaussian(3, 5, 2, seed=133)),
+        ("batch", gaussian(2, 3, 2, 1, 3, seed=134), gaussian(2, 3, 2, 1, 2, seed=135)),
+        ("empty", gaussian(0, 2, 1, 3), gaussian(0, 2, 1, 3)),
+        ("float32", *(gaussian(2, 1, 3, seed=136 + k).float() for k in range(2))),
+        ("bfloat16", *(gaussian(2, 3, 2, seed=138 + k).bfloat16() for k in range(2))),
+        ("column major", *(column_major(gaussian(3, 2, 4, seed=140 + k)) for k in range(2))),
+    ]
+    return [Sample(name, (a.to(device), g.to(device), name != "batch")) for name, a, g in cases]
+
+
+def _khatri_rao_backward(device: str) -> list[Sample]:
+    samples = []
+    for k, (name, arguments) in enumerate(_khatri_rao(device)):
+        value = torch.ops.immunize_ext.khatri_rao_gram(*arguments)
+        grad = gaussian(*value.shape, seed=142).to(device)
+        # The first has both gradients; then one of them.
+        samples.append(Sample(name, (grad, *arguments, k % 3 != 1, k % 3 != 2)))
+    return samples
+
+
 _BUILDERS: dict[str, Callable[[str], list[Sample]]] = {
     "extremal_singular_values": _spectrum,
     "extremal_singular_values_backward": _extremal_backward,
@@ -534,6 +558,8 @@ _BUILDERS: dict[str, Callable[[str], list[Sample]]] = {
     "symmetric_track": _symmetric_track,
     "resolvent_traces": _resolvents,
     "resolvent_traces_backward": _resolvents_backward,
+    "khatri_rao_gram": _khatri_rao,
+    "khatri_rao_gram_backward": _khatri_rao_backward,
     "merge_gram": _merge_gram,
     "merge_solve": _merge_solve,
     "merge_constraint_map": _merge_saddle,
@@ -560,6 +586,7 @@ DIFFERENTIABLE = (
     "gram_extremes",
     "symmetric_extremes",
     "resolvent_traces",
+    "khatri_rao_gram",
     "merge_apply",
     "moment_product",
 )
@@ -580,6 +607,7 @@ HALF_DIFFERENTIABLE = (
     "few_rows_precondition",
     "symmetric_extremes_backward",
     "resolvent_traces_backward",
+    "khatri_rao_gram_backward",
     # With C, Q and the right-hand side; the rest of their arguments follows from these.
     "merge_constraint_map",
     "merge_free_solve",

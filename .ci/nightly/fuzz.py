@@ -589,6 +589,32 @@ def resolvents(case: Matrices) -> None:
         _close_gradient("resolvents", grad, right, 10.0 * relative)
 
 
+def khatri_rao(case: Matrices) -> None:
+    """Samples of one token and of as many tokens as a matrix has rows, and the gradients."""
+    flat = case.a.detach().double().reshape(-1, *case.a.shape[-2:])
+    scale = float(flat.abs().max()) if flat.numel() else 0.0
+    if not 1e-60 < scale < 1e60:
+        return
+    tokens = flat / scale
+    for a in (tokens, tokens[:, :, None, :].flatten(0, 1)):
+        generator = torch.Generator().manual_seed(len(a))
+        g = torch.randn(*a.shape[:-1], 3, generator=generator, dtype=torch.float64)
+        weights = torch.randn(len(a), len(a), generator=generator, dtype=torch.float64)
+        leaves = [a.clone().requires_grad_(), g.requires_grad_()]
+        with route(case.compiled):
+            found = ops.khatri_rao_gram(*leaves, bias=True)
+            grads = torch.autograd.grad(found, leaves, weights)
+        numbers = a.numpy(), g.detach().numpy()
+        truth = reference.khatri_rao_gram(*numbers, bias=True)
+        size, terms = float(np.abs(truth).max()), a[0].numel() + g[0].numel()
+        worst = float(np.abs(found.detach().numpy() - truth).max())
+        if not worst <= VALUE_UNITS * terms * EPS * size:
+            raise AssertionError(f"K: off by {worst / size:.3g}")
+        right = reference.khatri_rao_gram_gradient(*numbers, weights.numpy(), bias=True)
+        for got, wanted in zip(grads, right, strict=True):
+            _close_gradient("K", got, wanted, VALUE_UNITS * terms * len(a) * EPS)
+
+
 def moments(case: Matrices) -> None:
     """The second-moment merge of two copies, and its gradients, at ridges down to 1e-8."""
     flat = case.a.detach().double().reshape(-1, *case.a.shape[-2:])
@@ -708,6 +734,7 @@ SPECTRAL: dict[str, Callable[[Matrices], None]] = {
     "SpectrumTracker": tracker,
     "Preconditioner": precondition,
     "resolvent_traces": resolvents,
+    "khatri_rao_gram": khatri_rao,
     "merge_moments": moments,
 }
 OPERATORS = (*SPECTRAL, "merge_kv")

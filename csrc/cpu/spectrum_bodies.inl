@@ -5,6 +5,8 @@
 
 #include "dense_products.inl"
 
+#include "khatri_rao.inl"
+
 #include "tridiagonal.inl"
 
 #include "band.inl"

@@ -104,6 +104,27 @@ constexpr int64_t kRowBlock = 64;
 // From this side on a symmetric matrix becomes tridiagonal in two stages (band.inl).
 constexpr int64_t kBandSide = 192;
 
+// Of products of per-sample gradients (khatri_rao.inl): columns and rows of a block.
+constexpr int64_t kTwoPanels = 2 * kPanel;
+constexpr int64_t kPairRows = 96;
+
+inline int64_t widened(int64_t side) {
+  return (side + kTwoPanels - 1) / kTwoPanels * kTwoPanels;
+}
+
+// Samples of t tokens, a multiple of 12, that make up a block of rows or more.
+inline int64_t samples_of_unit(int64_t t) {
+  return kPanel * std::max<int64_t>(1, kPairRows / kPanel / t);
+}
+
+// One operand of their gradients: its rows packed and wide, null where the other gradient is not
+// wanted or its own; and where its gradient goes (wide, zero before), null where not wanted.
+struct PairOperand {
+  const double *packed, *wide;
+  double* gradient;
+  int64_t side;
+};
+
 // Columns of a resolvent that are solved for together (resolvent.inl).
 constexpr int64_t kColumns = 16;
 

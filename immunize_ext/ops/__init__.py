@@ -12,6 +12,7 @@ from immunize_ext.ops.concept_overlap import concept_overlap
 from immunize_ext.ops.equal_diagonal import equal_diagonal_rotation
 from immunize_ext.ops.factor import RegularizationFactor
 from immunize_ext.ops.gates import best_gates, gate_layers
+from immunize_ext.ops.khatri_rao import KfacExtremes, kfac_extremes, khatri_rao_gram
 from immunize_ext.ops.layers import convolution_matrix, map_layers
 from immunize_ext.ops.local_control import (
     GaussNewtonStep,
@@ -51,6 +52,7 @@ from immunize_ext.ops.moments import (
     collect_moments,
     factor_layers,
 )
+from immunize_ext.ops.operator_extremes import operator_extremes
 from immunize_ext.ops.precondition import (
     PreconditionedLinear,
     Preconditioner,
@@ -81,6 +83,7 @@ __all__ = [
     "InputMoments",
     "InputSubspace",
     "KeptPart",
+    "KfacExtremes",
     "LayerChoice",
     "LayerMoments",
     "LoraLayer",
@@ -118,6 +121,8 @@ __all__ = [
     "gram_log_condition_number",
     "keep_columns",
     "keep_rows",
+    "kfac_extremes",
+    "khatri_rao_gram",
     "log_condition_number",
     "lora_state_dict",
     "map_layers",
@@ -127,6 +132,7 @@ __all__ = [
     "merge_lora_adapters",
     "merge_moments",
     "merge_report",
+    "operator_extremes",
     "precondition_gradient",
     "project_out",
     "read_lora",

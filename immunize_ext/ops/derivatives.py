@@ -380,28 +380,65 @@ class _Resolvents(_SingleLevelFunction):
         return torch.ops.immunize_ext.resolvent_traces_backward(*grads[:3], *ctx.saved_tensors)
 
 
-def resolvents(operator: Kernel, composed: Kernel) -> Kernel:
-    """The ``Autograd`` kernel of ``resolvent_traces``; forward mode takes the composition."""
+def composed_in_forward_mode(
+    operator: Kernel, function: type[_SingleLevelFunction], composed: Kernel
+) -> Kernel:
+    """The ``Autograd`` kernel of an operator with a rule for reverse mode alone."""
+    rule = differentiable(operator, function)
 
-    def kernel(*args: Tensor) -> Any:
-        if any(carries_tangent(arg) for arg in args):
-            rest = below_autograd(operator, *primals_of(args))[3:]
-            return (*composed(*args), *rest)
-        return differentiable(operator, _Resolvents)(*args)
+    def kernel(*args: Any) -> Any:
+        if any(isinstance(arg, Tensor) and carries_tangent(arg) for arg in args):
+            return composed(*args)
+        return rule(*args)
 
     return kernel
 
 
-def resolvents_backward(operator: Kernel, composed: Kernel) -> Kernel:
-    """That of its gradient: where it is differentiated itself, the composition."""
+def composed_where_differentiated(operator: Kernel, composed: Kernel) -> Kernel:
+    """That of a gradient: where it is differentiated itself, the composition."""
 
-    def kernel(*args: Tensor) -> Any:
+    def kernel(*args: Any) -> Any:
         if _differentiated(args) is not None:
-            return composed(*args[:6])
+            return composed(*args)
         with torch._C._AutoDispatchBelowAutograd():
             return operator(*args)
 
     return kernel
+
+
+def resolvents(operator: Kernel, composed: Kernel) -> Kernel:
+    """The ``Autograd`` kernel of ``resolvent_traces``."""
+
+    def whole(*args: Tensor) -> Any:
+        return (*composed(*args), *below_autograd(operator, *primals_of(args))[3:])
+
+    return composed_in_forward_mode(operator, _Resolvents, whole)
+
+
+class _KhatriRao(_SingleLevelFunction):
+    """``khatri_rao_gram``; its gradient is ``khatri_rao_gram_backward``."""
+
+    @staticmethod
+    def forward(*args: Any) -> Any:
+        return below_autograd(torch.ops.immunize_ext.khatri_rao_gram, *args)
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+        *tensors, ctx.bias = inputs
+        ctx.save_for_backward(*tensors)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> Any:
+        needed = ctx.needs_input_grad[:2]
+        found = torch.ops.immunize_ext.khatri_rao_gram_backward(
+            grad, *ctx.saved_tensors, ctx.bias, *needed
+        )
+        return *(part if need else None for part, need in zip(found, needed, strict=True)), None
+
+
+def khatri_rao(operator: Kernel, composed: Kernel) -> Kernel:
+    """The ``Autograd`` kernel of ``khatri_rao_gram``."""
+    return composed_in_forward_mode(operator, _KhatriRao, composed)
 
 
 class _Refusal(_SingleLevelFunction):
@@ -461,6 +498,11 @@ def differentiable(operator: Kernel, function: type[_SingleLevelFunction], *give
     return kernel
 
 
+def refuse_derivative(text: str, value: Tensor, cause: Tensor) -> Tensor:
+    """The value, whose derivative by ``cause`` raises the text."""
+    return cast(Tensor, apply_here(_Refusal, text, value, cause))
+
+
 def refusing(operator: Kernel, text: str) -> Kernel:
     """The ``Autograd`` kernel of an operator without one: differentiating it raises the text."""
 
@@ -474,7 +516,7 @@ def refusing(operator: Kernel, text: str) -> Kernel:
         outputs = below_autograd(operator, *args)
         return pytree.tree_map_only(
             Tensor,
-            lambda out: apply_here(_Refusal, text, out, cause) if out.is_floating_point() else out,
+            lambda out: refuse_derivative(text, out, cause) if out.is_floating_point() else out,
             outputs,
         )
 

@@ -25,6 +25,7 @@ from immunize_ext import _load
 from immunize_ext.ops import (
     fallback,
     few_rows,
+    khatri_rao_fallback,
     merge_fallback,
     moment_fallback,
     projector,
@@ -37,11 +38,12 @@ from immunize_ext.ops.derivatives import (
     SecondDerivative,
     Values,
     carries_tangent,
+    composed_where_differentiated,
     differentiable,
     fold_batch,
+    khatri_rao,
     refusing,
     resolvents,
-    resolvents_backward,
 )
 from immunize_ext.ops.merge_derivatives import ApplyBackwardRule, ApplyRule
 from immunize_ext.ops.merge_saddle import RULES as SADDLE_RULES
@@ -203,6 +205,17 @@ def _resolvents(a: Tensor, shifts: Tensor, vectors: Tensor) -> tuple[Tensor, ...
 
 def _resolvents_backward(*args: Tensor) -> tuple[Tensor, ...]:
     return tuple(given.new_empty(given.shape) for given in args[3:6])
+
+
+def _khatri_rao(a: Tensor, g: Tensor, bias: bool) -> Tensor:
+    n = a.shape[-3]
+    return a.new_empty((*a.shape[:-3], n, n), dtype=torch.float64)
+
+
+def _khatri_rao_backward(
+    grad: Tensor, a: Tensor, g: Tensor, bias: bool, need_a: bool, need_g: bool
+) -> tuple[Tensor, Tensor]:
+    return a.new_empty(a.shape if need_a else (0,)), g.new_empty(g.shape if need_g else (0,))
 
 
 def _merge_gram(c_reg: Tensor, chunk: int = 512) -> Tensor:
@@ -468,7 +481,32 @@ OPERATORS: dict[str, Operator] = {
         "(Tensor grad_a, Tensor grad_shifts, Tensor grad_vectors)",
         resolvent_fallback.resolvent_traces_backward,
         _resolvents_backward,
-        functools.partial(resolvents_backward, composed=resolvent_fallback.composed_gradient),
+        functools.partial(
+            composed_where_differentiated, composed=resolvent_fallback.composed_gradient
+        ),
+        vmap="all",
+        composed=True,
+    ),
+    # Inner products K [*, n, n] float64 of the gradients sum_t g_it a_it^T of n samples in a linear
+    # layer: activations a [*, n, t, d] and output gradients g [*, n, t, o] of t tokens.
+    "khatri_rao_gram": Operator(
+        "(Tensor a, Tensor g, bool bias) -> Tensor",
+        khatri_rao_fallback.khatri_rao_gram,
+        _khatri_rao,
+        functools.partial(khatri_rao, composed=khatri_rao_fallback.composed_gram),
+        vmap="all",
+        autocast=True,
+        composed=True,
+    ),
+    # grad [*, n, n] float64; gradients in the dtypes of a and g, of shape [0] where not needed.
+    "khatri_rao_gram_backward": Operator(
+        "(Tensor grad, Tensor a, Tensor g, bool bias, bool need_a, bool need_g) -> "
+        "(Tensor grad_a, Tensor grad_g)",
+        khatri_rao_fallback.khatri_rao_gram_backward,
+        _khatri_rao_backward,
+        functools.partial(
+            composed_where_differentiated, composed=khatri_rao_fallback.composed_gradient
+        ),
         vmap="all",
         composed=True,
     ),

@@ -43,6 +43,7 @@ def composed_gradient(
     a: Tensor,
     shifts: Tensor,
     vectors: Tensor,
+    *_: Tensor,
 ) -> Three:
     """Their gradients; formulas in ops/resolvent.py."""
     k, b, once = _resolvents(a, shifts)

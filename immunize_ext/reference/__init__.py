@@ -14,6 +14,7 @@ the package and no torch, so agreement means something.
 * ``moments``: the second-moment merge by least squares, its gradients from the optimality system.
 * ``merge_parts``: rows, columns and layers of a merge by trying all subsets; gates; overlap.
 * ``precondition``: right multiplication by K^-1.
+* ``khatri_rao``: inner products of per-sample gradients of linear layers.
 * ``resolvent``: traces and energies of (A + k I)^-1.
 * ``finite_differences``: central differences with an estimate of their own error.
 
@@ -41,6 +42,11 @@ from immunize_ext.reference.gram import (
     gram_extremes,
     gram_extremes_gradient,
     gram_extremes_hvp,
+)
+from immunize_ext.reference.khatri_rao import (
+    KhatriRaoGradient,
+    khatri_rao_gram,
+    khatri_rao_gram_gradient,
 )
 from immunize_ext.reference.local_control import (
     attention_gauge,
@@ -125,6 +131,7 @@ __all__ = [
     "DeduplicatedRows",
     "GramExtremes",
     "GramExtremesGradient",
+    "KhatriRaoGradient",
     "LayersGradients",
     "MergeGradients",
     "MergeResiduals",
@@ -161,6 +168,8 @@ __all__ = [
     "gram_r_well",
     "gram_r_well_gradient",
     "gram_r_well_hvp",
+    "khatri_rao_gram",
+    "khatri_rao_gram_gradient",
     "log_condition_number",
     "log_condition_number_gradient",
     "log_condition_number_hvp",

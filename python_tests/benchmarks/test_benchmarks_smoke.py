@@ -22,6 +22,7 @@ from benchmarks import (
     _results,
     _session,
     _timing,
+    khatri_rao,
     merge,
     plots,
     readme_table,
@@ -607,6 +608,13 @@ def test_quick_run(script, name, tmp_path, capsys):
             bare = sweep.curves[ours.replace("ours", "bare")]
             assert curve.medians[0] == bare.medians[0] / sweep.curves[ours].medians[0]
             assert all(a <= b for a, b in zip(curve.q25, curve.q75, strict=True))
+
+
+@pytest.mark.usefixtures("any_route")
+def test_quick_run_of_per_sample_gradients(capsys):
+    assert khatri_rao.main(["--quick", "--threads", "1"]) == 0
+    said = capsys.readouterr().out
+    assert all(name in said for name in khatri_rao.LAYERS)
 
 
 @pytest.mark.usefixtures("any_route")

@@ -1,4 +1,4 @@
-"""docs/estimates.md and docs/corridor.md come from their result files, and say what these hold."""
+"""docs/estimates.md, corridor.md, ntk.md come from their result files, and say what these hold."""
 
 from __future__ import annotations
 
@@ -8,12 +8,14 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
 ROOT = Path(__file__).resolve().parents[2]
 _page = pytest.importorskip("benchmarks._page")
 corridor = pytest.importorskip("benchmarks.protection.corridor")
 estimates = pytest.importorskip("benchmarks.protection.estimates")
-PAGES = {"estimates": estimates, "corridor": corridor}
+ntk = pytest.importorskip("benchmarks.protection.ntk")
+PAGES = {"estimates": estimates, "corridor": corridor, "ntk": ntk}
 
 
 def results(name: str) -> dict[str, Any]:
@@ -84,3 +86,34 @@ def test_a_small_deep_run_is_judged_on_all_samples() -> None:
     row = corridor.deep_row(settings, 0)
     assert row["kappa_start"] > corridor.DEEP_HIGH
     assert 0.0 <= row["inside"] <= 1.0
+
+
+def test_what_the_ntk_page_claims() -> None:
+    found = ntk.summaries(results("ntk"))
+    for (_, attacker), numbers in found.items():
+        if attacker == "probe":  # nothing moves the kernel: the prediction is the run
+            assert numbers["spearman"] > 0.99
+            assert numbers["kernel_change"] == 0.0
+        if attacker in ("probe", "last block"):
+            assert numbers["spearman"] >= ntk.GOAL
+    changed = copy.deepcopy(results("ntk"))
+    for row in changed["rows"]:
+        row["predicted"] = 1.0
+    assert _page.filled(page("ntk"), ntk.parts(changed)) != page("ntk")
+
+
+def test_attackers_of_the_ntk_page_train_what_they_say() -> None:
+    """The adapter starts at nothing; what is cut off in front changes no output and no kernel."""
+    torch.manual_seed(0)
+    family = next(family for family in ntk.FAMILIES if family.name == "small ViT")
+    backbone = torch.nn.Sequential(ntk.Tokens(32), ntk.Ending(32))
+    network = ntk.Network(backbone, torch.eye(32), torch.ones(32)).double()
+    x = torch.randn(3, 784, dtype=torch.float64)
+    for attacker in ntk.ATTACKERS:
+        held, names = ntk.attacked(family, network, attacker)
+        short, given = ntk.shortened(held, names, x)
+        torch.testing.assert_close(short(given), network(x))
+        weights = [n for n, _ in held.named_parameters() if n.startswith(tuple(names))]
+        assert {n for n, _ in short.named_parameters()} >= set(weights)
+        steps, _ = ntk.measured(short, names, given, -short(given).detach(), 1e-6, 1)
+        assert steps == float("inf")

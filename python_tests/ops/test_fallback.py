@@ -20,6 +20,7 @@ from immunize_ext.ops import (
     RegularizationFactor,
     extremal_singular_values,
     gram_extremes,
+    khatri_rao_gram,
     log_condition_number,
     merge_kv,
     resolvent_traces,
@@ -60,6 +61,7 @@ def everything() -> dict[str, list[float]]:
         "gram_r_well": (gram_r_well, a),
         "gram_r_ill": (gram_r_ill, a),
         "merge_kv": (merged, a),
+        "khatri_rao_gram": (lambda x: khatri_rao_gram(x, x.sin(), bias=True), a),
         "resolvent_traces": (lambda x: resolvent_traces(x @ x.mT, ridges, token).energies, wide),
         "precondition": (Preconditioner.from_features(gaussian(9, 4, seed=3)).apply, a),
     }

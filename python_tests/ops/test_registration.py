@@ -168,6 +168,7 @@ def test_auxiliary_outputs_carry_no_graph(operator):
         "symmetric_pair": 2,
         "moment_product": 1,
         "resolvent_traces": 3,
+        "khatri_rao_gram": 1,
     }
     if operator == "merge_apply":
         merged, residual, status = outputs

@@ -34,6 +34,11 @@ from immunize_ext.probing.metrics.estimates import (
     ky_fan_log_kappa,
 )
 from immunize_ext.probing.metrics.hessian import with_ridge
+from immunize_ext.probing.metrics.ntk import (
+    empirical_ntk,
+    kernel_descent_steps,
+    ntk_log_condition_number,
+)
 from immunize_ext.probing.metrics.optimizers import (
     EXPONENT,
     IMPOSSIBLE,
@@ -98,6 +103,7 @@ __all__ = [
     "control_variate",
     "deep_rir",
     "drift_bound",
+    "empirical_ntk",
     "estimated_kappa",
     "estimated_rir",
     "few_sample_error",
@@ -106,12 +112,14 @@ __all__ = [
     "grouped_rir",
     "kappa_slope",
     "kappa_under",
+    "kernel_descent_steps",
     "ky_fan_log_kappa",
     "leading_subspace_angles",
     "line_search_norm_ratio",
     "log_kappa",
     "log_rir_ceiling",
     "norm_ratio",
+    "ntk_log_condition_number",
     "pencil",
     "principal_angles",
     "relative_degradation",

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Literal, NamedTuple
 
 import torch
@@ -54,6 +54,20 @@ def _probe_spectrum(
     return sigma[counted], coordinates, tolerance * max(unexplained, 0.0)
 
 
+def first_step_within(excess: Callable[[float], float], gap: float) -> float:
+    """The least whole number of steps with ``excess(steps) <= gap``, for what falls towards 0."""
+    if excess(0.0) <= gap:
+        return 0.0
+    # Whole numbers throughout: excess(low) is too much, excess(high) is not.
+    low, high = 0.0, 1.0
+    while excess(high) > gap:
+        low, high = high, 2.0 * high
+    while high - low > 1.0:
+        middle = float(math.floor((low + high) / 2.0))
+        low, high = (middle, high) if excess(middle) > gap else (low, middle)
+    return high
+
+
 def gradient_descent_steps(x: Tensor, y: Tensor, *, tolerance: float = 0.1) -> float:
     """Steps that gradient descent needs on a linear probe, from the spectrum, without a run.
 
@@ -90,18 +104,9 @@ def gradient_descent_steps(x: Tensor, y: Tensor, *, tolerance: float = 0.1) -> f
         decay = torch.ones_like(log_rate) if steps == 0.0 else torch.exp(2.0 * steps * log_rate)
         return float((decay * shares).sum())
 
-    if excess(0.0) <= gap:
-        return 0.0
-    if gap == 0.0 and excess(1.0) > 0.0:
+    if gap == 0.0 and excess(0.0) > 0.0 and excess(1.0) > 0.0:
         return math.inf
-    # Whole numbers throughout: excess(low) is too much, excess(high) is not.
-    low, high = 0.0, 1.0
-    while excess(high) > gap:
-        low, high = high, 2.0 * high
-    while high - low > 1.0:
-        middle = float(math.floor((low + high) / 2.0))
-        low, high = (middle, high) if excess(middle) > gap else (low, middle)
-    return high
+    return first_step_within(excess, gap)
 
 
 def conjugate_gradient_steps(x: Tensor, y: Tensor, *, tolerance: float = 0.1) -> float:
