@@ -1,4 +1,4 @@
-"""docs/estimates.md and docs/corridor.md come from their result files, and say what these hold."""
+"""Pages of estimates, the corridor and deep extractors say what their results hold."""
 
 from __future__ import annotations
 
@@ -13,7 +13,8 @@ ROOT = Path(__file__).resolve().parents[2]
 _page = pytest.importorskip("benchmarks._page")
 corridor = pytest.importorskip("benchmarks.protection.corridor")
 estimates = pytest.importorskip("benchmarks.protection.estimates")
-PAGES = {"estimates": estimates, "corridor": corridor}
+deep = pytest.importorskip("benchmarks.protection.deep")
+PAGES = {"estimates": estimates, "corridor": corridor, "deep": deep}
 
 
 def results(name: str) -> dict[str, Any]:
@@ -84,3 +85,26 @@ def test_a_small_deep_run_is_judged_on_all_samples() -> None:
     row = corridor.deep_row(settings, 0)
     assert row["kappa_start"] > corridor.DEEP_HIGH
     assert 0.0 <= row["inside"] <= 1.0
+
+
+def test_costs_of_a_step_are_those_of_four_kinds_of_training() -> None:
+    (row,) = deep.costs(quick=True)
+    assert set(row["seconds"]) == set(row["bytes"]) == set(deep.KINDS)
+    assert row["bytes"]["plain"] < row["bytes"]["two batches"] <= row["bytes"]["ours"]
+    # The same gradient by other means: the published terms are ours, in another precision.
+    net = deep.perceptron(8, 40)
+    for published, ours in (
+        (deep.published_r_well, deep.gram_r_well),
+        (deep.published_r_ill, deep.gram_r_ill),
+    ):
+        features = net.body(net.batches[0]).double()
+        assert float(published(features)) == pytest.approx(float(ours(features)), rel=1e-3)
+
+
+def test_an_interval_is_students() -> None:
+    found = deep.Interval.of([1.0, 2.0, 3.0])
+    assert found.mean == 2.0
+    assert found.high - found.mean == pytest.approx(4.302652729911275 / 3**0.5)
+    spread = deep.spread_of({"a": 1.0, "b": 3.0, "c": 5.0}, ["a", "b"])
+    assert spread["trained"] == {"least": 1.0, "least_fifth": 1.0, "mean": 2.0}
+    assert spread["unseen"]["least"] == 5.0
