@@ -549,8 +549,8 @@ def answer(results: Mapping[str, Any]) -> str:
     slower = _steps(results, model, "gradient_descent")
     return (
         f"Only whom it was made for: with R_well and R_ill on the last block of a cut "
-        f"EfficientNet-Lite0 gradient descent on a linear probe takes {slower.mean:.1f} times the steps "
-        f"({slower.low:.1f} to {slower.high:.1f}), and after {STEPS[-1]} steps of training "
+        f"EfficientNet-Lite0 gradient descent on a linear probe takes {slower.mean:.1f} times the "
+        f"steps ({slower.low:.1f} to {slower.high:.1f}), and after {STEPS[-1]} steps of training "
         f"{', '.join(yes) if yes else 'no attacker'} knows less than without it, while "
         f"{', '.join(no) if no else 'nobody'} does not ({len(_seeds(results, 'attackers'))} seeds, "
         "95 % intervals)."
