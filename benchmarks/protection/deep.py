@@ -40,12 +40,13 @@ from scipy.stats import t as student
 from torch import Tensor, nn
 from torch.nn import functional
 
+from immunize_ext.errors import EqualSingularValuesError
 from immunize_ext.ops import Preconditioner
 from immunize_ext.ops.regularizers import gram_r_ill, gram_r_well
 from immunize_ext.probing.attacks import FineTuningAttack, choose_harm, compare_features
 from immunize_ext.probing.certificates import layer_probes
 from immunize_ext.probing.data import Problem, digits_task
-from immunize_ext.probing.extractors import FeatureExtractor
+from immunize_ext.probing.extractors import FeatureExtractor, load_backbone
 from immunize_ext.probing.immunizers import METHODS, DeepExtractorImmunizer, ImmunizedExtractor
 from immunize_ext.storage import write_file
 from immunize_ext.worst_case import conditional_value_at_risk
@@ -83,6 +84,8 @@ WEIGHTINGS: dict[str, dict[str, Any]] = {
     "CVaR of half": {"weighting": "cvar", "worst_share": 0.5},
 }
 TRAINED_HARMS = 4
+# Times that the rate of a run which ran away is halved.
+HALVINGS = 4
 LINEAR: dict[str, tuple[str, dict[str, Any]]] = {
     "closed form, first harm alone": ("closed-form", {}),
     "closed form, top": ("several-harms", {}),
@@ -203,7 +206,7 @@ def perceptron(width: int, batch: int) -> Net:
     )
 
 
-def backbones(batch: int) -> list[Net]:
+def backbones(batch: int) -> dict[str, Callable[[], Net]]:
     """Real architectures with random weights (mechanics alone), 32 x 32 pixels."""
     import transformers
 
@@ -222,26 +225,31 @@ def backbones(batch: int) -> list[Net]:
         image_size=32,
         patch_size=8,
     )
-    from immunize_ext.probing.extractors import load_backbone
 
-    made = {
-        "EfficientNet-Lite0, 1280 features": load_backbone("efficientnet-lite0", pretrained=False),
-        "ResNet18, 512 features": FeatureExtractor(transformers.ResNetModel(residual)),
-        "ViT, 4 layers, 192 features": FeatureExtractor(
+    def of(name: str, make: Callable[[], nn.Module]) -> Net:
+        shape = (batch, 3, 32, 32)
+        return Net(name, make().eval(), (torch.randn(shape), torch.randn(shape)))
+
+    made: dict[str, Callable[[], nn.Module]] = {
+        "EfficientNet-Lite0, 1280 features": partial(
+            load_backbone, "efficientnet-lite0", pretrained=False
+        ),
+        "ResNet18, 512 features": lambda: FeatureExtractor(transformers.ResNetModel(residual)),
+        "ViT, 4 layers, 192 features": lambda: FeatureExtractor(
             transformers.ViTModel(tokens, add_pooling_layer=False)
         ),
     }
-    shape = (batch, 3, 32, 32)
-    return [
-        Net(f"{name}, batch {batch}", body.eval(), (torch.randn(shape), torch.randn(shape)))
-        for name, body in made.items()
-    ]
+    named = ((f"{name}, batch {batch}", make) for name, make in made.items())
+    return {name: partial(of, name, make) for name, make in named}
 
 
 def step_of(net: Net, kind: str) -> Callable[[], None]:
     """Forward and backward passes of one step of a kind (:data:`KINDS`)."""
-    parameters = list(net.body.parameters())
-    width = net.body(net.batches[0][:2]).shape[1]
+    few = net.body(net.batches[0][:2])
+    every, width = list(net.body.parameters()), few.shape[1]
+    # A classifier that features do not pass has no part in them.
+    found = torch.autograd.grad(few.sum(), every, allow_unused=True)
+    parameters = [p for p, gradient in zip(every, found, strict=True) if gradient is not None]
     head = nn.Linear(width, 10)
     labels = torch.arange(len(net.batches[0])) % 10
     rows: list[Tensor] = []
@@ -286,29 +294,30 @@ def step_of(net: Net, kind: str) -> Callable[[], None]:
 KINDS = ("plain", "two batches", "published", "ours")
 
 
-def costs(quick: bool) -> list[dict[str, Any]]:
-    """Seconds and bytes of a step, by network."""
-    torch.manual_seed(0)
+def nets() -> dict[str, Callable[[], Net]]:
+    """Networks by name: growth with width and batch, then real architectures."""
     sizes = [(64, 64), (256, 64), (1024, 64), (256, 16), (256, 256), (256, 1024)]
-    nets = [perceptron(*size) for size in (sizes[:1] if quick else sizes)]
-    nets += [] if quick else backbones(32)
-    rows = []
-    for net in nets:
-        steps = {kind: step_of(net, kind) for kind in KINDS}
-        memory, least = {}, dict.fromkeys(KINDS, math.inf)
-        for kind, step in steps.items():
+    made = {f"perceptron, {w} wide, batch {b}": partial(perceptron, w, b) for w, b in sizes}
+    return {**made, **backbones(32)}
+
+
+def costs(make: Callable[[], Net], quick: bool) -> dict[str, Any]:
+    """Seconds and bytes of a step on one network."""
+    torch.manual_seed(0)
+    net = make()
+    steps = {kind: step_of(net, kind) for kind in KINDS}
+    memory, least = {}, dict.fromkeys(KINDS, math.inf)
+    for kind, step in steps.items():
+        step()
+        with Kept() as kept:
             step()
-            with Kept() as kept:
-                step()
-            memory[kind] = kept.most
-        for _ in range(1 if quick else 8):
-            for kind, step in steps.items():
-                begun = time.process_time()
-                step()
-                least[kind] = min(least[kind], time.process_time() - begun)
-        rows.append({"net": net.name, "seconds": least, "bytes": memory})
-        print(rows[-1], flush=True)
-    return rows
+        memory[kind] = kept.most
+    for _ in range(1 if quick else 8):
+        for kind, step in steps.items():
+            begun = time.process_time()
+            step()
+            least[kind] = min(least[kind], time.process_time() - begun)
+    return {"net": net.name, "seconds": least, "bytes": memory}
 
 
 # --- several harms --------------------------------------------------------------------------------
@@ -338,7 +347,15 @@ def harms(task: DeepTask, name: str, seed: int, quick: bool) -> dict[str, Any]:
         chosen = chosen[:1]
     changes: dict[str, Any] = {**WEIGHTINGS[name]}
     settings = replace(SETTINGS, **changes, **({"steps": 2} if quick else {}))
-    found = immunized(task, settings, [task.samples(pair) for pair in chosen], seed)
+    samples = [task.samples(pair) for pair in chosen]
+    for _ in range(HALVINGS):
+        try:
+            found = immunized(task, settings, samples, seed)
+            break
+        except (EqualSingularValuesError, ValueError):  # it ran away
+            settings = replace(settings, learning_rate=settings.learning_rate / 2.0)
+    else:
+        return {"diverged": settings.learning_rate}
     growth, slower = {}, {}
     for one, other in pairs:
         inputs, _ = task.samples((one, other))
@@ -357,6 +374,7 @@ def harms(task: DeepTask, name: str, seed: int, quick: bool) -> dict[str, Any]:
     floor = 1e-4 * top(task.tail, inputs)
     return {
         "trained": trained,
+        "learning_rate": settings.learning_rate,
         "log_kappa_growth": spread_of(growth, trained),
         "log_slowdown": spread_of(slower, trained),
         "log_kappa_primary_growth": log_kappa(found.extractor, inputs, floor)
@@ -449,7 +467,8 @@ def measure(
     names = {"attackers": MODELS, "harms": WEIGHTINGS, "linear": LINEAR, "mima": MIMA}
     jobs: list[tuple[str, str, int, Callable[[], Any]]] = []
     if "costs" in parts:
-        jobs.append(("costs", "all", 0, partial(costs, quick)))
+        for net, make in list(nets().items())[: 1 if quick else None]:
+            jobs.append(("costs", net, 0, partial(costs, make, quick)))
     for seed, part in product(range(seeds), [p for p in parts if p != "costs"]):
         for name in names[part]:
             jobs.append((part, name, seed, partial(job, part, name, seed, mnist, quick)))
@@ -502,7 +521,10 @@ def _table(heads: Sequence[str], rows: Iterable[Iterable[str]]) -> list[str]:
 
 def _seeds(results: Mapping[str, Any], part: str) -> list[str]:
     """Seeds that every row of a part has."""
-    rows = [set(found) for found in results[part].values()]
+    rows = [
+        {seed for seed, one in found.items() if "diverged" not in one}
+        for found in results[part].values()
+    ]
     return sorted(set.intersection(*rows), key=int) if rows else []
 
 
@@ -601,7 +623,7 @@ def cost_table(results: Mapping[str, Any]) -> str:
     heads += [f"{kind}, ms" for kind in KINDS]
     heads += [f"{kind}, MiB" for kind in KINDS]
     rows = []
-    for row in results["costs"].get("all", {}).get("0", ()):
+    for row in (found["0"] for found in results["costs"].values()):
         cells = [row["net"], *(f"{1e3 * row['seconds'][kind]:.1f}" for kind in KINDS)]
         cells += [f"{row['bytes'][kind] / 2**20:.1f}" for kind in KINDS]
         rows.append(cells)
@@ -637,8 +659,15 @@ def harm_table(results: Mapping[str, Any]) -> str:
     heads = ["weighting", *(f"growth of log kappa, {head}" for head in _HARM_HEADS)]
     heads += ["log slow-down, trained: least", "log slow-down, unseen: least"]
     heads += ["growth of log kappa_P", "right on the task kept"]
-    lines = _table(heads, rows)
-    return "\n".join([*lines, "", f"{len(seeds)} seeds; mean and 95 % interval."])
+    slower_rate = sum(
+        found[s].get("learning_rate", SETTINGS.learning_rate) < SETTINGS.learning_rate
+        for found in results["harms"].values()
+        for s in seeds
+    )
+    words = f"{len(seeds)} seeds; mean and 95 % interval."
+    words += f" {slower_rate} of {len(seeds) * len(rows)} runs ran away at the rate of the others "
+    words += "and were run again at half or a quarter of it."
+    return "\n".join([*_table(heads, rows), "", words])
 
 
 def linear_table(results: Mapping[str, Any]) -> str:
