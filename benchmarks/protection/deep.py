@@ -507,7 +507,9 @@ class Interval(NamedTuple):
         return cls(mean, mean - half, mean + half)
 
     def text(self, form: str = ".2f") -> str:
-        """As a cell."""
+        """As a cell; a single seed has its value alone."""
+        if math.isinf(self.high):
+            return f"{self.mean:{form}}"
         return f"{self.mean:{form}} ({self.low:{form}} to {self.high:{form}})"
 
 
@@ -569,17 +571,22 @@ def answer(results: Mapping[str, Any]) -> str:
     model = "R_well and R_ill"
     yes, no = held_up(results, model)
     slower = _steps(results, model, "gradient_descent")
-    return (
+    krylov = _steps(results, model, "conjugate_gradients")
+    words = (
         f"Only whom it was made for: with R_well and R_ill on the last block of a cut "
         f"EfficientNet-Lite0 gradient descent on a linear probe takes {slower.mean:.1f} times the "
-        f"steps ({slower.low:.1f} to {slower.high:.1f}), and after {STEPS[-1]} steps of training "
-        f"{', '.join(yes) if yes else 'no attacker'} knows less than without it, while "
-        f"{', '.join(no) if no else 'nobody'} does not ({len(_seeds(results, 'attackers'))} seeds, "
-        "95 % intervals)."
+        f"steps ({slower.low:.1f} to {slower.high:.1f}), conjugate gradients {krylov.mean:.1f} "
+        f"times ({krylov.low:.1f} to {krylov.high:.1f})"
     )
+    if yes:
+        words += f"; after {STEPS[-1]} steps of training it still holds up: {', '.join(yes)}"
+    if no:
+        words += f"; no loss after {STEPS[-1]} steps could be shown for: {', '.join(no)}"
+    return f"{words} ({len(_seeds(results, 'attackers'))} seeds, 95 % intervals)."
 
 
-def attacker_table(results: Mapping[str, Any]) -> str:
+def attacker_table
+(results: Mapping[str, Any]) -> str:
     """Attackers by model."""
     seeds = _seeds(results, "attackers")
     models = [name for name in MODELS if name in results["attackers"]]
@@ -666,7 +673,7 @@ def harm_table(results: Mapping[str, Any]) -> str:
     )
     words = f"{len(seeds)} seeds; mean and 95 % interval."
     words += f" {slower_rate} of {len(seeds) * len(rows)} runs ran away at the rate of the others "
-    words += "and were run again at half or a quarter of it."
+    words += "and were run again at half of it."
     return "\n".join([*_table(heads, rows), "", words])
 
 
