@@ -585,8 +585,7 @@ def answer(results: Mapping[str, Any]) -> str:
     return f"{words} ({len(_seeds(results, 'attackers'))} seeds, 95 % intervals)."
 
 
-def attacker_table
-(results: Mapping[str, Any]) -> str:
+def attacker_table(results: Mapping[str, Any]) -> str:
     """Attackers by model."""
     seeds = _seeds(results, "attackers")
     models = [name for name in MODELS if name in results["attackers"]]
