@@ -33,6 +33,7 @@ from immunize_ext.flags import (
     add_flags,
     add_registry_flags,
     build_of_flags,
+    flag_of,
     given,
     offer,
     read_settings,
@@ -210,6 +211,37 @@ def kappa(parser: CommandParser, argv: Sequence[str]) -> int:
     _add_settings(parser, wing, wing.run.RunSettings)
     arguments = parser.parse_args(argv)
     return _run(arguments, wing, _read(arguments, wing, wing.run.RunSettings))
+
+
+def deep(parser: CommandParser, argv: Sequence[str]) -> int:
+    """Condition-number immunization of a deep extractor: immunize blocks, attack, write results.
+
+    Make one or several tasks slow to learn from the features of a network while another stays, by
+    training its last blocks; attack both networks by training a head, the last blocks, LoRA or
+    everything; write a run directory with results.json, metrics.jsonl and the immunized blocks.
+    Several harms are weighted by --weighting; --corridor keeps the condition number of the task to
+    keep between two values.
+
+    Example:
+        immunize deep --harmful 5:6 7:8 --weighting cvar --corridor 1 1000 --out runs/deep
+    """
+    from immunize_ext.probing import deep_run
+    from immunize_ext.probing.immunizers import DeepExtractorImmunizer
+    from immunize_ext.settings import typed
+
+    _add_common_flags(parser, "runs/deep")
+    add_flags(parser, deep_run.DeepRunSettings, leave_out=("settings",))
+    own = [name for name in settings_of(DeepExtractorImmunizer) if name not in ("seed", "blocks")]
+    others = [name for name in settings_of(DeepExtractorImmunizer) if name not in own]
+    add_flags(parser, DeepExtractorImmunizer, leave_out=others)
+    arguments = parser.parse_args(argv)
+    values = given(arguments, deep_run.DeepRunSettings)
+    method = {k: v for k, v in given(arguments, DeepExtractorImmunizer).items() if k in own}
+    spelled = {name: flag_of(name) for name in method}
+    values["settings"] = typed(DeepExtractorImmunizer, method, "flags", spelled)
+    settings = build_of_flags(deep_run.DeepRunSettings, values)
+    wing = _probing()._replace(run=deep_run)
+    return _run(arguments, wing, settings)
 
 
 def mima(parser: CommandParser, argv: Sequence[str]) -> int:
@@ -845,6 +877,7 @@ COMMANDS: Mapping[str, Command] = MappingProxyType(
     {
         "demo": demo,
         "kappa": kappa,
+        "deep": deep,
         "mima": mima,
         "imma": imma,
         "erase": erase,

@@ -27,7 +27,6 @@ import json
 import statistics
 import sys
 import time
-import weakref
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from functools import partial
 from pathlib import Path
@@ -53,6 +52,7 @@ from immunize_ext.text_to_image.immunizers.loop import Run
 from immunize_ext.text_to_image.immunizers.parameters import scope_parameters
 
 from .. import _page
+from .._kept import Kept
 from .mima_task import TARGETS, MimaTask, digit, mima_task
 from .mima_tuning import tuned_attack
 
@@ -116,38 +116,6 @@ class Recorded(MIMA):
             current = {n: p - self.inner_rate * slope[n] for n, p in current.items()}
             run.inner_losses.append(float(value.detach()))
         return current
-
-
-class Kept:
-    """Bytes that graphs keep at the most while the block runs."""
-
-    def __init__(self) -> None:
-        self._now = self.most = 0
-
-    def _forget(self, size: int) -> None:
-        self._now -= size
-
-    def _pack(self, tensor: Tensor) -> _Packed:
-        packed, size = _Packed(tensor), tensor.numel() * tensor.element_size()
-        weakref.finalize(packed, self._forget, size)
-        self._now += size
-        self.most = max(self.most, self._now)
-        return packed
-
-    def __enter__(self) -> Kept:
-        self._hooks = torch.autograd.graph.saved_tensors_hooks(self._pack, lambda p: p.tensor)
-        self._hooks.__enter__()
-        return self
-
-    def __exit__(self, *exception: object) -> None:
-        self._hooks.__exit__(*exception)
-
-
-class _Packed:
-    """A tensor that a graph keeps; without its node, or they would keep each other."""
-
-    def __init__(self, tensor: Tensor) -> None:
-        self.tensor = tensor.detach()
 
 
 def flat(table: Mapping[str, Tensor]) -> Tensor:

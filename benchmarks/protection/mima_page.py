@@ -243,6 +243,7 @@ def methods() -> str:
     outside = rows.get(NEVER)
     header = [
         *("method", f"MSGR at step {step}", "at steps 20, 40"),
+        f"least concept at {step}, 20, 40",
         *(() if outside is None else (f"useful at {step}, 20, 40",)),
         *("any digit at step 0", "what is kept", "control", "new word"),
     ]
@@ -256,6 +257,7 @@ def methods() -> str:
             NAMES[name],
             _spread(found["msgr"]["at"][str(step)]),
             ", ".join(_spread(found["msgr"]["at"][after]) for after in ("20", "40")),
+            ", ".join(_least(found["sgr"], str(after)) for after in (step, 20, 40)),
             *(() if outside is None else ("" if name == NEVER else _useful(evaluation, outside),)),
             f"{measured.beside('any digit', 'immunized', 'lora')[0]:.2f}",
             f"{kept['mean']:+.3f} (least {kept['min']:+.3f})",
@@ -273,6 +275,13 @@ def methods() -> str:
         f"to {max(shares):.1%} of MIMA's time (forward pass).",
     ]
     return "\n".join(lines)
+
+
+def _least(by_concept: Row, step: str) -> str:
+    """The gap of the concept that is protected least, the mean over seeds, and its name."""
+    found = {name: row["at"][step]["mean"] for name, row in by_concept.items()}
+    name = min(found, key=lambda one: found[one])
+    return f"{found[name]:.2f} ({name})"
 
 
 def _useful(evaluation: Row, outside: Row) -> str:

@@ -311,11 +311,23 @@ def _unattacked_rows(measured: Measured) -> list[list[Any]]:
 
 
 def _gap_rows(measured: Measured) -> list[list[Any]]:
-    """MSGR at every judged step."""
-    return [
-        [measured.label(a), *(_msgr_cell(measured, a, step) for step in _judged(measured))]
-        for a in measured.attacks
-    ]
+    """MSGR at every judged step, and of several concepts the one that is protected least."""
+    rows = []
+    for attack in measured.attacks:
+        label, judged = measured.label(attack), _judged(measured)
+        rows.append([label, *(_msgr_cell(measured, attack, step) for step in judged)])
+        if len(measured.targets) > 1:
+            rows.append(
+                [f"{label}, least concept", *(_least_cell(measured, attack, s) for s in judged)]
+            )
+    return rows
+
+
+def _least_cell(measured: Measured, attack: str, step: int) -> Any:
+    if step not in measured.steps(attack):
+        return "not judged"
+    name, score = measured.least_gap(attack, step)
+    return {"main": _gap(score), "small": name}
 
 
 def _attack_rows(measured: Measured) -> list[list[Any]]:
@@ -516,16 +528,18 @@ def attack_page(record: Results) -> Page:
 
 
 def _attack_table(measured: Measured) -> str:
-    rows = [("attack", "without", "immunized", "delay", "MSGR")]
+    several = len(measured.targets) > 1
+    rows = [("attack", "without", "immunized", "delay", "MSGR", *["least concept"] * several)]
     for attack in measured.attacks:
         before, after = (
             " ".join(f"{score.mean:.2f}" for score in measured.scores(side, attack))
             for side in SIDES
         )
-        gaps = " ".join(
-            _gap(measured.gap("msgr", attack, step)) for step in measured.steps(attack) if step > 0
-        )
-        rows.append((measured.label(attack), before, after, str(measured.delay(attack)), gaps))
+        steps = [step for step in measured.steps(attack) if step > 0]
+        gaps = [" ".join(_gap(measured.gap("msgr", attack, step)) for step in steps)]
+        if several:
+            gaps.append(" ".join(_gap(measured.least_gap(attack, step)[1]) for step in steps))
+        rows.append((measured.label(attack), before, after, str(measured.delay(attack)), *gaps))
     return text_table(rows)
 
 

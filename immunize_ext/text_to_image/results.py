@@ -213,6 +213,13 @@ class Measured:
         found = self._found["summary"][attack][kind]
         return Score.of(None if found is None else found["at"][str(step)])
 
+    def least_gap(self, attack: str, step: int) -> tuple[str, Score]:
+        """The concept that is protected least at a step, and its SGR."""
+        by_concept = self._found["summary"][attack]["sgr"]
+        found = {name: Score.of(one["at"][str(step)]) for name, one in by_concept.items()}
+        known = {name: score for name, score in found.items() if not math.isnan(score.mean)}
+        return min((known or found).items(), key=lambda item: item[1].mean)
+
     def msgr_at_threshold(self, attack: str) -> Score:
         """MSGR at the step where the unprotected model is taught again; NaN if it never was."""
         return Score.of(self._found["summary"][attack]["msgr_at_threshold"])

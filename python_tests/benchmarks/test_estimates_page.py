@@ -1,4 +1,4 @@
-"""docs/estimates.md, corridor.md, ntk.md come from their result files, and say what these hold."""
+"""Pages of estimates, the corridor, kernels of gradients and deep extractors say what was found."""
 
 from __future__ import annotations
 
@@ -14,8 +14,9 @@ ROOT = Path(__file__).resolve().parents[2]
 _page = pytest.importorskip("benchmarks._page")
 corridor = pytest.importorskip("benchmarks.protection.corridor")
 estimates = pytest.importorskip("benchmarks.protection.estimates")
+deep = pytest.importorskip("benchmarks.protection.deep")
 ntk = pytest.importorskip("benchmarks.protection.ntk")
-PAGES = {"estimates": estimates, "corridor": corridor, "ntk": ntk}
+PAGES = {"estimates": estimates, "corridor": corridor, "deep": deep, "ntk": ntk}
 
 
 def results(name: str) -> dict[str, Any]:
@@ -117,3 +118,26 @@ def test_attackers_of_the_ntk_page_train_what_they_say() -> None:
         assert {n for n, _ in short.named_parameters()} >= set(weights)
         steps, _ = ntk.measured(short, names, given, -short(given).detach(), 1e-6, 1)
         assert steps == float("inf")
+
+
+def test_costs_of_a_step_are_those_of_four_kinds_of_training() -> None:
+    row = deep.costs(lambda: deep.perceptron(64, 64), quick=True)
+    assert set(row["seconds"]) == set(row["bytes"]) == set(deep.KINDS)
+    assert row["bytes"]["plain"] < row["bytes"]["two batches"] <= row["bytes"]["ours"]
+    # The same gradient by other means: the published terms are ours, in another precision.
+    net = deep.perceptron(8, 40)
+    for published, ours in (
+        (deep.published_r_well, deep.gram_r_well),
+        (deep.published_r_ill, deep.gram_r_ill),
+    ):
+        features = net.body(net.batches[0]).double()
+        assert float(published(features)) == pytest.approx(float(ours(features)), rel=1e-3)
+
+
+def test_an_interval_is_students() -> None:
+    found = deep.Interval.of([1.0, 2.0, 3.0])
+    assert found.mean == 2.0
+    assert found.high - found.mean == pytest.approx(4.302652729911275 / 3**0.5)
+    spread = deep.spread_of({"a": 1.0, "b": 3.0, "c": 5.0}, ["a", "b"])
+    assert spread["trained"] == {"least": 1.0, "least_fifth": 1.0, "mean": 2.0}
+    assert spread["unseen"]["least"] == 5.0

@@ -7,6 +7,7 @@ and its row in reports.
 
 from __future__ import annotations
 
+from immunize_ext.probing.attacks.fine_tuning import FineTuned, FineTuningAttack, TrainedPart
 from immunize_ext.probing.attacks.harm_choice import HarmChoice, choose_harm
 from immunize_ext.probing.attacks.linear_probe import LinearProbeAttack, Traces
 from immunize_ext.probing.attacks.losses import LossName
@@ -34,10 +35,13 @@ __all__ = [
     "AttackCurve",
     "AttackName",
     "BudgetOutcome",
+    "FineTuned",
+    "FineTuningAttack",
     "HarmChoice",
     "LinearProbeAttack",
     "LossName",
     "Traces",
+    "TrainedPart",
     "TunedAttack",
     "attack_at_budgets",
     "choose_harm",

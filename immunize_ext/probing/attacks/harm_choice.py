@@ -17,9 +17,9 @@ from torch import Tensor
 from immunize_ext.probing.attacks.slowdowns import compare_attack
 from immunize_ext.probing.data.gram_equivalent import gram_equivalent
 from immunize_ext.probing.data.task import Task
-from immunize_ext.probing.metrics.worst_harm import conditional_value_at_risk
 from immunize_ext.quantities import Slowdown
 from immunize_ext.seams import Attack, Progress
+from immunize_ext.worst_case import conditional_value_at_risk
 
 
 @dataclass(frozen=True)

@@ -218,6 +218,37 @@ def select_blocks(extractor: nn.Module, patterns: Sequence[str]) -> list[str]:
     return chosen
 
 
+def choose_blocks(extractor: nn.Module, blocks: int | Sequence[str], *, function: str) -> list[str]:
+    """Names of the blocks that a number or patterns choose.
+
+    Args:
+        extractor: The model.
+        blocks: How many of the last ones (:func:`find_stages`), or patterns
+            (:func:`select_blocks`).
+        function: Who asks; stands in errors.
+
+    Returns:
+        The names, in the order of the model.
+
+    Raises:
+        ValueError: If there are fewer blocks, or a pattern matches none.
+
+    Example:
+        >>> model = torch.nn.Sequential(torch.nn.Linear(2, 2), torch.nn.Linear(2, 2))
+        >>> choose_blocks(model, 1, function="toy"), choose_blocks(model, ("0",), function="toy")
+        (['1'], ['0'])
+    """
+    if not isinstance(blocks, int):
+        return select_blocks(extractor, blocks)
+    stages = find_stages(extractor)
+    if len(stages) < blocks:
+        raise ValueError(
+            f"{function}: blocks must be at most the {len(stages)} blocks found in "
+            f"{type(block_root(extractor)).__name__}, got {blocks}; name modules instead"
+        )
+    return stages[-blocks:]
+
+
 def freeze_except(extractor: nn.Module, blocks: Sequence[str]) -> dict[str, nn.Parameter]:
     """Freeze a model but for some blocks, and put all of it into evaluation mode.
 

@@ -7,14 +7,15 @@
     imma                minus the harmful loss of a linear probe after a few steps, relative to the
                         loss of the best constant
 
-H = F^T F of a batch's features F. Each is added to the loss of the primary task.
+H = F^T F of a batch's features F. Each is added to the loss of the primary task. Against several
+harms every term that has H_H is the mean over them, weighted by how well each is protected.
 """
 
 from __future__ import annotations
 
 import copy
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, ClassVar, Literal, get_args
@@ -33,9 +34,8 @@ from immunize_ext.probing.data.samples import Samples, Source
 from immunize_ext.probing.extractors.feature_extractor import (
     block_root,
     block_state,
-    find_stages,
+    choose_blocks,
     freeze_except,
-    select_blocks,
 )
 from immunize_ext.probing.immunizers.control import ControllerName, CorridorController
 from immunize_ext.probing.immunizers.guard import Guard, LocalControl
@@ -50,6 +50,7 @@ from immunize_ext.probing.immunizers.loop import (
 )
 from immunize_ext.seams import Progress
 from immunize_ext.settings import plain
+from immunize_ext.worst_case import Weighting, check_weighting, harm_weights
 
 DeepObjective = Literal[
     "condition_number", "r_ill", "r_well", "kappa_difference", "kappa_log_ratio", "imma"
@@ -61,7 +62,7 @@ Role = Literal["primary", "harmful"]
 
 @dataclass(frozen=True)
 class Features:
-    """Features of the two batches, and the harmful labels."""
+    """Features of the primary batch and of one harm's, and the labels of the latter."""
 
     primary: Tensor
     harmful: Tensor
@@ -162,6 +163,12 @@ class DeepExtractorImmunizer:
         weight: Weight of the one term of the other objectives; the same when ``None``.
         share: See ``lambda_well``.
         rebalance_every: Steps after which lambdas left open are balanced anew; ``None``: once.
+        weighting: How several harms count: ``"mean"``, alike; ``"exponentiated"``, by
+            exp(-harm_rate times phi_h summed over the steps so far); ``"cvar"``, the least
+            protected alone. phi_h is by how much log kappa_H of harm h has grown since the first
+            step; for ``"imma"``, the share of the loss that its probe leaves.
+        harm_rate: eta of ``"exponentiated"``; 0 weighs all harms alike.
+        worst_share: Share of the harms that ``"cvar"`` looks at.
         precondition: Name of a linear layer in the blocks, or ``"last"`` for the last one there:
             the gradients of R_well and R_ill are multiplied by K^-1 there, K of that layer's own
             inputs. ``None``: plain gradients.
@@ -195,6 +202,7 @@ class DeepExtractorImmunizer:
     """
 
     method: ClassVar[str] = "deep"
+    takes_several: ClassVar[bool] = True
 
     blocks: int | tuple[str, ...] = 1
     objective: DeepObjective = "condition_number"
@@ -211,6 +219,9 @@ class DeepExtractorImmunizer:
     weight: float | None = None
     share: float = 1.0
     rebalance_every: int | None = None
+    weighting: Weighting = "mean"
+    harm_rate: float = 0.1
+    worst_share: float = 0.5
     precondition: str | None = None
     precondition_ridge: float = 1e-2
     corridor: tuple[float, float] | None = None
@@ -243,6 +254,9 @@ class DeepExtractorImmunizer:
             },
             {"objective": get_args(DeepObjective), "controller": get_args(ControllerName)},
             {"objective": self.objective, "controller": self.controller},
+        )
+        check_weighting(
+            _NAME, self.weighting, self.harm_rate, self.worst_share, rate_name="harm_rate"
         )
         if self.corridor is not None:
             CorridorController(self.corridor, self.controller)
@@ -284,12 +298,12 @@ class DeepExtractorImmunizer:
         progress: Progress | None = None,
         resume: Path | None = None,
     ) -> ImmunizedExtractor:
-        """Immunize against the harmful task while keeping the primary one.
+        """Immunize against the harmful tasks while keeping the primary one.
 
         Args:
             model: The extractor, yielding features ``(n, p)`` in float32 or float64; copied, not
                 changed.
-            problem: Samples of both tasks: pairs of tensors or map-style data sets. Integer labels
+            problem: Samples of all tasks: pairs of tensors or map-style data sets. Integer labels
                 mean classes (cross-entropy), real ones regression (squared loss); those of the
                 harmful task are used by ``"imma"`` alone. The head is copied.
             progress: Called with what was done and the share done so far.
@@ -303,6 +317,8 @@ class DeepExtractorImmunizer:
             ``log_kappa_harmful``, and for each term its value and ``lambda_*``; with a corridor
             also ``log_kappa_corridor``, where the controller believes to be, and ``multiplier``,
             how much of the gradient of log kappa_P the step before was corrected by.
+            Against several harms ``log_kappa_harmful`` is the least of them, and each has its own,
+            ``log_kappa_harmful_1`` and so on, its phi, ``protected_1``, and its ``weight_1``.
 
         Raises:
             ValueError: If blocks, layer, labels or features do not fit, ``resume`` is of another
@@ -318,10 +334,10 @@ class DeepExtractorImmunizer:
         """
         samples = (
             Samples(problem.primary, name="primary"),
-            Samples(problem.only_harm(_NAME), name="harmful"),
+            *(Samples(harm, name="harmful") for harm in problem.harmful),
         )
         extractor = copy.deepcopy(model)
-        blocks = self._chosen_blocks(extractor)
+        blocks = choose_blocks(extractor, self.blocks, function=f"{_NAME}.fit")
         original = block_state(extractor, blocks)
         parameters = freeze_except(extractor, blocks)
         device = next(iter(parameters.values())).device
@@ -355,6 +371,7 @@ class DeepExtractorImmunizer:
         if (loaded := checkpoint.load()) is not None:
             state, values = loaded
             history, lambdas = values["history"], values["lambdas"]
+            run.recall(history)
             if len(history) > self.steps:
                 raise ValueError(
                     f"{_NAME}.fit: steps must be at least the {len(history)} that are done in "
@@ -399,17 +416,6 @@ class DeepExtractorImmunizer:
             history=history,
             momentum={name: buffer.clone() for name, buffer in _buffers(named, optimizer)},
         )
-
-    def _chosen_blocks(self, extractor: nn.Module) -> list[str]:
-        if not isinstance(self.blocks, int):
-            return select_blocks(extractor, self.blocks)
-        stages = find_stages(extractor)
-        if len(stages) < self.blocks:
-            raise ValueError(
-                f"{_NAME}.fit: blocks must be at most the {len(stages)} blocks found in "
-                f"{type(block_root(extractor)).__name__}, got {self.blocks}; name modules instead"
-            )
-        return stages[-self.blocks :]
 
     def _optimizer(self, parameters: dict[str, nn.Parameter], head: nn.Module) -> torch.optim.SGD:
         rate = self.learning_rate if self.head_learning_rate is None else self.head_learning_rate
@@ -521,7 +527,7 @@ class _Run:
         extractor: nn.Module,
         parameters: dict[str, nn.Parameter],
         blocks: list[str],
-        samples: tuple[Samples, Samples],
+        samples: Sequence[Samples],
         device: torch.device,
     ) -> None:
         self.settings = settings
@@ -529,7 +535,9 @@ class _Run:
         self.parameters = parameters
         self.samples = samples
         self.device = device
-        classes = _classes(samples[1], "harmful") if settings.objective == "imma" else 0
+        # Of a harm with fewer classes the further targets are 0, in the loss and in its reference.
+        needed = samples[1:] if settings.objective == "imma" else ()
+        classes = max((_classes(harm, "harmful") for harm in needed), default=0)
         self.terms = terms_of(
             settings.objective,
             classes=classes,
@@ -538,6 +546,9 @@ class _Run:
             k=settings.k,
         )
         self.guard: Guard | None = None
+        # phi of every harm, summed over the steps so far, and log kappa_H in the first.
+        self.met = torch.zeros(len(samples) - 1, dtype=torch.float64)
+        self.first: Tensor | None = None
         self.rows: list[Tensor] = []
         self.layer = None if settings.precondition is None else self._linear(blocks)
         self._hook: Any = None
@@ -550,6 +561,13 @@ class _Run:
     def found(self) -> dict[str, Any]:
         """What a guard allowed, and what of it was used."""
         return {} if self.guard is None else {"guard": self.guard.report()}
+
+    def recall(self, history: Sequence[dict[str, float]]) -> None:
+        """Take what harms met so far from the records of a run that goes on."""
+        if history and len(self.met) > 1:
+            self.first = _of_harms(history[0], "log_kappa_harmful", len(self.met))
+            for record in history:
+                self.met += _of_harms(record, "protected", len(self.met))
 
     def close(self) -> None:
         """Take the hook off the model."""
@@ -629,14 +647,15 @@ class _Run:
         lambdas: dict[str, float],
     ) -> tuple[dict[str, float], dict[str, float]]:
         self.rows.clear()
-        (x, y), (x_harmful, y_harmful) = (
+        (x, y), *harms = (
             tuple(t.to(self.device) for t in batch.batch(self._indices(step, role)))
             for role, batch in enumerate(self.samples)
         )
-        features = Features(self.extractor(x), self.extractor(x_harmful), y_harmful)
-        for found in (features.primary, features.harmful):
+        primary = self.extractor(x)
+        features = [Features(primary, self.extractor(images), labels) for images, labels in harms]
+        for found in (primary, *(one.harmful for one in features)):
             self._check_finite(step, bool(torch.isfinite(found).all()))
-        loss = self._loss(head(features.primary), y)
+        loss = self._loss(head(primary), y)
         blocks = list(self.parameters.values())
         head_parameters = [p for p in head.parameters() if p.requires_grad]
         every = torch.autograd.grad(
@@ -647,18 +666,27 @@ class _Run:
         record = {
             "step": float(step),
             "loss": float(loss.detach()),
-            "log_kappa_primary": float(log_kappa_of(features.primary.detach())),
-            "log_kappa_harmful": float(log_kappa_of(features.harmful.detach())),
+            "log_kappa_primary": float(log_kappa_of(primary.detach())),
         }
+        values = {
+            term.name: [
+                term.value(one) for one in (features[:1] if term.role == "primary" else features)
+            ]
+            for term in self.terms
+        }
+        weights = self._weigh(record, features, values)
         every_steps = self.settings.rebalance_every
         fresh = not lambdas or (every_steps is not None and step % every_steps == 0)
         lambdas = {} if fresh else dict(lambdas)
         for term in self.terms:
             given = getattr(self.settings, _SETTINGS[term.name])
-            value = term.value(features)
+            counts = [1.0] if term.role == "primary" else weights
+            value = torch.stack(
+                [c * v for c, v in zip(counts, values[term.name], strict=True)]
+            ).sum()
             record[_VALUES.get(term.name, self.settings.objective)] = float(value.detach())
             if given != 0.0:
-                parts = self._term_gradient(term, value, blocks)
+                parts = self._term_gradient(term, values[term.name], counts, blocks)
                 if term.name not in lambdas:
                     size = _norm(parts)
                     balanced = self.settings.share * norm / size if size > 0.0 else 0.0
@@ -687,21 +715,80 @@ class _Run:
                 f"step {step} of {self.settings.steps}; lower learning_rate or share"
             )
 
-    def _term_gradient(self, term: Term, value: Tensor, blocks: list[nn.Parameter]) -> list[Tensor]:
-        """Gradient of a term with respect to the blocks, preconditioned where that is asked for."""
+    def _weigh(
+        self,
+        record: dict[str, float],
+        features: list[Features],
+        values: dict[str, list[Tensor]],
+    ) -> list[float]:
+        """What each harm counts in this step; what a record says of harms is put into it."""
+        logs = torch.tensor([float(log_kappa_of(one.harmful.detach())) for one in features])
+        logs = logs.to(torch.float64)
+        record["log_kappa_harmful"] = float(logs.min())
+        if len(features) == 1:
+            return [1.0]
+        self.first = logs if self.first is None else self.first
+        if self.settings.objective == "imma":
+            protected = -torch.stack([v.detach() for v in values["weight"]]).to(logs)
+        else:
+            protected = logs - self.first
+        settings = self.settings
+        weights = harm_weights(
+            settings.weighting,
+            protected,
+            self.met,
+            rate=settings.harm_rate,
+            share=settings.worst_share,
+        )
+        self.met = self.met + protected
+        for name, of in (
+            ("log_kappa_harmful", logs),
+            ("protected", protected),
+            ("weight", weights),
+        ):
+            record |= {f"{name}_{h}": float(v) for h, v in enumerate(of, start=1)}
+        return [float(weight) for weight in weights]
+
+    def _term_gradient(
+        self,
+        term: Term,
+        values: Sequence[Tensor],
+        counts: Sequence[float],
+        blocks: list[nn.Parameter],
+    ) -> list[Tensor]:
+        """Gradient of a weighted term by the blocks, preconditioned where that is asked for."""
+        counted = [
+            (index, count, value)
+            for index, (count, value) in enumerate(zip(counts, values, strict=True))
+            if count > 0.0
+        ]
+        if self.layer is None or term.role is None:
+            whole = torch.stack([count * value for _, count, value in counted]).sum()
+            return self._gradient(whole, blocks)
+        # Every harm has a K of its own.
+        place = list(self.parameters).index(f"{self.layer}.weight")
+        total: list[Tensor] | None = None
+        for index, count, value in counted:
+            gradients = self._gradient(count * value, blocks)
+            rows = self.rows[0 if term.role == "primary" else 1 + index]
+            factor = Preconditioner.from_features(rows, ridge=self.settings.precondition_ridge)
+            gradients[place] = factor.apply(gradients[place])
+            total = (
+                gradients
+                if total is None
+                else [a + b for a, b in zip(total, gradients, strict=True)]
+            )
+        assert total is not None  # weights have the sum 1
+        return total
+
+    def _gradient(self, value: Tensor, blocks: list[nn.Parameter]) -> list[Tensor]:
         found = torch.autograd.grad(value, blocks, retain_graph=True, allow_unused=True)
         if all(gradient is None for gradient in found):
             raise ValueError(
                 f"{_NAME}.fit: blocks must have a part in the features, got none of "
                 f"{', '.join(list(self.parameters)[:2])}, ...; choose other blocks"
             )
-        gradients = [_or_zero(g, p) for g, p in zip(found, blocks, strict=True)]
-        if self.layer is not None and term.role is not None:
-            rows = self.rows[("primary", "harmful").index(term.role)]
-            factor = Preconditioner.from_features(rows, ridge=self.settings.precondition_ridge)
-            index = list(self.parameters).index(f"{self.layer}.weight")
-            gradients[index] = factor.apply(gradients[index])
-        return gradients
+        return [_or_zero(g, p) for g, p in zip(found, blocks, strict=True)]
 
     def _loss(self, output: Tensor, labels: Tensor) -> Tensor:
         if labels.dtype.is_floating_point:
@@ -713,7 +800,9 @@ class _Run:
     def _indices(self, step: int, role: int) -> Tensor:
         """Which samples a step sees: a function of step and seed, so that runs can go on."""
         count, size = len(self.samples[role]), self.settings.batch_size
-        return batch_indices(count, size, step, seed=self.settings.seed, role=role)
+        # Orders go by epoch and by two roles; further harms have seeds of their own.
+        seed = self.settings.seed + 1_000_003 * (role // 2)
+        return batch_indices(count, size, step, seed=seed, role=role % 2)
 
 
 _SETTINGS = {"well": "lambda_well", "ill": "lambda_ill", "weight": "weight"}
@@ -724,6 +813,11 @@ _VALUES = {"well": "r_well", "ill": "r_ill"}
 
 def _or_zero(gradient: Tensor | None, parameter: Tensor) -> Tensor:
     return torch.zeros_like(parameter) if gradient is None else gradient
+
+
+def _of_harms(record: dict[str, float], name: str, count: int) -> Tensor:
+    values = [record[f"{name}_{h}"] for h in range(1, count + 1)]
+    return torch.tensor(values, dtype=torch.float64)
 
 
 def _norm(gradients: list[Tensor]) -> float:

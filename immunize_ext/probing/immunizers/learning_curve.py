@@ -10,7 +10,7 @@ what is chosen:
 
 for the primary task and every benign one, E the risk at the learner's best ridge. Of several harms
 no closed form has the least protected one: the objective is then the minimum that exponentiated
-weights belong to, or the conditional value at risk (module ``metrics.worst_harm``). theta is
+weights belong to, or the conditional value at risk (module ``worst_case``). theta is
 invertible: a head compensated by theta^-1 gives the outputs it gave before.
 
 The ascent starts at ``label-direction`` of one harm after the other, made milder until it meets the
@@ -41,9 +41,9 @@ from immunize_ext.probing.immunizers.label_direction import LabelDirectionImmuni
 from immunize_ext.probing.immunizers.loop import LinearImmunizer, identity_or
 from immunize_ext.probing.immunizers.registry import METHODS
 from immunize_ext.probing.metrics.sample_risk import Moments, tuned_risk
-from immunize_ext.probing.metrics.worst_harm import conditional_value_at_risk, soft_minimum
 from immunize_ext.seams import Progress
 from immunize_ext.settings import plain
+from immunize_ext.worst_case import conditional_value_at_risk, soft_minimum
 
 # Of a constraint that is missed by a unit of log risk, in units of the objective: above the
 # multiplier at which a small step pays, as an exact penalty has to be.

@@ -66,8 +66,8 @@ from immunize_ext.probing.metrics.subspaces import (
     leading_subspace_angles,
     principal_angles,
 )
-from immunize_ext.probing.metrics.worst_harm import conditional_value_at_risk, soft_minimum
 from immunize_ext.quantities import Slowdown, Spread, slowdown, steps_to_threshold
+from immunize_ext.worst_case import conditional_value_at_risk, soft_minimum
 
 __all__ = [
     "EXPONENT",

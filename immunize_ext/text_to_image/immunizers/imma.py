@@ -55,9 +55,10 @@ class DiffusionIMMA(BilevelImmunizer):
 
     def prepare(self, run: Run, leaves: Parameters, step: int) -> None:
         """In the alternating variant: move the attacker's displacement on."""
+        super().prepare(run, leaves, step)
         if not self.alternating:
             return
-        moved = run.memory or {n: torch.zeros_like(p) for n, p in leaves.items()}
+        moved = {n: run.memory.get(n, torch.zeros_like(p)) for n, p in leaves.items()}
         for batch in map(join, self.inner_draws(run, step)):
             here = {
                 name: (leaf.detach() + moved[name]).requires_grad_()
@@ -69,12 +70,12 @@ class DiffusionIMMA(BilevelImmunizer):
             found = gradient(loss * run.scale, here)
             rate = self.inner_rate / run.scale
             moved = {name: value - rate * found[name] for name, value in moved.items()}
-        run.memory = moved
+        run.memory = run.memory | moved
 
     def adapted(self, run: Run, parameters: Parameters, step: int) -> Parameters:
         """Adapt to all concepts in one batch."""
         if self.alternating:
-            if not run.memory:  # a probe before the first step
+            if not parameters.keys() <= run.memory.keys():  # a probe before the first step
                 return parameters
             return {name: value + run.memory[name] for name, value in parameters.items()}
         return self.ends(run, parameters, step, self.differentiation())[0]

@@ -30,6 +30,7 @@ from immunize_ext.text_to_image.immunizers.immunized import ImmunizedPipeline
 from immunize_ext.text_to_image.immunizers.parameters import Scope, scope_parameters
 from immunize_ext.text_to_image.immunizers.state import LoopState, load_state, save_state
 from immunize_ext.text_to_image.model import ModelLike, TextToImage, at_least_float
+from immunize_ext.worst_case import Weighting, check_weighting, harm_weights
 
 _LOG = logging.getLogger("immunize_ext")
 
@@ -43,6 +44,10 @@ PROBE_STEP = -1
 
 
 _FLOAT16_SCALE = 1024.0
+
+
+# Losses by concept: of the steps before, and of the step at hand.
+_MET, _NOW = "losses_met", "losses_now"
 
 
 class ImmunizationError(ValueError):
@@ -75,6 +80,11 @@ class Immunizer(ABC):
         prompts: Prompts of each concept that are drawn from; all of them when ``None``.
         loss_clamp: Largest loss of a sample that is still raised.
         gradient_clip: Largest norm of the gradient.
+        weighting: How concepts count: ``"mean"``, alike; ``"exponentiated"``, by exp(-concept_rate
+            times the losses met so far), so that those which hold worst count most; ``"cvar"``, the
+            worst of them alone.
+        concept_rate: eta of ``"exponentiated"``; 0 weighs all concepts alike.
+        worst_share: Share of the concepts that ``"cvar"`` looks at.
         retain_weight: w.
         retain_batch: Images of the retain term in a step.
         probe_every: Steps between probes of the objective; the best of them is kept.
@@ -104,6 +114,9 @@ class Immunizer(ABC):
     prompts: int | None = 2
     loss_clamp: float = 1.0
     gradient_clip: float = 1.0
+    weighting: Weighting = "mean"
+    concept_rate: float = 0.02
+    worst_share: float = 0.5
     retain_weight: float = 20.0
     retain_batch: int = 32
     probe_every: int = 10
@@ -139,6 +152,13 @@ class Immunizer(ABC):
                 f"{self.method}: retain_weight must be finite and at least 0, got "
                 f"{self.retain_weight}"
             )
+        check_weighting(
+            self.method,
+            self.weighting,
+            self.concept_rate,
+            self.worst_share,
+            rate_name="concept_rate",
+        )
         if self.mixed_precision not in ("no", "bf16", "fp16"):
             raise ValueError(
                 f"{self.method}: mixed_precision must be 'no', 'bf16' or 'fp16', got "
@@ -196,13 +216,30 @@ class Immunizer(ABC):
         )
 
     def over_concepts(self, run: Run, losses: Tensor, step: int) -> Tensor:
-        """Mean over concepts of their samples' losses, as :meth:`attacked_losses` orders them."""
-        del run, step
-        return losses.mean()
+        """Weighted mean over concepts of their samples' losses, in the order of the concepts.
+
+        Exponentiated weights are those of the steps before; a probe takes the plain mean for them,
+        so that probes compare.
+        """
+        if self.weighting == "mean" or (self.weighting == "exponentiated" and step == PROBE_STEP):
+            return losses.mean()
+        means = losses.reshape(len(run.pools), -1).mean(1)
+        before = run.memory.get(_MET, torch.zeros_like(means))
+        weights = harm_weights(
+            self.weighting, means, before, rate=self.concept_rate, share=self.worst_share
+        )
+        if self.weighting == "exponentiated":
+            run.memory[_NOW] = run.memory[_NOW] + means.detach() / self.gradient_accumulation
+        return weights @ means
 
     def prepare(self, run: Run, leaves: Parameters, step: int) -> None:
-        """What changes the parameters before the step, if anything does."""
-        del run, leaves, step
+        """What changes before the step: concepts that met small losses so far count more."""
+        del step
+        if self.weighting == "exponentiated":
+            nothing = next(iter(leaves.values())).new_zeros(len(run.pools))
+            met, now = (run.memory.get(name, nothing) for name in (_MET, _NOW))
+            # A new table: a checkpoint after a step that failed has the one before.
+            run.memory = {**run.memory, _MET: met + now, _NOW: nothing}
 
     def needs_merge(self) -> bool:
         """Whether the method merges concepts."""
@@ -464,7 +501,7 @@ class Run:
         self.sweeps.clear()
         optimizer.zero_grad(set_to_none=True)
         settings.prepare(self, leaves, step)
-        sums = {"loss": 0.0, "retain": 0.0, "clamped": 0.0}
+        sums = {"loss": 0.0, "least_loss": 0.0, "retain": 0.0, "clamped": 0.0}
         for batch in range(settings.gradient_accumulation):
             objective, parts = self._objective(leaves, step, batch)
             value = float(objective.detach())
@@ -523,6 +560,7 @@ class Run:
         clamped = float((upper.detach() >= settings.loss_clamp).float().mean())
         return objective, {
             "loss": float(upper.detach().mean()),
+            "least_loss": float(upper.detach().reshape(len(self.pools), -1).mean(1).min()),
             "retain": float(kept.detach()),
             "clamped": clamped,
         }

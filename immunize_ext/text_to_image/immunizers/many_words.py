@@ -25,11 +25,10 @@ from immunize_ext.bilevel import Adam, Parameters, adapt
 from immunize_ext.text_to_image.attacks.prompts import replace_name
 from immunize_ext.text_to_image.concepts import Concept, ConceptSet
 from immunize_ext.text_to_image.immunizers.bilevel import denoising_loss
-from immunize_ext.text_to_image.immunizers.loop import OUTER, PROBE_STEP, Immunizer, Run
+from immunize_ext.text_to_image.immunizers.loop import OUTER, Immunizer, Run
 from immunize_ext.text_to_image.immunizers.parameters import Scope
 from immunize_ext.text_to_image.projections import AttentionScope, attention_blocks
-
-_LOG_WEIGHTS, _MET = "log_weights", "losses_met"
+from immunize_ext.worst_case import Weighting
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -51,7 +50,6 @@ class ManyWords(Immunizer):
         attackers: Layers that it trains, of those that are moved: ``"attn2"``, ``"attention"`` or
             ``"all"``; one of them is drawn.
         attacker_rate: Adam's rate of an attacker.
-        concept_rate: eta; 0 weighs all concepts alike.
         cooldown: Share of the steps, at the end, over which the learning rate falls to 0: what is
             kept comes back meanwhile.
 
@@ -74,6 +72,7 @@ class ManyWords(Immunizer):
     # The length of a run decides its rates.
     free: ClassVar[tuple[str, ...]] = ("checkpoint_every", "log_with")
 
+    weighting: Weighting = "exponentiated"
     steps: int = 250
     learning_rate: float = 3e-3
     scope: Scope = "all"
@@ -90,7 +89,6 @@ class ManyWords(Immunizer):
     attacker_steps: int = 0
     attackers: tuple[str, ...] = ("attn2", "attention", "all")
     attacker_rate: float = 3e-3
-    concept_rate: float = 0.02
     cooldown: float = 0.8
 
     def __post_init__(self) -> None:
@@ -109,11 +107,6 @@ class ManyWords(Immunizer):
             raise ValueError(
                 f"{self.method}: attacker_rate must be positive and finite, got "
                 f"{self.attacker_rate}"
-            )
-        if not (math.isfinite(self.concept_rate) and self.concept_rate >= 0.0):
-            raise ValueError(
-                f"{self.method}: concept_rate must be finite and at least 0, got "
-                f"{self.concept_rate}"
             )
         for name in ("own_share", "cooldown"):
             if not 0.0 <= getattr(self, name) <= 1.0:
@@ -164,32 +157,12 @@ class ManyWords(Immunizer):
             )
             run.inner_losses.extend(attacked.losses)
             losses.append(draws[-1].losses(run.model, rest | attacked.parameters))
-        if step != PROBE_STEP:
-            self._remember(run, losses)
         return torch.cat(losses)
 
     def _wording(self, own: int, every: int, generator: torch.Generator) -> int:
         """Which of all prompts an attacker asks by."""
         by_name = float(torch.rand((), generator=generator)) < self.own_share or own == every
         return _one_of(own, generator) if by_name else own + _one_of(every - own, generator)
-
-    def _remember(self, run: Run, losses: Sequence[Tensor]) -> None:
-        means = torch.stack([x.detach().clamp(max=self.loss_clamp).mean() for x in losses])
-        run.memory[_MET] = run.memory[_MET] + means / self.gradient_accumulation
-
-    def prepare(self, run: Run, leaves: Parameters, step: int) -> None:
-        """Concepts whose attackers met small losses so far count more from here on."""
-        del step
-        nothing = next(iter(leaves.values())).new_zeros(len(run.pools))
-        weights, met = (run.memory.get(name, nothing) for name in (_LOG_WEIGHTS, _MET))
-        run.memory = {_LOG_WEIGHTS: weights - self.concept_rate * met, _MET: nothing}
-
-    def over_concepts(self, run: Run, losses: Tensor, step: int) -> Tensor:
-        """The weighted mean; the plain one in a probe, so that probes compare."""
-        if step == PROBE_STEP:
-            return losses.mean()
-        weights = run.memory[_LOG_WEIGHTS].softmax(0).to(losses.dtype)
-        return weights @ losses.reshape(len(weights), -1).mean(1)
 
 
 def _one_of(count: int, generator: torch.Generator) -> int:

@@ -138,6 +138,7 @@ class MIMA(BilevelImmunizer):
 
     def prepare(self, run: Run, leaves: Parameters, step: int) -> None:
         """In the alternating variant: adapt, merge, and keep that."""
+        super().prepare(run, leaves, step)
         if self.alternating:
             merged = self._merged(run, leaves, step, self.differentiation())
             with torch.no_grad():

@@ -422,3 +422,77 @@ def test_a_run_that_diverges_says_where_and_what_to_do(rate: float) -> None:
     immunizer = DeepExtractorImmunizer(("2", "4"), steps=60, batch_size=32, learning_rate=rate)
     with pytest.raises(ValueError, match=r"at step \d+ of 60.*; lower learning_rate or share"):
         immunizer.fit(model, Problem.of(PRIMARY, HARMFUL))
+
+
+SECOND = vectors(5, flip=True)[0].roll(1, 1), HARMFUL[1]
+WHOLE: dict[str, Any] = {"batch_size": 240, "learning_rate": 1e-2, "momentum": 0.0}
+
+
+def moved(*harms: Pair, **settings: Any) -> torch.Tensor:
+    """What one step makes of the chosen block."""
+    chosen = DeepExtractorImmunizer(("3",), steps=1, **{**WHOLE, **settings})
+    before = body()[3].weight
+    return chosen.fit(body(), Problem.of(PRIMARY, *harms)).extractor[3].weight - before  # type: ignore[index]
+
+
+@pytest.mark.parametrize("precondition", [None, "3"])
+def test_several_harms_are_the_mean_of_each_with_its_own_k(precondition: str | None) -> None:
+    settings = {"objective": "r_ill", "lambda_ill": 1e4, "precondition": precondition}
+    settings = {**settings, "weight": None}
+    both = moved(HARMFUL, SECOND, **settings)
+    each = [moved(harm, **settings) for harm in (HARMFUL, SECOND)]
+    torch.testing.assert_close(both, (each[0] + each[1]) / 2.0, rtol=1e-4, atol=1e-7)
+    assert not torch.allclose(each[0], each[1], rtol=1e-3)
+    # The same harm twice is that harm; a share of one half is the least protected alone.
+    torch.testing.assert_close(moved(HARMFUL, HARMFUL, **settings), each[0], rtol=1e-4, atol=1e-7)
+
+
+def test_the_least_protected_harm_counts_most() -> None:
+    settings = {**FAST, "batch_size": 240, "steps": 12}
+    problem: Problem[Any] = Problem.of(PRIMARY, HARMFUL, SECOND)
+    found = DeepExtractorImmunizer(("3",), weighting="cvar", worst_share=0.5, **settings)
+    for record in found.fit(body(), problem).history:
+        phi = [record[f"protected_{h}"] for h in (1, 2)]
+        assert record["log_kappa_harmful"] == min(record[f"log_kappa_harmful_{h}"] for h in (1, 2))
+        assert record[f"weight_{1 + phi.index(min(phi))}"] == 1.0
+    hedged = DeepExtractorImmunizer(("3",), weighting="exponentiated", harm_rate=0.5, **settings)
+    history = hedged.fit(body(), problem).history
+    met = torch.zeros(2, dtype=torch.float64)
+    for record in history:
+        expected = (-0.5 * met).softmax(0)
+        assert [record["weight_1"], record["weight_2"]] == pytest.approx(expected.tolist())
+        met += torch.tensor([record["protected_1"], record["protected_2"]])
+    assert history[0]["protected_1"] == history[0]["protected_2"] == 0.0
+    with pytest.raises(ValueError, match="weighting must be one of"):
+        DeepExtractorImmunizer(("3",), weighting="worst")  # type: ignore[arg-type]
+    with pytest.raises(ValueError, match="harm_rate must be finite"):
+        DeepExtractorImmunizer(("3",), harm_rate=-1.0)
+
+
+def test_imma_weighs_by_what_its_probe_leaves_also_of_other_numbers_of_classes() -> None:
+    three = HARMFUL[0], HARMFUL[1] + (HARMFUL[0][:, 1] > 0).long()
+    problem: Problem[Any] = Problem.of(PRIMARY, HARMFUL, three)
+    found = DeepExtractorImmunizer(
+        ("3",), objective="imma", weighting="cvar", steps=3, **{**FAST, "batch_size": 240}
+    ).fit(body(), problem)
+    alone = DeepExtractorImmunizer(
+        ("3",), objective="imma", steps=1, **{**FAST, "batch_size": 240}
+    ).fit(body(), Problem.of(PRIMARY, HARMFUL))
+    first = found.history[0]
+    assert first["protected_1"] == pytest.approx(-alone.history[0]["imma"], rel=1e-5)
+    assert 0.0 < min(first["protected_1"], first["protected_2"]) <= 1.0
+
+
+def test_several_harms_go_on_where_they_stopped(tmp_path: Path) -> None:
+    problem: Problem[Any] = Problem.of(PRIMARY, HARMFUL, SECOND)
+    settings: dict[str, Any] = {**FAST, "weighting": "exponentiated", "harm_rate": 0.5}
+
+    def run(steps: int, folder: Path | None = None) -> ImmunizedExtractor:
+        return DeepExtractorImmunizer(("3",), steps=steps, **settings).fit(
+            body(), problem, resume=folder
+        )
+
+    run(3, tmp_path)
+    gone_on, whole = run(6, tmp_path), run(6)
+    assert gone_on.history == whole.history
+    assert torch.equal(gone_on.extractor[3].weight, whole.extractor[3].weight)  # type: ignore[index]

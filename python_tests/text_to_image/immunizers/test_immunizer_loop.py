@@ -44,10 +44,15 @@ ALL = {
     "mima": MIMA(**SMALL),
     "mima-unrolled": MIMA(**SMALL, hypergradient="unrolled", inner_steps=2),
     "mima-alternating": MIMA(**SMALL, variant="alternating"),
+    "mima-exponentiated": MIMA(**SMALL, weighting="exponentiated", concept_rate=0.5),
+    "mima-cvar": MIMA(**SMALL, weighting="cvar"),
     "imma": DiffusionIMMA(**SMALL),
     "imma-unrolled": DiffusionIMMA(**SMALL, hypergradient="unrolled"),
     "imma-alternating": DiffusionIMMA(**SMALL, variant="alternating"),
     "joint": JointTraining(**SMALL),
+    "joint-alternating-exponentiated": JointTraining(
+        **SMALL, variant="alternating", weighting="exponentiated", concept_rate=0.5
+    ),
     "ascent": LossAscent(**ASCENT),
     "merge-only": MergeOnly(**SMALL),
     "many-words": ManyWords(**ASCENT, scope="attn2", **WORDS),

@@ -104,7 +104,6 @@ def test_concepts_that_hold_badly_weigh_more() -> None:
     chosen.prepare(run, leaves, 0)
     losses = torch.tensor([1.0, 1.0, 3.0, 3.0])
     assert float(chosen.over_concepts(run, losses, 0)) == pytest.approx(2.0)
-    chosen._remember(run, losses.chunk(2))
     chosen.prepare(run, leaves, 1)
     first = torch.tensor([-0.5, -1.5]).softmax(0)
     expected = float(first[0] * 1.0 + first[1] * 3.0)
@@ -137,3 +136,12 @@ def test_the_rate_falls_to_nothing_in_the_cooldown() -> None:
 def test_settings_out_of_range_are_refused(settings: dict[str, Any], words: str) -> None:
     with pytest.raises(ValueError, match=words):
         ManyWords(**settings)
+
+
+def test_cvar_looks_at_the_worst_concepts_in_probes_too() -> None:
+    run = run_of(weighting="cvar", worst_share=0.5)
+    chosen: Any = run.settings
+    losses = torch.tensor([1.0, 2.0, 4.0, 6.0])
+    for step in (0, PROBE_STEP):
+        assert float(chosen.over_concepts(run, losses, step)) == pytest.approx(1.5)
+    assert not run.memory
