@@ -7,6 +7,7 @@ adapters alone, none at what the layers receive.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
 
 import torch
@@ -43,6 +44,13 @@ def peft_linear(updates: Sequence[LowRank], weight: float) -> Tensor:
     up = torch.stack([one.up for one in updates]).sum(0)
     down = torch.stack([one.down for one in updates]).sum(0)
     return weight * up @ down
+
+
+def of_factors(updates: Sequence[LowRank], combine: Callable[..., Tensor], weight: float) -> Tensor:
+    """PEFT's other types: up factors are combined by themselves, and so are down factors."""
+    roots = torch.full((len(updates),), math.sqrt(weight), dtype=torch.float64)
+    up = combine([one.up for one in updates], roots, density=DENSITY)
+    return up @ combine([one.down for one in updates], roots, density=DENSITY)
 
 
 def knots(updates: Sequence[LowRank], rule: Rule) -> Tensor:
@@ -101,6 +109,10 @@ def others(updates: Sequence[LowRank], rank: int) -> dict[str, Tensor]:
         "sum (cat)": mean(deltas) * count,
         "PEFT linear, weights 1/3": peft_linear(updates, 1.0 / count),
         "PEFT linear, weights 1": peft_linear(updates, 1.0),
+        "PEFT ties": of_factors(updates, merge_utils.ties, 1.0),
+        "PEFT dare_linear": of_factors(updates, merge_utils.dare_linear, 1.0 / count),
+        "PEFT dare_ties": of_factors(updates, merge_utils.dare_ties, 1.0),
+        "PEFT magnitude_prune": of_factors(updates, merge_utils.magnitude_prune, 1.0 / count),
         "PEFT ties on whole updates": ties(deltas),
         "PEFT dare_linear on whole updates": dare(deltas),
         "PEFT dare_ties on whole updates": merge_utils.dare_ties(
