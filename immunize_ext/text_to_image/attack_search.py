@@ -103,7 +103,7 @@ def search_attacks(
     attempts: Attempts,
     *,
     trials: int,
-    most_lost: float = 0.05,
+    most_lost: float = math.inf,
     seconds: float | None = None,
     journal: Path | None = None,
     progress: Progress | None = None,
@@ -115,7 +115,7 @@ def search_attacks(
             is left out.
         attempts: How attempts are made.
         trials: Attempts for each attack.
-        most_lost: What an attack may lose of the model's other uses.
+        most_lost: What an attack may lose of the model's other uses; no bound when omitted.
         seconds: Time for each attack.
         journal: File of all attempts, to go on where a search was cut off.
         progress: Called with what was tried and the share done so far.

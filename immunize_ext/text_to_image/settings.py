@@ -262,7 +262,8 @@ class AttackSettings:
             last step with a seed of their own; the best is then measured like any attack. None
             when 0.
         search_seconds: Time for the attempts of each attack; no bound when omitted.
-        most_lost: What a searched attack may lose of what the model shall still draw.
+        most_lost: What a searched attack may lose of what the model shall still draw; 1 for no
+            bound. LoRA on a few images of one digit alone loses most of the others.
         device: Where to compute; where the run did when omitted.
     """
 
@@ -273,7 +274,7 @@ class AttackSettings:
     images: int | None = None
     search: int = 0
     search_seconds: float | None = None
-    most_lost: float = 0.05
+    most_lost: float = 1.0
     device: str | None = None
 
     def __post_init__(self) -> None:

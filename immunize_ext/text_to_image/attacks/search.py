@@ -91,11 +91,12 @@ def search_settings(
     """Search for the settings with which an attack succeeds most.
 
     Args:
-        attack: The attack; its own settings are tried first, so the result is no worse.
+        attack: The attack; its own settings are tried first, so the result is no worse, unless
+            they lose too much.
         attempt: Runs an attack and says what it got.
         trials: Number of attempts, with those that the journal holds already.
         most_lost: An attempt that loses more of the model's other uses counts for less than every
-            one that does not: a ruined model is no success.
+            one that does not. No bound when omitted: who wants one concept alone does not mind.
         seconds: Stop after that much time, whatever is left of the attempts; at least one is made.
         made_of: Digest of all that decides an outcome beside the attack's settings; attempts of
             another digest in the same journal are left alone.
