@@ -15,7 +15,7 @@
 //   grad_a_it = dJ_i^T g_it,   grad_g_it = dJ_i a_it.
 //
 // K has degree two in a and in g and is differentiable everywhere. Where the backward pass shall be
-// differentiated again it is a composition (ops/khatri_rao.py).
+// differentiated again it is a composition (ops/khatri_rao_fallback.py).
 
 #include "khatri_rao.h"
 

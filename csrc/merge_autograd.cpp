@@ -161,7 +161,8 @@ const auto& merge_constraint_map() {
 // B, given B. Of its cotangent G, with U = G S,
 //   dC = E U - B G^T B,  d(1 / mu)_i = -(E G B^T)_ii,  dQ = -B^T U,
 // and dC_reg = C_reg (dQ + dQ^T), never by way of a d x d matrix. All of it are operators with
-// derivatives of their own, so this serves every order and direction.
+// derivatives of their own, so this serves every order. Forward mode and torch.func go to the same
+// formulas in Python (ops/merge_saddle.py).
 class ConstraintMap : public torch::autograd::Function<ConstraintMap> {
  public:
   static Tensor forward(

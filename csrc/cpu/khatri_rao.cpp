@@ -2,14 +2,13 @@
 
 #include "../khatri_rao.h"
 
-#include <ATen/Parallel.h>
-
 #include <algorithm>
 
 #include "../tensors.h"
 #include "full_decomposition.h"
 #include "large_outputs.h"
 #include "spectrum_kernels.h"
+#include "threads.h"
 
 namespace immunize_ext {
 
@@ -74,10 +73,9 @@ Tensor packed(const Tensor& x) {
   const Tensor out = empty_large({widened(rows), depth}, at::kDouble);
   const double* from = x.const_data_ptr<double>();
   double* to = out.mutable_data_ptr<double>();
-  at::parallel_for(
-      0, widened(rows) / kPanel, grain_of(kPanel * depth), [&](int64_t begin, int64_t end) {
-        IMMUNIZE_EXT_CHOSEN(pack_rows(from, rows, depth, begin, end, to));
-      });
+  parallel_for(widened(rows) / kPanel, grain_of(kPanel * depth), [&](int64_t begin, int64_t end) {
+    IMMUNIZE_EXT_CHOSEN(pack_rows(from, rows, depth, begin, end, to));
+  });
   return out;
 }
 
@@ -102,7 +100,7 @@ template <typename F>
 void over_samples(int64_t n, int64_t unit, int64_t cost, bool triangle, const F& f) {
   const int64_t units = (n + unit - 1) / unit, pieces = triangle ? (units + 1) / 2 : units;
   const auto one = [&](int64_t which) { f(which * unit, std::min(n, (which + 1) * unit)); };
-  at::parallel_for(0, pieces, grain_of(unit * cost), [&](int64_t begin, int64_t end) {
+  parallel_for(pieces, grain_of(unit * cost), [&](int64_t begin, int64_t end) {
     for (int64_t piece = begin; piece < end; ++piece) {
       one(piece);
       if (triangle && units - 1 - piece != piece)
@@ -132,7 +130,7 @@ void over_outer_products(const Layer& layer, const Tensor& a, const Tensor& g, c
     const Tensor j =
         memory.slice(0, 0, rows * count * layer.g_width()).view({rows, count * layer.g_width()});
     j.zero_();
-    at::parallel_for(0, layer.n, grain_of(layer.t * j.size(1)), [&](int64_t begin, int64_t end) {
+    parallel_for(layer.n, grain_of(layer.t * j.size(1)), [&](int64_t begin, int64_t end) {
       IMMUNIZE_EXT_CHOSEN(outer_products(
           layer.t, a.const_data_ptr<double>(), layer.a_width(), g.const_data_ptr<double>(),
           layer.g_width(), first, count, begin, end, j.mutable_data_ptr<double>()));
@@ -208,13 +206,13 @@ Gradients outer_gradients_of(
   over_outer_products(layer, of_a, of_g, [&](int64_t first, int64_t count, const Tensor& j) {
     const Tensor dj = empty_large(j.sizes(), at::kDouble);
     dj.zero_();
-    at::parallel_for(
-        0, j.size(1) / kTwoPanels, grain_of(n * n * kTwoPanels), [&](int64_t begin, int64_t end) {
+    parallel_for(
+        j.size(1) / kTwoPanels, grain_of(n * n * kTwoPanels), [&](int64_t begin, int64_t end) {
           IMMUNIZE_EXT_CHOSEN(multiply_pairs(
               pairs.const_data_ptr<double>(), groups, n, j.const_data_ptr<double>(), j.size(1),
               begin, end, dj.mutable_data_ptr<double>()));
         });
-    at::parallel_for(0, n, grain_of(2 * layer.t * j.size(1)), [&](int64_t begin, int64_t end) {
+    parallel_for(n, grain_of(2 * layer.t * j.size(1)), [&](int64_t begin, int64_t end) {
       IMMUNIZE_EXT_CHOSEN(outer_gradients(
           layer.t, dj.const_data_ptr<double>(), of_a.const_data_ptr<double>(), layer.a_width(),
           of_g.const_data_ptr<double>(), layer.g_width(), first, count, begin, end,
@@ -228,6 +226,7 @@ Gradients outer_gradients_of(
 }  // namespace
 
 Tensor cpu_khatri_rao_gram(const Tensor& a, const Tensor& g, bool bias) {
+  const Call call;
   pool::begin_call();
   const Layer layer = layer_of(a, g, bias);
   const int64_t batch = a.size(0), n = layer.n;
@@ -243,6 +242,7 @@ Tensor cpu_khatri_rao_gram(const Tensor& a, const Tensor& g, bool bias) {
 
 std::tuple<Tensor, Tensor> cpu_khatri_rao_gradient(
     const Tensor& h, const Tensor& a, const Tensor& g, bool bias, bool need_a, bool need_g) {
+  const Call call;
   pool::begin_call();
   const Layer layer = layer_of(a, g, bias);
   const at::TensorOptions options = h.options();

@@ -1,4 +1,4 @@
-// Threads of the operators on the CPU.
+// Threads of the operators on the CPU, but for the merge: it waits for memory and not for cores.
 //
 // at::parallel_for gives each call as many threads as torch.set_num_threads says, and where several
 // threads of a program call at once each of them gets its own: more than there are cores, which then
@@ -8,6 +8,7 @@
 #pragma once
 
 #include <ATen/Parallel.h>
+#include <pthread.h>
 
 #include <algorithm>
 #include <atomic>
@@ -15,6 +16,9 @@
 namespace immunize_ext {
 
 inline std::atomic<int64_t> calls_under_way{0};
+
+// A fork has none of the threads whose calls were under way.
+inline const int forgotten_in_forks = pthread_atfork(nullptr, nullptr, [] { calls_under_way = 0; });
 
 // One call of an operator, while it stands.
 class Call {
