@@ -51,6 +51,7 @@ PLACES = MappingProxyType(
         "models.text_projections": ("text_to_image.projections",),
         "models.text_to_image": ("text_to_image.model",),
         "models.weight_edit": ("text_to_image.weight_edit",),
+        "probing.metrics.worst_harm": ("worst_case",),
         _KEPT: ("probing.evaluation", "storage"),
     }
 )

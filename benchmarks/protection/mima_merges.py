@@ -120,8 +120,16 @@ def parts(found: dict[str, Any]) -> dict[str, str]:
     for name in (PUBLISHED, *(name for name in MERGES if found["counts"].get(name))):
         seeds = sorted(found["counts"]["mean" if name == PUBLISHED else name])
         rows = [row(found, name, seed) for seed in seeds]
-        columns = [*zip(*rows, strict=True), kept(found, name, seeds)]
-        shares = (f"{statistics.fmean(c):.2f} ({min(c):.2f} to {max(c):.2f})" for c in columns)
+        shares = [
+            f"{statistics.fmean(c):.2f} ({min(c):.2f} to {max(c):.2f})"
+            for c in zip(*rows, strict=True)
+        ]
+        others = kept(found, name, seeds)
+        shares.append(
+            f"{statistics.fmean(others):.2f} ({min(others):.2f} to {max(others):.2f})"
+            if len(others) == len(seeds)
+            else f"{statistics.fmean(others):.2f} (of {len(others)} alone)"
+        )
         lines.append([WORDS[name], str(len(seeds)), *shares])
     single, mean = floor(found)
     gates = [one["gates"] for one in found["counts"]["gated"].values()]

@@ -372,18 +372,23 @@ def _method_rows(results: Results) -> list[list[Any]]:
 
 def _search_rows(record: Results, measured: Measured) -> list[list[Any]]:
     """What a search found for each attack; records of earlier versions hold none."""
-    return [
-        [
-            measured.label(one["attack"]),
-            {"main": f"{one['score']:.2f}", "small": f"{one['own_score']:.2f} by its own settings"},
-            f"{one['lost']:+.2f}",
-            count(one["trials"], "attempt"),
-            ", ".join(
-                f"{in_words(name)} {plain(v)}" for name, v in sorted(one["settings"].items())
-            ),
-        ]
-        for one in record.get("search", ())
-    ]
+    rows: list[list[Any]] = []
+    for one in record.get("search", ()):
+        own = real(one["own_score"])
+        beside = (
+            "its own settings diverged" if math.isnan(own) else f"{own:.2f} by its own settings"
+        )
+        settings = sorted(one["settings"].items())
+        rows.append(
+            [
+                measured.label(one["attack"]),
+                {"main": f"{real(one['score']):.2f}", "small": beside},
+                f"{real(one['lost']):+.2f}",
+                count(one["trials"], "attempt"),
+                ", ".join(f"{in_words(name)} {plain(value)}" for name, value in settings),
+            ]
+        )
+    return rows
 
 
 # --- the page -----------------------------------------------------------------------------------

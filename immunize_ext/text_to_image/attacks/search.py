@@ -55,7 +55,7 @@ class SettingsSearch:
         settings: Those that were searched over.
         score: The best score among attempts; the maximum of noisy ones, and so too high.
         lost: What that attempt cost the model's other uses.
-        own_score: Score of the attack's own settings, the first attempt.
+        own_score: Score of the attack's own settings, the first attempt; NaN if it diverged.
         trials: Attempts, also those of an earlier call.
         diverged: How many of them failed because the loss or a gradient was not finite.
         seconds: Time of this call.
@@ -131,8 +131,8 @@ def search_settings(
     space = _choices(attack)
     key = digest(made_of, type(attack).__qualname__, plain(attack), most_lost)
     study = _study(optuna, key, journal, seed)
-    if not study.trials:
-        own = {setting: getattr(attack, setting) for setting in ("learning_rate", *space)}
+    own = {setting: getattr(attack, setting) for setting in ("learning_rate", *space)}
+    if not _ended(study):
         study.enqueue_trial(own)
 
     def objective(trial: Any) -> float:
@@ -173,7 +173,7 @@ def search_settings(
         dict(best.params),
         score,
         lost,
-        next((trial.value for trial in known if trial.number == 0), math.nan),
+        next((trial.value for trial in known if trial.params == own), math.nan),
         _ended(study),
         _ended(study) - len(known),
         time.monotonic() - started,

@@ -82,6 +82,19 @@ def test_a_search_that_was_cut_off_goes_on(tmp_path: Path) -> None:
         assert len(other.tried) == 2
 
 
+def test_a_search_that_was_cut_off_in_its_first_attempt(tmp_path: Path) -> None:
+    def interrupted(attack: Adaptation) -> Outcome:
+        raise KeyboardInterrupt
+
+    journal = tmp_path / "search.journal"
+    with pytest.raises(KeyboardInterrupt):
+        search_settings(LoRAAttack(), interrupted, trials=3, journal=journal)
+    attempt = Landscape()
+    found = search_settings(LoRAAttack(), attempt, trials=3, journal=journal)
+    assert attempt.tried[0] == LoRAAttack()
+    assert found.own_score == attempt(LoRAAttack()).score
+
+
 def test_attempts_that_diverge() -> None:
     def above(attack: Adaptation) -> Outcome:
         if attack.learning_rate > 0.009:
@@ -90,6 +103,8 @@ def test_attempts_that_diverge() -> None:
 
     found = search_settings(LoRAAttack(), above, trials=12)
     assert 0 < found.diverged < 12
+    own = LoRAAttack(learning_rate=0.0091)
+    assert math.isnan(search_settings(own, above, trials=12).own_score)
     assert found.attack.learning_rate <= 0.009
 
     def never(attack: Adaptation) -> Outcome:
