@@ -360,7 +360,7 @@ def _free(module: nn.Module, beside: list[nn.Module], layers: list[nn.Linear]) -
         return False, False
     if name == f"{_DIFFUSERS}Attention":
         plain = _class(module.processor) in {_DIFFUSERS + one for one in _PROCESSORS}
-        normed = module.norm_q is not None or module.norm_k is not None
+        normed = any(getattr(module, one, None) is not None for one in ("norm_q", "norm_k"))
         return plain and not normed, plain
     backend = getattr(getattr(module, "config", None), "_attn_implementation", None)
     file = type(module).__module__
