@@ -379,11 +379,12 @@ def gauge(folder: Path, seed: int) -> list[dict[str, Any]]:
     initialised(model, seed)
     train(model, tasks["kept train"], kind="adamw", rate=3e-3, steps=60)
     moved = copy.deepcopy(model)
-    for index, one in enumerate(find_attention(moved).values()):
+    free: dict[str, Any] = {"keys": True, "values": True}  # in Block, above
+    for index, one in enumerate(find_attention(moved, **free).values()):
         r, s = (random_gauge(100 * seed + 2 * index + i, 4, 8, 1e4) for i in (0, 1))
         one.gauge(keys=r, values=s)
     balanced = copy.deepcopy(moved)
-    for one in find_attention(balanced).values():
+    for one in find_attention(balanced, **free).values():
         one.balance()
     rows = []
     shots = tuple(part[:150] for part in tasks["harm train"])

@@ -10,12 +10,13 @@ finds, with one decomposition a head, the representative W_Q W_Q^T = W_K W_K^T =
 = W_O^T W_O = diag, the same one from wherever in the orbit it starts. What it changes for a learner
 is its step, so it protects from nobody who tunes one or scales coordinates as Adam does.
 
-Rotary embeddings and norms of q and k stand between W_Q, W_K and their product: R is refused there.
+Rotary embeddings and norms of q and k stand between W_Q, W_K and their product, and a norm or a
+clip may stand between W_V and W_O, under any name. So a gauge is allowed in modules whose forward
+is known, and elsewhere by the word of the caller.
 """
 
 from __future__ import annotations
 
-import inspect
 from typing import NamedTuple
 
 import torch
@@ -151,6 +152,8 @@ class AttentionLayers(NamedTuple):
         output: W_O.
         heads: Number of heads of the query.
         free_keys: Whether nothing stands between q, k and their product.
+        free_values: Whether nothing but the mixing of tokens stands between v and W_O.
+        module: Class of the module, for messages.
     """
 
     query: nn.Linear
@@ -159,6 +162,8 @@ class AttentionLayers(NamedTuple):
     output: nn.Linear
     heads: int
     free_keys: bool
+    free_values: bool
+    module: str
 
     def weights(self) -> HeadWeights:
         """The four matrices with their biases as last columns; that of W_O stays out."""
@@ -170,33 +175,58 @@ class AttentionLayers(NamedTuple):
         """Put matrices into the layers, all or none.
 
         Raises:
-            ValueError: If one is not finite in the dtype of its layer.
+            ValueError: If one has not the shape of :meth:`weights`, or is not finite in the dtype
+                of its layer.
         """
-        for name, value in zip(HeadWeights._fields, weights, strict=True):
-            require_finite("AttentionLayers.set", name, value)
-        for layer, value in zip(self[:4], weights, strict=True):
-            if layer.bias is not None and layer is not self.output:
-                layer.bias.copy_(value[:, -1])
-                value = value[:, :-1]
-            layer.weight.copy_(value)
+        name, parts = "AttentionLayers.set", []
+        layers = zip(HeadWeights._fields, self[:4], weights, self.weights(), strict=True)
+        for argument, layer, value, old in layers:
+            require_floating_matrix(name, argument, value)
+            if value.shape != old.shape:
+                raise ValueError(
+                    f"{name}: {argument} must have shape {tuple(old.shape)}, got "
+                    f"{tuple(value.shape)}"
+                )
+            columns = layer.in_features
+            parts.append((argument, layer.weight, value[:, :columns]))
+            if columns < value.shape[1]:
+                parts.append((argument, layer.bias, value[:, columns]))
+        cast = [(argument, old, value.to(old)) for argument, old, value in parts]
+        for argument, old, value in cast:
+            require_finite(name, f"{argument} in {old.dtype}", value)
+        for _, old, value in cast:
+            old.copy_(value)
 
     def gauge(self, *, keys: Tensor | None = None, values: Tensor | None = None) -> None:
         """Change the basis in place (:func:`attention_gauge`), all layers or none.
 
         Raises:
-            ValueError: If ``keys`` are given where something stands between q, k and their
-                product, and as :func:`attention_gauge`.
+            ValueError: If ``keys`` or ``values`` are given where they are not free, and as
+                :func:`attention_gauge`.
         """
         if keys is not None and not self.free_keys:
-            raise ValueError(
-                "AttentionLayers.gauge: keys must be None where rotary embeddings or norms stand "
-                "between q, k and their product, got a change of basis; values are free"
-            )
+            raise self._refused("keys", "W_Q, W_K and the product of q and k")
+        if values is not None and not self.free_values:
+            raise self._refused("values", "W_V and W_O")
         self.set(attention_gauge(self.weights(), keys=keys, values=values, heads=self.heads))
 
     def balance(self) -> None:
-        """Undo every gauge in place (:func:`balance_attention`)."""
-        self.set(balance_attention(self.weights(), heads=self.heads, keys=self.free_keys))
+        """Undo every gauge of what is free in place (:func:`balance_attention`).
+
+        Raises:
+            ValueError: If neither keys nor values are free.
+        """
+        if not (self.free_keys or self.free_values):
+            raise self._refused("values", "W_V and W_O")
+        keys, values = self.free_keys, self.free_values
+        self.set(balance_attention(self.weights(), heads=self.heads, keys=keys, values=values))
+
+    def _refused(self, side: str, between: str) -> ValueError:
+        return ValueError(
+            f"AttentionLayers: {side} must be left alone in {self.module}, where rotary "
+            f"embeddings, norms or clips may stand between {between}; if you know that nothing "
+            f"does, say so by find_attention(model, {side}=True), which is then your promise"
+        )
 
 
 # What libraries call W_Q, W_K, W_V and W_O; an output may also be the ``dense`` of a sibling.
@@ -206,18 +236,66 @@ _NAMES = (
     (("query", "key", "value"), ("output.dense", "out")),
 )
 _HEADS = ("heads", "num_heads", "num_attention_heads", "n_heads")
-_NORMS = ("norm_q", "norm_k", "q_norm", "k_norm")
+# Modules whose forward was read, exactly these: in all of them v meets nothing but the mixing of
+# tokens on its way to W_O, and in those under True nothing happens to q and k before their product.
+_FREE_KEYS = {
+    f"transformers.models.{family}.modeling_{family}.{name}": keys
+    for keys, names in (
+        (
+            True,
+            {
+                "bert": "BertSelfAttention",
+                "clip": "CLIPAttention",
+                "deit": "DeiTAttention",
+                "dinov2": "Dinov2Attention",
+                "opt": "OPTAttention",
+                "roberta": "RobertaSelfAttention",
+                "siglip": "SiglipAttention",
+                "vit": "ViTAttention",
+            },
+        ),
+        (
+            False,
+            {
+                "gemma": "GemmaAttention",
+                "llama": "LlamaAttention",
+                "mistral": "MistralAttention",
+                "qwen2": "Qwen2Attention",
+                "qwen3": "Qwen3Attention",
+            },
+        ),
+    )
+    for family, name in names.items()
+}
+_BACKENDS = (None, "eager", "sdpa", "flash_attention_2", "flash_attention_3", "flex_attention")
+_DIFFUSERS = "diffusers.models.attention_processor."
+_PROCESSORS = (
+    "AttnProcessor",
+    "AttnProcessor2_0",
+    "SlicedAttnProcessor",
+    "XFormersAttnProcessor",
+)
 
 
-def find_attention(model: nn.Module) -> dict[str, AttentionLayers]:
+def find_attention(
+    model: nn.Module, *, keys: bool | None = None, values: bool | None = None
+) -> dict[str, AttentionLayers]:
     """Find the attention of a model by the names that diffusers and transformers give its layers.
 
     Args:
         model: The model.
+        keys: Whether nothing stands between q, k and their product, in all that is found: your
+            promise, by which a gauge of keys may change the function if it does not hold. When
+            omitted it is so where the forward of a module is known (in diffusers ``Attention`` with
+            a plain processor; in transformers BERT, RoBERTa, CLIP, SigLIP, ViT, DeiT, DINOv2, OPT)
+            and in no other.
+        values: Whether nothing but the mixing of tokens stands between v and W_O: as ``keys``,
+            and when omitted so in Llama, Mistral, Gemma, Qwen2 and Qwen3 as well.
 
     Returns:
         Layers by name of the module that holds W_K; empty if there are none. Packed projections
-        (``nn.MultiheadAttention``) and heads with added keys (``add_k_proj``) are none of these.
+        (``nn.MultiheadAttention``), heads with added keys (``add_k_proj``) and projections that
+        are no plain ``nn.Linear`` (adapters, quantized, parametrized) are none of these.
 
     Example:
         >>> import torch
@@ -226,8 +304,9 @@ def find_attention(model: nn.Module) -> dict[str, AttentionLayers]:
         >>> for name in ("q_proj", "k_proj", "v_proj", "out_proj"):
         ...     block.add_module(name, torch.nn.Linear(4, 4))
         >>> block.num_heads = 2
-        >>> list(find_attention(torch.nn.ModuleDict({"layer": block})))
-        ['layer']
+        >>> found = find_attention(torch.nn.ModuleDict({"layer": block}), values=True)
+        >>> {name: (one.free_keys, one.free_values) for name, one in found.items()}
+        {'layer': (False, True)}
     """
     found = {}
     modules: dict[str, nn.Module] = dict(model.named_modules())
@@ -235,13 +314,25 @@ def find_attention(model: nn.Module) -> dict[str, AttentionLayers]:
         parent = modules.get(name.rpartition(".")[0], module)
         for inner, outs in _NAMES:
             layers = [one for part in inner if (one := _linear(module, part)) is not None]
-            outputs = [_linear(place, out) for place in (module, parent) for out in outs]
-            output = next((one for one in outputs if one is not None), None)
+            places = [(place, out) for place in (module, parent) for out in outs]
+            place, out = next((p for p in places if _linear(*p) is not None), (module, ""))
+            output = _linear(place, out)
             if output is None or len(layers) < 3 or getattr(module, "add_k_proj", None):
                 continue
             if heads := _heads(module):
                 query, key, value = layers
-                found[name] = AttentionLayers(query, key, value, output, heads, _free(module))
+                beside = [] if place is module else [place, place.get_submodule(out.split(".")[0])]
+                free_keys, free_values = _free(module, beside, [*layers, output])
+                found[name] = AttentionLayers(
+                    query,
+                    key,
+                    value,
+                    output,
+                    heads,
+                    free_keys=free_keys if keys is None else keys,
+                    free_values=free_values if values is None else values,
+                    module=_class(module),
+                )
     return found
 
 
@@ -250,7 +341,8 @@ def _linear(module: nn.Module, path: str) -> nn.Linear | None:
         found = module.get_submodule(path)
     except AttributeError:
         return None
-    return found if isinstance(found, nn.Linear) else None
+    # Not isinstance: what derives from it computes or stores its weight in another way.
+    return found if type(found) is nn.Linear else None
 
 
 def _heads(module: nn.Module) -> int | None:
@@ -261,15 +353,26 @@ def _heads(module: nn.Module) -> int | None:
     return None
 
 
-def _free(module: nn.Module) -> bool:
-    """Whether no norm is there, and positions are added neither to q nor to k."""
-    if any(getattr(module, name, None) is not None for name in _NORMS):
-        return False
-    if getattr(module, "position_embedding_type", "absolute") != "absolute":
-        return False
-    parts = inspect.signature(module.forward).parameters
-    rotary = any("position_embeddings" in name or "rotary" in name for name in parts)
-    return not rotary and not any("rotary" in child for child, _ in module.named_children())
+def _free(module: nn.Module, beside: list[nn.Module], layers: list[nn.Linear]) -> tuple[bool, bool]:
+    """Whether keys and values are known to be free: every forward on the way is the library's."""
+    name = _class(module)
+    if any("forward" in vars(one) for one in (module, *beside, *layers)):  # replaced in place
+        return False, False
+    if name == f"{_DIFFUSERS}Attention":
+        plain = _class(module.processor) in {_DIFFUSERS + one for one in _PROCESSORS}
+        normed = any(getattr(module, one, None) is not None for one in ("norm_q", "norm_k"))
+        return plain and not normed, plain
+    backend = getattr(getattr(module, "config", None), "_attn_implementation", None)
+    file = type(module).__module__
+    if backend not in _BACKENDS or any(type(one).__module__ != file for one in beside):
+        return False, False
+    # Older versions of BERT could add relative positions.
+    absolute = getattr(module, "position_embedding_type", "absolute") == "absolute"
+    return _FREE_KEYS.get(name, False) and absolute, name in _FREE_KEYS
+
+
+def _class(one: object) -> str:
+    return f"{type(one).__module__}.{type(one).__qualname__}"
 
 
 def _with_bias(layer: nn.Linear) -> Tensor:

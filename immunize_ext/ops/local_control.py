@@ -3,7 +3,8 @@ r"""Changes of one layer that a task does not see, hardly sees, or pays a known 
 A layer W (o, d) receives rows h, n of them; E[h h^T] has eigenvalues l_1 >= l_2 >= ... and V_r
 holds the leading r eigenvectors. With the projector P = I - V_r V_r^T,
 
-    null space    Delta = Delta P, r = rank:  Delta h = 0 for each of the n rows;
+    null space    Delta = Delta P, r = rank:  Delta h = 0 for each of the n rows (as far as float64
+                  tells directions apart: |Delta h| <= sqrt(n d) eps |Delta|_2 |H|_2);
     certified     Delta = Delta P, |Delta|_2 <= c:  |Delta h| <= c |P h| for every h whatever, and
                   E |Delta h|^2 <= c^2 (l_{r+1} + ... + l_{r+k}),  k = min(o, d - r),
 
@@ -69,7 +70,8 @@ class InputSubspace(NamedTuple):
             rows: H, shape ``(n, d)``; or, with ``count``, their Gram matrix, shape ``(d, d)``.
             explained: s, above 0; 1 takes all of the numerical rank.
             count: n where a Gram matrix is given. It tells directions apart down to
-                sqrt(d eps) of the largest; rows do down to d eps.
+                sqrt(d eps) of the largest, eps that of its own dtype; rows do down to sqrt(n d)
+                eps, eps that of float64, since they count as exact.
 
         Returns:
             Basis and tail; the basis is no function that could be differentiated.
@@ -106,11 +108,15 @@ class InputSubspace(NamedTuple):
             triangle = torch.linalg.qr(wide, mode="r").R if len(wide) > d else wide
             _, sigma, right = torch.linalg.svd(triangle, full_matrices=True)
             values = torch.cat([sigma, sigma.new_zeros(d - len(sigma))]).square() / len(wide)
-            resolved = (max(wide.shape) * torch.finfo(torch.float64).eps) ** 2
+            # Rounding of a triangle gives rows of lower rank a singular value of 0.04 sqrt(n) eps
+            # for 2 columns and 0.2 for 64 (measured to n = 1e5), which min(n, d) eps would count
+            # as a direction; max(n, d) eps would drop directions that are there.
+            resolved = wide.numel() * torch.finfo(torch.float64).eps ** 2
         else:
             found, vectors = torch.linalg.eigh((wide + wide.mT) / 2.0)
             values, right = found.flip(0).clamp_min(0.0) / count, vectors.flip(1).mT
-            resolved = d * torch.finfo(torch.float64).eps
+            # Below 1, so that narrow dtypes keep at least the leading direction.
+            resolved = min(d * torch.finfo(rows.dtype).eps, 0.5)
         rank = int((values > resolved * values[0]).sum())
         if explained < 1.0:
             reached = values.cumsum(0) >= explained * values.sum()
@@ -178,8 +184,8 @@ def clip_spectral_norm(change: Tensor, limit: float) -> Tensor:
         limit: c, not negative.
 
     Returns:
-        The projection, in the dtype of ``change``; ``change`` itself where it fits already. Right
-        singular vectors stay, so a change without part in a subspace gets none.
+        The projection, in the dtype of ``change``; where a matrix fits already, its own entries.
+        Right singular vectors stay, so a change without part in a subspace gets none.
 
     Raises:
         ValueError: If limit is negative, or entries are not finite.
@@ -203,9 +209,10 @@ def clip_spectral_norm(change: Tensor, limit: float) -> Tensor:
         raise ValueError(f"{name}: limit must not be negative, got {limit}")
     wide = change.to(torch.float64)
     if bool((torch.linalg.matrix_norm(wide) <= limit).all()):
-        return change
+        return change  # the larger norm fits: no decomposition
     left, sigma, right = torch.linalg.svd(wide, full_matrices=False)
-    return ((left * sigma.clamp_max(limit)[..., None, :]) @ right).to(change.dtype)
+    clipped = ((left * sigma.clamp_max(limit)[..., None, :]) @ right).to(change.dtype)
+    return torch.where((sigma <= limit).all(-1)[..., None, None], change, clipped)
 
 
 class GaussNewtonStep(NamedTuple):
@@ -233,14 +240,14 @@ def gauss_newton_step(
         inputs: A = E[h h^T] of the task to keep, shape ``(*, d, d)``, positive definite; the
             symmetric part counts.
         outputs: B, the second moment of its loss by the outputs, shape ``(*, o, o)``, alike.
-        budget: eps > 0: what <Delta, B Delta A> shall be. The loss to keep rises by half of it, to
-            second order and as far as B (x) A is its curvature.
+        budget: eps > 0, one or shape ``(*,)``: what <Delta, B Delta A> shall be. The loss to keep
+            rises by half of it, to second order and as far as B (x) A is its curvature.
 
     Returns:
         The change, and what it is worth. Both are 0 where the gradient is.
 
     Raises:
-        ValueError: If shapes do not fit, or budget is not positive.
+        ValueError: If shapes do not fit, budget is not positive, or something is not finite.
         NotPositiveDefiniteError: If A or B are not; add a ridge.
 
     Note:
@@ -260,25 +267,39 @@ def gauss_newton_step(
     """
     name = "gauss_newton_step"
     require_floating_matrix(name, "gradient", gradient)
+    require_finite(name, "gradient", gradient)
     o, d = gradient.shape[-2:]
     for argument, matrix, side in (("inputs", inputs, d), ("outputs", outputs, o)):
         require_floating_matrix(name, argument, matrix)
+        require_finite(name, argument, matrix)
         if matrix.shape[-2:] != (side, side):
             raise ValueError(
                 f"{name}: {argument} must have shape (*, {side}, {side}) for a gradient of shape "
                 f"{tuple(gradient.shape)}, got {tuple(matrix.shape)}"
             )
     eps = torch.as_tensor(budget, dtype=torch.float64, device=gradient.device)
-    if not bool((eps.detach() > 0.0).all()):
-        raise ValueError(f"{name}: budget must be positive, got {eps.detach().tolist()}")
+    if not bool(((eps.detach() > 0.0) & eps.detach().isfinite()).all()):
+        raise ValueError(f"{name}: budget must be positive and finite, got {eps.detach().tolist()}")
+    batches = [tuple(one.shape[:-2]) for one in (gradient, inputs, outputs)] + [tuple(eps.shape)]
+    try:
+        torch.broadcast_shapes(*batches)
+    except RuntimeError as error:
+        raise ValueError(
+            f"{name}: gradient, inputs, outputs and budget must have batches that broadcast, got "
+            + ", ".join(map(str, batches))
+        ) from error
     g = gradient.to(torch.float64)
+    # The change does not depend on the length of g, whose square may underflow.
+    peak = g.detach().abs().amax((-2, -1))
+    peak = torch.where(peak > 0.0, peak, 1.0)
+    g = g / peak[..., None, None]
     by_inputs = torch.cholesky_solve(g.mT, _factor(name, "inputs", inputs)).mT
     natural = torch.cholesky_solve(by_inputs, _factor(name, "outputs", outputs))
     q = (g * natural).sum((-2, -1))
     # The root has no slope at 0: where q = 0 nothing may flow through it.
     some = q > 0.0
     root = (eps * torch.where(some, q, 1.0)).sqrt()
-    worth = torch.where(some, root, 0.0)
+    worth = peak * torch.where(some, root, 0.0)
     length = torch.where(some, eps / root, 0.0)
     change = -length[..., None, None] * natural
     return GaussNewtonStep(change.to(gradient.dtype), worth.to(gradient.dtype))

@@ -84,6 +84,37 @@ def test_edges_of_the_subspace(rows: Tensor) -> None:
     assert len(found.tail) == rows.shape[1] - rank
 
 
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16])
+def test_rank_of_a_gram_matrix_is_that_of_its_dtype(dtype: torch.dtype) -> None:
+    for seed in range(20):
+        rows = torch.linalg.qr(draw(seed, 50, 3)).Q @ torch.linalg.qr(draw(seed + 1, 8, 3)).Q.mT
+        gram = (rows.mT @ rows).to(dtype)
+        assert InputSubspace.of(gram, count=50).basis.shape == (8, 3)
+    wide = torch.eye(200, dtype=dtype)  # 200 eps of bfloat16 is more than 1
+    assert InputSubspace.of(wide, count=1).basis.shape == (200, 200)
+
+
+@pytest.mark.parametrize(("second", "rank"), [(1e-12, 2), (0.0, 1)])
+def test_many_rows_neither_hide_a_direction_nor_make_one(second: float, rank: int) -> None:
+    rows = draw(0, 100_000, 2) * torch.tensor([1.0, second], dtype=torch.float64)
+    rows = rows @ torch.linalg.qr(draw(1, 2, 2)).Q
+    found = InputSubspace.of(rows)
+    assert found.basis.shape == (2, rank)
+    drawn = draw(2, 3, 2)
+    delta = project_out(drawn, found.basis)
+    bound = math.sqrt(rows.numel()) * torch.finfo(torch.float64).eps * float(rows.norm())
+    assert float((rows @ delta.mT).norm(dim=1).max()) <= bound * float(drawn.norm())
+
+
+def test_what_fits_already_comes_back_as_it_is() -> None:
+    change = torch.linalg.qr(draw(0, 6, 6)).Q * 0.9  # of Frobenius norm 2.2
+    assert torch.equal(clip_spectral_norm(change, 1.0), change)
+    both = torch.stack([change, 3.0 * change])
+    found = clip_spectral_norm(both, 1.0)
+    assert torch.equal(found[0], change)
+    assert float(torch.linalg.matrix_norm(found[1], 2)) == pytest.approx(1.0, abs=1e-14)
+
+
 @given(seeds, st.integers(1, 5), st.integers(1, 5), st.floats(0.0, 3.0))
 def test_clipping_is_the_reference_and_nearest(seed: int, o: int, d: int, limit: float) -> None:
     change = draw(seed, o, d)
@@ -147,6 +178,15 @@ def test_no_gradient_gives_no_step_and_no_slope() -> None:
     assert not slope.any()
 
 
+@pytest.mark.parametrize("scale", [1e-170, 1e-308, 1e170])
+def test_length_of_the_gradient_is_no_matter(scale: float) -> None:
+    g, a, b = draw(0, 2, 3, 4), definite(1, 4, 4), definite(2, 3, 3)
+    g[1] *= 1e3
+    one, far = gauss_newton_step(g, a, b, 0.5), gauss_newton_step(scale * g, a, b, 0.5)
+    torch.testing.assert_close(far.change, one.change, rtol=1e-10, atol=0)
+    torch.testing.assert_close(far.worth / scale, one.worth, rtol=1e-10, atol=0)
+
+
 def test_what_has_no_derivative_is_refused_by_name() -> None:
     moving = draw(0, 3, 3).requires_grad_()
     with pytest.raises(NotImplementedError, match=r"InputSubspace.of: the derivative in rows"):
@@ -171,6 +211,17 @@ def test_bad_arguments_are_refused_by_name() -> None:
         clip_spectral_norm(eye, -1.0)
     with pytest.raises(ValueError, match="gauss_newton_step: budget must be positive"):
         gauss_newton_step(eye, eye, eye, 0.0)
+    with pytest.raises(ValueError, match="budget must be positive and finite, got inf"):
+        gauss_newton_step(eye, eye, eye, math.inf)
+    for argument in range(3):
+        wrong = [eye * math.nan if i == argument else eye for i in range(3)]
+        expected = f"step: {('gradient', 'inputs', 'outputs')[argument]} must be finite"
+        with pytest.raises(ValueError, match=expected):
+            gauss_newton_step(*wrong, 1.0)
+    for batches in ((2, 3, 1, 1), (2, 1, 3, 1), (1, 2, 1, 3)):
+        g, a, b = (eye.expand(n, 2, 2) for n in batches[:3])
+        with pytest.raises(ValueError, match="inputs, outputs and budget must have batches"):
+            gauss_newton_step(g, a, b, torch.ones(batches[3]))
     with pytest.raises(ValueError, match=r"outputs must have shape \(\*, 2, 2\)"):
         gauss_newton_step(eye, eye, torch.eye(3), 1.0)
     with pytest.raises(NotPositiveDefiniteError, match="gauss_newton_step: inputs must be pos"):
