@@ -13,6 +13,7 @@ import argparse
 import copy
 import json
 import math
+import statistics
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from functools import cache
@@ -38,11 +39,10 @@ from immunize_ext.quantities import Spread
 
 from .._page import fill
 from ._outcomes import one_thread, write
+from .deep import Interval
 
 OUT = Path(__file__).with_name("local_control.json")
 SEEDS, TRAIN, TEST, SHOTS = 5, 1000, 1000, 300
-# Half-width of a 95 % interval of five seeds in units of sd / sqrt(5): Student's t, 4 degrees.
-T_FIVE = 2.776
 STEPS, LOOKS = 100, (10, 30, 100)
 LAYERS = ("0", "2", "4")
 FLOOR = 1e-6
@@ -461,25 +461,29 @@ PARTS: dict[str, Any] = {"deep": deep, "layers": layers, "gauge": gauge}
 
 def _mean(values: Sequence[float], form: str = ".3f") -> str:
     """Mean and half-width of its 95 % interval over seeds."""
-    spread = Spread.of(values)
-    if len(values) < 2 or spread.sd == 0.0:
-        return f"{spread.mean:{form}}"
-    return f"{spread.mean:{form}} ± {T_FIVE * spread.sd / math.sqrt(len(values)):{form}}"
+    mean, low, high = Interval.of(values)
+    # Neither has a half-width: one seed, nor seeds that all say the same.
+    half = f" ± {(high - low) / 2.0:{form.lstrip('+')}}" if 0.0 < high - low < math.inf else ""
+    return f"{mean:{form}}{half}"
 
 
 def _best(row: Mapping[str, Any], scope: str, look: int = -1) -> float:
     return max(one["best"][look] for one in row["attacks"][scope].values())
 
 
-def strongest(row: Mapping[str, Any], look: int = -1) -> tuple[float, str]:
-    """The best of all attackers of one model, and its name."""
+def attackers(row: Mapping[str, Any], look: int = -1) -> dict[str, float]:
+    """Accuracy by attacker, after some of the steps or all."""
     found = {
         f"{scope}, {kind}": one["best"][look]
         for scope, by_kind in row["attacks"].items()
         for kind, one in by_kind.items()
     }
-    if look == -1:
-        found["probe, solved"] = row["solved"]
+    return found | ({"probe, solved": row["solved"]} if look == -1 else {})
+
+
+def strongest(row: Mapping[str, Any]) -> tuple[float, str]:
+    """The best of all attackers of one model, and its name."""
+    found = attackers(row)
     name = max(found, key=lambda key: found[key])
     return found[name], name
 
@@ -502,7 +506,8 @@ def kept_table(results: Mapping[str, Any]) -> str:
         if "certified train" in found[0]:
             promised = [_mean([r[f"certified {p}"] for r in found]) for p in ("train", "test")]
         elif rule == "null space":
-            promised = [_mean([r["kept train"] for r in found]), "none"]
+            # Answers that were right before: no layer answers its training inputs otherwise.
+            promised = [_mean([r["kept train"] for r in _rows(results, "before")]), "none"]
         elif rule not in ("before", "no guarantee"):
             promised = ["none", "none"]
         rows.append(
@@ -533,8 +538,7 @@ def attack_table(results: Mapping[str, Any]) -> str:
                 *(_mean([r["attacks"]["probe"][k]["best"][-1] for r in found]) for k in RATES),
                 _mean([r["solved"] for r in found]),
                 *(_mean([_best(r, scope) for r in found]) for scope in ("last block", "full")),
-                f"{_mean([strongest(row)[0] for row in found])} "
-                f"({max(set(names), key=names.count)})",
+                f"{_mean([strongest(row)[0] for row in found])} ({statistics.mode(names)})",
             ]
         )
     head = ["rule", "log κ_H", "log κ_P", "probe, SGD", "probe, AdamW", "probe, solved"]
@@ -613,10 +617,10 @@ def _paired(
     after: Sequence[Mapping[str, Any]],
     before: Sequence[Mapping[str, Any]],
     key: Callable[[Mapping[str, Any]], float],
-) -> str:
-    """Mean difference, seed by seed, with its interval."""
-    pairs = zip(after, before, strict=True)
-    return _mean([key(one) - key(other) for one, other in pairs], "+.3f").replace("± +", "± ")
+) -> list[float]:
+    """Differences, seed by seed."""
+    base = {row["seed"]: key(row) for row in before}
+    return [key(row) - base[row["seed"]] for row in after]
 
 
 def gauge_answer(results: Mapping[str, Any]) -> str:
@@ -625,7 +629,10 @@ def gauge_answer(results: Mapping[str, Any]) -> str:
     parts_ = []
     for label, kind in (("SGD", "sgd"), ("AdamW", "adamw")):
         found = [
-            _paired(by[name], by["as trained"], lambda r, k=kind: r["attacks"][k]["best"][-1])  # type: ignore[misc]
+            _mean(
+                _paired(by[name], by["as trained"], lambda r, k=kind: r["attacks"][k]["best"][-1]),  # type: ignore[misc]
+                "+.3f",
+            )
             for name in BASES[1:]
         ]
         parts_.append(f"{label} {found[0]} in the random basis and {found[1]} once balanced")
@@ -638,7 +645,7 @@ def slowed(results: Mapping[str, Any]) -> str:
     rows = []
     for scope in SCOPES:
         cells = [
-            _paired(budget, before, lambda r, s=scope, i=i: _best(r, s, i))  # type: ignore[misc]
+            _mean(_paired(budget, before, lambda r, s=scope, i=i: _best(r, s, i)), "+.3f")  # type: ignore[misc]
             for i in range(len(LOOKS))
         ]
         rows.append([scope, *cells])
@@ -684,30 +691,49 @@ def parts(results: Mapping[str, Any]) -> dict[str, str]:
 
 
 def answer(results: Mapping[str, Any]) -> str:
-    """The first sentence of the page."""
+    """The first sentence of the page; its verdicts are those of the intervals."""
+    before = _rows(results, "before")
 
-    def mean(rule: str, key: Callable[[dict[str, Any]], float]) -> float:
-        return Spread.of(map(key, _rows(results, rule))).mean
+    def mean(rule: str, key: str) -> str:
+        return f"{Spread.of(row[key] for row in _rows(results, rule)).mean:.1%}"
 
-    def kappa(rule: str) -> float:
-        return mean(rule, lambda row: row["log kappa harm"])
+    def differences(rule: str, key: Callable[[Mapping[str, Any]], float]) -> list[float]:
+        return _paired(_rows(results, rule), before, key)
 
-    sure, budget = "certified for 99 %", "budget of 1e-6"
-    pair = [_rows(results, rule) for rule in (budget, "before")]
-    strongest_by = _paired(*pair, lambda row: strongest(row)[0])
-    probe_by = _paired(*pair, lambda row: _best(row, "probe", 1))
+    def rises(rule: str) -> list[float]:
+        return differences(rule, lambda row: row["log kappa harm"])
+
+    def change(rule: str, key: Callable[[Mapping[str, Any]], float]) -> str:
+        return _mean(differences(rule, key), "+.3f")
+
+    sure, exact, budget = "certified for 99 %", "null space", "budget of 1e-6"
+    looks = [(name, i) for i in range(len(LOOKS)) for name in attackers(before[0], i - len(LOOKS))]
+    hurt = sum(
+        Interval.of(
+            differences(sure, lambda row, n=name, i=i: attackers(row, i - len(LOOKS))[n])  # type: ignore[misc]
+        ).high
+        < 0.0
+        for name, i in looks
+    )
+    verdict = "No: with a certificate it does not rise measurably"
+    if Interval.of(rises(sure)).low > 0.0:
+        verdict = "Yes, with a certificate, and attackers are slowed"
+        if not hurt:
+            verdict = "Yes, but with a certificate by so little that no attacker notices"
     return (
-        f"Yes, but with a certificate by so little that no attacker notices: where "
-        f"{mean(sure, lambda row: row['certified train']):.1%} of the training answers and "
-        f"{mean(sure, lambda row: row['certified test']):.1%} of the test answers are certain to "
-        f"stay (measured: {mean(sure, lambda row: row['kept train']):.1%} and "
-        f"{mean(sure, lambda row: row['kept test']):.1%}), log kappa_H goes from "
-        f"{kappa('before'):.2f} to {kappa(sure):.2f}, and in the exact null space to "
-        f"{kappa('null space'):.2f}. A budget of the loss raises it to {kappa(budget):.2f} with "
-        f"{mean(budget, lambda row: row['kept test']):.1%} kept, guarantees nothing, and moves "
-        "the accuracy of the strongest attacker "
-        f"({strongest(_rows(results, 'before')[0])[1]}) by {strongest_by}, "
-        f"a probe after {LOOKS[1]} steps by {probe_by}."
+        f"{verdict}: where {mean(sure, 'certified train')} of the training answers and "
+        f"{mean(sure, 'certified test')} of the test answers are certain to stay (measured: "
+        f"{mean(sure, 'kept train')} and {mean(sure, 'kept test')}), log kappa_H changes by "
+        f"{_mean(rises(sure), '+.2f')}, and in the null space by {_mean(rises(exact), '+.2f')}; "
+        f"accuracy falls by more than its interval for {hurt} of {len(looks)} attackers (scope, "
+        "optimizer, steps). A budget of the loss changes log kappa_H by "
+        f"{_mean(rises(budget), '+.1f')} with {mean(budget, 'kept test')} kept, guarantees "
+        "nothing, and moves the accuracy of the "
+        f"strongest attacker ({statistics.mode(strongest(row)[1] for row in before)}) by "
+        f"{change(budget, lambda row: strongest(row)[0])}, a probe after {LOOKS[1]} steps by "
+        f"{change(budget, lambda row: _best(row, 'probe', 1))}. Differences to the network before, "
+        f"paired by seed, with 95 % intervals (t, {len(before)} seeds); log kappa_H was "
+        f"{_mean([row['log kappa harm'] for row in before], '.2f')}."
     )
 
 

@@ -30,6 +30,48 @@ def test_page_is_what_the_result_file_says_and_a_changed_number_is_found() -> No
         assert _page.filled(page, local_control.parts(changed)) != page
 
 
+def rows(found: dict[str, Any], rule: str) -> list[dict[str, Any]]:
+    return [row for row in found["deep"] if row["rule"] == rule]
+
+
+def test_what_the_null_space_promises_is_of_the_network_before() -> None:
+    found = results()
+    table = local_control.kept_table(found)
+    for row in rows(found, "null space"):
+        row["kept train"] = 0.25
+    assert "| null space | 1.000 | none | 0.250 |" in local_control.kept_table(found)
+    for row in rows(found, "before"):
+        row["kept train"] = 0.75
+    assert "| null space | 0.750 | none | 0.250 |" in local_control.kept_table(found)
+    assert "| null space | 1.000 | none | 1.000 |" in table
+
+
+def test_verdict_follows_from_the_numbers() -> None:
+    found = results()
+    assert local_control.answer(found).startswith("Yes, but with a certificate by so little")
+    slowed, level = copy.deepcopy(found), copy.deepcopy(found)
+    for row in rows(slowed, "certified for 99 %"):
+        row["attacks"]["probe"]["sgd"]["best"][0] -= 0.3
+    assert local_control.answer(slowed).startswith("Yes, with a certificate, and attackers are")
+    assert "for 1 of 19 attackers" in local_control.answer(slowed)
+    for i, row in enumerate(rows(level, "certified for 99 %")):
+        row["log kappa harm"] = rows(level, "before")[i]["log kappa harm"]
+    assert local_control.answer(level).startswith("No: ")
+
+
+def test_intervals_are_of_the_seeds_there_are_and_of_pairs() -> None:
+    assert local_control._mean([0.0, 1.0], ".2f") == "0.50 ± 6.35"  # t of one degree: 12.706
+    assert local_control._mean([0.0, 1.0, 2.0], "+.2f") == "+1.00 ± 2.48"  # of two: 4.303
+    assert local_control._mean([0.5], ".2f") == local_control._mean([0.5, 0.5], ".2f") == "0.50"
+    found = results()
+    said = local_control.answer(found)
+    assert "+0.52 ± 0.09, and in the null space by +0.04 ± 0.04" in said
+    assert "log kappa_H by +5.1 ± 2.9" in said
+    assert "5 seeds" in said
+    turned = {**found, "deep": found["deep"][:8] + found["deep"][8:][::-1]}
+    assert local_control.answer(turned) == said
+
+
 def test_what_the_page_claims() -> None:
     found = results()
     for row in found["deep"]:

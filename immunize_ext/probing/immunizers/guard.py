@@ -3,7 +3,9 @@ r"""What a deep extractor may become: changes of its layers that keep the primar
 Three kinds, of which two are guarantees and one is a budget (``immunize_ext.ops`` has the layer):
 
     null-space     each layer answers what it answered to every training input of the task to keep,
-                   whatever the architecture; so do the features, and the head;
+                   whatever the architecture, up to rounding and to directions of its inputs below
+                   sqrt(d eps) of the largest, which their Gram matrix does not show; so do the
+                   features, and the head. The report bounds, by layer, what those let through;
     certified      Delta = Delta P, |Delta|_2 <= c in each layer, with c the largest multiple of
                    |W|_2 for which a given share of the right answers stays right under *every*
                    such change (``metrics.drift``): computed before the first step;
@@ -131,10 +133,14 @@ class Ball(Room):
         return float(torch.linalg.matrix_norm(change.to(torch.float64), 2)) / self.allowed.limit
 
     def size(self, change: Tensor) -> dict[str, float]:
-        """Free directions, spectral norm, and its limit."""
+        """Free directions, norm and its limit, and the most that this norm moves outputs by.
+
+        ``drift`` bounds sqrt(E |Delta h|^2) over the inputs of the task, for every change inside.
+        """
         norm = float(torch.linalg.matrix_norm(change.to(torch.float64), 2))
-        free = len(self.allowed.subspace.tail)
-        return {"free": float(free), "norm": norm, "limit": self.allowed.limit}
+        subspace, limit = self.allowed
+        drift = subspace.drift(norm, len(change))
+        return {"free": float(len(subspace.tail)), "norm": norm, "limit": limit, "drift": drift}
 
 
 @dataclass(frozen=True)
@@ -186,7 +192,8 @@ class Guard:
         batch_size: Samples that go through it at once.
 
     Raises:
-        ValueError: If there is no layer to move, or a kind does not fit the model.
+        ValueError: If there is no layer to move, a kind does not fit the model, or fewer answers
+            can be certified than shall be.
     """
 
     def __init__(
@@ -367,11 +374,17 @@ class _Moments:
         self.inputs = {name: found[path] for name, path in zip(names, paths, strict=True)}
 
     def subspaces(self, explained: float) -> dict[str, InputSubspace]:
-        """Directions that explain a share of the inputs."""
-        return {
-            name: InputSubspace.of(one.gram, explained=explained, count=one.rows)
-            for name, one in self.inputs.items()
-        }
+        """Directions that explain a share of the inputs.
+
+        Eigenvalues of a Gram matrix are off by d eps of the largest: that much may be left in each
+        of the other directions, even where it says 0.
+        """
+        found = {}
+        for name, one in self.inputs.items():
+            subspace = InputSubspace.of(one.gram, explained=explained, count=one.rows)
+            unseen = len(one.gram) * torch.finfo(torch.float64).eps * one.mean.trace()
+            found[name] = subspace._replace(tail=subspace.tail + unseen)
+        return found
 
     def factors(self, ridge: float) -> dict[str, tuple[Tensor, Tensor]]:
         """A and B of each layer, with their ridges."""
@@ -494,6 +507,12 @@ def _largest(
         return float(sure.double().sum() / right.double().sum())
 
     low, high = _NARROWEST, _WIDEST
+    if (most := share(low)) < control.certified:
+        raise ValueError(
+            f"LocalControl: certified must be at most {most}, the share of the right answers that "
+            f"lead by more than the least change moves them, got {control.certified}; ask for less "
+            "or train the head further"
+        )
     if share(high) >= control.certified:
         low = high
     for _ in range(_HALVINGS if low < high else 0):

@@ -56,7 +56,8 @@ class LocalControlImmunizer(IterativeImmunizer):
 
     Raises:
         ValueError: If a setting is out of range, or there is a corridor, whose projection would
-            lead out of what is allowed; on fitting, if no direction is free.
+            lead out of what is allowed; on fitting, if no direction is free or all features of the
+            primary task are 0.
 
     Example:
         >>> from immunize_ext.probing.data import digits_task
@@ -107,11 +108,15 @@ class LocalControlImmunizer(IterativeImmunizer):
         x = problem.primary.x_train.to(torch.float64)
         start, theta = descent.start, descent.theta
         size = float((x @ start).norm()) / math.sqrt(len(x))
+        if not size > 0.0:
+            raise ValueError(
+                f"{_NAME}.fit: primary must have features that are not all 0, got x_train theta_0 "
+                "= 0, of which no share can drift; check x_train and the model"
+            )
         room, bound = self._room(descent, problem)
 
         def drift() -> float:
-            moved = float((x @ (theta - start)).norm()) / math.sqrt(len(x))
-            return moved / size if size > 0.0 else 0.0
+            return float((x @ (theta - start)).norm()) / math.sqrt(len(x)) / size
 
         def advance(step: int) -> None:
             descent.record(step, drift=drift())

@@ -24,7 +24,7 @@ from immunize_ext.probing.immunizers import (
     LocalControlImmunizer,
     rank_layers,
 )
-from immunize_ext.probing.immunizers.guard import Ellipsoid, _Moments
+from immunize_ext.probing.immunizers.guard import Ball, Ellipsoid, _Moments
 from immunize_ext.probing.metrics import Allowed, certified_answers, drift_bound
 
 D = 6
@@ -160,6 +160,38 @@ def test_null_space_keeps_every_training_answer_exactly() -> None:
     assert not any(layer["free"] == 40 for layer in found.config["guard"]["layers"].values())
 
 
+def test_null_space_says_what_weak_directions_of_the_inputs_let_through() -> None:
+    """A Gram matrix does not show what is below sqrt(d eps): such a direction counts as free."""
+    (x, y), harmful = data(0), data(1)
+    turn = torch.linalg.qr(draw(8, D, D).double()).Q
+    x = x * torch.tensor([1.0] * 5 + [1e-9], dtype=torch.float64) @ turn
+    body = net(3)
+    method = DeepExtractorImmunizer(
+        ("0",), objective="kappa_log_ratio", steps=5, learning_rate=1.0, local=LocalControl()
+    )
+    found = method.fit(body, Problem.of((x, y), harmful, head=trained(body, x, y)))
+    size = found.config["guard"]["layers"]["0"]
+    change = (found.extractor[0].weight - body[0].weight).detach()
+    moved = float((x @ change.mT).square().sum(1).mean().sqrt())
+    assert size["free"] == 1
+    assert 1e-12 < moved <= size["drift"] < 1e-6 * size["norm"]
+
+
+def test_drift_of_weak_directions_is_a_bound_where_their_eigenvalues_round_to_0() -> None:
+    x, y = data(0)
+    weak = x * torch.tensor([1.0] * 5 + [1e-9], dtype=torch.float64)
+    body, device, zeros = net(3), torch.device("cpu"), 0
+    for seed in range(20):
+        rows = weak @ torch.linalg.qr(draw(seed, D, D).double()).Q
+        moments = _Moments(body, nn.Identity(), ["0"], Samples((rows, y)), device, 24)
+        subspace = moments.subspaces(1.0)["0"]
+        zeros += InputSubspace.of(moments.inputs["0"].gram, count=24).tail.tolist() == [0.0]
+        change = project_out(draw(seed + 1, 40, D).double(), subspace.basis)
+        moved = float((rows @ change.mT).square().sum(1).mean().sqrt())
+        assert 1e-12 < moved <= Ball(Allowed(subspace, math.inf)).size(change)["drift"]
+    assert zeros > 0
+
+
 def test_the_gradient_of_the_task_itself_has_nothing_outside_of_its_inputs() -> None:
     body, (x, y) = net(3), data(0)
     head = trained(body, x, y)
@@ -189,6 +221,28 @@ def test_what_was_certified_before_the_first_step_holds(share: float) -> None:
     for size in guard["layers"].values():
         assert size["norm"] <= size["limit"] * (1 + 1e-9)
     assert any(size["norm"] > 0.0 for size in guard["layers"].values())
+
+
+def test_no_less_is_certified_than_was_asked_for() -> None:
+    """50 answers lead by far, and 10 by less than the narrowest ball moves them."""
+    sure = torch.tensor([[3.0, 0.1], [-3.0, 0.1]]).repeat(25, 1)
+    x = torch.cat([sure, torch.tensor([[1e-12, 1.0]]).repeat(10, 1)]).double()
+    body, head = nn.Sequential(nn.Linear(2, 2)).double(), nn.Linear(2, 2).double()
+    with torch.no_grad():
+        body[0].weight.copy_(torch.eye(2))
+        head.weight.copy_(torch.tensor([[1.0, 0.0], [-1.0, 0.0]]))
+        for layer in (body[0], head):
+            layer.bias.zero_()
+    problem: Any = Problem.of((x, (x[:, 0] < 0).long()), (x[:20], torch.arange(20) % 2), head=head)
+
+    def certified(share: float) -> float:
+        rule = LocalControl("certified", explained=0.9, certified=share)
+        found = DeepExtractorImmunizer(("0",), steps=1, batch_size=20, local=rule)
+        return float(found.fit(body, problem).config["guard"]["certified"])
+
+    with pytest.raises(ValueError, match=r"LocalControl: certified must be at most 0\.8333"):
+        certified(1.0)
+    assert certified(50 / 60) == 50 / 60
 
 
 def test_gauss_newton_keeps_its_budget_and_its_prediction() -> None:
@@ -366,6 +420,14 @@ def test_a_larger_drift_buys_more() -> None:
     ]
     kappas = [one.history[-1]["log_kappa_harmful"] for one in found]
     assert kappas[0] < kappas[1]
+
+
+@pytest.mark.parametrize("rule", ["null-space", "certified", "gauss-newton"])
+def test_a_task_without_features_is_refused(rule: Any) -> None:
+    whole = task(1)
+    blind = Task("kept", 0.0 * whole.x_train, whole.y_train, whole.x_test, whole.y_test)
+    with pytest.raises(ValueError, match="primary must have features that are not all 0"):
+        LocalControlImmunizer(rule=rule).fit(None, Problem.of(blind, task(3)))
 
 
 def test_linear_refusals() -> None:
