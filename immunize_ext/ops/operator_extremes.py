@@ -246,6 +246,7 @@ class _Search:
             return moved if known is None else moved - 3.0 * shift * (known @ (known.T @ v))
 
         operator: Any = LinearOperator((self.side, self.side), matvec=shifted, dtype=np.float64)
+        drawn: Any = {"rng": self.rng} if _TAKES_RNG else {}
         try:
             values, vectors = eigsh(
                 operator,
@@ -255,7 +256,7 @@ class _Search:
                 ncv=min(self.side, 32),
                 tol=tolerance,
                 maxiter=self.restarts,
-                **({"rng": self.rng} if _TAKES_RNG else {}),
+                **drawn,
             )
         except ArpackError as failure:
             raise NotConvergedError.after(
