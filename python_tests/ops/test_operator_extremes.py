@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 import torch
 from sample_inputs import gaussian
-from scipy.sparse.linalg import eigsh
+from scipy.sparse.linalg import ArpackError, eigsh
 
 from immunize_ext.errors import NotConvergedError
 from immunize_ext.ops import operator_extremes, symmetric_extremes
@@ -235,3 +235,35 @@ def test_second_derivatives_by_what_comes_in_and_by_other_tensors_are_refused(fa
     for cause in (c, b):
         with pytest.raises(NotImplementedError, match="operator_extremes: second derivatives"):
             torch.autograd.grad(grad.sum(), cause, retain_graph=True)
+
+
+def test_an_error_of_arpack_is_one_of_ours(monkeypatch):
+    def failing(*args, **options):
+        raise ArpackError(-9)
+
+    monkeypatch.setattr(module, "eigsh", failing)
+    with pytest.raises(NotConvergedError, match="operator_extremes: residuals must fall") as caught:
+        operator_extremes(lambda v: 2.0 * v, 100)
+    assert isinstance(caught.value.__cause__, ArpackError)
+
+
+def test_a_pair_that_is_none_is_searched_for_again(monkeypatch):
+    """Once is not yet a failure, three times are one."""
+    h = of_spectrum(np.linspace(1.0, 3.0, 100))
+    wrong = 0
+
+    def spoiling(*args, **options):
+        nonlocal wrong
+        values, vectors = eigsh(*args, **options)
+        if options["which"] != "LM" and wrong > 0:
+            wrong -= 1
+            vectors = np.roll(vectors, 1, axis=0)
+        return values, vectors
+
+    monkeypatch.setattr(module, "eigsh", spoiling)
+    wrong = 2
+    found = operator_extremes(lambda v: h @ v, 100)
+    assert [x.item() for x in found[:2]] == pytest.approx([3.0, 1.0], rel=1e-12)
+    wrong = 3
+    with pytest.raises(NotConvergedError, match="operator_extremes: residuals must fall"):
+        operator_extremes(lambda v: h @ v, 100)
