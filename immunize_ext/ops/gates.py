@@ -78,8 +78,11 @@ def gate_layers(
     for layer, (w0, gate) in enumerate(zip(base, gates, strict=True)):
         require_floating(function, f"base[{layer}]", w0)
         require_floating(function, f"gates[{layer}]", gate)
+        if w0.dim() == 0:
+            raise ValueError(f"{function}: base[{layer}] must have shape (o, ...), got ()")
         groups = gate.shape[1] if gate.dim() == 2 else 1
-        if gate.dim() not in (1, 2) or len(gate) != len(ways) or w0.shape[0] % groups:
+        fits = gate.dim() in (1, 2) and len(gate) == len(ways) and groups > 0
+        if not fits or w0.shape[0] % groups:
             raise ValueError(
                 f"{function}: gates[{layer}] must have shape ({len(ways)},) or ({len(ways)}, "
                 f"groups), groups a divisor of {w0.shape[0]} rows, got {tuple(gate.shape)}"
@@ -88,6 +91,7 @@ def gate_layers(
         start = w0.to(wide)
         total = start
         for k, way in enumerate(ways):
+            require_floating(function, f"ways[{k}][{layer}]", way[layer])
             if way[layer].shape != w0.shape or way[layer].dtype != w0.dtype:
                 raise ValueError(
                     f"{function}: ways[{k}][{layer}] must have the shape and dtype of "
@@ -137,8 +141,9 @@ def best_gates(
 
     Note:
         Deterministic for a given number of threads. First and second derivatives, for base, ways,
-        merged and what the factors are made of. The ways enter by their K^2 inner products, so
-        those whose updates nearly agree, to 1e-8, count as dependent.
+        merged and what the factors are made of. The ways enter by their K^2 inner products, scaled
+        to cosines: dependent are those of which an eigenvalue is at most 64 K eps, 3e-14 for two
+        ways. Of two this is 1 - cos, so they count as different from an angle of about 2.4e-7 on.
 
     Source:
         DERIVED: least squares in the metric of S.

@@ -22,8 +22,15 @@ from torch import Tensor
 from torch.nn import Parameter
 
 from immunize_ext.ops import operators as operators  # defines what is called here
-from immunize_ext.ops.arguments import require_floating_matrix, require_same_device
-from immunize_ext.ops.spectrum import gram_extremes
+from immunize_ext.ops.arguments import (
+    cluster_resolution,
+    not_finite,
+    require_finite,
+    require_floating_matrix,
+    require_same_device,
+    resolution,
+)
+from immunize_ext.ops.spectrum import GramExtremes, gram_extremes
 
 
 def khatri_rao_gram(
@@ -51,7 +58,8 @@ def khatri_rao_gram(
 
     Raises:
         TypeError: If an argument is no tensor.
-        ValueError: If shapes, devices or numbers of layers do not fit, or a number is not finite.
+        ValueError: If shapes, devices or numbers of layers do not fit, a number is not finite, or
+            K overflows its dtype.
 
     Note:
         Deterministic, for any number of threads. Differentiable in both to every order and in both
@@ -93,7 +101,18 @@ def khatri_rao_gram(
             )
         total = k if total is None else total + k
     assert total is not None
-    return total.to(inputs[0].dtype)
+    return _narrow(name, total, inputs[0].dtype)
+
+
+def _narrow(name: str, found: Tensor, dtype: torch.dtype) -> Tensor:
+    """In the dtype, where it fits."""
+    narrow = found.to(dtype)
+    if not_finite(narrow):
+        raise ValueError(
+            f"{name}: activations and gradients must have products within {dtype}, got an "
+            "overflow; scale them, or give float64"
+        )
+    return narrow
 
 
 def _layer(name: str, a: Tensor, g: Tensor) -> tuple[Tensor, Tensor]:
@@ -138,12 +157,13 @@ def kfac_extremes(activations: Tensor, gradients: Tensor) -> KfacExtremes:
         gradients: What comes back at its output, shape ``(*, n, o)``.
 
     Returns:
-        :class:`KfacExtremes` in the dtype of the arguments. Eigenvalues that cannot be told from 0
-        do not count, in either factor.
+        :class:`KfacExtremes` in the dtype of the arguments, computed in float64. Eigenvalues that
+        cannot be told from 0, for what the dtype resolves, do not count, in either factor.
 
     Raises:
         TypeError: If an argument is no tensor.
-        ValueError: If shapes or devices do not fit, or a number is not finite.
+        ValueError: If shapes or devices do not fit, a number is not finite, or an eigenvalue
+            overflows the dtype.
 
     Note:
         Deterministic. Derivatives as in :func:`gram_extremes`: where an extreme is repeated in one
@@ -170,10 +190,23 @@ def kfac_extremes(activations: Tensor, gradients: Tensor) -> KfacExtremes:
             f"{name}: gradients must have the samples of activations, got "
             f"{tuple(gradients.shape)} and {tuple(activations.shape)}"
         )
+    require_finite(name, "activations", activations)
+    require_finite(name, "gradients", gradients)
+    of_a, of_g = _wide_extremes(activations), _wide_extremes(gradients)
     scale = float(activations.shape[-2]) ** 2
-    of_a, of_g = gram_extremes(activations), gram_extremes(gradients)
+    dtype = torch.promote_types(activations.dtype, gradients.dtype)
     return KfacExtremes(
-        of_a.lambda_max * of_g.lambda_max / scale,
-        of_a.lambda_min * of_g.lambda_min / scale,
+        _narrow(name, of_a.lambda_max * of_g.lambda_max / scale, dtype),
+        _narrow(name, of_a.lambda_min * of_g.lambda_min / scale, dtype),
         of_a.rank * of_g.rank,
+    )
+
+
+def _wide_extremes(x: Tensor) -> GramExtremes:
+    """In float64, as a product may fit where its factors do not; resolved as the dtype is."""
+    side = max(x.shape[-2:])
+    return gram_extremes(
+        x.to(torch.float64),
+        rank_rtol=min(side * resolution(x.dtype), 0.5),
+        cluster_rtol=cluster_resolution(side, x.dtype),
     )

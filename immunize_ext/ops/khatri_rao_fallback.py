@@ -6,9 +6,13 @@ differentiates to every order and in every mode. On CUDA this is the route: cuBL
 
 from __future__ import annotations
 
+import math
+
 import torch
 from torch import Tensor
 from torch.nn import functional
+
+from immunize_ext.ops.arguments import any_true, not_finite
 
 _MOST_NUMBERS = 1 << 24  # of one block of products or of per-sample gradients
 
@@ -32,19 +36,35 @@ def _blocks(side: int, numbers: int) -> list[slice]:
 
 
 def composed_gram(a: Tensor, g: Tensor, bias: bool) -> Tensor:
-    """K (*, n, n) of a (*, n, t, d) and g (*, n, t, o)."""
+    """K (*, n, n) of a (*, n, t, d) and g (*, n, t, o), finite."""
+    k = _gram(a, g, bias)
+    # What is not finite in a sample is not in its own entry.
+    if any_true(~torch.isfinite(k.detach().diagonal(dim1=-2, dim2=-1))):
+        name = "khatri_rao_gram"
+        for argument, x in (("activations", a), ("gradients", g)):
+            if not_finite(x):
+                raise ValueError(f"{name}: {argument} must be finite, got NaN or infinity")
+        raise ValueError(
+            f"{name}: activations and gradients must have products below 1e308, got an overflow; "
+            "scale them"
+        )
+    return k
+
+
+def _gram(a: Tensor, g: Tensor, bias: bool) -> Tensor:
     by_outer = _by_outer_products(a, g)
     a, g = _wide(a, g, bias)
     n, t = a.shape[-3:-1]
+    many = math.prod(a.shape[:-3]) * n  # samples
     if by_outer:
         total = a.new_zeros((*a.shape[:-3], n, n))
-        for part in _blocks(a.shape[-1], n * g.shape[-1]):
+        for part in _blocks(a.shape[-1], many * g.shape[-1]):
             j = (a[..., part].mT @ g).flatten(-2)
             total = total + j @ j.mT
         return total
     x, y = a.flatten(-3, -2), g.flatten(-3, -2)  # (*, n t, sides)
     rows = []
-    for part in _blocks(n, n * t * t):
+    for part in _blocks(n, many * t * t):
         left = slice(part.start * t, part.stop * t)
         pairs = (x[..., left, :] @ x.mT) * (y[..., left, :] @ y.mT)
         rows.append(pairs.unflatten(-1, (n, t)).sum(-1).unflatten(-2, (-1, t)).sum(-2))
@@ -60,9 +80,10 @@ def composed_gradient(
     h = grad + grad.mT
     none = grad.new_empty(0)
     n, t = x.shape[-3:-1]
+    many = math.prod(x.shape[:-3]) * n
     if by_outer:
         of_x, of_y = [], torch.zeros_like(y)
-        for part in _blocks(x.shape[-1], n * y.shape[-1]):
+        for part in _blocks(x.shape[-1], many * y.shape[-1]):
             columns = x[..., part]
             j = columns.mT @ y  # (*, n, columns, o)
             dj = (h @ j.flatten(-2)).unflatten(-1, j.shape[-2:])
@@ -75,7 +96,7 @@ def composed_gradient(
     else:
         u, v = x.flatten(-3, -2), y.flatten(-3, -2)
         parts_a, parts_g = [], []
-        for part in _blocks(n, n * t * t):
+        for part in _blocks(n, many * t * t):
             left = slice(part.start * t, part.stop * t)
             weights = h[..., part, :].repeat_interleave(t, -2).repeat_interleave(t, -1)
             if need_a:
@@ -104,17 +125,8 @@ def _check(name: str, a: Tensor, g: Tensor) -> None:
 
 def khatri_rao_gram(a: Tensor, g: Tensor, bias: bool) -> Tensor:
     """K, finite and symmetric to the bit."""
-    name = "khatri_rao_gram"
-    _check(name, a, g)
-    for argument, x in (("activations", a), ("gradients", g)):
-        if not bool(torch.isfinite(x.to(torch.float64)).all()):
-            raise ValueError(f"{name}: {argument} must be finite, got NaN or infinity")
+    _check("khatri_rao_gram", a, g)
     k = composed_gram(a, g, bias)
-    if not bool(torch.isfinite(k).all()):
-        raise ValueError(
-            f"{name}: activations and gradients must have products below 1e308, got an overflow; "
-            "scale them"
-        )
     return ((k + k.mT) / 2).contiguous()
 
 

@@ -256,7 +256,7 @@ def keep_columns(base: Tensor, merged: Tensor, factor: MomentFactor, count: int)
             # What is zero but for rounding, to be exact for the deletions that follow.
             inverse[j], inverse[:, j], inverse[j, j], update[:, j] = 0.0, 0.0, 1.0, 0.0
             left[j] = False
-    weight = base
+    weight = base.clone()
     lost = float((delta.detach() @ factor.chol).square().sum())
     if count:
         s = factor.s
@@ -288,7 +288,8 @@ def best_layers(
         last is the best within the budget, and all of them the curve of worth against size.
 
     Raises:
-        ValueError: If lengths differ, a worth is negative or not finite, or a size is below 1.
+        ValueError: If lengths differ, a worth is negative or not finite, a size is no whole number
+            of at least 1, or the budget is NaN.
 
     Note:
         Exact. The number of choices kept is at most that of different sums of sizes, which for the
@@ -313,12 +314,14 @@ def best_layers(
             raise ValueError(
                 f"{function}: worths must be finite and not negative, got {worth} at layer {layer}"
             )
-        if size < 1 or size != int(size):
+        if not 1 <= size < float("inf") or size != int(size):
             raise ValueError(
                 f"{function}: sizes must be whole numbers of at least 1, got {size} at layer "
                 f"{layer}"
             )
     limit = sum(sizes) if budget is None else budget
+    if limit != limit:
+        raise ValueError(f"{function}: budget must be a number, got {limit}")
     front: list[tuple[int, float, tuple[int, ...]]] = [(0, 0.0, ())]
     for layer, (worth, size) in enumerate(zip(worths, sizes, strict=True)):
         more = [(s + size, w + worth, (*k, layer)) for s, w, k in front if s + size <= limit]

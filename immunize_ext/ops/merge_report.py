@@ -15,6 +15,7 @@ from immunize_ext.ops.merge_problem import (
     MergeProblem,
     check_merge_problem,
     concept_names,
+    require_floating,
 )
 from immunize_ext.ops.moment_merge import MomentFactor, check_copies
 
@@ -142,14 +143,18 @@ def merge_report(
     """
     with torch.no_grad():
         start = None if base is None else list(base)
+        if concepts is not None and len(concepts) == 0:
+            raise ValueError("merge_report: concepts must hold at least one, got none")
+        layers = len(merged if start is None else start)
         for name, one in [("merged", merged), *_named(concepts)]:
-            if start is not None and len(one) != len(start):
+            if len(one) != layers:
                 raise ValueError(
-                    f"merge_report: {name} must hold one weight a layer, {len(start)}, got "
-                    f"{len(one)}"
+                    f"merge_report: {name} must hold one weight a layer, {layers}, got {len(one)}"
                 )
-        found = _dense(merged, start)
-        copies = None if concepts is None else [_dense(one, start) for one in concepts]
+        found = _dense("merged", merged, start)
+        copies = None
+        if concepts is not None:
+            copies = [_dense(name, one, start) for name, one in _named(concepts)]
         if start is None:
             start = [torch.zeros_like(w) for w in found]
         largest = None
@@ -168,6 +173,13 @@ def merge_report(
             problem = check_merge_problem(
                 start, copies, embeddings, factor, values, hardness, names
             )
+            for layer, (w, w0) in enumerate(zip(found, start, strict=True)):
+                require_floating("merge_report", "merged", w, layer)
+                if w.shape != w0.shape:
+                    raise ValueError(
+                        f"merge_report: merged[{layer}] must have the shape of base[{layer}], "
+                        f"{tuple(w0.shape)}, got {tuple(w.shape)}"
+                    )
             return _by_tokens(problem, found, start, factor, values is not None, largest)
         if embeddings is not None or values is not None or copies is None:
             raise ValueError(
@@ -184,7 +196,7 @@ def _named(concepts: Sequence[Weights] | None) -> list[tuple[str, Weights]]:
     return [(f"concepts[{n}]", one) for n, one in enumerate(concepts or ())]
 
 
-def _dense(weights: Weights, base: Sequence[Tensor] | None) -> list[Tensor]:
+def _dense(name: str, weights: Weights, base: Sequence[Tensor] | None) -> list[Tensor]:
     """The weights; where an adapter stands for them, what it makes of the base."""
     found: list[Tensor] = []
     for layer, one in enumerate(weights):
@@ -193,8 +205,13 @@ def _dense(weights: Weights, base: Sequence[Tensor] | None) -> list[Tensor]:
         elif base is None:
             found.append(one.delta)
         else:
-            w0 = base[layer]
-            found.append((w0.to(torch.float64) + one.delta.reshape(w0.shape)).to(w0.dtype))
+            w0, delta = base[layer], one.delta
+            if delta.numel() != w0.numel():
+                raise ValueError(
+                    f"merge_report: {name}[{layer}] must be an adapter of base[{layer}], "
+                    f"{tuple(w0.shape)}, got {tuple(delta.shape)}"
+                )
+            found.append((w0.to(torch.float64) + delta.reshape(w0.shape)).to(w0.dtype))
     return found
 
 
@@ -272,7 +289,7 @@ def _by_moments(
 ) -> MergeReport:
     missed, before = dict.fromkeys(names, 0.0), dict.fromkeys(names, 0.0)
     change: list[float] = []
-    whole = at_base = excess = 0.0
+    reached = at_base = lowest = 0.0
     for layer, (w, w0, factor) in enumerate(zip(merged, base, factors, strict=True)):
         wide0 = w0.flatten(1).to(torch.float64)
         delta = w.flatten(1).to(torch.float64) - wide0
@@ -281,16 +298,17 @@ def _by_moments(
         for name, move, moment, mu in zip(
             names, moves, factor.moments, factor.hardness.tolist(), strict=True
         ):
-            seen, away = move @ moment, delta - move
+            seen = move @ moment
             own = max(float((seen * move).sum()), 0.0)
             before[name] += own
-            missed[name] += max(float(((away @ moment) * away).sum()), 0.0)
             at_base += mu * own
             wanted += mu * seen
-        value = float(((delta @ factor.s) * delta).sum()) - 2.0 * float((delta * wanted).sum())
-        best = -float((factor.solve(wanted) * wanted).sum())
-        whole += value
-        excess += best
+        lost = _missed(delta, moves, factor)
+        for name, part in zip(names, lost, strict=True):
+            missed[name] += part
+        best = factor.solve(wanted)
+        reached += _objective(delta, lost, factor)
+        lowest += _objective(best, _missed(best, moves, factor), factor)
         change.append(_change(delta + wide0, wide0, None if largest is None else largest[layer]))
     residual = {
         name: (lost / before[name]) ** 0.5
@@ -298,8 +316,8 @@ def _by_moments(
         else (0.0 if lost == 0.0 else float("inf"))
         for name, lost in missed.items()
     }
-    left = 1.0 + whole / at_base if at_base > 0.0 else 0.0
-    least = max(1.0 + excess / at_base, 0.0) if at_base > 0.0 else 0.0
+    left = reached / at_base if at_base > 0.0 else 0.0
+    least = lowest / at_base if at_base > 0.0 else 0.0
     distinct = list(dict.fromkeys(factors))
     sigma = [torch.linalg.svdvals(factor.chol) for factor in distinct]
     return MergeReport(
@@ -322,6 +340,26 @@ def _by_moments(
             *(_warnings_of_change(change) if largest is None else ()),
         ),
     )
+
+
+def _missed(delta: Tensor, moves: Sequence[Tensor], factor: MomentFactor) -> list[float]:
+    """Tr (delta - D_n) G_n (delta - D_n)^T of every concept."""
+    aways = [delta - move for move in moves]
+    return [
+        max(float(((away @ moment) * away).sum()), 0.0)
+        for away, moment in zip(aways, factor.moments, strict=True)
+    ]
+
+
+def _objective(delta: Tensor, missed: Sequence[float], factor: MomentFactor) -> float:
+    """Terms that are not negative: a difference would lose what little a good merge leaves."""
+    total = factor.ridge * float(delta.square().sum())
+    if factor._regularization is not None:
+        identity = torch.eye(factor.dim, dtype=torch.float64, device=delta.device)
+        weighted = [mu * g for mu, g in zip(factor.hardness.tolist(), factor.moments, strict=True)]
+        held = factor.s - sum(weighted) - factor.ridge * identity
+        total += max(float(((delta @ held) * delta).sum()), 0.0)
+    return total + sum(mu * part for mu, part in zip(factor.hardness.tolist(), missed, strict=True))
 
 
 def _condition_of_t(problem: MergeProblem, factor: RegularizationFactor, rank: int) -> float:

@@ -10,7 +10,12 @@ from sample_inputs import gaussian
 from torch import Tensor
 
 from immunize_ext import reference, testing
-from immunize_ext.ops import kfac_extremes, khatri_rao_gram, log_condition_number
+from immunize_ext.ops import (
+    kfac_extremes,
+    khatri_rao_fallback,
+    khatri_rao_gram,
+    log_condition_number,
+)
 
 
 def layer(*batch: int, n: int = 4, t: int = 2, d: int = 3, o: int = 5, seed: int = 1):
@@ -159,6 +164,50 @@ def test_log_kappa_of_the_kernel_as_a_loss(route):
     assert torch.autograd.gradcheck(lambda *x: log_condition_number(khatri_rao_gram(*x)), leaves)
 
 
+@pytest.mark.parametrize("number", [torch.nan, torch.inf, 1e200])
+@pytest.mark.parametrize("t", [1, 4])
+def test_what_is_not_finite_is_refused_in_forward_mode_too(route, t, number):
+    a, g = layer(n=3, t=t, d=2, o=2)
+    a[1, 0, 1] = number
+    words = "products below" if number == 1e200 else "activations must be finite"
+    for transform in (torch.func.jacfwd, torch.func.jacrev):
+        with pytest.raises(ValueError, match=rf"khatri_rao_gram: .*{words}"):
+            transform(khatri_rao_gram)(a, g)
+
+
+def test_what_overflows_its_dtype_is_refused(route):
+    a = torch.full((2, 3), 1e12)
+    with pytest.raises(ValueError, match=r"must have products within torch\.float32"):
+        khatri_rao_gram(a, a)
+    assert khatri_rao_gram(a.double(), a.double()).isfinite().all()
+    with pytest.raises(ValueError, match=r"kfac_extremes: .* products within torch\.float32"):
+        kfac_extremes(a, a)
+
+
+@pytest.mark.parametrize("t", [2, 40])
+def test_blocks_count_the_whole_batch(monkeypatch, t):
+    """No block has more numbers than it may, unless one row or column has."""
+    a, g = layer(6, n=4, t=t, d=5, o=4)
+    whole = khatri_rao_fallback.composed_gram(a, g, False)
+    weights = gaussian(6, 4, 4, seed=3)
+    gradients = khatri_rao_fallback.composed_gradient(weights, a, g, False, True, True)
+    least = 6 * 4 * (t * t if t == 2 else 4)
+    monkeypatch.setattr(khatri_rao_fallback, "_MOST_NUMBERS", 2 * least)
+    sizes = []
+    blocks = khatri_rao_fallback._blocks
+
+    def counted(side, numbers):
+        found = blocks(side, numbers)
+        sizes.append((numbers, len(range(side)[found[0]])))
+        return found
+
+    monkeypatch.setattr(khatri_rao_fallback, "_blocks", counted)
+    torch.testing.assert_close(khatri_rao_fallback.composed_gram(a, g, False), whole)
+    again = khatri_rao_fallback.composed_gradient(weights, a, g, False, True, True)
+    torch.testing.assert_close(again, gradients)
+    assert sizes == [(least, 2)] * 2
+
+
 # --- K-FAC ----------------------------------------------------------------------------------------
 
 
@@ -191,6 +240,21 @@ def test_kfac_gradient_at_repeated_values_is_the_mean_over_the_eigenspace(route)
         torch.testing.assert_close(grad, true)
 
 
+def test_kfac_factors_need_not_fit_the_dtype(route):
+    """Gradients of 1e20 have squares beyond float32, activations of 1e-20 none above zero."""
+    a, g = gaussian(9, 4, seed=6), gaussian(9, 3, seed=7)
+    right = kfac_extremes(a, g)
+    found = kfac_extremes((1e-20 * a).float(), (1e20 * g).float())
+    assert found.lambda_max.dtype == torch.float32
+    torch.testing.assert_close(found[:2], tuple(x.float() for x in right[:2]), rtol=1e-5, atol=0)
+    assert found.rank == right.rank
+    # What float32 cannot tell from zero does not count, in float64 either.
+    thin = torch.cat([a[:, :3], a[:, :3].sum(1, keepdim=True)], dim=1).float()
+    assert kfac_extremes(thin, g.float()).rank == 9
+
+
 def test_kfac_refusals():
+    with pytest.raises(ValueError, match="kfac_extremes: gradients must be finite"):
+        kfac_extremes(torch.ones(2, 2), torch.full((2, 2), torch.nan))
     with pytest.raises(ValueError, match="kfac_extremes: gradients must have the samples"):
         kfac_extremes(torch.ones(3, 2), torch.ones(2, 2))

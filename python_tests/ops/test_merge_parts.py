@@ -150,6 +150,20 @@ def test_columns_are_solved_for_and_greedy_is_near_the_best_set(count: int) -> N
         assert kept == best
 
 
+def test_weights_without_columns_are_a_tensor_of_their_own() -> None:
+    base, copies, factor = problem()
+    merged = merge_moments(base, copies, factor)
+    (rows,), (columns,) = (
+        keep_rows(base, merged, factor, 0).weights,
+        keep_columns(base[0], merged[0], factor, 0).weights,
+    )
+    before = base[0].clone()
+    for found in (rows, columns):
+        assert torch.equal(found, before)
+        found.add_(1.0)
+    assert torch.equal(base[0], before)
+
+
 @pytest.mark.parametrize("seed", range(4))
 def test_each_column_given_up_is_the_cheapest_then(seed: int) -> None:
     base, copies, factor = problem(seed=100 * seed)
@@ -273,6 +287,20 @@ def test_best_gates_of_dependent_ways() -> None:
         best_gates(base, [copies[0], copies[0]], [merged[0].requires_grad_()], factor)
 
 
+@pytest.mark.parametrize(("apart", "dependent"), [(1e-7, True), (3e-7, False)])
+def test_where_two_ways_count_as_one(apart: float, dependent: bool) -> None:
+    """By 1 - cos, whose resolution is the root of eps in the angle."""
+    base, merged = torch.zeros(1, 2).double(), torch.tensor([[1.0, 1.0]]).double().requires_grad_()
+    ways = [torch.tensor([[1.0, 0.0]]).double(), torch.tensor([[1.0, apart]]).double()]
+    factor = MomentFactor.from_moments([torch.eye(2)], ridge=0.0)
+    if dependent:
+        with pytest.raises(NotImplementedError, match="linearly dependent"):
+            best_gates([base], [[way] for way in ways], [merged], factor)
+    else:
+        (gates,) = best_gates([base], [[way] for way in ways], [merged], factor)
+        assert float(gates.detach()[1]) == pytest.approx(1.0 / apart, rel=0.1)
+
+
 def test_gradient_of_best_gates() -> None:
     base, copies, factor = problem(out=(4,))
     merged = merge_moments(base, copies, factor)[0]
@@ -349,6 +377,11 @@ REFUSALS: list[tuple[Any, tuple[Any, ...], str]] = [
     (best_layers, ([1.0], [1, 2]), "worths and sizes must have the same length, got 1 and 2"),
     (best_layers, ([-1.0], [1]), "worths must be finite and not negative, got -1.0 at layer 0"),
     (best_layers, ([1.0], [0]), "sizes must be whole numbers of at least 1, got 0 at layer 0"),
+    (best_layers, ([1.0], [math.inf]), "sizes must be whole numbers .*, got inf at layer 0"),
+    (best_layers, ([1.0], [math.nan]), "sizes must be whole numbers .*, got nan at layer 0"),
+    (best_layers, ([math.nan], [1]), "worths must be finite and not negative, got nan at layer 0"),
+    (gate_layers, (BASE, [MERGED], [torch.ones(1, 0)]), "groups a divisor of 8 rows"),
+    (gate_layers, ([ONE[0]], [[ONE[0]]], [ONE]), r"base\[0\] must have shape \(o, \.\.\.\)"),
     (gate_layers, (BASE, [], [ONE]), "ways and gates must hold one entry a layer"),
     (gate_layers, (BASE, [MERGED], [torch.ones(2)]), r"gates\[0\] must have shape \(1,\) or"),
     (gate_layers, (BASE, [MERGED], [torch.ones(1, 3)]), "groups a divisor of 8 rows"),
@@ -369,6 +402,13 @@ def test_what_does_not_fit_is_refused(
 ) -> None:
     with pytest.raises(ValueError, match=words):
         function(*arguments)
+
+
+def test_a_way_that_is_no_tensor_and_a_budget_that_is_no_number_are_refused() -> None:
+    with pytest.raises(TypeError, match=r"gate_layers: ways\[0\]\[0\] must be a torch.Tensor"):
+        gate_layers(BASE, [[1.0]], [ONE])
+    with pytest.raises(ValueError, match="best_layers: budget must be a number, got nan"):
+        best_layers([1.0], [1], budget=math.nan)  # type: ignore[arg-type]
 
 
 def test_groups_that_do_not_divide_are_refused() -> None:

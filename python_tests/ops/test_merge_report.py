@@ -180,6 +180,39 @@ def test_by_moments_the_share_of_the_objective_that_is_left() -> None:
     assert exact.residual["concept 1"] > 0.1
 
 
+def test_what_an_exact_merge_leaves_keeps_its_digits() -> None:
+    """One copy and a small ridge: the objective is the ridge's alone, far below eps of the base's.
+
+    W = W0 + D mu (mu + r)^-1 leaves D^2 mu r / (mu + r), a share of r / (mu + r).
+    """
+    base, copies = [random(5, D, seed=1)], [[random(5, D, seed=2)]]
+    moment = torch.eye(D, dtype=torch.float64)
+    for ridge in (0.0, 1e-20):
+        factor = MomentFactor.from_moments([moment], ridge=ridge)
+        report = merge_report(copies[0], base, copies, None, factor)
+        assert report.left == pytest.approx(ridge, rel=1e-6, abs=0.0)
+        # Solving rounds the best weights themselves, to squares of eps.
+        assert 0.0 <= report.least < 2 * ridge + 1e-30
+
+
+def test_regularization_counts_in_what_is_left() -> None:
+    base, copies, factor = moments()
+    held = 0.5 * torch.eye(D, dtype=torch.float64)
+    with_it = MomentFactor.from_moments(
+        factor.moments,
+        regularization=held,
+        ridge=1e-3,
+        hardness=factor.hardness,
+        relative=False,
+    )
+    as_ridge = MomentFactor.from_moments(
+        factor.moments, ridge=0.501, hardness=factor.hardness, relative=False
+    )
+    one, other = (merge_report(copies[0], base, copies, None, f) for f in (with_it, as_ridge))
+    assert one.left == pytest.approx(other.left, rel=1e-12)
+    assert one.least == pytest.approx(other.least, rel=1e-12)
+
+
 def test_factors_of_layers_and_gated_weights_are_measured_too() -> None:
     base, copies, factor = moments()
     other = MomentFactor.from_moments([2.0 * g for g in factor.moments], ridge=0.5)
@@ -228,6 +261,24 @@ def test_adapters_are_reported_as_the_weights_they_make() -> None:
         ({"concepts": None}, "concepts alone must be given with a MomentFactor"),
         ({"base": None, "concepts": None}, "base must be given where values are"),
         ({"factor": RegularizationFactor.identity(D)}, "embeddings must be given with a Regular"),
+        ({"concepts": []}, "merge_report: concepts must hold at least one"),
+        ({"base": None, "concepts": []}, "merge_report: concepts must hold at least one"),
+        (
+            {"base": None, "concepts": [[random(5, D, seed=1)]] * 2},
+            r"concepts\[0\] must hold one weight a layer, 2, got 1",
+        ),
+        (
+            {"merged": [LowRank(random(4, 1, seed=1), random(1, D, seed=2))] * 2},
+            r"merge_report: merged\[0\] must be an adapter of base\[0\]",
+        ),
+        (
+            {
+                "merged": [random(4, D, seed=1)] * 2,
+                "embeddings": [random(1, D, seed=1)] * 2,
+                "factor": RegularizationFactor.identity(D),
+            },
+            r"merge_report: merged\[0\] must have the shape of base\[0\]",
+        ),
         ({"factor": []}, "factors must be one, or one a layer, 2, got 0"),
     ],
 )

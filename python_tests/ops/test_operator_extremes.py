@@ -2,13 +2,19 @@
 
 from __future__ import annotations
 
+import importlib
+import inspect
+
 import numpy as np
 import pytest
 import torch
 from sample_inputs import gaussian
+from scipy.sparse.linalg import ArpackError, eigsh
 
 from immunize_ext.errors import NotConvergedError
 from immunize_ext.ops import operator_extremes, symmetric_extremes
+
+module = importlib.import_module("immunize_ext.ops.operator_extremes")  # a function has its name
 
 
 def gram_product(v, a):
@@ -107,3 +113,157 @@ def test_what_did_not_converge_says_so():
 def test_bad_arguments_are_named(product, options, message, side):
     with pytest.raises(ValueError, match=f"^operator_extremes: .*{message}"):
         operator_extremes(product, side, **options)
+
+
+@pytest.mark.parametrize("sign", [1.0, -1.0, 0.0])
+@pytest.mark.parametrize("side", [65, 200])
+def test_a_multiple_of_the_identity(sign, side):
+    """Nothing is left of it once it is shifted by its own size; all of it is one cluster."""
+    a = torch.tensor(3.0 * sign, dtype=torch.float64, requires_grad=True)
+    found = operator_extremes(lambda v, a: a * v, side, [a])
+    assert [x.item() for x in found[:2]] == pytest.approx([3.0 * sign] * 2, rel=1e-12)
+    assert found[2:] == (side, side)
+    for value in found[:2]:
+        (grad,) = torch.autograd.grad(value, a, retain_graph=True)
+        assert grad.item() == pytest.approx(1.0)
+
+
+@pytest.mark.parametrize(
+    "values",
+    [
+        np.repeat([0.0, 1.0], [50, 50]),
+        np.repeat([1.0, 3.0], [50, 50]),
+        np.concatenate([np.zeros(295), np.arange(1.0, 6.0)]),
+        np.repeat([-2.0, 1.0, 3.0], [7, 80, 13]),
+    ],
+    ids=["projector", "two values", "rank 5", "below the limit"],
+)
+def test_large_clusters(values):
+    side = len(values)
+    h = of_spectrum(values, seed=9).requires_grad_()
+    calls = 0
+
+    def product(v, h):
+        nonlocal calls
+        calls += 1
+        return h @ v
+
+    found, truth = operator_extremes(product, side, [h]), symmetric_extremes(h)
+    assert calls < 2500
+    assert found[2:] == truth[2:]
+    for got, right in zip(found[:2], truth[:2], strict=True):
+        torch.testing.assert_close(got, right, rtol=1e-12, atol=1e-12)
+        (grad,) = torch.autograd.grad(got, h, retain_graph=True)
+        (true,) = torch.autograd.grad(right, h, retain_graph=True)
+        torch.testing.assert_close(grad, true, rtol=1e-6, atol=1e-8)
+
+
+@pytest.mark.parametrize("scale", [0.0, 1.0])
+def test_a_null_space_too_large_is_refused_by_name_and_its_value_given(scale):
+    """At the end that is asked for; the other one is as it always is."""
+    side = 520
+    a = (scale * gaussian(5, side, seed=5)).requires_grad_()
+    found = operator_extremes(gram_product, side, [a])
+    assert abs(found.lambda_min.item()) < 1e-9
+    assert found.multiplicity_min == 17
+    with pytest.raises(NotImplementedError, match="more than 16 eigenvalues equal it, above side"):
+        torch.autograd.grad(found.lambda_min, a, retain_graph=True)
+    if scale:
+        (grad,) = torch.autograd.grad(found.lambda_max, a)
+        (true,) = torch.autograd.grad(symmetric_extremes(a @ a.mT).lambda_max, a)
+        torch.testing.assert_close(grad, true, rtol=1e-6, atol=1e-8)
+
+
+def test_gradients_of_clusters_are_the_same_twice(monkeypatch):
+    """Of three different values, where Lanczos' method ends early and draws where to go on."""
+    h = of_spectrum(np.repeat([-2.0, 1.0, 3.0], [7, 80, 13]), seed=6).requires_grad_()
+    drawn = []
+
+    def watched(*args, **options):
+        drawn.append(options.get("rng"))
+        return eigsh(*args, **options)
+
+    monkeypatch.setattr(module, "eigsh", watched)
+    grads = []
+    for _ in range(2):
+        found = operator_extremes(lambda v, h: h @ v, 100, [h])
+        grads.append(torch.autograd.grad(found.lambda_max - found.lambda_min, h)[0])
+    assert torch.equal(*grads)
+    if "rng" in inspect.signature(eigsh).parameters:  # else ARPACK draws from a state of its own
+        assert {type(rng) for rng in drawn} == {np.random.Generator}
+
+
+@pytest.mark.parametrize("side", [8, 70])
+def test_products_of_a_hessian(side):
+    """The product is a derivative itself, and its own derivative that of third order."""
+    w = gaussian(side, 1, seed=7)[:, 0]
+    x = gaussian(3 * side, side, seed=8) / side**0.5
+
+    def loss(w):
+        return torch.nn.functional.softplus(x @ w).sum()
+
+    def product(v, w):
+        (grad,) = torch.autograd.grad(loss(w), w, create_graph=True)
+        (found,) = torch.autograd.grad(grad @ v, w, create_graph=True)
+        return found
+
+    def without_graph(v, w):
+        (grad,) = torch.autograd.grad(loss(w), w, create_graph=True)
+        return torch.autograd.grad(grad @ v, w)[0]
+
+    leaf = w.clone().requires_grad_()
+    truth = symmetric_extremes(torch.autograd.functional.hessian(loss, leaf, create_graph=True))
+    found = operator_extremes(product, side, [leaf])
+    for got, right in zip(found[:2], truth[:2], strict=True):
+        torch.testing.assert_close(got, right, rtol=1e-9, atol=1e-12)
+        (grad,) = torch.autograd.grad(got, leaf, retain_graph=True)
+        (true,) = torch.autograd.grad(right, leaf, retain_graph=True)
+        torch.testing.assert_close(grad, true, rtol=1e-5, atol=1e-8)
+    with torch.no_grad():
+        assert operator_extremes(without_graph, side, [w])[:2] == found[:2]
+    once = operator_extremes(without_graph, side, [leaf]).lambda_max
+    with pytest.raises(ValueError, match=r"product must be differentiable .* create_graph=True"):
+        torch.autograd.grad(once, leaf)
+
+
+@pytest.mark.parametrize("factor", [2.0, 0.0])
+def test_second_derivatives_by_what_comes_in_and_by_other_tensors_are_refused(factor):
+    a, b = (gaussian(9, 8, seed=k).requires_grad_() for k in (4, 5))
+    c = torch.tensor(factor, dtype=torch.float64, requires_grad=True)
+    found = operator_extremes(lambda v, a, b: gram_product(v, a) + gram_product(v, b), 8, [a, b])
+    (grad,) = torch.autograd.grad(c * found.lambda_max, a, create_graph=True)
+    for cause in (c, b):
+        with pytest.raises(NotImplementedError, match="operator_extremes: second derivatives"):
+            torch.autograd.grad(grad.sum(), cause, retain_graph=True)
+
+
+def test_an_error_of_arpack_is_one_of_ours(monkeypatch):
+    def failing(*args, **options):
+        raise ArpackError(-9)
+
+    monkeypatch.setattr(module, "eigsh", failing)
+    with pytest.raises(NotConvergedError, match="operator_extremes: residuals must fall") as caught:
+        operator_extremes(lambda v: 2.0 * v, 100)
+    assert isinstance(caught.value.__cause__, ArpackError)
+
+
+def test_a_pair_that_is_none_is_searched_for_again(monkeypatch):
+    """Once is not yet a failure, three times are one."""
+    h = of_spectrum(np.linspace(1.0, 3.0, 100))
+    wrong = 0
+
+    def spoiling(*args, **options):
+        nonlocal wrong
+        values, vectors = eigsh(*args, **options)
+        if options["which"] != "LM" and wrong > 0:
+            wrong -= 1
+            vectors = np.roll(vectors, 1, axis=0)
+        return values, vectors
+
+    monkeypatch.setattr(module, "eigsh", spoiling)
+    wrong = 2
+    found = operator_extremes(lambda v: h @ v, 100)
+    assert [x.item() for x in found[:2]] == pytest.approx([3.0, 1.0], rel=1e-12)
+    wrong = 3
+    with pytest.raises(NotConvergedError, match="operator_extremes: residuals must fall"):
+        operator_extremes(lambda v: h @ v, 100)
