@@ -184,8 +184,8 @@ def _run(
             settings,
             arguments.out,
             force=arguments.force,
-            jobs=getattr(arguments, "jobs", 1),
             progress=progress,
+            **({"jobs": arguments.jobs} if "jobs" in arguments else {}),
         )
     out = Path(arguments.out)
     page = out / "report.html"
@@ -220,7 +220,8 @@ def deep(parser: CommandParser, argv: Sequence[str]) -> int:
     training its last blocks; attack both networks by training a head, the last blocks, LoRA or
     everything; write a run directory with results.json, metrics.jsonl and the immunized blocks.
     Several harms are weighted by --weighting; --corridor keeps the condition number of the task to
-    keep between two values.
+    keep between two values. There is no report.html: immunize report, attack and certify read runs
+    of features and refuse this one; its numbers are in results.json.
 
     Example:
         immunize deep --harmful 5:6 7:8 --weighting cvar --corridor 1 1000 --out runs/deep

@@ -1,7 +1,9 @@
 """Immunized deep extractors: who gets past them, what a step costs, and the worst of several harms.
 
-    python -m benchmarks.protection.deep --mnist ../shared/data/mnist --work runs/deep
+    python -m benchmarks.protection.deep --mnist ../shared/data/mnist --parts attackers --seeds 3
     python -m benchmarks.protection.deep --write docs/deep.md     # the page's tables
+
+Parts have numbers of seeds of their own (the page lists its commands).
 
 Attackers: EfficientNet-Lite0 with its public weights, cut after its eleventh block, which is
 immunized; digits 0 to 4 are kept, and two of the digits 5 to 9 against the other three are taught,
@@ -338,6 +340,11 @@ def spread_of(values: Mapping[str, float], trained: Sequence[str]) -> dict[str, 
     return found
 
 
+def ran_away(error: ValueError) -> bool:
+    """Whether a run came to features without a direction or beyond all numbers."""
+    return isinstance(error, EqualSingularValuesError) or "keep the features finite" in str(error)
+
+
 def harms(task: DeepTask, name: str, seed: int, quick: bool) -> dict[str, Any]:
     """One weighting against pairs of digits."""
     started = time.process_time()
@@ -352,7 +359,9 @@ def harms(task: DeepTask, name: str, seed: int, quick: bool) -> dict[str, Any]:
         try:
             found = immunized(task, settings, samples, seed)
             break
-        except (EqualSingularValuesError, ValueError):  # it ran away
+        except ValueError as error:
+            if not ran_away(error):
+                raise
             settings = replace(settings, learning_rate=settings.learning_rate / 2.0)
     else:
         return {"diverged": settings.learning_rate}
@@ -506,11 +515,31 @@ class Interval(NamedTuple):
         half /= math.sqrt(len(found))
         return cls(mean, mean - half, mean + half)
 
+    @classmethod
+    def of_logs(cls, values: Iterable[float]) -> Interval:
+        """The geometric mean of ratios, and its interval."""
+        return cls(*map(math.exp, cls.of(map(math.log, values))))
+
+    def share(self) -> Interval:
+        """Of a share: no end beyond 0 or 1; a single seed stays without."""
+        if math.isinf(self.high):
+            return self
+        return Interval(self.mean, max(self.low, 0.0), min(self.high, 1.0))
+
     def text(self, form: str = ".2f") -> str:
         """As a cell; a single seed has its value alone."""
         if math.isinf(self.high):
             return f"{self.mean:{form}}"
         return f"{self.mean:{form}} ({self.low:{form}} to {self.high:{form}})"
+
+
+def _cell(values: Iterable[float], form: str = ".2f", *, share: bool = False) -> str:
+    """Mean and interval of three seeds or more; of fewer the values themselves."""
+    found = list(values)
+    if len(found) < 3:
+        return ", ".join(f"{value:{form}}" for value in found)
+    interval = Interval.of(found)
+    return (interval.share() if share else interval).text(form)
 
 
 def _line(cells: Iterable[str]) -> str:
@@ -560,10 +589,9 @@ def held_up(results: Mapping[str, Any], model: str) -> tuple[list[str], list[str
 
 def _steps(results: Mapping[str, Any], model: str, probe: str, role: str = "harmful") -> Interval:
     rows = results["attackers"][model]
-    logs = Interval.of(
-        math.log(rows[s][f"slowdown_{role}"][probe]) for s in _seeds(results, "attackers")
+    return Interval.of_logs(
+        rows[s][f"slowdown_{role}"][probe] for s in _seeds(results, "attackers")
     )
-    return Interval(*map(math.exp, logs))
 
 
 def answer(results: Mapping[str, Any]) -> str:
@@ -572,8 +600,14 @@ def answer(results: Mapping[str, Any]) -> str:
     yes, no = held_up(results, model)
     slower = _steps(results, model, "gradient_descent")
     krylov = _steps(results, model, "conjugate_gradients")
+    verdict = {
+        (True, False): "Only whom it was made for",
+        (True, True): "Whom it was made for and others",
+        (False, True): "Others than whom it was made for",
+        (False, False): "Nobody that could be shown",
+    }[slower.low > 1.0, bool(yes) or krylov.low > 1.0]
     words = (
-        f"Only whom it was made for: with R_well and R_ill on the last block of a cut "
+        f"{verdict}: with R_well and R_ill on the last block of a cut "
         f"EfficientNet-Lite0 gradient descent on a linear probe takes {slower.mean:.1f} times the "
         f"steps ({slower.low:.1f} to {slower.high:.1f}), conjugate gradients {krylov.mean:.1f} "
         f"times ({krylov.low:.1f} to {krylov.high:.1f})"
@@ -613,12 +647,13 @@ def attacker_table(results: Mapping[str, Any]) -> str:
             cells.append(Interval.of(of[m][s]["log_kappa"][role] for s in seeds).text())
         rows.append(cells)
     cells = ["right on the task kept"]
-    cells += [Interval.of(of[m][s]["kept"] for s in seeds).text(".3f") for m in models]
+    cells += [_cell((of[m][s]["kept"] for s in seeds), ".3f", share=True) for m in models]
     rows.append(cells)
     lines = _table(["attacker", *models], rows)
     lines += [
         "",
-        f"{len(seeds)} seeds; mean and 95 % interval, paired by seed; of steps the geometric mean.",
+        f"{len(seeds)} seeds; mean and 95 % interval, paired by seed; of steps the geometric mean. "
+        "Intervals of shares end at 0 and 1.",
     ]
     return "\n".join(lines)
 
@@ -642,9 +677,7 @@ def _harm_rows(results: Mapping[str, Any], part: str, key: str) -> list[list[str
         cells = [name]
         for role in ("trained", "unseen"):
             for what in ("least", "mean"):
-                cells.append(
-                    Interval.of(found[s][key][role][what] for s in _seeds(results, part)).text()
-                )
+                cells.append(_cell(found[s][key][role][what] for s in _seeds(results, part)))
         rows.append(cells)
     return rows
 
@@ -659,20 +692,27 @@ def harm_table(results: Mapping[str, Any]) -> str:
     growth, slower = (_harm_rows(results, "harms", k) for k in ("log_kappa_growth", "log_slowdown"))
     for (name, *first), (_, *second) in zip(growth, slower, strict=True):
         found = results["harms"][name]
-        kept = Interval.of(found[s]["kept"] for s in seeds).text(".3f")
-        own = Interval.of(found[s]["log_kappa_primary_growth"] for s in seeds).text()
+        kept = _cell((found[s]["kept"] for s in seeds), ".3f", share=True)
+        own = _cell(found[s]["log_kappa_primary_growth"] for s in seeds)
         rows.append([name, *first, *second[:1], *second[2:3], own, kept])
     heads = ["weighting", *(f"growth of log kappa, {head}" for head in _HARM_HEADS)]
     heads += ["log slow-down, trained: least", "log slow-down, unseen: least"]
     heads += ["growth of log kappa_P", "right on the task kept"]
-    slower_rate = sum(
-        found[s].get("learning_rate", SETTINGS.learning_rate) < SETTINGS.learning_rate
-        for found in results["harms"].values()
-        for s in seeds
-    )
-    words = f"{len(seeds)} seeds; mean and 95 % interval."
-    words += f" {slower_rate} of {len(seeds) * len(rows)} runs ran away at the rate of the others "
-    words += "and were run again at half of it."
+    runs = [(name, s, one) for name, of in results["harms"].items() for s, one in of.items()]
+    rates = [one.get("learning_rate") for _, s, one in runs if s in seeds]
+    halved = [rate for rate in rates if rate is not None and rate < SETTINGS.learning_rate]
+    count = len(seeds)
+    words = f"{count} seeds; " + ("mean and 95 % interval." if count > 2 else "their values.")
+    if halved:
+        at = " or ".join(f"{rate:g}" for rate in sorted(set(halved), reverse=True))
+        words += f" {len(halved)} of {len(rates)} runs ran away at the rate of the others, "
+        words += f"{SETTINGS.learning_rate:g}, and were run again at {at}."
+    if None in rates:
+        words += f" {rates.count(None)} of the {len(rates)} come from an earlier version of the "
+        words += "program, which recorded no rate."
+    unused = [f"{name}, seed {s}" for name, s, _ in runs if s not in seeds]
+    if unused:
+        words += f" In the file, but not here, as other rows lack the seed: {'; '.join(unused)}."
     return "\n".join([*_table(heads, rows), "", words])
 
 
@@ -682,13 +722,14 @@ def linear_table(results: Mapping[str, Any]) -> str:
     rows = _harm_rows(results, "linear", "log_slowdown")
     for row in rows:
         found = results["linear"][row[0]]
-        row.append(Interval.of(found[s]["slowdown_primary"] for s in seeds).text())
+        row.append(Interval.of_logs(found[s]["slowdown_primary"] for s in seeds).text())
     heads = [
         "method",
         *(f"log slow-down, {head}" for head in _HARM_HEADS),
         "slow-down of the task kept",
     ]
-    return "\n".join([*_table(heads, rows), "", f"{len(seeds)} seeds; mean and 95 % interval."])
+    words = f"{len(seeds)} seeds; mean and 95 % interval, of the last column the geometric mean."
+    return "\n".join([*_table(heads, rows), "", words])
 
 
 def mean_weighted() -> dict[str, Any]:
@@ -713,8 +754,8 @@ def mima_table(results: Mapping[str, Any]) -> str:
         cells = [name, str(len(seeds))]
         for at in range(1, len(MIMA_STEPS)):
             by_seed = [[c[at] for c in found[s]["recognised"].values()] for s in seeds]
-            cells.append(Interval.of(map(max, by_seed)).text())
-            cells.append(Interval.of(map(statistics.fmean, by_seed)).text())
+            cells.append(_cell(map(max, by_seed), share=True))
+            cells.append(_cell(map(statistics.fmean, by_seed), share=True))
         rows.append(cells)
     heads = ["weighting", "seeds"]
     for step in MIMA_STEPS[1:]:

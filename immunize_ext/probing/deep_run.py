@@ -37,6 +37,7 @@ from immunize_ext.settings import build, check_types, plain
 from immunize_ext.storage import (
     RESULTS,
     SCHEMA,
+    check_target,
     environment,
     run_directory,
     write_json,
@@ -44,6 +45,8 @@ from immunize_ext.storage import (
 )
 
 MODEL, METRICS = "immunized.safetensors", "metrics.jsonl"
+# Share of right answers on the task to keep beyond whose loss a run warns.
+MOST_LOST = 0.05
 
 Pair = tuple[Tensor, Tensor]
 
@@ -55,7 +58,8 @@ class DeepRunSettings:
     Attributes:
         backbone: ``efficientnet-lite0``, ``timm:NAME``, ``torchvision:NAME`` or
             ``transformers:NAME``.
-        pretrained: Whether its weights are loaded; random ones show mechanics alone.
+        pretrained: Whether its weights are loaded; random ones show mechanics alone, with batch
+            norms that have the statistics of the images.
         data: ``digits``, ``mnist``, or a folder with a subfolder of images for each class.
         data_dir: Folder of the files of ``mnist``; a cache, filled once, when omitted.
         side: Height and width of the images.
@@ -63,7 +67,8 @@ class DeepRunSettings:
         primary: The task to keep: classes to be told apart (``0-4``) or against each other
             (``0,1:2,3``), by their place in alphabetical order.
         harmful: The tasks to make hard, in the same form; several are weighted (``--weighting``).
-        blocks: Which blocks change: how many of the last ones, or names.
+        blocks: Which blocks change: how many of the last ones, or names and patterns; a module
+            whose name is a number is chosen alone by a pattern (``[1]``).
         settings: Settings of the immunizer by name.
         attacks: What attackers train: ``head``, ``last_block``, ``lora``, ``full``.
         attack_steps: Steps of an attacker.
@@ -102,6 +107,10 @@ class DeepRunSettings:
                 )
         if not self.harmful:
             raise ValueError("harmful must hold at least one task, got none")
+        seen = [sorted(map(sorted, parse_sides(text))) for text in self.harmful]
+        twice = [text for k, text in enumerate(self.harmful) if seen[k] in seen[:k]]
+        if twice:
+            raise ValueError(f"harmful must hold each task once, got {twice[0]} again")
         self.immunizer()
         for part in self.attacks:
             self.attack(part)
@@ -140,6 +149,7 @@ class DeepRun:
             after.
         log_kappa_primary_growth: How much log kappa_P grew; the largest of the harms' samples.
         kept: Right answers on the task to keep, test images.
+        kept_before: The same before, of a head fitted to the features by ridge regression.
         seconds: CPU seconds.
     """
 
@@ -148,7 +158,18 @@ class DeepRun:
     harms: dict[str, dict[str, Any]]
     log_kappa_primary_growth: float
     kept: float
+    kept_before: float
     seconds: float
+
+    @property
+    def warnings(self) -> list[str]:
+        """What whoever serves the extractor has to know."""
+        if self.kept_before - self.kept <= MOST_LOST:
+            return []
+        return [
+            f"the task to keep was lost: {self.kept:.1%} of it right, {self.kept_before:.1%} "
+            "before; take more --steps, a smaller --share, or a larger --head-learning-rate"
+        ]
 
     @cached_property
     def _record(self) -> dict[str, Any]:
@@ -163,6 +184,8 @@ class DeepRun:
             "mean_log_kappa_growth": sum(growth) / len(growth),
             "log_kappa_primary_growth": self.log_kappa_primary_growth,
             "kept": self.kept,
+            "kept_before": self.kept_before,
+            "warnings": self.warnings,
             "seconds": self.seconds,
             "environment": environment(),
         }
@@ -193,13 +216,15 @@ class DeepRun:
             "",
             f"  least {found['least_log_kappa_growth']:+.2f}, mean "
             f"{found['mean_log_kappa_growth']:+.2f}; log kappa of the task kept "
-            f"{self.log_kappa_primary_growth:+.2f}, {self.kept:.1%} of it right",
+            f"{self.log_kappa_primary_growth:+.2f}, {self.kept:.1%} of it right "
+            f"({self.kept_before:.1%} before)",
         ]
         if "in_corridor" in found:
             lines.append(
                 f"  steps at which the controller believed kappa_P in its corridor: "
                 f"{found['in_corridor']:.1%}"
             )
+        lines += [f"  warning: {text}" for text in self.warnings]
         return "\n".join(lines)
 
 
@@ -208,7 +233,6 @@ def run(
     out: str | Path,
     *,
     force: bool = False,
-    jobs: int = 1,
     progress: Progress | None = None,
 ) -> DeepRun:
     """Immunize, attack with and without, and write the folder.
@@ -218,7 +242,6 @@ def run(
         out: The folder: ``results.json``, ``metrics.jsonl`` and ``immunized.safetensors``
             (:meth:`~immunize_ext.probing.immunizers.ImmunizedExtractor.load`).
         force: Whether an existing one is replaced.
-        jobs: Not used; attackers follow each other.
         progress: Called with what is being done and the share done so far.
 
     Returns:
@@ -229,7 +252,7 @@ def run(
         FileNotFoundError: If data or weights are missing.
         ValueError: If settings do not fit the data or the backbone.
     """
-    del jobs
+    check_target(out, force=force)
     started = time.process_time()
     say = progress or (lambda text, share: None)
     say("backbone and images", 0.0)
@@ -240,6 +263,8 @@ def run(
         [_task(part, text) for part in images] for text in (settings.primary, *settings.harmful)
     )
     problem: Problem[Any] = Problem(primary[0], tuple(pair[0] for pair in harmful))
+    if not settings.pretrained:
+        _calibrate(extractor, primary[0][0])
     immunized = settings.immunizer().fit(
         extractor, problem, progress=lambda text, share: say(text, 0.1 + 0.5 * share)
     )
@@ -264,7 +289,9 @@ def run(
             "accuracy": accuracy,
         }
     kept = _right(immunized.extractor, immunized.head, primary[1])
-    found = DeepRun(settings, immunized, harms, max(owns), kept, time.process_time() - started)
+    before = _right(original, _ridge_head(original, primary[0]), primary[1])
+    seconds = time.process_time() - started
+    found = DeepRun(settings, immunized, harms, max(owns), kept, before, seconds)
     with run_directory(out, force=force) as folder:
         write_json(folder / RESULTS, found.results())
         write_json_lines(folder / METRICS, immunized.history)
@@ -273,11 +300,49 @@ def run(
 
 
 @torch.no_grad()
+def _calibrate(extractor: nn.Module, images: Tensor) -> None:
+    """Give batch norms of random weights the statistics of the images.
+
+    With those that they start from (mean 0, variance 1) features of a deep network all but vanish,
+    and R_ill with them.
+    """
+    norms = [m for m in extractor.modules() if isinstance(m, nn.modules.batchnorm._BatchNorm)]
+    momenta = [norm.momentum for norm in norms]
+    for norm in norms:
+        norm.reset_running_stats()
+        norm.momentum = None  # the mean over batches
+        norm.train()
+    device = next(extractor.parameters()).device
+    for part in images.split(100):
+        extractor(part.to(device))
+    for norm, momentum in zip(norms, momenta, strict=True):
+        norm.momentum = momentum
+    extractor.eval()
+
+
+@torch.no_grad()
 def _right(extractor: nn.Module, head: nn.Module, samples: Pair) -> float:
     inputs, labels = samples
     device = next(extractor.parameters()).device
     scores = [head(extractor(part.to(device))).argmax(1).cpu() for part in inputs.split(100)]
     return float((torch.cat(scores) == labels).double().mean())
+
+
+@torch.no_grad()
+def _ridge_head(extractor: nn.Module, samples: Pair) -> nn.Linear:
+    """The head that ridge regression on classes finds for centred features."""
+    inputs, labels = samples
+    device = next(extractor.parameters()).device
+    features = torch.cat([extractor(part.to(device)).cpu() for part in inputs.split(100)])
+    x, y = features.double(), functional.one_hot(labels).double()
+    mean, centre = x.mean(0), y.mean(0)
+    gram = (x - mean).mT @ (x - mean)
+    gram.diagonal().add_(1e-3 * gram.diagonal().mean().clamp(min=1e-12))
+    weight = torch.linalg.solve(gram, (x - mean).mT @ (y - centre)).mT
+    head = nn.Linear(x.shape[1], y.shape[1])
+    head.weight.copy_(weight)
+    head.bias.copy_(centre - weight @ mean)
+    return head.to(device)
 
 
 def _task(images: Pair, text: str) -> Pair:

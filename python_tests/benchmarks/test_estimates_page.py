@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import copy
 import json
+import math
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -141,3 +143,62 @@ def test_an_interval_is_students() -> None:
     spread = deep.spread_of({"a": 1.0, "b": 3.0, "c": 5.0}, ["a", "b"])
     assert spread["trained"] == {"least": 1.0, "least_fifth": 1.0, "mean": 2.0}
     assert spread["unseen"]["least"] == 5.0
+
+
+def test_cells_of_few_seeds_are_values_and_shares_end_at_one() -> None:
+    assert deep._cell([0.9, 1.0], ".1f", share=True) == "0.9, 1.0"
+    assert deep._cell([1.0, 1.0, 0.7], ".1f", share=True) == "0.9 (0.5 to 1.0)"
+    assert deep._cell([1.0, 1.0, 0.7], ".1f") == "0.9 (0.5 to 1.3)"
+    assert deep.Interval.of_logs([1.0, 100.0]).mean == pytest.approx(10.0)
+
+
+def test_the_verdict_on_deep_extractors_follows_the_numbers() -> None:
+    found = results("deep")
+    assert deep.answer(found).startswith("Only whom it was made for")
+    rows = found["attackers"]["R_well and R_ill"]
+    for row in rows.values():
+        row["slowdown_harmful"]["gradient_descent"] = 1.0
+    assert deep.answer(found).startswith("Nobody that could be shown")
+    for row in rows.values():
+        row["fine_tuned"]["full"][-1] = 0.0
+    assert deep.answer(found).startswith("Others than whom it was made for")
+
+
+def test_a_run_that_ran_away_goes_again_and_a_wrong_setting_does_not(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    task, rates = SimpleNamespace(samples=lambda pair: pair), []
+
+    def fails(_: Any, settings: Any, *__: Any) -> None:
+        rates.append(settings.learning_rate)
+        raise ValueError(words)
+
+    monkeypatch.setattr(deep, "immunized", fails)
+    words = "step sizes must keep the features finite, got NaN"
+    assert "diverged" in deep.harms(task, "mean", 0, True)
+    assert rates == [deep.SETTINGS.learning_rate / 2.0**k for k in range(deep.HALVINGS)]
+    words = "k must be positive"
+    with pytest.raises(ValueError, match="k must be positive"):
+        deep.harms(task, "mean", 0, True)
+
+
+def test_ratios_of_the_ntk_page_say_what_they_leave_out() -> None:
+    steps = [(10.0, 10.0), (40.0, 20.0), (300.0, 30.0), (400.0, math.inf)]
+    rows = [
+        {
+            "predicted": predicted,
+            "measured": measured,
+            "primary": "0:1",
+            "harm": str(number),
+            "kernel_change": 0.0,
+            "halved": 0,
+        }
+        for number, (predicted, measured) in enumerate(steps)
+    ]
+    found = ntk.summary(rows, 100)
+    assert (found["points"], found["beyond"], found["foretold_beyond"]) == (4, 1, 2)
+    assert (found["in_ratio"], found["ratio"], found["ratio_ended"]) == (2, 1.5, 2.0)
+    assert "only for a head alone" in page("ntk")
+    exact = {(name, who): found for name in ("a", "b") for who in ntk.ATTACKERS}
+    assert "see the ratios" in ntk.answer(exact)
+    assert "do not all meet" in ntk.goal({key: {**found, "spearman": 0.5} for key in exact})

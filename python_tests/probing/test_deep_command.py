@@ -12,7 +12,8 @@ from torch import nn
 
 from immunize_ext.cli import main
 from immunize_ext.probing import deep_run
-from immunize_ext.probing.extractors import FeatureExtractor, Preprocessing
+from immunize_ext.probing.extractors import FeatureExtractor, Preprocessing, load_backbone
+from immunize_ext.probing.extractors.feature_extractor import select_blocks
 from immunize_ext.probing.immunizers import ImmunizedExtractor
 
 pytest.importorskip("sklearn")
@@ -96,6 +97,7 @@ def test_a_folder_of_images_and_named_blocks(tmp_path: Path) -> None:
         (["--attacks", "nobody"], "--attacks must be"),
         (["--harmful", "5:12"], "must name classes that the data has, 0 to 9, got 12"),
         (["--side", "0"], "side, max_images and attack_steps must be at least 1"),
+        (["--harmful", "5:6", "7:8", "6:5"], "harmful must hold each task once, got 6:5 again"),
     ],
 )
 def test_what_cannot_be_is_refused_in_a_line(
@@ -105,3 +107,53 @@ def test_what_cannot_be_is_refused_in_a_line(
     said = capsys.readouterr().err
     assert words in said
     assert not (tmp_path / "deep").exists()
+
+
+def test_an_existing_folder_is_refused_before_work(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def never(*_: Any, **__: Any) -> None:
+        raise AssertionError("work was begun")
+
+    monkeypatch.setattr(deep_run, "load_backbone", never)
+    (tmp_path / "something").touch()
+    with pytest.raises(FileExistsError):
+        deep_run.run(deep_run.DeepRunSettings(), tmp_path)
+
+
+def test_a_lost_task_is_warned_of(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """A head that hardly trains answers by chance, where ridge regression does not."""
+    flags = ["--learning-rate", "1e-7", "--attacks", "head", "--max-images", "60"]
+    assert main(["deep", *QUICK, *flags, "--out", str(tmp_path / "deep")]) == 0
+    results = json.loads((tmp_path / "deep" / "results.json").read_text())
+    assert results["kept_before"] > 0.6 > results["kept"] + deep_run.MOST_LOST
+    (warning,) = results["warnings"]
+    assert f"warning: {warning}" in capsys.readouterr().out
+    run = deep_run.DeepRun(deep_run.DeepRunSettings(), None, {}, 0.0, 0.9, 0.93, 0.0)  # type: ignore[arg-type]
+    assert run.warnings == []
+
+
+# Fewer images than features, for speed.
+@pytest.mark.filterwarnings("ignore::immunize_ext.errors.NumericalWarning")
+def test_random_weights_of_a_deep_network_have_features(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """With the batch norms that a fresh network has they vanish, and R_ill after one step."""
+    monkeypatch.setattr(deep_run, "load_backbone", load_backbone)
+    flags = ["--no-pretrained", "--max-images", "8", "--steps", "3", "--batch-size", "20"]
+    flags += ["--attacks", "head", "--attack-steps", "1", "--quiet"]
+    assert main(["deep", *flags, "--out", str(tmp_path / "deep")]) == 0
+    results = json.loads((tmp_path / "deep" / "results.json").read_text())
+    assert results["config"]["steps"] == 3
+    norm = nn.BatchNorm1d(2)
+    images = 3.0 + 5.0 * torch.randn(50, 2, generator=torch.Generator().manual_seed(0))
+    deep_run._calibrate(norm, images)
+    torch.testing.assert_close(norm.running_mean, images.mean(0))
+    torch.testing.assert_close(norm.running_var, images.var(0))
+    assert (norm.momentum, norm.training) == (0.1, False)
+
+
+def test_a_module_named_by_a_number_is_a_pattern() -> None:
+    immunizers = [deep_run.DeepRunSettings(blocks=(b,)).immunizer() for b in ("1", "[1]")]
+    assert [one.blocks for one in immunizers] == [1, ("[1]",)]
+    assert select_blocks(small(), ["[0]"]) == ["0"]
