@@ -22,6 +22,7 @@ from immunize_ext.quantities import Spread
 from immunize_ext.text_to_image.concepts import ConceptSet
 from immunize_ext.text_to_image.immunizers import ConceptMerge, MomentMerge, erase
 from immunize_ext.text_to_image.immunizers.batches import Batch, ConceptPool, generator_of
+from immunize_ext.text_to_image.immunizers.token_rows import without_padding
 from immunize_ext.text_to_image.model import Conditioning, TextToImage
 from immunize_ext.text_to_image.projections import linear_layers, parameters_of, text_entrances
 from immunize_ext.text_to_image.text_layers import TextLayer, find_text_layers
@@ -163,17 +164,11 @@ def _received(model: TextToImage, layers: Sequence[TextLayer], batch: Batch) -> 
         batch.prediction(model)
     for handle in handles:
         handle.remove()
-    kept = batch.conditioning.mask.clone()
-    for segment in model.segments(kept.shape[1]):
-        kept[:, segment.start : segment.start + segment.length] |= segment.looks_back
-    found = {}
-    for layer in layers:
-        x = heard[layer.name]
-        if layer.rows in ("text", "joint"):
-            image = kept.new_ones(len(x), x.shape[1] - kept.shape[1])
-            x = x[torch.cat([kept, image], 1)]
-        found[layer.name] = x.reshape(-1, x.shape[-1])
-    return found
+    mask = batch.conditioning.mask
+    return {
+        layer.name: without_padding(model, layer.rows, mask, heard[layer.name]).flatten(0, -2)
+        for layer in layers
+    }
 
 
 def measure(arguments: argparse.Namespace) -> dict[str, Any]:

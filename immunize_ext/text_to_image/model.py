@@ -24,6 +24,7 @@ from immunize_ext.storage import check_sealed, digest, new_folder, seal_folder
 from immunize_ext.text_to_image.backbones import (
     COMPONENTS,
     Backbone,
+    Given,
     Segment,
     denoiser_of,
     supported,
@@ -475,15 +476,17 @@ class TextToImage:
     ) -> Tensor:
         """The denoising loss: mean squared error of the predicted noise (or velocity).
 
-        ``mean over (c, h, w) of (prediction(x_t, t, text) - target)^2`` with
-        ``x_t = sqrt(abar_t) x + sqrt(1 - abar_t) noise``.
+        ``mean over (c, h, w) of (prediction(x_t, t, text) - target)^2``; x_t and the target are
+        those of ``objective``: noise prediction or rectified flow
+        (:mod:`immunize_ext.text_to_image.objectives`).
 
         Args:
             latents: Clean latents x, shape ``(b, c, h, w)``.
             conditioning: The text of each, or of one prompt for all.
             generator: Where noise and time steps are drawn from; the global one when omitted.
             noise: The noise, like ``latents``; drawn when omitted.
-            timesteps: Time steps, shape ``(b,)``, integer; drawn when omitted.
+            timesteps: Time steps, shape ``(b,)``, as ``objective.draw`` gives them (integers for
+                noise prediction, floats for flow matching); drawn when omitted.
             parameters: Values to use instead of the denoiser's own parameters, by name, in any
                 floating dtype; gradients flow into them, the model is not touched.
             reduction: ``"none"`` for one loss a sample, shape ``(b,)``; ``"mean"`` for their mean.
@@ -513,7 +516,7 @@ class TextToImage:
             )
         noisy = self.objective.mix(latents, noise, timesteps)
         target = self.objective.target(latents, noise, timesteps)
-        prediction = self._predict(noisy, timesteps, conditioning, parameters)
+        prediction = self.predict(noisy, timesteps, conditioning, parameters=parameters)
         error = at_least_float(prediction) - at_least_float(target)
         losses = error.square().flatten(1).mean(1)
         return losses if reduction == "none" else losses.mean()
@@ -527,15 +530,6 @@ class TextToImage:
         parameters: Mapping[str, Tensor] | None = None,
     ) -> Tensor:
         """What the denoiser predicts for noisy latents, shape as ``noisy``; see ``noise_loss``."""
-        return self._predict(noisy, timesteps, conditioning, parameters)
-
-    def _predict(
-        self,
-        noisy: Tensor,
-        timesteps: Tensor,
-        conditioning: Conditioning,
-        parameters: Mapping[str, Tensor] | None,
-    ) -> Tensor:
         noisy = noisy.to(self.dtype)
         count = len(noisy)
         pooled = conditioning.pooled
@@ -550,15 +544,14 @@ class TextToImage:
 
             run = moved
 
-        return self.backbone.predict(
-            run,
-            self.unet.config,
+        called = Given(
             noisy,
             timesteps,
             _rows(conditioning.hidden, count).to(noisy.dtype),
             None if pooled is None else _rows(pooled, count).to(noisy.dtype),
             self._scale,
         )
+        return self.backbone.predict(run, self.unet.config, called)
 
     @torch.no_grad()
     def generate(

@@ -74,7 +74,7 @@ class NoisePrediction:
         if kind == "sample":
             return latents
         raise ValueError(
-            "TextToImage.noise_loss: prediction_type must be epsilon, v_prediction or sample, got "
+            "NoisePrediction.target: prediction_type must be epsilon, v_prediction or sample, got "
             f"{kind!r}"
         )
 
@@ -110,6 +110,20 @@ class FlowMatching:
         return noise - latents
 
 
+def is_flow_matching(scheduler: Any) -> bool:
+    """Whether a scheduler is one of diffusers' flow-matching schedulers, or made from one.
+
+    Args:
+        scheduler: A scheduler of diffusers, for whatever sampler.
+
+    Example:
+        >>> from diffusers import DDIMScheduler, FlowMatchHeunDiscreteScheduler
+        >>> is_flow_matching(DDIMScheduler()), is_flow_matching(FlowMatchHeunDiscreteScheduler())
+        (False, True)
+    """
+    return any("FlowMatch" in kind.__name__ for kind in type(scheduler).__mro__)
+
+
 def objective_of(scheduler: Any) -> Objective:
     """The objective that belongs to a pipeline's scheduler.
 
@@ -125,8 +139,7 @@ def objective_of(scheduler: Any) -> Objective:
         >>> [type(objective_of(scheduler)).__name__ for scheduler in kinds]
         ['NoisePrediction', 'FlowMatching']
     """
-    flow = "FlowMatch" in type(scheduler).__name__
-    return FlowMatching(scheduler) if flow else NoisePrediction(scheduler)
+    return FlowMatching(scheduler) if is_flow_matching(scheduler) else NoisePrediction(scheduler)
 
 
 def _device(generator: torch.Generator | None) -> torch.device | str:

@@ -92,7 +92,8 @@ def find_text_projections(unet: nn.Module) -> list[TextProjection]:
         >>> len(found), found[0].role, found[0].in_features
         (8, 'key', 6)
     """
-    return [entrance for entrance in text_entrances(unet) if entrance.role != "pooled"]
+    found = _entrances("find_text_projections", unet)
+    return [entrance for entrance in found if entrance.role != "pooled"]
 
 
 def text_entrances(denoiser: nn.Module) -> list[TextProjection]:
@@ -113,8 +114,12 @@ def text_entrances(denoiser: nn.Module) -> list[TextProjection]:
         >>> text_entrances(unet) == find_text_projections(unet)
         True
     """
-    function = "find_text_projections"
-    _refuse_fused(denoiser)
+    return _entrances("text_entrances", denoiser)
+
+
+def _entrances(function: str, denoiser: nn.Module) -> list[TextProjection]:
+    """All layers by which text enters, in the order of the model; errors say who asked."""
+    _refuse_fused(function, denoiser)
     entrances = [layer for layer in find_text_layers(denoiser) if layer.entrance]
     # Those that take text are named first.
     refuse_adapters(
@@ -192,12 +197,12 @@ def refuse_adapters(function: str, modules: Iterable[tuple[str, nn.Module]]) -> 
             )
 
 
-def _refuse_fused(unet: nn.Module) -> None:
+def _refuse_fused(function: str, unet: nn.Module) -> None:
     # ``fused_projections`` stays set after ``unfuse_qkv_projections``; the processor tells.
     for name, module in unet.named_modules():
         if type(getattr(module, "processor", None)).__name__.startswith("Fused"):
             raise ValueError(
-                f"find_text_projections: {name} must not be fused, got fused projections, whose "
+                f"{function}: {name} must not be fused, got fused projections, whose "
                 "separate copies have no effect; call unet.unfuse_qkv_projections() first"
             )
 
@@ -207,7 +212,7 @@ AttentionScope = Literal["kv", "attn2", "attention"]
 
 def _projections(function: str, unet: nn.Module) -> list[TextProjection]:
     """Where text enters, as scopes count it: K and V of a UNet, both entrances of a joint model."""
-    found = text_entrances(unet)
+    found = _entrances(function, unet)
     tokens = [projection for projection in found if projection.role != "pooled"]
     if not tokens:
         raise ValueError(

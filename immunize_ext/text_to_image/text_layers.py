@@ -20,12 +20,13 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any, Literal, NamedTuple
+from weakref import WeakKeyDictionary, ref
 
 import torch
 from torch import Tensor, nn
 
-from immunize_ext.text_to_image.backbones import backbone_of
+from immunize_ext.text_to_image.backbones import Backbone, Given, backbone_of
 
 LayerClass = Literal["exact", "modulated", "propagated"]
 
@@ -74,7 +75,8 @@ def find_text_layers(denoiser: nn.Module) -> list[TextLayer]:
     Note:
         Six calls at the smallest size, without gradients; no global random number is drawn, and
         training mode, buffers and weights stay as they were. Dependence is of the model at hand: a
-        branch behind a gate of zeros is not seen.
+        branch behind a gate of zeros is not seen. Asked again, a model whose modules and weights
+        are what they were is not probed again.
 
     Example:
         >>> from immunize_ext.text_to_image.digits.pipeline import load_digits_pipeline
@@ -88,6 +90,59 @@ def find_text_layers(denoiser: nn.Module) -> list[TextLayer]:
             "find_text_layers: denoiser must be of a family that is known, got "
             f"{type(denoiser).__name__}; give the unet or transformer of a supported pipeline"
         )
+    state = _state(denoiser)
+    known = _KNOWN.get(denoiser)
+    found = known[1] if known is not None and known[0] == state else _probed(denoiser, family)
+    if state is not None:
+        _KNOWN[denoiser] = state, found
+    return [
+        TextLayer(x.name, denoiser.get_submodule(x.name), x.kind, x.rows, x.entrance) for x in found
+    ]
+
+
+class _Found(NamedTuple):
+    """A layer without the module, which might hold the denoiser that is to be forgotten."""
+
+    name: str
+    kind: LayerClass
+    rows: Rows
+    entrance: bool
+
+
+# What was found in a denoiser, and the state that it had then.
+_KNOWN: WeakKeyDictionary[nn.Module, tuple[list[object], list[_Found]]] = WeakKeyDictionary()
+
+
+def _state(denoiser: nn.Module) -> list[object] | None:
+    """What decides the classes of a plain model's layers; ``None`` of a model that is not plain.
+
+    Modules and processors by identity; of each tensor where it lies, how often it was written to,
+    and its norm, for writes that are not counted (``.data``): a gate that opens shows in it, and a
+    weight that is no number equals nothing. Hooks, adapters, quantized layers and modules that are
+    not of torch or diffusers may do anything: such models are probed each time.
+    """
+    state: list[object] = []
+    for module in denoiser.modules():
+        library = type(module).__module__.partition(".")[0]
+        hooked = module._forward_hooks or module._forward_pre_hooks or "forward" in vars(module)
+        if library not in ("torch", "diffusers") or hooked:
+            return None
+        parts = (module, getattr(module, "processor", None))
+        state += [ref(part) for part in parts if part is not None]
+    norms: list[Tensor] = []
+    for tensor in (*denoiser.parameters(), *denoiser.buffers()):
+        if type(tensor) not in (Tensor, nn.Parameter) or tensor.is_inference():
+            return None
+        state.append((tensor.data_ptr(), tensor._version))
+        if tensor.is_floating_point():
+            wide = torch.promote_types(tensor.dtype, torch.float32)
+            norms.append(torch.linalg.vector_norm(tensor.detach(), dtype=wide))
+        elif isinstance(tensor, nn.Parameter):
+            return None
+    return [*state, *map(float, norms)]
+
+
+def _probed(denoiser: nn.Module, family: Backbone) -> list[_Found]:
     config: Any = denoiser.config
     sizes = family.sizes(config)
     parameter = next(denoiser.parameters())
@@ -112,7 +167,7 @@ def find_text_layers(denoiser: nn.Module) -> list[TextLayer]:
 
     def inputs(arguments: Mapping[str, Any]) -> dict[str, list[Tensor]]:
         with _listening(layers) as heard:
-            family.predict(denoiser, config, **arguments, scale=1)
+            family.predict(denoiser, config, Given(**arguments, scale=1))
         return heard
 
     with torch.no_grad(), _evaluating(denoiser):
@@ -133,11 +188,11 @@ def find_text_layers(denoiser: nn.Module) -> list[TextLayer]:
         with _shifted(layers[name] for name in exact):
             beyond = inputs(first)
     found = []
-    for name, module in layers.items():
+    for name in layers:
         kind = kinds.get(name)
         if kind is not None:
             entrance = kind == "exact" and _same(beyond.get(name), before[name])
-            found.append(TextLayer(name, module, kind, _rows(before[name][0]), entrance))
+            found.append(_Found(name, kind, _rows(before[name][0]), entrance))
     return found
 
 

@@ -2,8 +2,12 @@
 
 from __future__ import annotations
 
+import gc
 import math
+import weakref
 from collections import Counter
+from collections.abc import Iterator
+from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
@@ -19,7 +23,12 @@ pytest.importorskip("transformers")
 from attack_pipelines import tiny_flux_pipeline, tiny_pipeline, tiny_sd3_pipeline, tiny_xl_pipeline
 
 from immunize_ext.text_to_image.model import TextToImage
-from immunize_ext.text_to_image.objectives import FlowMatching, NoisePrediction, objective_of
+from immunize_ext.text_to_image.objectives import (
+    FlowMatching,
+    NoisePrediction,
+    is_flow_matching,
+    objective_of,
+)
 from immunize_ext.text_to_image.projections import (
     attention_blocks,
     describe_projections,
@@ -122,6 +131,104 @@ def test_probing_changes_nothing(make: Any) -> None:
     assert all(torch.equal(value, state[name]) for name, value in unet.state_dict().items())
     assert torch.equal(torch.get_rng_state(), random)
     assert not any(m._forward_pre_hooks or m._forward_hooks for m in unet.modules())
+
+
+@contextmanager
+def _calls(denoiser: Any, monkeypatch: pytest.MonkeyPatch) -> Iterator[list[int]]:
+    """Counts calls without a hook: a model with hooks is probed each time."""
+    counted: list[int] = []
+    forward = type(denoiser).forward
+
+    def counting(self: Any, *args: Any, **kwargs: Any) -> Any:
+        counted.append(1)
+        return forward(self, *args, **kwargs)
+
+    with monkeypatch.context() as patched:
+        patched.setattr(type(denoiser), "forward", counting)
+        yield counted
+
+
+@ALL
+def test_a_model_is_probed_once(make: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    model = TextToImage(make())
+    first = find_text_layers(model.unet)
+    with _calls(model.unet, monkeypatch) as counted:
+        assert find_text_layers(model.unet) == first
+        text_entrances(model.unet)
+        for scope in ("kv", "attn2", "attention"):
+            linear_layers("test", model.unet, scope)
+        assert not counted
+        # A clone has layers of its own.
+        clone = model.clone()
+        again = find_text_layers(clone.unet)
+        assert counted
+    assert [x.name for x in again] == [x.name for x in first]
+    for layer in again:
+        assert layer.module is clone.unet.get_submodule(layer.name)
+        assert layer.module is not model.unet.get_submodule(layer.name)
+
+
+def test_what_changes_a_model_makes_it_be_probed_again(monkeypatch: pytest.MonkeyPatch) -> None:
+    unet = tiny_sd3_pipeline().transformer
+    last = "transformer_blocks.1.attn.add_k_proj"
+    gate, gated = (
+        "transformer_blocks.0.norm1_context.linear",
+        "transformer_blocks.0.attn.add_k_proj",
+    )
+
+    def kinds() -> dict[str, str]:
+        return {layer.name: layer.kind for layer in find_text_layers(unet)}
+
+    whole = kinds()
+    state = {name: value.clone() for name, value in unet.state_dict().items()}
+    assert whole[gated] == "modulated"
+    with torch.no_grad():
+        unet.get_submodule(gate).weight.zero_()
+    assert kinds()[gated] == "exact"
+    # Past the count of writes, as some libraries do it.
+    for name, parameter in unet.named_parameters():
+        parameter.data.copy_(state[name])
+    assert kinds() == whole
+    # Another module in a layer's place, as adapters are injected.
+    old = unet.get_submodule(last)
+    unet.transformer_blocks[1].attn.add_k_proj = nn.Linear(old.in_features, old.out_features)
+    [found] = [layer for layer in find_text_layers(unet) if layer.name == last]
+    assert found.module is unet.get_submodule(last)
+    assert found.module is not old
+    # Hooks may do anything.
+    handle = unet.get_submodule(gate).register_forward_hook(lambda _m, _x, y: 0.0 * y)
+    assert kinds()[gated] == "exact"
+    handle.remove()
+    assert kinds() == whole
+    # What is no number equals nothing.
+    with torch.no_grad():
+        unet.get_submodule(gate).weight[0, 0] = float("nan")
+    kinds()
+    with _calls(unet, monkeypatch) as counted:
+        kinds()
+        assert counted
+
+
+def test_a_forgotten_model_is_freed() -> None:
+    pipeline = tiny_pipeline()
+    find_text_layers(pipeline.unet)
+    gone = weakref.ref(pipeline.unet)
+    del pipeline
+    gc.collect()
+    assert gone() is None
+
+
+def test_adapters_are_probed_each_time(monkeypatch: pytest.MonkeyPatch) -> None:
+    peft = pytest.importorskip("peft")
+    unet = tiny_pipeline().unet
+    plain = find_text_layers(unet)
+    unet.add_adapter(peft.LoraConfig(r=2, target_modules=["to_k"]))
+    wrapped = {layer.name: layer.module for layer in find_text_layers(unet)}
+    name = next(layer.name for layer in plain if layer.name.endswith("attn2.to_k"))
+    assert hasattr(wrapped[name], "base_layer")
+    with _calls(unet, monkeypatch) as counted:
+        find_text_layers(unet)
+        assert counted
 
 
 def test_an_unknown_family_is_named() -> None:
@@ -293,6 +400,33 @@ def test_times_are_logit_normal_and_shifted(shift: float, dynamic: bool) -> None
         torch.testing.assert_close(float(table), s * 0.5 / (1 + (s - 1) * 0.5), rtol=1e-4, atol=0.0)
 
 
+def test_one_rule_says_what_flow_matching_is() -> None:
+    from diffusers import FlowMatchEulerDiscreteScheduler
+
+    class Own(FlowMatchEulerDiscreteScheduler):
+        """Named otherwise."""
+
+    class FlowOfNoise(type(tiny_pipeline().scheduler)):
+        """Predicts noise, whatever it is called."""
+
+    flow, noise = Own(), FlowOfNoise()
+    assert is_flow_matching(flow)
+    assert not is_flow_matching(noise)
+    assert isinstance(objective_of(flow), FlowMatching)
+    assert isinstance(objective_of(noise), NoisePrediction)
+    for make, fits, other in [
+        (tiny_pipeline, noise, flow),
+        (tiny_sd3_pipeline, flow, noise),
+        (tiny_flux_pipeline, flow, noise),
+    ]:
+        pipeline = make()
+        pipeline.scheduler = fits
+        TextToImage(pipeline)
+        pipeline.scheduler = other
+        with pytest.raises(ValueError, match=r"flow matching \((Own|FlowOfNoise)\)"):
+            TextToImage(pipeline)
+
+
 def test_mixing_agrees_with_the_scheduler() -> None:
     objective = objective_of(TextToImage(tiny_sd3_pipeline()).scheduler)
     t = objective.scheduler.timesteps[[10, 700]]
@@ -309,7 +443,7 @@ def test_noise_prediction_draws_what_it_always_drew() -> None:
         drawn, torch.randint(0, 1000, (5,), generator=torch.Generator().manual_seed(1))
     )
     objective.scheduler = SimpleNamespace(config=SimpleNamespace(prediction_type="score"))
-    with pytest.raises(ValueError, match="prediction_type must be epsilon"):
+    with pytest.raises(ValueError, match=r"NoisePrediction\.target: prediction_type must be eps"):
         objective.target(_latents(), _latents(), torch.zeros(2))
 
 

@@ -10,7 +10,12 @@ pytest.importorskip("transformers")
 
 from attack_pipelines import WIDTH, tiny_pipeline, tiny_xl_pipeline
 
-from immunize_ext.text_to_image.projections import describe_projections, find_text_projections
+from immunize_ext.text_to_image.projections import (
+    describe_projections,
+    find_text_projections,
+    linear_layers,
+    text_entrances,
+)
 
 
 def _by_name(unet, widths):
@@ -85,8 +90,13 @@ def test_half_precision_models():
 def test_fused_projections_are_refused_by_name_until_unfused():
     unet = tiny_pipeline().unet
     unet.fuse_qkv_projections()
-    with pytest.raises(ValueError, match=r"attn\d must not be fused.*unfuse_qkv_projections"):
+    message = r"{}: .*attn\d must not be fused.*unfuse_qkv_projections"
+    with pytest.raises(ValueError, match=message.format("find_text_projections")):
         find_text_projections(unet)
+    with pytest.raises(ValueError, match=message.format("text_entrances")):
+        text_entrances(unet)
+    with pytest.raises(ValueError, match=message.format("own")):
+        linear_layers("own", unet, "kv")
     unet.unfuse_qkv_projections()
     assert len(find_text_projections(unet)) == 8
 

@@ -5,11 +5,11 @@ from __future__ import annotations
 from typing import Any
 
 from immunize_ext.text_to_image.backbones.flux import Flux
-from immunize_ext.text_to_image.backbones.protocol import Backbone, Segment, Sizes
+from immunize_ext.text_to_image.backbones.protocol import Backbone, Given, Segment, Sizes
 from immunize_ext.text_to_image.backbones.sd3 import SD3
 from immunize_ext.text_to_image.backbones.unet import UNet
 
-__all__ = ["COMPONENTS", "Backbone", "Segment", "Sizes", "backbone_of", "denoiser_of"]
+__all__ = ["COMPONENTS", "Backbone", "Given", "Segment", "Sizes", "backbone_of", "denoiser_of"]
 
 _UNET: Backbone = UNet()
 

@@ -8,7 +8,14 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from immunize_ext.text_to_image.backbones.protocol import Segment, Sizes
+from immunize_ext.text_to_image.backbones.protocol import (
+    IP_ADAPTER,
+    Backbone,
+    Given,
+    Segment,
+    Sizes,
+)
+from immunize_ext.text_to_image.objectives import is_flow_matching
 
 # Side of the patches that the pipeline packs into channels.
 _PATCH = 2
@@ -20,27 +27,22 @@ _GUIDANCE = 3.5
 _STEPS = 1000.0
 
 
-class Flux:
+class Flux(Backbone):
     """All text enters once: T5's tokens by ``context_embedder``, CLIP's vector beside the time."""
 
     component = "transformer"
     encoders: tuple[str, ...] = ("", "_2")
     kinds = "FLUX"
 
-    def unused(self, config: Any) -> tuple[str, ...]:
-        """None."""
-        del config
-        return ()
-
     def refusal(self, pipeline: Any) -> str:
         """Image prompts, inpainting, and schedulers that predict noise."""
         config, transformer = pipeline.transformer.config, pipeline.transformer
         latents = pipeline.vae.config.latent_channels
         if getattr(transformer, "encoder_hid_proj", None) is not None:
-            return "a loaded IP-Adapter (unload_ip_adapter takes it out)"
+            return IP_ADAPTER
         if config.in_channels != latents * _PATCH**2:
             return f"a denoiser of {config.in_channels} channels beside latents of {latents}"
-        if "Flow" not in type(pipeline.scheduler).__name__:
+        if not is_flow_matching(pipeline.scheduler):
             return f"no flow matching ({type(pipeline.scheduler).__name__})"
         return ""
 
@@ -64,18 +66,9 @@ class Flux:
         latents = (config.in_channels // _PATCH**2, side, side)
         return Sizes(latents, config.joint_attention_dim, config.pooled_projection_dim)
 
-    def predict(
-        self,
-        run: Callable[..., Any],
-        config: Any,
-        noisy: Tensor,
-        timesteps: Tensor,
-        hidden: Tensor,
-        pooled: Tensor | None,
-        scale: int,
-    ) -> Tensor:
+    def predict(self, run: Callable[..., Any], config: Any, given: Given) -> Tensor:
         """The velocity noise - x, of patches packed into channels."""
-        del scale
+        noisy, timesteps, hidden, pooled, _ = given
         b, c, h, w = noisy.shape
         patches = noisy.unflatten(3, (w // _PATCH, _PATCH)).unflatten(2, (h // _PATCH, _PATCH))
         packed = patches.permute(0, 2, 4, 1, 3, 5).reshape(b, -1, c * _PATCH**2)

@@ -13,6 +13,9 @@ from typing import Any, NamedTuple, Protocol
 import torch
 from torch import Tensor
 
+# What families refuse that know it by different signs.
+IP_ADAPTER = "a loaded IP-Adapter (unload_ip_adapter takes it out)"
+
 
 class Sizes(NamedTuple):
     """The smallest input that a denoiser takes.
@@ -45,6 +48,24 @@ class Segment(NamedTuple):
     looks_back: bool
 
 
+class Given(NamedTuple):
+    """What a denoiser is called with.
+
+    Attributes:
+        noisy: Noisy latents ``(b, c, h, w)``.
+        timesteps: Shape ``(b,)``, as the scheduler counts them.
+        hidden: ``(b, t, d)``.
+        pooled: ``(b, d2)``, if it takes one.
+        scale: Pixels in a latent's side.
+    """
+
+    noisy: Tensor
+    timesteps: Tensor
+    hidden: Tensor
+    pooled: Tensor | None
+    scale: int
+
+
 class Backbone(Protocol):
     """A family of denoisers.
 
@@ -60,7 +81,8 @@ class Backbone(Protocol):
 
     def unused(self, config: Any) -> tuple[str, ...]:
         """Layers that a denoiser with these settings has and whose outputs it throws away."""
-        ...
+        del config
+        return ()
 
     def refusal(self, pipeline: Any) -> str:
         """Why a pipeline is none that makes images of a text alone; empty if it is one."""
@@ -80,28 +102,15 @@ class Backbone(Protocol):
         """The smallest input for a denoiser with these settings."""
         ...
 
-    def predict(
-        self,
-        run: Callable[..., Any],
-        config: Any,
-        noisy: Tensor,
-        timesteps: Tensor,
-        hidden: Tensor,
-        pooled: Tensor | None,
-        scale: int,
-    ) -> Tensor:
+    def predict(self, run: Callable[..., Any], config: Any, given: Given) -> Tensor:
         """Call a denoiser.
 
         Args:
             run: The denoiser, or what stands for it; gives a tuple.
             config: Its settings.
-            noisy: Noisy latents ``(b, c, h, w)``.
-            timesteps: Shape ``(b,)``, as the scheduler counts them.
-            hidden: ``(b, t, d)``.
-            pooled: ``(b, d2)``, if it takes one.
-            scale: Pixels in a latent's side.
+            given: Its input.
 
         Returns:
-            The prediction, shape as ``noisy``.
+            The prediction, shape as ``given.noisy``.
         """
         ...

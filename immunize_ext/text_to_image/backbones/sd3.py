@@ -8,10 +8,17 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from immunize_ext.text_to_image.backbones.protocol import Segment, Sizes
+from immunize_ext.text_to_image.backbones.protocol import (
+    IP_ADAPTER,
+    Backbone,
+    Given,
+    Segment,
+    Sizes,
+)
+from immunize_ext.text_to_image.objectives import is_flow_matching
 
 
-class SD3:
+class SD3(Backbone):
     """All text enters once: tokens by ``context_embedder``, the pooled vector beside the time."""
 
     component = "transformer"
@@ -26,8 +33,8 @@ class SD3:
     def refusal(self, pipeline: Any) -> str:
         """Image prompts, and schedulers that predict noise."""
         if getattr(pipeline.transformer, "image_proj", None) is not None:
-            return "a loaded IP-Adapter (unload_ip_adapter takes it out)"
-        if "Flow" not in type(pipeline.scheduler).__name__:
+            return IP_ADAPTER
+        if not is_flow_matching(pipeline.scheduler):
             return f"no flow matching ({type(pipeline.scheduler).__name__})"
         return ""
 
@@ -59,23 +66,14 @@ class SD3:
         pooled = config.pooled_projection_dim
         return Sizes((config.in_channels, side, side), config.joint_attention_dim, pooled)
 
-    def predict(
-        self,
-        run: Callable[..., Any],
-        config: Any,
-        noisy: Tensor,
-        timesteps: Tensor,
-        hidden: Tensor,
-        pooled: Tensor | None,
-        scale: int,
-    ) -> Tensor:
+    def predict(self, run: Callable[..., Any], config: Any, given: Given) -> Tensor:
         """The velocity noise - x."""
-        del config, scale
+        del config
         prediction: Tensor = run(
-            hidden_states=noisy,
-            timestep=timesteps,
-            encoder_hidden_states=hidden,
-            pooled_projections=pooled,
+            hidden_states=given.noisy,
+            timestep=given.timesteps,
+            encoder_hidden_states=given.hidden,
+            pooled_projections=given.pooled,
             return_dict=False,
         )[0]
         return prediction

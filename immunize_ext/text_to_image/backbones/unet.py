@@ -8,23 +8,25 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from immunize_ext.text_to_image.backbones.protocol import Segment, Sizes
+from immunize_ext.text_to_image.backbones.protocol import (
+    IP_ADAPTER,
+    Backbone,
+    Given,
+    Segment,
+    Sizes,
+)
+from immunize_ext.text_to_image.objectives import is_flow_matching
 
 # Numbers that SDXL takes beside the pooled vector: original size, crop corner, target size.
 _TIME_IDS = 6
 
 
-class UNet:
+class UNet(Backbone):
     """CLIP's features enter every cross-attention by K and V, SDXL's pooled vector once."""
 
     component = "unet"
     encoders: tuple[str, ...] = ("", "_2")
     kinds = "Stable Diffusion 1, 2 or XL"
-
-    def unused(self, config: Any) -> tuple[str, ...]:
-        """None."""
-        del config
-        return ()
 
     def refusal(self, pipeline: Any) -> str:
         """Inpainting, classes, grounding, image prompts, and flow matching: no UNet learnt it."""
@@ -37,8 +39,8 @@ class UNet:
         if getattr(config, "class_embed_type", None) or getattr(config, "num_class_embeds", None):
             return "a denoiser with classes"
         if getattr(config, "encoder_hid_dim_type", None) == "ip_image_proj":
-            return "a loaded IP-Adapter (unload_ip_adapter takes it out)"
-        if "Flow" in type(pipeline.scheduler).__name__:
+            return IP_ADAPTER
+        if is_flow_matching(pipeline.scheduler):
             return f"flow matching ({type(pipeline.scheduler).__name__})"
         return ""
 
@@ -72,25 +74,16 @@ class UNet:
             pooled = config.projection_class_embeddings_input_dim - times
         return Sizes((config.in_channels, side, side), width, pooled)
 
-    def predict(
-        self,
-        run: Callable[..., Any],
-        config: Any,
-        noisy: Tensor,
-        timesteps: Tensor,
-        hidden: Tensor,
-        pooled: Tensor | None,
-        scale: int,
-    ) -> Tensor:
+    def predict(self, run: Callable[..., Any], config: Any, given: Given) -> Tensor:
         """With SDXL's size conditioning for an image that was neither scaled nor cropped."""
         del config
-        arguments: dict[str, Any] = {"encoder_hidden_states": hidden, "return_dict": False}
-        if pooled is not None:
+        arguments: dict[str, Any] = {"encoder_hidden_states": given.hidden, "return_dict": False}
+        if given.pooled is not None:
             arguments["added_cond_kwargs"] = {
-                "text_embeds": pooled,
-                "time_ids": time_ids(noisy, scale),
+                "text_embeds": given.pooled,
+                "time_ids": time_ids(given.noisy, given.scale),
             }
-        prediction: Tensor = run(noisy, timesteps, **arguments)[0]
+        prediction: Tensor = run(given.noisy, given.timesteps, **arguments)[0]
         return prediction
 
 

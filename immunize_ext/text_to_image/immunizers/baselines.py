@@ -11,7 +11,11 @@ import torch
 from immunize_ext.bilevel import Parameters
 from immunize_ext.seams import Progress
 from immunize_ext.text_to_image.concepts import ConceptSet
-from immunize_ext.text_to_image.immunizers.concept_merge import ConceptMerge, check_merge
+from immunize_ext.text_to_image.immunizers.concept_merge import (
+    ConceptMerge,
+    check_merge,
+    summary,
+)
 from immunize_ext.text_to_image.immunizers.imma import DiffusionIMMA
 from immunize_ext.text_to_image.immunizers.immunized import ImmunizedPipeline
 from immunize_ext.text_to_image.immunizers.loop import Immunizer
@@ -54,6 +58,9 @@ class LossAscent(Immunizer):
 class MergeOnly(DiffusionIMMA):
     """One IMMA run for each concept alone, their results merged once at the end.
 
+    No run sees two concepts, so they cannot be weighed against each other: ``weighting`` and its
+    settings must be left alone.
+
     Attributes:
         ridge: Of the merge, relative to the mean diagonal of the captions' Gram matrix.
         merge_prompts: Prompts of each concept whose tokens the merge constrains.
@@ -72,6 +79,13 @@ class MergeOnly(DiffusionIMMA):
     def __post_init__(self) -> None:
         """Refuse settings out of range."""
         super().__post_init__()
+        for name in ("weighting", "concept_rate", "worst_share"):
+            value, usual = getattr(self, name), getattr(Immunizer, name)
+            if value != usual:
+                raise ValueError(
+                    f"{self.method}: {name} must be left at {usual!r}, got {value!r}: each concept "
+                    "is immunized alone; weigh concepts with mima or joint_training"
+                )
         check_merge(self.method, self.ridge, self.merge_prompts)
 
     def check(self, problem: ConceptSet) -> None:
@@ -121,7 +135,7 @@ class MergeOnly(DiffusionIMMA):
         history = [dict(record) for part in parts for record in part.history]
         history[-1]["merge_seconds"] += merge.seconds
         history[-1]["seconds"] += merge.seconds
-        history[-1]["merge_change"] = max(merge.reports[-1].relative_change)
+        history[-1]["merge_change"], said = summary(merge.reports)
         settings = asdict(self) | {
             "concepts": list(problem.names),
             "retain": [concept.name for concept in problem.retain],
@@ -133,7 +147,7 @@ class MergeOnly(DiffusionIMMA):
             settings,
             history,
             max(part.peak_memory for part in parts),
-            tuple(f"merge: {text}" for text in merge.reports[-1].warnings),
+            tuple(f"merge: {text}" for text in said),
         )
 
     def _single(self) -> DiffusionIMMA:

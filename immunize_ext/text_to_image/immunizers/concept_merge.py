@@ -24,7 +24,11 @@ from immunize_ext.ops import (
 )
 from immunize_ext.text_to_image.concepts import Concept
 from immunize_ext.text_to_image.immunizers.batches import Batch
-from immunize_ext.text_to_image.immunizers.token_rows import own_tokens, padding_rows
+from immunize_ext.text_to_image.immunizers.token_rows import (
+    own_tokens,
+    padding_rows,
+    without_padding,
+)
 from immunize_ext.text_to_image.model import TextToImage
 from immunize_ext.text_to_image.projections import TextProjection, text_entrances
 from immunize_ext.text_to_image.text_layers import find_text_layers
@@ -132,13 +136,16 @@ class MomentMerge(Merge):
     def report(self, merged: Parameters, base: Parameters, adapted: Sequence[Parameters]) -> None:
         """How far each layer moved, and what each concept lost."""
         assert self.reports is not None
+        names = [name for name in merged if name in self.factors]
+        if not names:
+            return
         self.reports.append(
             merge_report(
-                [weight.detach() for weight in merged.values()],
-                [base[name].detach() for name in merged],
-                [[copy[name].detach() for name in merged] for copy in adapted],
+                [merged[name].detach() for name in names],
+                [base[name].detach() for name in names],
+                [[copy[name].detach() for name in names] for copy in adapted],
                 None,
-                [self.factors[name] for name in merged],
+                [self.factors[name] for name in names],
                 names=self.names,
             )
         )
@@ -224,15 +231,7 @@ class _Predicting(nn.Module):
         return collect_moments(self, layers, batches, select=self._select)
 
     def _select(self, layer: str, x: Tensor) -> Tensor:
-        """Without padding, where rows are tokens and it tells no more of the prompt."""
-        if self._rows.get(layer) not in ("text", "joint"):
-            return x
-        kept = self._mask.clone()
-        for segment in self._model[0].segments(kept.shape[1]):
-            if segment.looks_back:  # CLIP's end of text and padding sum up the prompt
-                kept[:, segment.start : segment.start + segment.length] = True
-        image = kept.new_ones(len(kept), x.shape[1] - kept.shape[1])
-        return x[torch.cat([kept, image], 1).expand(len(x), -1)]
+        return without_padding(self._model[0], self._rows.get(layer), self._mask, x)
 
 
 def _mergeable(unet: nn.Module, names: Sequence[str]) -> list[str]:
@@ -361,7 +360,7 @@ class ConceptMerge(Merge):
     def report(self, merged: Parameters, base: Parameters, adapted: Sequence[Parameters]) -> None:
         """How far each layer moved, and what was lost."""
         assert self.reports is not None
-        for entrance in reversed(self.entrances):  # tokens last: whoever wants one takes theirs
+        for entrance in self.entrances:
             if entrance.take(base):
                 self.reports.append(
                     merge_report(
@@ -459,9 +458,16 @@ class ClassMerge(Merge):
         return {**self.moments.layers(base, adapted), **self.exact.layers(base, adapted)}
 
     def report(self, merged: Parameters, base: Parameters, adapted: Sequence[Parameters]) -> None:
-        """Of the layers with constraints."""
-        self.exact.reports = self.reports
-        self.exact.report(merged, base, adapted)
+        """Of the layers with constraints and of those merged by moments."""
+        for part in (self.exact, self.moments):
+            part.reports = self.reports
+            part.report(merged, base, adapted)
+
+
+def summary(reports: Sequence[MergeReport]) -> tuple[float, list[str]]:
+    """The largest relative change of a layer, and all warnings, of the reports of one merge."""
+    change = max(change for report in reports for change in report.relative_change)
+    return change, list(dict.fromkeys(text for report in reports for text in report.warnings))
 
 
 def check_merge(function: str, ridge: float, prompts_per_concept: int) -> None:

@@ -25,7 +25,7 @@ from immunize_ext.runtime import Meter
 from immunize_ext.seams import Progress
 from immunize_ext.text_to_image.concepts import Concept, ConceptSet
 from immunize_ext.text_to_image.immunizers.batches import Batch, ConceptPool, Retain, generator_of
-from immunize_ext.text_to_image.immunizers.concept_merge import ConceptMerge, Merge
+from immunize_ext.text_to_image.immunizers.concept_merge import ConceptMerge, Merge, summary
 from immunize_ext.text_to_image.immunizers.immunized import ImmunizedPipeline
 from immunize_ext.text_to_image.immunizers.parameters import Scope, scope_parameters
 from immunize_ext.text_to_image.immunizers.state import LoopState, load_state, save_state
@@ -589,15 +589,13 @@ class Run:
         self.merge.reports = []
         try:
             yield
-            for report in self.merge.reports:
-                change = max(report.relative_change)
+            if self.merge.reports:
+                change, said = summary(self.merge.reports)
                 # Of all probes, what is said of the merge that moved the layers farthest is kept.
                 worst = max(record.get("merge_change", -1.0) for record in state.history)
                 state.history[-1]["merge_change"] = change
-                if report.warnings and change > worst:
-                    state.warnings = [
-                        f"merge at step {state.step}: {text}" for text in report.warnings
-                    ]
+                if said and change > worst:
+                    state.warnings = [f"merge at step {state.step}: {text}" for text in said]
         finally:
             self.merge.reports = None
 

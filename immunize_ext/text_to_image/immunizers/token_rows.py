@@ -28,6 +28,7 @@ from immunize_ext.text_to_image.backbones import Segment
 from immunize_ext.text_to_image.concepts import Concept
 from immunize_ext.text_to_image.model import TextToImage
 from immunize_ext.text_to_image.names import replace_names
+from immunize_ext.text_to_image.text_layers import Rows
 
 # Least share of its norm by which a row moves that is a concept's own.
 _OWN = 0.25
@@ -155,6 +156,30 @@ def padding_rows(model: TextToImage, prompts: Sequence[str]) -> Tensor:
     return torch.stack(rows) if rows else hidden[0, :0]
 
 
+def without_padding(model: TextToImage, rows: Rows | None, mask: Tensor, x: Tensor) -> Tensor:
+    """What a layer receives without padding, where its rows are tokens.
+
+    Padding of an encoder that looks back stays: with the end of the text it sums up the prompt.
+
+    Args:
+        model: The model.
+        rows: What a row stands for (:class:`~immunize_ext.text_to_image.text_layers.TextLayer`).
+        mask: True for tokens of the prompts, shape ``(b, t)``, or ``(1, t)`` for all alike.
+        x: Input of the layer, shape ``(b, t, d)``, or ``(b, t + i, d)`` with the image behind.
+
+    Returns:
+        Rows that count, shape ``(s, d)``; ``x`` itself where rows are no tokens.
+    """
+    if rows not in ("text", "joint"):
+        return x
+    kept = mask.clone()
+    for segment in model.segments(kept.shape[1]):
+        if segment.looks_back:
+            kept[:, segment.start : segment.start + segment.length] = True
+    image = kept.new_ones(len(kept), x.shape[1] - kept.shape[1])
+    return x[torch.cat([kept, image], 1).expand(len(x), -1)]
+
+
 def own_tokens(
     model: TextToImage, concepts: Sequence[Concept], prompts_per_concept: int
 ) -> list[Tensor]:
@@ -190,7 +215,7 @@ def own_tokens(
     for concept, found, prompts in zip(concepts, rows, texts, strict=True):
         if not found:
             raise ValueError(
-                f"ConceptMerge: concept {concept.name!r} must have tokens of its own, got prompts "
+                f"own_tokens: concept {concept.name!r} must have tokens of its own, got prompts "
                 f"that other concepts have too: {prompts}"
             )
     return [torch.stack(found) for found in rows]

@@ -16,6 +16,8 @@ from immunize_ext.text_to_image.concepts import ConceptSet
 from immunize_ext.text_to_image.immunizers import (
     ConceptMerge,
     Erasure,
+    JointTraining,
+    MergeOnly,
     describe_erasure,
     erase,
 )
@@ -122,7 +124,7 @@ def test_concepts_that_cannot_be_told_apart_are_refused() -> None:
     model = TextToImage(tiny_pipeline())
     same = ("a photo of the digit three",)
     pair = ConceptSet((concept("three", prompts=same), concept("five", prompts=same)))
-    with pytest.raises(ValueError, match="tokens of its own"):
+    with pytest.raises(ValueError, match="own_tokens: concept 'three' must have tokens of its own"):
         ConceptMerge(model, pair.concepts, CAPTIONS, ridge=1e-3)
 
 
@@ -174,3 +176,13 @@ def test_erasure_is_a_method_like_any_other() -> None:
     assert erased.merge_share == 0.0
     with pytest.raises(ValueError, match="ridge must be finite and at least 0"):
         Erasure(ridge=float("nan"))
+
+
+@pytest.mark.parametrize(
+    ("name", "value"), [("weighting", "cvar"), ("concept_rate", 0.5), ("worst_share", 0.25)]
+)
+def test_concepts_immunized_alone_are_not_weighed(name: str, value: Any) -> None:
+    usual = getattr(MergeOnly(), name)
+    with pytest.raises(ValueError, match=f"merge_only: {name} must be left at {usual!r}"):
+        MergeOnly(**{name: value})
+    assert getattr(JointTraining(**{name: value}), name) == value

@@ -18,6 +18,7 @@ from immunizer_settings import CAPTIONS, SMALL, concepts, weights
 from immunize_ext.ops import read_lora
 from immunize_ext.text_to_image.attacks import ATTACKS, FineTuningAttack, LoRAAttack, save_lora
 from immunize_ext.text_to_image.immunizers import MIMA, ClassMerge, ConceptMerge, erase
+from immunize_ext.text_to_image.immunizers.concept_merge import summary
 from immunize_ext.text_to_image.immunizers.loop import Run
 from immunize_ext.text_to_image.immunizers.token_rows import own_tokens
 from immunize_ext.text_to_image.model import TextToImage
@@ -186,6 +187,32 @@ def test_layers_are_merged_by_their_class(make: Any) -> None:
                 moved = rows @ (entrance.take(copy)[index] - start).mT
                 missed = rows @ (weight - entrance.take(copy)[index]).mT
                 assert float(missed.detach().norm()) < 0.02 * float(moved.detach().norm())
+
+
+def test_layers_merged_by_moments_are_reported_too() -> None:
+    problem = concepts()
+    settings = MIMA(**SMALL, merge="by_class", scope="attn", moment_batches=1)
+    run = Run(settings, TextToImage(tiny_sd3_pipeline()), problem, None, None)
+    base = {n: p.detach().clone() for n, p in run.moved.items()}
+    settings.adapted(run, base, 0)
+    merge = run.merge
+    assert isinstance(merge, ClassMerge)
+    merge.reports = []
+    # The copies leave alone what has constraints: all there is to say is about the others.
+    copies = [
+        {n: 30.0 * w if n in merge.moments.factors else base[n] for n, w in copy.items()}
+        for copy in _copies(base)
+    ]
+    merge(base, copies)
+    exact, moments = merge.reports[:-1], merge.reports[-1]
+    assert all(report.left is None for report in exact)
+    assert moments.left is not None
+    assert len(moments.relative_change) == len(merge.moments.factors)
+    assert set(moments.residual) == set(problem.names)
+    assert max(max(report.relative_change) for report in exact) < 1e-6
+    change, said = summary(merge.reports)
+    assert change == max(moments.relative_change) > 1.0
+    assert any("times its own norm" in text for text in said)
 
 
 def test_moments_leave_padding_out() -> None:
