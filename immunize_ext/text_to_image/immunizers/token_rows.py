@@ -174,7 +174,7 @@ def without_padding(model: TextToImage, rows: Rows | None, mask: Tensor, x: Tens
         return x
     kept = mask.clone()
     for segment in model.segments(kept.shape[1]):
-        if segment.looks_back:
+        if segment.looks_back:  # CLIP
             kept[:, segment.start : segment.start + segment.length] = True
     image = kept.new_ones(len(kept), x.shape[1] - kept.shape[1])
     return x[torch.cat([kept, image], 1).expand(len(x), -1)]
