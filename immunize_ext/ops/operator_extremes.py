@@ -10,14 +10,12 @@ one vector-Jacobian product of the function that multiplies, and no matrix of th
 
 from __future__ import annotations
 
-import inspect
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
-from scipy.sparse.linalg import ArpackError, LinearOperator, eigsh
 from torch import Tensor
 
 from immunize_ext.errors import NotConvergedError
@@ -38,8 +36,8 @@ CLUSTER_SIDE = 512
 
 _STARTS = 3  # of one search, where a residual is too large
 
-# Before scipy 1.17 ARPACK draws the vectors that it goes on with from a state of its own.
-_TAKES_RNG = "rng" in inspect.signature(eigsh).parameters
+# Before it ARPACK draws the vectors that it goes on with from a state of its own.
+_TAKES_RNG = (1, 17)
 
 
 class _Pairs(NamedTuple):
@@ -245,10 +243,15 @@ class _Search:
             moved = self.apply(v, tensors) + shift * v
             return moved if known is None else moved - 3.0 * shift * (known @ (known.T @ v))
 
-        operator: Any = LinearOperator((self.side, self.side), matvec=shifted, dtype=np.float64)
-        drawn: Any = {"rng": self.rng} if _TAKES_RNG else {}
+        import scipy  # here: the operators are there sooner than it is
+        from scipy.sparse import linalg
+
+        shape = self.side, self.side
+        operator: Any = linalg.LinearOperator(shape, matvec=shifted, dtype=np.float64)
+        release = tuple(map(int, scipy.__version__.split(".")[:2]))
+        drawn: Any = {"rng": self.rng} if release >= _TAKES_RNG else {}
         try:
-            values, vectors = eigsh(
+            values, vectors = linalg.eigsh(
                 operator,
                 k=1,
                 which=which,
@@ -258,7 +261,7 @@ class _Search:
                 maxiter=self.restarts,
                 **drawn,
             )
-        except ArpackError as failure:
+        except linalg.ArpackError as failure:
             raise NotConvergedError.after(
                 _NAME, None, rtol=self.rtol, products=self.count
             ) from failure
