@@ -8,7 +8,7 @@ from __future__ import annotations
 import argparse
 import json
 import sys
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -36,6 +36,34 @@ def filled(page: str, blocks: Mapping[str, str]) -> str:
 def fill(page: Path, blocks: Mapping[str, str]) -> None:
     """Put blocks in their places in a file; errors as :func:`filled`."""
     page.write_text(filled(page.read_text(encoding="utf-8"), blocks), encoding="utf-8")
+
+
+def table_row(cells: Iterable[str]) -> str:
+    """A row of a table of Markdown."""
+    return "| " + " | ".join(cells) + " |"
+
+
+def table(head: Sequence[str], rows: Iterable[Iterable[str]]) -> str:
+    """A table of Markdown."""
+    return "\n".join([table_row(head), "|" + "---|" * len(head), *map(table_row, rows)])
+
+
+def result_parser(description: str | None, out: Path) -> argparse.ArgumentParser:
+    """Flags of a program whose results stand in one file and fill blocks of a page."""
+    result = argparse.ArgumentParser(description=(description or "").partition("\n")[0])
+    result.add_argument("--out", type=Path, default=out)
+    result.add_argument(
+        "--write", type=Path, metavar="PAGE", help="fill in the page, measure nothing"
+    )
+    return result
+
+
+def fills(arguments: argparse.Namespace, parts: Callable[[Any], Mapping[str, str]]) -> bool:
+    """Fill in the page of ``--write``, if there is one, and say whether."""
+    if arguments.write is None:
+        return False
+    fill(arguments.write, parts(json.loads(arguments.out.read_text(encoding="utf-8"))))
+    return True
 
 
 def parser(description: str) -> argparse.ArgumentParser:

@@ -34,7 +34,7 @@ from python_tests.attack_pipelines import (
 )
 
 from ._environment import environment_record
-from ._page import parser, run
+from ._page import parser, run, table
 
 FILE = "backbones.json"
 SEEDS = range(5)
@@ -269,10 +269,6 @@ def _spread(values: Sequence[float]) -> str:
     return f"{Spread.of(values).mean:.2g} ({min(values):.2g} to {max(values):.2g})"
 
 
-def _table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
-    return "\n".join("| " + " | ".join(row) + " |" for row in (head, ["---"] * len(head), *rows))
-
-
 def page(found: dict[str, Any]) -> str:
     """The page as the results have it."""
     counted, erased, merged = [], [], []
@@ -290,9 +286,9 @@ def page(found: dict[str, Any]) -> str:
                 merged.append([family, kind, how, *missed])
     return PAGE.format(
         count=found["count"],
-        layers=_table(("", "parameters", *CLASSES, "no text", "text enters by"), counted),
-        erasure=_table(("", "before", "tokens", "tokens, anchor's vector", "edited"), erased),
-        merges=_table(("", "class", "by", "missed", "by the mean"), merged),
+        layers=table(("", "parameters", *CLASSES, "no text", "text enters by"), counted),
+        erasure=table(("", "before", "tokens", "tokens, anchor's vector", "edited"), erased),
+        merges=table(("", "class", "by", "missed", "by the mean"), merged),
     )
 
 

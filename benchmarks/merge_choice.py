@@ -32,8 +32,8 @@ from immunize_ext.ops import (
 )
 from immunize_ext.storage import environment
 
-from ._page import filled, parser, run
-from .merge_sensitivity import ranged, spread, table
+from ._page import filled, parser, run, table
+from .merge_sensitivity import ranged, spread
 
 FILE = "merge_choice.json"
 SEEDS = 5

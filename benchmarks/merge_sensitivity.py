@@ -35,7 +35,7 @@ from immunize_ext.errors import NotPositiveDefiniteError
 from immunize_ext.ops import RegularizationFactor, concept_overlap, merge_kv, merge_report
 from immunize_ext.storage import environment
 
-from ._page import filled, parser, run
+from ._page import filled, parser, run, table
 
 FILE = "merge_sensitivity.json"
 SEEDS = 5
@@ -380,12 +380,6 @@ def ranged(found: dict[str, Any] | None, key: str) -> str:
         return "singular"
     one = found[key]
     return f"{number(one['mean'])} ({number(one['least'])} to {number(one['largest'])})"
-
-
-def table(head: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
-    """A table of Markdown."""
-    lines = [head, ["---"] * len(head), *rows]
-    return "\n".join("| " + " | ".join(line) + " |" for line in lines)
 
 
 def parts(results: dict[str, Any]) -> dict[str, str]:

@@ -32,7 +32,7 @@ from immunize_ext.ops import (
 )
 
 from ._environment import environment_record
-from ._page import parser, run
+from ._page import parser, run, table
 
 FILE = "numerics.json"
 DIGITS = 50
@@ -298,13 +298,6 @@ def measure(quick: bool) -> dict[str, Any]:
     }
 
 
-def _table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> list[str]:
-    def line(cells: Sequence[str]) -> str:
-        return "| " + " | ".join(cells) + " |"
-
-    return [line(head), "|" + "---|" * len(head), *map(line, rows)]
-
-
 def _units_in_words(value: float | None) -> str:
     return "" if value is None else f"{value:.2g}"
 
@@ -354,7 +347,7 @@ def page(found: dict[str, Any]) -> str:
             "number. LAPACK promises a modest multiple of 1. Empty: no exact matrix in that dtype.",
             f"The largest entry is {worst:.2g}.",
             "",
-            *_table(("operator", "size", "dtype", *(f"kappa {k}" for k in columns)), values),
+            table(("operator", "size", "dtype", *(f"kappa {k}" for k in columns)), values),
             "",
             "## The gradient of the largest singular value beside a near neighbour",
             "",
@@ -362,7 +355,7 @@ def page(found: dict[str, Any]) -> str:
             "eps / g by any method. Values nearer than the cluster tolerance count as one, and the",
             "gradient is the mean over the cluster, which does not depend on the gap.",
             "",
-            *_table(("relative gap", "taken as", "error of the gradient", "eps / gap"), gradients),
+            table(("relative gap", "taken as", "error of the gradient", "eps / gap"), gradients),
             "",
             "## The merge",
             "",
@@ -370,9 +363,7 @@ def page(found: dict[str, Any]) -> str:
             "ridge: of the constraints W C^T = V, of the merged weights, and of the gradient of a",
             "linear function of them by every input.",
             "",
-            *_table(
-                ("kappa(Q)", "constraints", "merged", *(f"d {name}" for name in NAMES)), merged
-            ),
+            table(("kappa(Q)", "constraints", "merged", *(f"d {name}" for name in NAMES)), merged),
             "",
         ]
     )

@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from . import _results
-from ._page import filled
+from ._page import filled, table_row
 from ._session import RESULTS, machine_in_words
 
 BLOCK = "benchmarks"
@@ -152,7 +152,7 @@ def table_line(line: Line, row: Mapping[str, Any]) -> str:
         *(_ratio(median(name), ours) for name in others),
         "" if floor is None else _ratio(ours, floor),
     ]
-    return "| " + " | ".join(cells) + " |"
+    return table_row(cells)
 
 
 def table(contents: Sequence[Mapping[str, Any]], device: str) -> str:

@@ -25,7 +25,7 @@ from immunize_ext import ops
 from immunize_ext.ops import regularizers
 
 from ._environment import environment_record
-from ._page import parser, run
+from ._page import parser, run, table_row
 from ._timing import copy_bandwidth, fixed_threads, refuse_fallback
 
 FILE = "roofline.json"
@@ -213,7 +213,7 @@ def _line(row: dict[str, Any], found: dict[str, Any]) -> str:
         f"{row['q25'] * 1e3:.3g} to {row['q75'] * 1e3:.3g}",
         f"{row['roof'] / row['seconds']:.0%}",
     ]
-    return "| " + " | ".join(cells) + " |"
+    return table_row(cells)
 
 
 def page(found: dict[str, Any]) -> str:

@@ -99,16 +99,16 @@ Outputs condition_number(
     }
   }
   const auto shape = batch_shape(a);
-  const auto left = with_sides(shape, {m.n}), right = with_sides(shape, {m.p});
+  const SidedVectors v(e, m, shape);
   return {
       converted(value.view(shape), a.scalar_type()),
       coefficients.view(with_sides(shape, {2})),
       shaped(e.multiplicity_max, shape),
       shaped(e.multiplicity_min, shape),
-      shaped(m.wide() ? e.thin_max : e.long_max, left),
-      shaped(m.wide() ? e.long_max : e.thin_max, right),
-      shaped(m.wide() ? e.thin_min : e.long_min, left),
-      shaped(m.wide() ? e.long_min : e.thin_min, right)};
+      v.left_max,
+      v.right_max,
+      v.left_min,
+      v.right_min};
 }
 
 Tensor condition_number_backward(

@@ -80,17 +80,17 @@ Forward extremal_singular_values(
   const ExtremesBatch e = engine.extremes(
       op, "a", m, {rank_rtol, cluster_rtol, full_rank, m.thin()}, Wanted{}, /*of_gram=*/false);
   const auto shape = batch_shape(a);
-  const auto left = with_sides(shape, {m.n}), right = with_sides(shape, {m.p});
+  const SidedVectors v(e, m, shape);
   return {
       shaped(e.value_max, shape),
       shaped(e.value_min, shape),
       shaped(e.rank, shape),
       shaped(e.multiplicity_max, shape),
       shaped(e.multiplicity_min, shape),
-      shaped(m.wide() ? e.thin_max : e.long_max, left),
-      shaped(m.wide() ? e.long_max : e.thin_max, right),
-      shaped(m.wide() ? e.thin_min : e.long_min, left),
-      shaped(m.wide() ? e.long_min : e.thin_min, right)};
+      v.left_max,
+      v.right_max,
+      v.left_min,
+      v.right_min};
 }
 
 // What both backward operators have in common.
@@ -157,7 +157,7 @@ GramForward gram_extremes(
   const ExtremesBatch e = engine.extremes(
       op, "x", m, {rank_rtol, cluster_rtol, full_rank, m.p}, Wanted{}, /*of_gram=*/true);
   const auto shape = batch_shape(x);
-  const auto left = with_sides(shape, {m.n}), right = with_sides(shape, {m.p});
+  const SidedVectors v(e, m, shape);
   return {
       shaped(e.value_max, shape),
       shaped(e.value_min, shape),
@@ -165,10 +165,10 @@ GramForward gram_extremes(
       shaped(e.rank, shape),
       shaped(e.multiplicity_max, shape),
       shaped(e.multiplicity_min, shape),
-      shaped(m.wide() ? e.thin_max : e.long_max, left),
-      shaped(m.wide() ? e.long_max : e.thin_max, right),
-      shaped(m.wide() ? e.thin_min : e.long_min, left),
-      shaped(m.wide() ? e.long_min : e.thin_min, right),
+      v.left_max,
+      v.right_max,
+      v.left_min,
+      v.right_min,
       shaped(e.thin_gram, with_sides(shape, {m.thin(), m.thin()}))};
 }
 

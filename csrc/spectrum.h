@@ -8,6 +8,7 @@
 #include <algorithm>
 
 #include "extremes.h"
+#include "tensors.h"
 
 namespace immunize_ext {
 
@@ -50,6 +51,19 @@ struct ExtremesBatch {
       squared_frobenius = at::empty({a.batch}, numbers);
       thin_gram = at::empty({a.batch, a.thin(), a.thin()}, numbers);
     }
+  }
+};
+
+// The vectors of both extremes by the side of the matrix that they belong to, [*, n] and [*, p].
+struct SidedVectors {
+  at::Tensor left_max, right_max, left_min, right_min;
+
+  SidedVectors(const ExtremesBatch& e, const MatrixBatch& m, at::IntArrayRef shape) {
+    const auto left = with_sides(shape, {m.n}), right = with_sides(shape, {m.p});
+    left_max = shaped(m.wide() ? e.thin_max : e.long_max, left);
+    right_max = shaped(m.wide() ? e.long_max : e.thin_max, right);
+    left_min = shaped(m.wide() ? e.thin_min : e.long_min, left);
+    right_min = shaped(m.wide() ? e.long_min : e.thin_min, right);
   }
 };
 

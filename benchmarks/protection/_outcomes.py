@@ -6,11 +6,12 @@ import datetime
 import json
 import math
 import statistics
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
+from scipy.stats import t as student
 from torch import Tensor
 
 from immunize_ext.probing.attacks import compare_attack
@@ -81,6 +82,42 @@ def slowdowns(primary: Task, harmful: Task, theta: Tensor) -> dict[str, dict[str
         }
         for role, task in (("harmful", harmful), ("primary", primary))
     }
+
+
+class Interval(NamedTuple):
+    """Mean of seeds and its 95 % interval by Student's t."""
+
+    mean: float
+    low: float
+    high: float
+
+    @classmethod
+    def of(cls, values: Iterable[float]) -> Interval:
+        """Of one value a seed; a single one has no interval."""
+        found = list(values)
+        mean = statistics.fmean(found)
+        if len(found) < 2:
+            return cls(mean, -math.inf, math.inf)
+        half = float(student.ppf(0.975, len(found) - 1)) * statistics.stdev(found)
+        half /= math.sqrt(len(found))
+        return cls(mean, mean - half, mean + half)
+
+    @classmethod
+    def of_logs(cls, values: Iterable[float]) -> Interval:
+        """The geometric mean of ratios, and its interval."""
+        return cls(*map(math.exp, cls.of(map(math.log, values))))
+
+    def share(self) -> Interval:
+        """Of a share: no end beyond 0 or 1; a single seed stays without."""
+        if math.isinf(self.high):
+            return self
+        return Interval(self.mean, max(self.low, 0.0), min(self.high, 1.0))
+
+    def text(self, form: str = ".2f") -> str:
+        """As a cell; a single seed has its value alone."""
+        if math.isinf(self.high):
+            return f"{self.mean:{form}}"
+        return f"{self.mean:{form}} ({self.low:{form}} to {self.high:{form}})"
 
 
 def spread(values: Sequence[float]) -> dict[str, float]:

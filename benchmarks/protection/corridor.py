@@ -10,8 +10,6 @@ samples before every step, not what the controller believes.
 
 from __future__ import annotations
 
-import argparse
-import json
 import math
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -32,7 +30,7 @@ from immunize_ext.probing.immunizers import (
 )
 from immunize_ext.probing.metrics import pencil
 
-from .._page import fill
+from .._page import fills, result_parser
 from ._outcomes import one_thread, write
 
 OUT = Path(__file__).with_name("corridor.json")
@@ -255,16 +253,11 @@ def parts(results: dict[str, Any]) -> dict[str, str]:
 
 def main() -> None:
     """Run the command line."""
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser = result_parser(__doc__, OUT)
     parser.add_argument("--mnist", type=Path, help="folder of MNIST")
-    parser.add_argument("--out", type=Path, default=OUT)
-    parser.add_argument(
-        "--write", type=Path, metavar="PAGE", help="fill in the page, measure nothing"
-    )
     arguments = parser.parse_args()
     one_thread()
-    if arguments.write is not None:
-        fill(arguments.write, parts(json.loads(arguments.out.read_text(encoding="utf-8"))))
+    if fills(arguments, parts):
         return
     if arguments.mnist is None:
         parser.error("--mnist must name the folder of MNIST")

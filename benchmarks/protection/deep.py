@@ -23,7 +23,6 @@ was stopped goes on, and what it left is a result with fewer seeds.
 
 from __future__ import annotations
 
-import argparse
 import json
 import math
 import random
@@ -38,7 +37,6 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
-from scipy.stats import t as student
 from torch import Tensor, nn
 from torch.nn import functional
 
@@ -53,11 +51,11 @@ from immunize_ext.probing.immunizers import METHODS, DeepExtractorImmunizer, Imm
 from immunize_ext.storage import write_file
 from immunize_ext.worst_case import conditional_value_at_risk
 
-from .. import _page
 from .._baselines import published_r_ill, published_r_well
 from .._kept import Kept
+from .._page import fills, result_parser, table
 from ._deep_task import BEFORE, BLOCK, HARMFUL, KEPT, DeepTask, deep_task, log_kappa, top
-from ._outcomes import one_thread, write
+from ._outcomes import Interval, one_thread, write
 
 OUT = Path(__file__).with_suffix(".json")
 PARTS = ("attackers", "costs", "harms", "linear", "mima")
@@ -497,42 +495,6 @@ def measure(
 # --- the page -------------------------------------------------------------------------------------
 
 
-class Interval(NamedTuple):
-    """Mean of seeds and its 95 % interval by Student's t."""
-
-    mean: float
-    low: float
-    high: float
-
-    @classmethod
-    def of(cls, values: Iterable[float]) -> Interval:
-        """Of one value a seed; a single one has no interval."""
-        found = list(values)
-        mean = statistics.fmean(found)
-        if len(found) < 2:
-            return cls(mean, -math.inf, math.inf)
-        half = float(student.ppf(0.975, len(found) - 1)) * statistics.stdev(found)
-        half /= math.sqrt(len(found))
-        return cls(mean, mean - half, mean + half)
-
-    @classmethod
-    def of_logs(cls, values: Iterable[float]) -> Interval:
-        """The geometric mean of ratios, and its interval."""
-        return cls(*map(math.exp, cls.of(map(math.log, values))))
-
-    def share(self) -> Interval:
-        """Of a share: no end beyond 0 or 1; a single seed stays without."""
-        if math.isinf(self.high):
-            return self
-        return Interval(self.mean, max(self.low, 0.0), min(self.high, 1.0))
-
-    def text(self, form: str = ".2f") -> str:
-        """As a cell; a single seed has its value alone."""
-        if math.isinf(self.high):
-            return f"{self.mean:{form}}"
-        return f"{self.mean:{form}} ({self.low:{form}} to {self.high:{form}})"
-
-
 def _cell(values: Iterable[float], form: str = ".2f", *, share: bool = False) -> str:
     """Mean and interval of three seeds or more; of fewer the values themselves."""
     found = list(values)
@@ -540,14 +502,6 @@ def _cell(values: Iterable[float], form: str = ".2f", *, share: bool = False) ->
         return ", ".join(f"{value:{form}}" for value in found)
     interval = Interval.of(found)
     return (interval.share() if share else interval).text(form)
-
-
-def _line(cells: Iterable[str]) -> str:
-    return "| " + " | ".join(cells) + " |"
-
-
-def _table(heads: Sequence[str], rows: Iterable[Iterable[str]]) -> list[str]:
-    return [_line(heads), "|" + "---|" * len(heads), *map(_line, rows)]
 
 
 def _seeds(results: Mapping[str, Any], part: str) -> list[str]:
@@ -649,8 +603,8 @@ def attacker_table(results: Mapping[str, Any]) -> str:
     cells = ["right on the task kept"]
     cells += [_cell((of[m][s]["kept"] for s in seeds), ".3f", share=True) for m in models]
     rows.append(cells)
-    lines = _table(["attacker", *models], rows)
-    lines += [
+    lines = [
+        table(["attacker", *models], rows),
         "",
         f"{len(seeds)} seeds; mean and 95 % interval, paired by seed; of steps the geometric mean. "
         "Intervals of shares end at 0 and 1.",
@@ -668,7 +622,7 @@ def cost_table(results: Mapping[str, Any]) -> str:
         cells = [row["net"], *(f"{1e3 * row['seconds'][kind]:.1f}" for kind in KINDS)]
         cells += [f"{row['bytes'][kind] / 2**20:.1f}" for kind in KINDS]
         rows.append(cells)
-    return "\n".join(_table(heads, rows))
+    return table(heads, rows)
 
 
 def _harm_rows(results: Mapping[str, Any], part: str, key: str) -> list[list[str]]:
@@ -713,7 +667,7 @@ def harm_table(results: Mapping[str, Any]) -> str:
     unused = [f"{name}, seed {s}" for name, s, _ in runs if s not in seeds]
     if unused:
         words += f" In the file, but not here, as other rows lack the seed: {'; '.join(unused)}."
-    return "\n".join([*_table(heads, rows), "", words])
+    return "\n".join([table(heads, rows), "", words])
 
 
 def linear_table(results: Mapping[str, Any]) -> str:
@@ -729,7 +683,7 @@ def linear_table(results: Mapping[str, Any]) -> str:
         "slow-down of the task kept",
     ]
     words = f"{len(seeds)} seeds; mean and 95 % interval, of the last column the geometric mean."
-    return "\n".join([*_table(heads, rows), "", words])
+    return "\n".join([table(heads, rows), "", words])
 
 
 def mean_weighted() -> dict[str, Any]:
@@ -760,8 +714,8 @@ def mima_table(results: Mapping[str, Any]) -> str:
     heads = ["weighting", "seeds"]
     for step in MIMA_STEPS[1:]:
         heads += [f"least protected, {step} steps", f"mean, {step} steps"]
-    lines = _table(heads, rows)
-    return "\n".join([*lines, "", "Share of images recognised, mean of seeds and 95 % interval."])
+    lines = table(heads, rows)
+    return "\n".join([lines, "", "Share of images recognised, mean of seeds and 95 % interval."])
 
 
 def parts(results: Mapping[str, Any]) -> dict[str, str]:
@@ -778,19 +732,14 @@ def parts(results: Mapping[str, Any]) -> dict[str, str]:
 
 def main() -> int:
     """Run the command line."""
-    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
+    parser = result_parser(__doc__, OUT)
     parser.add_argument("--mnist", type=Path, help="folder of MNIST")
     parser.add_argument("--work", type=Path, default=Path("runs/deep"))
     parser.add_argument("--seeds", type=int, default=5)
     parser.add_argument("--parts", nargs="+", default=list(PARTS), choices=PARTS)
-    parser.add_argument("--out", type=Path, default=OUT)
     parser.add_argument("--quick", action="store_true", help="tiny sizes: does everything run?")
-    parser.add_argument(
-        "--write", type=Path, metavar="PAGE", help="fill in the page, measure nothing"
-    )
     arguments = parser.parse_args()
-    if arguments.write is not None:
-        _page.fill(arguments.write, parts(json.loads(arguments.out.read_text(encoding="utf-8"))))
+    if fills(arguments, parts):
         return 0
     needs = {"attackers", "harms"} & set(arguments.parts)
     if arguments.mnist is None and needs:

@@ -11,8 +11,6 @@ features of the same samples, or by its known condition numbers.
 
 from __future__ import annotations
 
-import argparse
-import json
 import math
 import statistics
 from collections.abc import Iterator
@@ -26,7 +24,7 @@ from immunize_ext.probing.data import load_problem
 from immunize_ext.probing.immunizers import closed_form_theta
 from immunize_ext.probing.metrics import EstimatorName, control_variate, estimated_kappa
 
-from .._page import fill
+from .._page import fills, result_parser
 from ._outcomes import one_thread, write
 
 OUT = Path(__file__).with_name("estimates.json")
@@ -236,17 +234,12 @@ def parts(results: dict[str, Any]) -> dict[str, str]:
 
 def main() -> None:
     """Run the command line."""
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser = result_parser(__doc__, OUT)
     parser.add_argument("--mnist", type=Path, help="folder of MNIST; without it Gaussian data")
     parser.add_argument("--repeats", type=int, default=REPEATS)
-    parser.add_argument("--out", type=Path, default=OUT)
-    parser.add_argument(
-        "--write", type=Path, metavar="PAGE", help="fill in the page, measure nothing"
-    )
     arguments = parser.parse_args()
     one_thread()
-    if arguments.write is not None:
-        fill(arguments.write, parts(json.loads(arguments.out.read_text(encoding="utf-8"))))
+    if fills(arguments, parts):
         return
     rows = measure(arguments.mnist, SAMPLES, arguments.repeats)
     command = "python -m benchmarks.protection.estimates --mnist DATA/mnist"

@@ -21,7 +21,6 @@ work in one folder on different ``--parts``.
 
 from __future__ import annotations
 
-import argparse
 import itertools
 import json
 import statistics
@@ -51,8 +50,8 @@ from immunize_ext.text_to_image.immunizers.bilevel import denoising_loss
 from immunize_ext.text_to_image.immunizers.loop import Run
 from immunize_ext.text_to_image.immunizers.parameters import scope_parameters
 
-from .. import _page
 from .._kept import Kept
+from .._page import fills, result_parser, table_row
 from .mima_task import TARGETS, MimaTask, digit, mima_task
 from .mima_tuning import tuned_attack
 
@@ -460,10 +459,6 @@ def measure(out: Path, work: Path, seeds: Sequence[int], kinds: Sequence[str], q
 # --- the page -------------------------------------------------------------------------------------
 
 
-def _line(cells: Iterable[str]) -> str:
-    return "| " + " | ".join(cells) + " |"
-
-
 def _range(value: Mapping[str, float], form: str = ".2f") -> str:
     return f"{value['mean']:{form}} ({value['min']:{form}} to {value['max']:{form}})"
 
@@ -478,7 +473,7 @@ def table(results: Mapping[str, Any]) -> str:
     scopes = list(results["attacks"])
     heads = ["rate", "K", "hypergradient", "s", "MiB", "products", "left of the signal"]
     heads += [f"cosine, {ATTACKERS[scope]}" for scope in scopes]
-    lines = [_line(heads), "|" + "---|" * len(heads)]
+    lines = [table_row(heads), "|" + "---|" * len(heads)]
     shown = [row for row in results["estimators"] if len(row["seeds"]) >= LEAST_SEEDS]
     for row in shown:
         cells = [f"{row['rate']:g}", str(row["steps"]), row["estimator"], f"{row['seconds']:.2f}"]
@@ -486,7 +481,7 @@ def table(results: Mapping[str, Any]) -> str:
         swept = row["estimator"] not in ("first order", RECORDED)
         cells.append(f"{row['contraction']['mean']:.2f}" if swept else "")
         cells += [_range(row["cosine"][scope], ".3f") for scope in scopes]
-        lines.append(_line(cells))
+        lines.append(table_row(cells))
     seeds = sorted({len(row["seeds"]) for row in shown})
     lines += [
         "",
@@ -503,14 +498,14 @@ def attack_table(results: Mapping[str, Any]) -> str:
     """What the attacks did, and how far their gradient is from its own repetition."""
     heads = ["attacker", "seeds", "loss at first", "loss left", "signal over its length"]
     heads += ["cosine between seeds", "cosine with plain ascent"]
-    lines = [_line(heads), "|" + "---|" * len(heads)]
+    lines = [table_row(heads), "|" + "---|" * len(heads)]
     for scope, row in results["attacks"].items():
         between = row["cosine_between_seeds"]
         cells = [ATTACKERS[scope], str(len(row["seeds"])), f"{row['first_loss']['mean']:.3f}"]
         cells += [f"{row['loss_left']['mean']:.3f}", _range(row["contraction"], ".1f")]
         cells += [_range(between, ".2f") if between else ""]
         cells += [_range(row["cosine_with_plain_ascent"], ".2f")]
-        lines.append(_line(cells))
+        lines.append(table_row(cells))
     return "\n".join(lines)
 
 
@@ -518,12 +513,12 @@ def push_table(results: Mapping[str, Any]) -> str:
     """What a push along an estimate does to the losses before and after an attack."""
     pushes = results["pushes"]
     lines = [
-        _line(["pushed along", "K", "seeds", "rise before the attack", "rise after it"]),
+        table_row(["pushed along", "K", "seeds", "rise before the attack", "rise after it"]),
         "|---|---|---|---|---|",
     ]
     for row in pushes["rise"]:
         cells = [row["direction"], str(row["steps"] or ""), str(len(row["seeds"]))]
-        lines.append(_line([*cells, _each(row["before"], ".3f"), _each(row["after"], ".4f")]))
+        lines.append(table_row([*cells, _each(row["before"], ".3f"), _each(row["after"], ".4f")]))
     before, after = (pushes["unmoved"][name] for name in ("before", "after"))
     lines += [
         "",
@@ -535,10 +530,10 @@ def push_table(results: Mapping[str, Any]) -> str:
 
 def condition_table(results: Mapping[str, Any]) -> str:
     """Alpha |J| where it was measured."""
-    lines = [_line(["rate", "K", "alpha J, norm at least", "seeds"]), "|---|---|---|---|"]
+    lines = [table_row(["rate", "K", "alpha J, norm at least", "seeds"]), "|---|---|---|---|"]
     for row in results["alpha_j"]:
         cells = [f"{row['rate']:g}", str(row["steps"]), _range(row, ".2f"), str(row["seeds"])]
-        lines.append(_line(cells))
+        lines.append(table_row(cells))
     return "\n".join(lines)
 
 
@@ -550,27 +545,20 @@ TABLES = {
 }
 
 
-def filled(page: str, results: Mapping[str, Any]) -> str:
-    """The page with its tables as the results say them."""
-    return _page.filled(page, {name: make(results) for name, make in TABLES.items()})
+def blocks(results: Mapping[str, Any]) -> dict[str, str]:
+    """What stands between the marks of the page."""
+    return {name: make(results) for name, make in TABLES.items()}
 
 
 def main() -> int:
     """Measure, or write the page."""
-    parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
+    parser = result_parser(__doc__, OUT)
     parser.add_argument("--work", type=Path, default=Path("runs/hypergradients"))
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2, 3, 4])
     parser.add_argument("--parts", nargs="+", default=list(PARTS), choices=PARTS)
-    parser.add_argument("--out", type=Path, default=OUT)
     parser.add_argument("--quick", action="store_true", help="tiny sizes: does everything run?")
-    parser.add_argument(
-        "--write", type=Path, metavar="PAGE", help="fill in the page, measure nothing"
-    )
     arguments = parser.parse_args()
-    if arguments.write is not None:
-        results = json.loads(arguments.out.read_text(encoding="utf-8"))
-        page = arguments.write.read_text(encoding="utf-8")
-        arguments.write.write_text(filled(page, results), encoding="utf-8")
+    if fills(arguments, blocks):
         return 0
     measure(arguments.out, arguments.work, arguments.seeds, arguments.parts, arguments.quick)
     return 0

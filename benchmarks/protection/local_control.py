@@ -9,7 +9,6 @@ on 16 patches, its heads in another basis. Linear: pairs of the 8 x 8 digits.
 
 from __future__ import annotations
 
-import argparse
 import copy
 import json
 import math
@@ -37,9 +36,8 @@ from immunize_ext.probing.immunizers import (
 from immunize_ext.probing.metrics import Allowed, certified_answers, drift_bound
 from immunize_ext.quantities import Spread
 
-from .._page import fill
-from ._outcomes import one_thread, write
-from .deep import Interval
+from .._page import fills, result_parser, table
+from ._outcomes import Interval, one_thread, write
 
 OUT = Path(__file__).with_name("local_control.json")
 SEEDS, TRAIN, TEST, SHOTS = 5, 1000, 1000, 300
@@ -492,11 +490,6 @@ def _rows(results: Mapping[str, Any], rule: str) -> list[dict[str, Any]]:
     return [row for row in results["deep"] if row["rule"] == rule]
 
 
-def _table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
-    lines = ["| " + " | ".join(head) + " |", "|---" * len(head) + "|"]
-    return "\n".join(lines + ["| " + " | ".join(row) + " |" for row in rows])
-
-
 def kept_table(results: Mapping[str, Any]) -> str:
     """What was promised of the task to keep, and what came."""
     rows = []
@@ -521,7 +514,7 @@ def kept_table(results: Mapping[str, Any]) -> str:
         )
     head = ["rule", "certified, training", "certified, test", "measured, training"]
     head += ["measured, test", "training answers changed, most", "drift, most"]
-    return _table(head, rows)
+    return table(head, rows)
 
 
 def attack_table(results: Mapping[str, Any]) -> str:
@@ -542,7 +535,7 @@ def attack_table(results: Mapping[str, Any]) -> str:
             ]
         )
     head = ["rule", "log κ_H", "log κ_P", "probe, SGD", "probe, AdamW", "probe, solved"]
-    return _table([*head, "last block", "full", "strongest (most often)"], rows)
+    return table([*head, "last block", "full", "strongest (most often)"], rows)
 
 
 def early_table(results: Mapping[str, Any]) -> str:
@@ -553,7 +546,7 @@ def early_table(results: Mapping[str, Any]) -> str:
         cells = [_mean([_best(r, scope, i) for r in found]) for scope in SCOPES for i in (0, 1)]
         rows.append([rule, *cells])
     head = [f"{scope}, {LOOKS[i]} steps" for scope in SCOPES for i in (0, 1)]
-    return _table(["rule", *head], rows)
+    return table(["rule", *head], rows)
 
 
 def budget_table(results: Mapping[str, Any]) -> str:
@@ -571,7 +564,7 @@ def budget_table(results: Mapping[str, Any]) -> str:
                     _mean([r["loss rise"] / r["predicted"] for r in found], ".2f"),
                 ]
             )
-    return _table(["rule", "predicted", "measured", "measured / predicted"], rows)
+    return table(["rule", "predicted", "measured", "measured / predicted"], rows)
 
 
 def layer_table(results: Mapping[str, Any]) -> str:
@@ -583,7 +576,7 @@ def layer_table(results: Mapping[str, Any]) -> str:
         cells += [_mean([r["free"] for r in found], ".3f")]
         rows.append([layer, *cells, _mean([r["rise"] for r in found], ".2f")])
     head = ["layer", "log10 harm per damage", "share of the gradient in the null space"]
-    return _table([*head, "rise of log κ_H for a budget of 1e-8"], rows)
+    return table([*head, "rise of log κ_H for a budget of 1e-8"], rows)
 
 
 def right_pairs(results: Mapping[str, Any]) -> tuple[int, int]:
@@ -610,7 +603,7 @@ def gauge_table(results: Mapping[str, Any]) -> str:
         rows.append([basis, *cells])
     head = ["basis", "largest change of a logit", "log κ of the keys"]
     head += [f"{kind}, {step}" for kind in ("SGD", "AdamW") for step in (10, 30, 60)]
-    return _table(head, rows)
+    return table(head, rows)
 
 
 def _paired(
@@ -649,7 +642,7 @@ def slowed(results: Mapping[str, Any]) -> str:
             for i in range(len(LOOKS))
         ]
         rows.append([scope, *cells])
-    return _table(["budget of 1e-6 against before", *(f"{look} steps" for look in LOOKS)], rows)
+    return table(["budget of 1e-6 against before", *(f"{look} steps" for look in LOOKS)], rows)
 
 
 def linear_table(results: Mapping[str, Any]) -> str:
@@ -672,7 +665,7 @@ def linear_table(results: Mapping[str, Any]) -> str:
             ]
         )
     head = ["rule, drift", "drift, bound", "drift, measured", "rise of log κ_H", "of log κ_P"]
-    return _table([*head, "slower: GD", "Adam", "whitened", "GD, kept task"], rows)
+    return table([*head, "slower: GD", "Adam", "whitened", "GD, kept task"], rows)
 
 
 def parts(results: Mapping[str, Any]) -> dict[str, str]:
@@ -739,18 +732,13 @@ def answer(results: Mapping[str, Any]) -> str:
 
 def main() -> None:
     """Run the command line."""
-    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
+    parser = result_parser(__doc__, OUT)
     parser.add_argument("--mnist", type=Path, help="folder of MNIST")
-    parser.add_argument("--out", type=Path, default=OUT)
     parser.add_argument("--seeds", type=int, default=SEEDS)
     parser.add_argument("--parts", nargs="+", default=[*PARTS, "linear"])
-    parser.add_argument(
-        "--write", type=Path, metavar="PAGE", help="fill in the page, measure nothing"
-    )
     arguments = parser.parse_args()
     one_thread()
-    if arguments.write is not None:
-        fill(arguments.write, parts(json.loads(arguments.out.read_text(encoding="utf-8"))))
+    if fills(arguments, parts):
         return
     if arguments.mnist is None:
         parser.error("--mnist must name the folder of MNIST")

@@ -25,8 +25,7 @@ import torch
 
 from immunize_ext.storage import environment, write_file
 
-from .._page import fill
-from ..merge_sensitivity import table
+from .._page import fill, table
 from .mima_attackers import IMAGES, STEPS, Judges, attacker
 from .mima_attackers import OUT as ATTACKERS
 from .mima_task import TARGETS, mima_task

@@ -10,7 +10,7 @@ import argparse
 import json
 import math
 import sys
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +19,7 @@ from immunize_ext.text_to_image.attacks import attack_label
 from immunize_ext.text_to_image.results import Measured
 
 from .. import _page
+from .._page import table_row
 from .mima_attackers import ERASED, NEVER, SCORES, STEPS
 from .mima_task import TARGETS, digit
 
@@ -51,10 +52,6 @@ def _spread(value: Row | None) -> str:
     if value is None:
         return "not reached"
     return f"{value['mean']:.2f} ({value['min']:.2f} to {value['max']:.2f})"
-
-
-def _line(cells: Iterable[str]) -> str:
-    return "| " + " | ".join(cells) + " |"
 
 
 def _named(attack: str) -> str:
@@ -145,11 +142,14 @@ def worst() -> str:
     """All attackers on the methods of the headline, and the worst of them."""
     found = load("mima_attackers")
     models = [name for name in (ERASED, NEVER, *HEADLINE) if name in found["counts"]]
-    lines = [_line(["attack", *(NAMES[name] for name in models)]), "|" + "---|" * (len(models) + 1)]
+    lines = [
+        table_row(["attack", *(NAMES[name] for name in models)]),
+        "|" + "---|" * (len(models) + 1),
+    ]
     attacks = tried(found)
     for attack in attacks:
         cells = [Attacked(found, name, attack).cell() for name in models]
-        lines.append(_line([_named(attack), *cells]))
+        lines.append(table_row([_named(attack), *cells]))
     lines += [
         "",
         f"Recognised after {', '.join(str(s) for s in STEPS if s)} steps; in brackets the 95 % "
@@ -183,7 +183,7 @@ def words() -> str:
     found = load("mima_attackers")
     steps = ", ".join(map(str, STEPS))
     lines = [
-        _line(
+        table_row(
             [
                 "LoRA asks by",
                 "model",
@@ -206,7 +206,7 @@ def words() -> str:
                     for score in SCORES
                 ]
                 asked = wording.replace("_", " ") or "own name"
-                lines.append(_line([asked, f"{NAMES[name]} ({len(one.seeds)})", *shares]))
+                lines.append(table_row([asked, f"{NAMES[name]} ({len(one.seeds)})", *shares]))
     first, second = (math.fsum(judge["sensitivity"]) / 10 for judge in found["judges"])
     lines += [
         "",
@@ -221,7 +221,7 @@ def kept() -> str:
     found = load("mima_attackers")["kept"]
     names = [name for name in (ERASED, *HEADLINE) if found.get(name)]
     lines = [
-        _line(["model", "seeds", "kept digits recognised", "least of a seed"]),
+        table_row(["model", "seeds", "kept digits recognised", "least of a seed"]),
         "|---|---|---|---|",
     ]
     images = load("mima_attackers")["images"]
@@ -229,7 +229,7 @@ def kept() -> str:
         by_seed = [sum(row.values()) / len(row) / images for row in found[name].values()]
         mean = math.fsum(by_seed) / len(by_seed)
         cells = [NAMES[name], str(len(by_seed)), f"{mean:.3f}", f"{min(by_seed):.3f}"]
-        lines.append(_line(cells))
+        lines.append(table_row(cells))
     return "\n".join(lines)
 
 
@@ -247,7 +247,7 @@ def methods() -> str:
         *(() if outside is None else (f"useful at {step}, 20, 40",)),
         *("any digit at step 0", "what is kept", "control", "new word"),
     ]
-    lines = [_line(header), "|" + "---|" * len(header)]
+    lines = [table_row(header), "|" + "---|" * len(header)]
     for name, row in rows.items():
         evaluation = row["evaluation"]
         found = evaluation["summary"]["lora"]
@@ -266,7 +266,7 @@ def methods() -> str:
                 for gap in ("control_sgr", "new_word_sgr")
             ),
         ]
-        lines.append(_line(cells))
+        lines.append(table_row(cells))
     shares = rows["mima"]["merge_share"]
     seeds = len(rows["mima"]["evaluation"]["seeds"])
     lines += [
@@ -318,10 +318,10 @@ def before() -> str:
             for wording, attack in attacks.items()
         }
     wordings = list(shown[NAMES[ERASED]])
-    lines = [_line(["any digit, asked by", *wordings]), "|" + "---|" * (len(wordings) + 1)]
+    lines = [table_row(["any digit, asked by", *wordings]), "|" + "---|" * (len(wordings) + 1)]
     for name, row in shown.items():
         lines.append(
-            _line([name, *(f"{row[word]:.2f}" if word in row else "" for word in wordings)])
+            table_row([name, *(f"{row[word]:.2f}" if word in row else "" for word in wordings)])
         )
     return "\n".join(lines)
 

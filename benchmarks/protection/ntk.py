@@ -12,10 +12,8 @@ the start, and run.
 
 from __future__ import annotations
 
-import argparse
 import copy
 import itertools
-import json
 import math
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
@@ -33,7 +31,7 @@ from immunize_ext.probing.extractors import load_backbone
 from immunize_ext.probing.immunizers import closed_form_theta
 from immunize_ext.probing.metrics import empirical_ntk, kernel_descent_steps
 
-from .._page import fill
+from .._page import fills, result_parser
 from ._outcomes import one_thread, write
 
 OUT = Path(__file__).with_name("ntk.json")
@@ -580,17 +578,12 @@ def parts(results: dict[str, Any]) -> dict[str, str]:
 
 def main() -> None:
     """Run the command line."""
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser = result_parser(__doc__, OUT)
     parser.add_argument("--mnist", type=Path, help="folder of MNIST; fetched where omitted")
-    parser.add_argument("--out", type=Path, default=OUT)
     parser.add_argument("--networks", nargs="*", default=[family.name for family in FAMILIES])
-    parser.add_argument(
-        "--write", type=Path, metavar="PAGE", help="fill in the page, measure nothing"
-    )
     arguments = parser.parse_args()
     one_thread()
-    if arguments.write is not None:
-        fill(arguments.write, parts(json.loads(arguments.out.read_text(encoding="utf-8"))))
+    if fills(arguments, parts):
         return
     rows, caps = [], {}
     for family in FAMILIES:

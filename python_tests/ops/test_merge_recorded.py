@@ -86,6 +86,19 @@ def test_what_needs_the_rules_finds_them(asked: list[str]) -> None:
     torch.testing.assert_close(moved, sum(g.sum() for g in gradients), rtol=1e-11, atol=1e-12)
 
 
+def test_rules_in_python_give_the_same_gradients(asked: list[str]) -> None:
+    """torch.func asks them; both have the formulas, which are written twice."""
+    arguments = inputs()
+    of_rules = torch.func.grad(loss, tuple(range(len(arguments))))(*arguments)
+    assert {"apply", "map"} <= set(asked)
+    asked.clear()
+    leaves = [x.clone().requires_grad_() for x in arguments]
+    recorded = torch.autograd.grad(loss(*leaves), leaves)
+    assert not asked
+    for one, other in zip(recorded, of_rules, strict=True):
+        torch.testing.assert_close(one, other, rtol=1e-12, atol=1e-13)
+
+
 def test_many_gradients_at_once() -> None:
     """Incoming gradients under vmap meet a node that knows nothing of it."""
     leaves = [t.requires_grad_() for t in inputs()]
